@@ -1,0 +1,3 @@
+"""coalign: data-efficient language-image pre-training."""
+
+__version__ = "0.1.0"
