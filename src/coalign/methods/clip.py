@@ -1,0 +1,70 @@
+"""CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coalign.losses.contrastive import info_nce, same_caption
+from coalign.method import Method
+from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
+from coalign.recipes.clip import CLIPConfig
+from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
+
+
+class CLIP(Method):
+    """One image view, one caption, and InfoNCE in both directions over the batch (Fig. 3)."""
+
+    def __init__(self, config: CLIPConfig, towers: TowerSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.view_plan = ViewPlan(images={"image": config.image_view}, texts={"caption": TextPolicy()})
+        self.image = build_image_tower(towers)
+        self.text = build_text_tower(towers, attention="causal", pooling="end")
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
+
+    def encode(self, batch: Batch, step: StepInfo) -> Features:
+        caption = batch.texts["caption"]
+        return {
+            "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
+            "text_embeds": self.encode_text(caption.ids, caption.lengths),  # [batch, dim]
+            "caption_ids": batch.caption_ids,  # [batch]
+        }
+
+    def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
+        image_embeds, text_embeds = features["image_embeds"], features["text_embeds"]
+        positives = gather.own_rows(image_embeds)
+        ignored = None
+        if self.config.multi_positive:
+            ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
+        logit_scale = self.log_logit_scale.exp()
+        image_to_text = info_nce(image_embeds, gather(text_embeds), positives, logit_scale, ignored)
+        text_to_image = info_nce(text_embeds, gather(image_embeds), positives, logit_scale, ignored)
+        return [LossTerm("clip", (image_to_text + text_to_image) / 2, count=len(image_embeds))]
+
+    @torch.no_grad()
+    def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
+        self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
+
+    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
+
+    def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
+        return {"image": list(self.image.parameters()), "text": list(self.text.parameters()), "scale": [self.log_logit_scale]}
+
+
+# Implementation details, each with its source ([p] stated in the paper, [c] read in released code, [i] inferred):
+# - log-scale starts at ln(1/0.07) and is clamped to [0, ln 100] [p]; the clamp acts on the parameter after the step [c, SLIP], so the
+#   gradient at the bound is the loss's own.
+# - The image view is a random resized crop of 50-100 % of the area without flip [c, SLIP's baseline]; the paper says "a random square
+#   crop" [p].
+# - Text: lower-cased BPE, causal Transformer, the end token's feature [p]. Captions are trimmed to the batch's longest; no output changes.
+# - `multi_positive` (ours, off by default): pairs that carry the same caption leave each other's denominators.
+# - Logits are computed in float32 under bf16 and fp16 autocast [i].

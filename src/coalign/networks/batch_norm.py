@@ -1,0 +1,61 @@
+"""Batch normalisation in trunks over fixed groups of samples, so that a step does not depend on slices or ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over groups of `group` consecutive samples; slices and ranks must be multiples of it.
+
+    The running statistics are the groups' means. They wait in `pending` and move once a step, when the trainer calls `move_statistics`;
+    only passes with gradient count, since a step takes exactly one of those for every sample.
+    """
+
+    def __init__(self, num_features: int, group: int, eps: float, momentum: float) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.group = group
+        self.pending: list[Tensor] = []  # [2, channel] each: mean, unbiased variance
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        if len(input) % self.group:
+            raise ValueError(f"a slice of {len(input)} samples is not a multiple of the batch-norm group of {self.group}")
+        outputs = []
+        for chunk in input.split(self.group):
+            statistics = torch.zeros(2, self.num_features, dtype=self.running_mean.dtype, device=input.device)
+            mean, variance = statistics.unbind()  # F.batch_norm writes into them (momentum 1: replaces)
+            outputs.append(F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
+            if torch.is_grad_enabled():
+                self.pending.append(statistics)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def move_statistics(self, sum_over_ranks: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """Moves the running statistics by this step's groups (of all ranks), or forgets them when the step is skipped."""
+        pending, self.pending = self.pending, []
+        if not keep or not pending:
+            return
+        total = torch.stack(pending).sum(0)
+        totals = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(pending)])]))
+        mean, variance = (totals[:-1] / totals[-1]).view(2, -1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked += 1
+
+
+def group_batch_norms(module: nn.Module, group: int) -> nn.Module:
+    """Replaces every BatchNorm2d below `module` (timm's fused norm-activations included) by the grouped one, weights kept."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            grouped = GroupedBatchNorm2d(child.num_features, group, child.eps, child.momentum)
+            grouped.load_state_dict(child.state_dict())
+            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]  # timm's BatchNormAct2d
+            setattr(module, name, nn.Sequential(grouped, *activation) if activation else grouped)
+        else:
+            group_batch_norms(child, group)
+    return module

@@ -1,0 +1,197 @@
+"""Image and text towers by name: open_clip's model configurations, JSON files in the same form, timm trunks, and our small ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import open_clip
+import timm
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
+from torch import Tensor, nn
+
+from coalign.errors import UserError
+from coalign.networks.batch_norm import group_batch_norms
+
+OWN_CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """Which towers a method gets. `name` is a model name, a JSON file, or `timm:TRUNK` (beside `small`'s text tower)."""
+
+    name: str
+    vocab_size: int
+    context_length: int = 77
+    image_size: int | None = None  # None: the model's own
+    pretrained: str | None = None  # an open_clip tag or a safetensors file
+    batch_norm_group: int = 32
+
+
+class ImageTower(nn.Module):
+    """Pixels -> features, the trunk's output before the projection into the shared space."""
+
+    def __init__(self, trunk: nn.Module, width: int, embed_dim: int, image_size: int, projection: nn.Module | None = None) -> None:
+        super().__init__()
+        self.trunk, self.width, self.embed_dim, self.image_size = trunk, width, embed_dim, image_size
+        self.projection = projection or _projection(width, embed_dim)
+        # open_clip's and CLIP's normalisation
+        self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Float[Tensor, "batch width"]:
+        """uint8 pixels [batch, 3, image_size, image_size] -> features [batch, width]."""
+        return self.trunk((pixels.to(self.mean.dtype) - self.mean) / self.std)
+
+
+class TextFeatures(NamedTuple):
+    pooled: Tensor  # [batch, width]
+    tokens: Tensor  # [batch, token, width], after the final norm; rows beyond a caption's length mean nothing
+
+
+class TextTower(nn.Module):
+    """open_clip's text Transformer with our forward: any length up to the context, padding by length, three poolings.
+
+    `attention` "bidirectional" masks padding. `pooling`: "end" (CLIP), "start" (UniCLIP; needs bidirectional attention), "mean" over the
+    caption's tokens. An output depends on a caption's own tokens only, so trimming a batch to its longest caption changes nothing.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        embed_dim: int,
+        attention: Literal["causal", "bidirectional"],
+        pooling: Literal["end", "start", "mean"],
+        projection: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling == "start" and attention == "causal":
+            raise ValueError("under causal attention the start token sees nothing of the caption")
+        self.transformer, self.attention, self.pooling = transformer, attention, pooling
+        self.width, self.embed_dim, self.context_length = transformer.width, embed_dim, transformer.context_length
+        self.heads = transformer.heads
+        self.projection = projection or _projection(self.width, embed_dim)
+
+    def forward(self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"]) -> TextFeatures:
+        tower, num_tokens = self.transformer, ids.shape[1]
+        if num_tokens > self.context_length:
+            raise ValueError(f"{num_tokens} tokens, but the text tower has {self.context_length} positions")
+        x = tower.token_embedding(ids) + tower.positional_embedding[:num_tokens]  # [batch, token, width]
+        valid = torch.arange(num_tokens, device=ids.device) < lengths[:, None]  # [batch, token]
+        tokens = tower.ln_final(tower.transformer(x, attn_mask=self._mask(valid, x.dtype)))
+        if self.pooling == "end":
+            pooled = tokens[torch.arange(len(ids), device=ids.device), lengths - 1]
+        elif self.pooling == "start":
+            pooled = tokens[:, 0]
+        else:
+            pooled = (tokens * valid[..., None]).sum(1) / lengths[:, None].to(tokens.dtype)
+        return TextFeatures(pooled, tokens)
+
+    def _mask(self, valid: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Tensor:
+        num_tokens = valid.shape[1]
+        if self.attention == "causal":  # padding comes after every token that is read, so it needs no mask of its own
+            return torch.full((num_tokens, num_tokens), -torch.inf, dtype=dtype, device=valid.device).triu_(1)
+        mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
+        return mask[:, None, :].expand(-1, num_tokens, -1).repeat_interleave(self.heads, 0)  # [batch·heads, token, token]
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    projection = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)  # CLIP's
+    return projection
+
+
+# ---------------------------------------------------------------- by name
+
+
+def model_names() -> list[str]:
+    """Every name that `--model` takes, besides files and `timm:` trunks."""
+    return sorted(path.stem for path in OWN_CONFIGS.glob("*.json")) + open_clip.list_models()
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The configuration of a model name, a JSON file, or `timm:TRUNK`, in open_clip's form."""
+    if name.startswith("timm:"):
+        trunk = name.removeprefix("timm:")
+        if not timm.is_model(trunk):
+            near = timm.list_models(f"*{trunk.split('.')[0][:6]}*")[:5]
+            raise UserError(f"timm has no model named {trunk!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+        config = json.loads((OWN_CONFIGS / "small.json").read_text())
+        return {**config, "vision_cfg": {"timm_model_name": trunk, "image_size": config["vision_cfg"]["image_size"]}}
+    path = OWN_CONFIGS / f"{name}.json"
+    if not path.exists() and name.endswith(".json"):
+        path = Path(name)
+        if not path.exists():
+            raise UserError(f"The model file {name} does not exist.")
+    if path.exists():
+        try:
+            config = json.loads(path.read_text())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"The model file {path} is not JSON: {error}.") from error
+    else:
+        config = open_clip.get_model_config(name)
+    if config is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, model_names(), 4, 0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see `coalign models`."
+        raise UserError(f"There is no model named {name!r}; {hint}")
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+    if missing:
+        raise UserError(f"The model {name} lacks {', '.join(sorted(missing))} (open_clip's configuration form is expected).")
+    return config
+
+
+def build_image_tower(spec: TowerSpec) -> ImageTower:
+    """The image tower of `spec`, randomly initialised, or pretrained where `spec.pretrained` says so."""
+    config = model_config(spec.name)
+    vision, embed_dim = dict(config["vision_cfg"]), config["embed_dim"]
+    size = spec.image_size or vision.get("image_size", 224)
+    if isinstance(size, (list, tuple)):
+        raise UserError(f"The model {spec.name} takes images of {size[0]} × {size[1]} pixels; only square ones are supported.")
+    if "timm_model_name" in vision:
+        trunk = _timm_trunk(vision, size)
+        return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), trunk.num_features, embed_dim, size)
+    vision.pop("timm_kwargs", None)
+    tower = _build_vision_tower(embed_dim, CLIPVisionCfg(**{**vision, "image_size": size}), config.get("quick_gelu", False))
+    if isinstance(tower, open_clip.transformer.VisionTransformer):
+        projection = _projection(tower.proj.shape[0], embed_dim)
+        projection.weight.data.copy_(tower.proj.data.T)
+        width, tower.proj = tower.proj.shape[0], None
+        return ImageTower(tower, width, embed_dim, size, projection)
+    # CLIP's modified ResNet: its attention pool projects into the shared space itself
+    return ImageTower(group_batch_norms(tower, spec.batch_norm_group), embed_dim, embed_dim, size, nn.Identity())
+
+
+def _timm_trunk(vision: dict[str, Any], size: int) -> nn.Module:
+    name = vision["timm_model_name"]
+    options = dict(vision.get("timm_kwargs", {}), num_classes=0, pretrained=vision.get("timm_model_pretrained", False))
+    for sized in ({"img_size": size}, {}):  # Transformers must know the size, convolutions refuse to be told
+        try:
+            return timm.create_model(name, **options, **sized)
+        except TypeError as error:
+            last_error = error
+    raise UserError(f"timm cannot build {name} with {options}: {last_error}.")
+
+
+def build_text_tower(
+    spec: TowerSpec,
+    attention: Literal["causal", "bidirectional"] = "causal",
+    pooling: Literal["end", "start", "mean"] = "end",
+) -> TextTower:
+    """The text tower of `spec`. Its vocabulary and context are the spec's, whatever the configuration says."""
+    config = model_config(spec.name)
+    text, embed_dim = dict(config["text_cfg"]), config["embed_dim"]
+    if "hf_model_name" in text:
+        raise UserError(f"The model {spec.name} has a Hugging Face text tower, which cannot be trained here; use one with CLIP's text tower.")
+    text.update(vocab_size=spec.vocab_size, context_length=spec.context_length, embed_cls=False, no_causal_mask=attention != "causal")
+    tower = _build_text_tower(embed_dim, CLIPTextCfg(**{**text, "proj_type": "linear", "proj_bias": False}), config.get("quick_gelu", False))
+    tower.attn_mask = None
+    projection = _projection(tower.width, embed_dim)
+    projection.weight.data.copy_(tower.text_projection.data.T)
+    tower.text_projection = None
+    return TextTower(tower, embed_dim, attention, pooling, projection)

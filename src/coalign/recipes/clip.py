@@ -1,0 +1,52 @@
+"""CLIP's settings: Radford et al. 2021; the CC3M and YFCC15M rows are the baselines of SLIP's and MCD's tables (docs of the recipes say which)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coalign.config import TrainConfig
+from coalign.optim import OptimiserConfig
+from coalign.recipes.small import small_data
+from coalign.types import WEAK, AugmentationPolicy
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP (Radford et al. 2021): one image view, one caption, InfoNCE both ways."""
+
+    temperature: float = 0.07  # initial; learned as log(1/τ)
+    max_logit_scale: float = 100.0
+    multi_positive: bool = False  # pairs of a batch that share a caption are not each other's negatives; off is CLIP exactly
+    image_view: AugmentationPolicy = WEAK
+
+
+def clip(num_pairs: int) -> TrainConfig:
+    """CLIP with settings for the size of your data: a small model on a laptop up to ViT-B/32 beyond a million pairs."""
+    return small_data(num_pairs, "clip", CLIPConfig(multi_positive=True))
+
+
+def clip_cc3m(num_pairs: int) -> TrainConfig:
+    """CLIP ViT-B/16 on CC3M, 40 epochs: the baseline of MCD's Table 1 (lr 5e-4, weight decay 0.5, batch 4096)."""
+    return TrainConfig(
+        method="clip",
+        method_config=CLIPConfig(),
+        model="ViT-B-16",
+        batch_size=4096,
+        epochs=40,
+        optimiser=OptimiserConfig(lr=5e-4, weight_decay=0.5, warmup_fraction=1 / 40, final_lr=1e-5),
+    )
+
+
+def clip_yfcc15m(num_pairs: int) -> TrainConfig:
+    """CLIP ViT-B/32 on YFCC15M, 32 epochs: the baseline of MCD's Table 2 (lr 1e-3, weight decay 0.2, batch 4096)."""
+    return TrainConfig(
+        method="clip",
+        method_config=CLIPConfig(),
+        model="ViT-B-32",
+        batch_size=4096,
+        epochs=32,
+        optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=1 / 32, final_lr=1e-5),
+    )
+
+
+RECIPES = {"clip": clip, "clip-cc3m": clip_cc3m, "clip-yfcc15m": clip_yfcc15m}

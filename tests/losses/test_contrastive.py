@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coalign.losses.contrastive import info_nce, same_caption
+
+
+def clip_loss(image, text, log_scale):
+    rows = torch.arange(len(image))
+    scale = log_scale.exp().reshape(1)
+    return (info_nce(image, text, rows, scale) + info_nce(text, image, rows, scale)) / (2 * len(image))
+
+
+def leaves(*tensors, dtype=torch.float64):
+    return [t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", ["openclip_clip", "slip_clip"])
+def test_equals_official_code(oracles, name, dtype, tolerance):
+    oracle = oracles("contrastive")
+    image, text, log_scale = leaves(*(oracle[f"{name}.in.{x}"] for x in ("image", "text", "log_scale")), dtype=dtype)
+    normalise = (lambda x: F.normalize(x, dim=-1)) if name == "slip_clip" else (lambda x: x)  # SLIP's loss normalises itself
+    loss = clip_loss(normalise(image), normalise(text), log_scale)
+    loss.backward()
+    close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+    torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"], **close)
+    for value, key in ((image, "image"), (text, "text"), (log_scale, "log_scale")):
+        torch.testing.assert_close(value.grad, oracle[f"{name}.out.grad_{key}"], **close)
+
+
+def test_half_precision_inputs_are_computed_in_float32(oracles):
+    oracle = oracles("contrastive")
+    image, text = (oracle[f"openclip_clip.in.{x}"].bfloat16() for x in ("image", "text"))
+    scale = oracle["openclip_clip.in.log_scale"].float()
+    assert clip_loss(image, text, scale) == clip_loss(image.float(), text.float(), scale)
+
+
+def naive(queries, keys, positives, scale, ignored):
+    total = 0.0
+    for i, p in enumerate(positives.tolist()):
+        denominator = 0.0
+        for j in range(len(keys)):
+            if ignored is None or not ignored[i, j]:
+                denominator = denominator + torch.exp(scale * (queries[i] * keys[j]).sum())
+        total = total - torch.log(torch.exp(scale * (queries[i] * keys[p]).sum()) / denominator)
+    return total
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_the_equation_written_as_loops(masked):
+    torch.manual_seed(0)
+    queries, keys = leaves(F.normalize(torch.randn(3, 5), dim=-1), F.normalize(torch.randn(7, 5), dim=-1))
+    positives, scale = torch.tensor([2, 3, 4]), torch.tensor([9.0], dtype=torch.float64, requires_grad=True)
+    ignored = None
+    if masked:
+        ids = torch.tensor([1, 2, 5, 5, 6, 5, 7])
+        ignored = same_caption(ids[positives], ids, positives)
+        assert ignored.sum() == 4  # rows 0 and 1 have two namesakes each
+    inputs = (queries, keys, scale)
+    ours = info_nce(queries, keys, positives, scale, ignored)
+    theirs = naive(queries, keys, positives, scale[0], ignored)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4096])
+@pytest.mark.parametrize("kind", ["random", "identical", "zero"])
+def test_safe_at_temperature_one_hundredth(number, kind):
+    torch.manual_seed(0)
+    x = {"random": torch.randn(number, 8), "identical": torch.ones(number, 8), "zero": torch.zeros(number, 8)}[kind]
+    image, text = leaves(x, x.flip(0), dtype=torch.float32)
+    log_scale = torch.tensor(math.log(100.0), requires_grad=True)
+    loss = clip_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), log_scale)
+    loss.backward()
+    assert all(torch.isfinite(value).all() for value in (loss, image.grad, text.grad, log_scale.grad))
+    if kind != "random":
+        assert loss.item() == pytest.approx(math.log(number), abs=1e-4)
+
+
+def test_all_namesakes_leave_only_the_positive():
+    ids = torch.zeros(4, dtype=torch.long)
+    rows = torch.arange(4)
+    x = F.normalize(torch.randn(4, 8), dim=-1)
+    assert info_nce(x, x, rows, 50.0, same_caption(ids, ids, rows)).item() == pytest.approx(0.0, abs=1e-6)

@@ -1,0 +1,139 @@
+import json
+
+import open_clip
+import pytest
+import torch
+
+from coalign.errors import UserError
+from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower, model_config, model_names
+
+TINY = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return TowerSpec(str(path), vocab_size=49408)
+
+
+def test_equals_open_clip_with_the_same_weights(tiny):
+    torch.manual_seed(0)
+    peer = open_clip.CustomTextCLIP(**TINY).eval()
+    image, text = build_image_tower(tiny).eval(), build_text_tower(tiny).eval()
+    image.projection.weight.data = peer.visual.proj.data.T
+    text.projection.weight.data = peer.text.text_projection.data.T
+    image.trunk.load_state_dict({k: v for k, v in peer.visual.state_dict().items() if k != "proj"})
+    text.transformer.load_state_dict({k: v for k, v in peer.text.state_dict().items() if k not in ("text_projection", "attn_mask")})
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    captions = ["a red apple", "!", "a very much longer caption about nothing in particular, and so on"]
+    ids = open_clip.tokenize(captions)
+    lengths = ids.argmax(1) + 1
+    with torch.no_grad():
+        torch.testing.assert_close(image.projection(image(pixels)), peer.encode_image((pixels / 255 - mean) / std), atol=1e-5, rtol=1e-5)
+        for trimmed in (ids, ids[:, : lengths.max()]):
+            torch.testing.assert_close(text.projection(text(trimmed, lengths).pooled), peer.encode_text(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "pooling"), [("causal", "end"), ("causal", "mean"), ("bidirectional", "start"), ("bidirectional", "end"), ("bidirectional", "mean")]
+)
+def test_padding_changes_no_caption(tiny, attention, pooling):
+    torch.manual_seed(0)
+    tower = build_text_tower(tiny, attention, pooling).double()
+    lengths = torch.tensor([3, 9, 5])
+    ids = torch.randint(1, 49406, (3, 9))
+    padded = torch.zeros(3, 77, dtype=torch.long)  # id 0 is also the token "!"
+    padded[:, :9] = ids
+    together = tower(ids, lengths)
+    torch.testing.assert_close(tower(padded, lengths).pooled, together.pooled)
+    for row, length in enumerate(lengths.tolist()):
+        alone = tower(ids[row : row + 1, :length], lengths[row : row + 1])
+        torch.testing.assert_close(alone.pooled[0], together.pooled[row])
+        torch.testing.assert_close(alone.tokens[0], together.tokens[row, :length])
+
+
+def test_attention_direction(tiny):
+    """Under causal attention no token sees a later one; under bidirectional attention the start token sees the last."""
+    ids = torch.randint(1, 49406, (1, 6))
+    changed = ids.clone()
+    changed[0, -1] += 1
+    lengths = torch.tensor([6])
+    causal, both = build_text_tower(tiny, "causal", "end").double(), build_text_tower(tiny, "bidirectional", "start").double()
+    torch.testing.assert_close(causal(ids, lengths).tokens[:, :-1], causal(changed, lengths).tokens[:, :-1])
+    assert not torch.allclose(both(ids, lengths).pooled, both(changed, lengths).pooled)
+
+
+def test_wrong_use_of_the_text_tower(tiny):
+    with pytest.raises(ValueError, match="start token"):
+        build_text_tower(tiny, "causal", "start")
+    with pytest.raises(ValueError, match="78 tokens"):
+        build_text_tower(tiny)(torch.zeros(1, 78, dtype=torch.long), torch.tensor([78]))
+
+
+@pytest.mark.parametrize(("name", "image_millions", "text_millions"), [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.9, 3.0)])
+def test_parameter_counts(name, image_millions, text_millions):
+    config = model_config(name)
+    with torch.device("meta"):
+        spec = TowerSpec(name, config["text_cfg"]["vocab_size"], config["text_cfg"]["context_length"])
+        towers = build_image_tower(spec), build_text_tower(spec)
+    for tower, millions in zip(towers, (image_millions, text_millions)):
+        # RN50's text tower differs from ViT-B/32's by its projection to 1,024 dimensions
+        assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.slow
+def test_every_open_clip_name_builds_or_says_why():
+    built = 0
+    for name in model_names():
+        try:
+            with torch.device("meta"):
+                spec = TowerSpec(name, vocab_size=49408)
+                build_image_tower(spec), build_text_tower(spec)
+            built += 1
+        except UserError as error:
+            assert name in str(error)
+    assert built >= 70
+
+
+def test_timm_trunk_and_its_size():
+    tower = build_image_tower(TowerSpec("timm:test_vit", vocab_size=100, image_size=96))
+    assert tower(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, tower.width)
+
+
+def test_names_that_do_not_exist(tmp_path):
+    for name, message in (("ViT-B32", "ViT-B-32"), ("nonsense-xyz", "coalign models"), ("timm:resnet51x", "resnet"), ("gone.json", "does not exist")):
+        with pytest.raises(UserError, match=message):
+            model_config(name)
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        model_config(str(bad))
+    bad.write_text("{}")
+    with pytest.raises(UserError, match="embed_dim"):
+        model_config(str(bad))
+
+
+def test_grouped_batch_norm_is_batch_norm_of_each_group_and_moves_once():
+    torch.manual_seed(0)
+    grouped = GroupedBatchNorm2d(4, group=3, eps=1e-5, momentum=0.1).double()
+    x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
+    peer = torch.nn.BatchNorm2d(4).double()
+    torch.testing.assert_close(grouped(x), torch.cat([peer(x[:3]), peer(x[3:])]))
+    assert grouped.running_mean.abs().max() == 0  # not before the step is kept
+    grouped.move_statistics(lambda t: t, keep=False)
+    assert grouped.running_mean.abs().max() == 0
+    with torch.no_grad():
+        grouped(x)  # the pass without gradient of a cached step does not count
+    grouped(x[:3]), grouped(x[3:])
+    grouped.move_statistics(lambda t: t, keep=True)
+    means = torch.stack([x[:3].mean((0, 2, 3)), x[3:].mean((0, 2, 3))]).mean(0)
+    torch.testing.assert_close(grouped.running_mean, 0.1 * means)
+    with pytest.raises(ValueError, match="multiple"):
+        grouped(x[:4])

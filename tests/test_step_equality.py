@@ -1,0 +1,106 @@
+"""The gradient of a step depends on the global batch alone: whole, in unequal slices, or on two processes. Sweeps the registry."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+
+from coalign.methods import METHODS
+from coalign.methods.clip import CLIP
+from coalign.training.distributed import World, join_world
+from coalign.training.step import forward_backward, move_statistics
+from coalign.types import StepInfo
+
+BATCH, STEP = 8, StepInfo(3, 10)
+ALONE = World(0, 1, torch.device("cpu"))
+MODELS = {"transformer": TRANSFORMER, "batch norm": BATCH_NORM}
+CASES = [(name, model, changes) for name in METHODS for model in MODELS for changes in ({}, {"multi_positive": True})]
+
+
+class WrongCount(CLIP):
+    """A planted fault: each rank counts one whatever it holds, so the loss depends on the number of ranks."""
+
+    def objective(self, features, targets, gather, step):
+        terms = super().objective(features, targets, gather, step)
+        for term in terms:
+            term.count = 1
+        return terms
+
+
+def run_step(method, batch, world, slices=None):
+    """One step's loss, gradients and buffers."""
+    result = forward_backward(method, batch, STEP, world, slices=slices)
+    gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+    move_statistics(method, world, keep=True)
+    return result.loss, gradients, {name: b.clone() for name, b in method.named_buffers()}
+
+
+def assert_equal_steps(one, other):
+    (loss, gradients, buffers), (other_loss, other_gradients, other_buffers) = one, other
+    assert loss == pytest.approx(other_loss, rel=1e-9)
+    assert gradients.keys() == other_gradients.keys()
+    for name, gradient in gradients.items():
+        error = (gradient - other_gradients[name]).norm()
+        assert error <= 1e-9 * gradient.norm() + 1e-15, f"{name}: {error / gradient.norm():.1e}"
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, other_buffers[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def assert_complete(method, step):
+    """Every parameter is in one group of the optimiser, and has a gradient."""
+    grouped = [id(p) for group in method.parameter_groups().values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in method.parameters() if p.requires_grad)
+    assert {name for name, p in method.named_parameters() if p.requires_grad} == step[1].keys()
+
+
+@pytest.mark.parametrize(("name", "model", "changes"), CASES)
+def test_slices(tmp_path, name, model, changes):
+    method = build_method(name, tmp_path, MODELS[model], **changes)
+    batch = make_batch(method.view_plan, BATCH)
+    whole = run_step(method, batch, ALONE)
+    assert_complete(method, whole)
+    method = build_method(name, tmp_path, MODELS[model], **changes)
+    assert_equal_steps(whole, run_step(method, batch, ALONE, [slice(0, 4), slice(4, 6), slice(6, 8)]))
+
+
+def _worker(rank, port, folder, cases):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = join_world("cpu")
+    steps = []
+    for name, model, changes, cls, slices in cases:
+        method = build_method(name, folder / str(rank), MODELS[model], cls=cls, **changes)
+        half = make_batch(method.view_plan, BATCH)[slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)]
+        steps.append(run_step(method, half, world, slices))
+    torch.save(steps, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_two_processes(folder, cases):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for rank in range(2):
+        (folder / str(rank)).mkdir()
+    multiprocessing.spawn(_worker, (port, folder, cases), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes(tmp_path):
+    cases = [(*case, None, slices) for case in CASES for slices in (None, [slice(0, 2), slice(2, 4)])]
+    cases.append(("clip", "transformer", {}, WrongCount, None))
+    ranks = on_two_processes(tmp_path, cases)
+    for number, (name, model, changes, cls, _) in enumerate(cases):
+        method = build_method(name, tmp_path, MODELS[model], cls=cls, **changes)
+        whole = run_step(method, make_batch(method.view_plan, BATCH), ALONE)
+        for rank in ranks:
+            if cls is WrongCount:
+                with pytest.raises(AssertionError):
+                    assert_equal_steps(whole, rank[number])
+            else:
+                assert_equal_steps(whole, rank[number])
