@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Suppress, arg
 
 from coalign.optim import OptimiserConfig
 
@@ -13,10 +18,8 @@ from coalign.optim import OptimiserConfig
 class TrainConfig:
     """Everything that a run depends on besides its data. A recipe fills it; options on the command line override single values."""
 
-    method: str
-    """The training method."""
-    method_config: Any
-    """The method's own settings (shown as its own group of options)."""
+    method: Suppress[str]
+    method_config: Suppress[Any]  # the method's own frozen dataclass
     model: str = "ViT-B-32"
     """Towers: an open_clip model name, a JSON file in open_clip's form, `timm:TRUNK`, or one of ours (`small`)."""
     pretrained: str | None = None
@@ -33,7 +36,7 @@ class TrainConfig:
     """Pairs held in memory at once, a process; the gradient stays that of the whole batch."""
     epochs: float = 32
     """Passes over the training pairs."""
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimiser: Annotated[OptimiserConfig, arg(name="")] = field(default_factory=OptimiserConfig)
     """The optimiser's settings."""
     max_grad_norm: float | None = None
     """Clip the gradient to this norm."""
@@ -63,3 +66,31 @@ class TrainConfig:
     """Stop when more than this share of the samples seen cannot be read."""
     max_non_finite: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
+
+
+# ---------------------------------------------------------------- as JSON
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, for `from_json` and for people."""
+    return asdict(config, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items})
+
+
+def from_json(cls: Any, value: Any) -> Any:
+    """The configuration of type `cls` that `to_json` wrote. Unknown names are a TypeError."""
+    if typing.get_origin(cls) is Annotated:
+        return from_json(typing.get_args(cls)[0], value)
+    if is_dataclass(cls) and isinstance(value, dict):
+        hints = typing.get_type_hints(cls, include_extras=True)
+        unknown = set(value) - {f.name for f in fields(cls)}
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+        return cls(**{name: from_json(hints[name], item) for name, item in value.items()})
+    if typing.get_origin(cls) in (types.UnionType, typing.Union):
+        kinds = [kind for kind in typing.get_args(cls) if kind is not type(None)]
+        return None if value is None else from_json(kinds[0], value)
+    if typing.get_origin(cls) is tuple:
+        return tuple(value)
+    if typing.get_origin(cls) is Mapping:
+        return {name: from_json(typing.get_args(cls)[1], item) for name, item in value.items()}
+    return Path(value) if cls is Path else value

@@ -35,6 +35,10 @@ class Method(nn.Module, ABC):
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:  # noqa: B027
         """What moves after the optimiser: scale clamps, EMA, queues. Not called for a skipped step."""
 
+    def scalars(self) -> dict[str, Tensor]:
+        """Numbers worth following during training, such as the logit scale."""
+        return {}
+
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [batch, 3, size, size], the evaluation view -> normalised embeds [batch, dim]."""

@@ -6,7 +6,7 @@ import torch
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import GroupedBatchNorm2d
-from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower, model_config, model_names
+from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower, group_by_length, model_config, model_names
 
 TINY = {
     "embed_dim": 24,
@@ -51,12 +51,36 @@ def test_padding_changes_no_caption(tiny, attention, pooling):
     ids = torch.randint(1, 49406, (3, 9))
     padded = torch.zeros(3, 77, dtype=torch.long)  # id 0 is also the token "!"
     padded[:, :9] = ids
-    together = tower(ids, lengths)
+    together = tower(ids, lengths, with_tokens=True)
     torch.testing.assert_close(tower(padded, lengths).pooled, together.pooled)
     for row, length in enumerate(lengths.tolist()):
-        alone = tower(ids[row : row + 1, :length], lengths[row : row + 1])
+        alone = tower(ids[row : row + 1, :length], lengths[row : row + 1], with_tokens=True)
         torch.testing.assert_close(alone.pooled[0], together.pooled[row])
         torch.testing.assert_close(alone.tokens[0], together.tokens[row, :length])
+
+
+@pytest.mark.parametrize(("attention", "pooling"), [("causal", "end"), ("bidirectional", "start"), ("bidirectional", "mean")])
+def test_groups_by_length_give_each_caption_its_own_output(tiny, attention, pooling):
+    torch.manual_seed(0)
+    tower = build_text_tower(tiny, attention, pooling).double()
+    lengths = torch.randint(3, 60, (70,))
+    ids = torch.randint(1, 49406, (70, 77))
+    together = tower(ids, lengths, with_tokens=True)
+    assert together.tokens.shape == (70, 77, 32)
+    for row in range(70):
+        alone = tower._encode(ids[row : row + 1, : lengths[row]], lengths[row : row + 1], True)
+        torch.testing.assert_close(together.pooled[row], alone.pooled[0])
+        torch.testing.assert_close(together.tokens[row, : lengths[row]], alone.tokens[0])
+        assert together.tokens[row, lengths[row] :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("lengths", [[5], [5] * 40, list(range(3, 77)), [4] * 30 + [77]])
+def test_length_groups(lengths):
+    groups = group_by_length(lengths)
+    assert sorted(row for group in groups for row in group.rows) == list(range(len(lengths)))
+    assert all(group.longest == max(lengths[row] for row in group.rows) for group in groups)
+    assert all(len(group.rows) >= 8 for group in groups[:-1])
+    assert sum(len(group.rows) * group.longest for group in groups) <= 1.3 * sum(lengths) + 8 * 77
 
 
 def test_attention_direction(tiny):
@@ -66,7 +90,7 @@ def test_attention_direction(tiny):
     changed[0, -1] += 1
     lengths = torch.tensor([6])
     causal, both = build_text_tower(tiny, "causal", "end").double(), build_text_tower(tiny, "bidirectional", "start").double()
-    torch.testing.assert_close(causal(ids, lengths).tokens[:, :-1], causal(changed, lengths).tokens[:, :-1])
+    torch.testing.assert_close(causal(ids, lengths, True).tokens[:, :-1], causal(changed, lengths, True).tokens[:, :-1])
     assert not torch.allclose(both(ids, lengths).pooled, both(changed, lengths).pooled)
 
 

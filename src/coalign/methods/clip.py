@@ -50,6 +50,9 @@ class CLIP(Method):
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
         self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
 
+    def scalars(self) -> dict[str, Tensor]:
+        return {"logit_scale": self.log_logit_scale.detach().exp()}
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import group_batch_norms
@@ -50,14 +52,15 @@ class ImageTower(nn.Module):
 
 class TextFeatures(NamedTuple):
     pooled: Tensor  # [batch, width]
-    tokens: Tensor  # [batch, token, width], after the final norm; rows beyond a caption's length mean nothing
+    tokens: Tensor | None  # [batch, token, width], after the final norm, zero beyond a caption's length
 
 
 class TextTower(nn.Module):
     """open_clip's text Transformer with our forward: any length up to the context, padding by length, three poolings.
 
     `attention` "bidirectional" masks padding. `pooling`: "end" (CLIP), "start" (UniCLIP; needs bidirectional attention), "mean" over the
-    caption's tokens. An output depends on a caption's own tokens only, so trimming a batch to its longest caption changes nothing.
+    caption's tokens. An output depends on a caption's own tokens only. So captions of similar length are encoded together, each group
+    trimmed to its longest, which changes nothing but the time: most captions use a sixth of the positions.
     """
 
     def __init__(
@@ -76,12 +79,24 @@ class TextTower(nn.Module):
         self.heads = transformer.heads
         self.projection = projection or _projection(self.width, embed_dim)
 
-    def forward(self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"]) -> TextFeatures:
-        tower, num_tokens = self.transformer, ids.shape[1]
-        if num_tokens > self.context_length:
-            raise ValueError(f"{num_tokens} tokens, but the text tower has {self.context_length} positions")
-        x = tower.token_embedding(ids) + tower.positional_embedding[:num_tokens]  # [batch, token, width]
-        valid = torch.arange(num_tokens, device=ids.device) < lengths[:, None]  # [batch, token]
+    def forward(
+        self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"], with_tokens: bool = False
+    ) -> TextFeatures:
+        if ids.shape[1] > self.context_length:
+            raise ValueError(f"{ids.shape[1]} tokens, but the text tower has {self.context_length} positions")
+        groups = group_by_length(lengths.tolist())
+        if len(groups) == 1 and groups[0].longest == ids.shape[1]:
+            return self._encode(ids, lengths, with_tokens)
+        rows = [torch.tensor(group.rows, device=ids.device) for group in groups]
+        parts = [self._encode(ids[row, : group.longest], lengths[row], with_tokens) for row, group in zip(rows, groups)]
+        order = torch.cat(rows).argsort()
+        tokens = [F.pad(part.tokens, (0, 0, 0, ids.shape[1] - part.tokens.shape[1])) for part in parts if part.tokens is not None]
+        return TextFeatures(torch.cat([part.pooled for part in parts])[order], torch.cat(tokens)[order] if tokens else None)
+
+    def _encode(self, ids: Tensor, lengths: Tensor, with_tokens: bool) -> TextFeatures:
+        tower = self.transformer
+        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]  # [batch, token, width]
+        valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [batch, token]
         tokens = tower.ln_final(tower.transformer(x, attn_mask=self._mask(valid, x.dtype)))
         if self.pooling == "end":
             pooled = tokens[torch.arange(len(ids), device=ids.device), lengths - 1]
@@ -89,7 +104,7 @@ class TextTower(nn.Module):
             pooled = tokens[:, 0]
         else:
             pooled = (tokens * valid[..., None]).sum(1) / lengths[:, None].to(tokens.dtype)
-        return TextFeatures(pooled, tokens)
+        return TextFeatures(pooled, tokens * valid[..., None] if with_tokens else None)
 
     def _mask(self, valid: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Tensor:
         num_tokens = valid.shape[1]
@@ -97,6 +112,27 @@ class TextTower(nn.Module):
             return torch.full((num_tokens, num_tokens), -torch.inf, dtype=dtype, device=valid.device).triu_(1)
         mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
         return mask[:, None, :].expand(-1, num_tokens, -1).repeat_interleave(self.heads, 0)  # [batch·heads, token, token]
+
+
+class LengthGroup(NamedTuple):
+    rows: list[int]
+    longest: int
+
+
+def group_by_length(lengths: Sequence[int], smallest: int = 8) -> list[LengthGroup]:
+    """Rows in groups of similar length, each but the last of at least `smallest` rows, shortest first.
+
+    A new group begins where a caption is more than a quarter longer than the group's first.
+    """
+    groups: list[LengthGroup] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        last = groups[-1] if groups else None
+        if last and (len(last.rows) < smallest or lengths[row] <= 1.25 * lengths[last.rows[0]] + 1):
+            last.rows.append(row)
+            groups[-1] = LengthGroup(last.rows, lengths[row])
+        else:
+            groups.append(LengthGroup([row], lengths[row]))
+    return groups
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:

@@ -42,6 +42,14 @@ class World:
         dist.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -1,0 +1,105 @@
+"""Hugging Face `datasets`: saved on disk, local Parquet files with the images inside, or by hub id. Needs the extra
+`hf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coalign.data.common import (
+    Problems,
+    Splits,
+    canonical_split,
+    caption_values,
+    clean_captions,
+    read_image_file,
+    tag_values,
+)
+from coalign.data.tabular import choose_columns
+from coalign.errors import BadSample, UserError
+from coalign.types import Record
+
+
+class HFSource:
+    """All splits of a dataset one after another; images stay encoded until `image` asks for them."""
+
+    def __init__(self, name: str, parts: dict[str, Any]) -> None:
+        from datasets import Image
+
+        self.name = name
+        self.problems: Problems = []
+        features = next(iter(parts.values())).features
+        encoded = [column for column, feature in features.items() if isinstance(feature, Image)]
+        self.columns = choose_columns(name, list(features), image_column=encoded[0] if encoded else None)
+        image = self.columns.image
+        self._images = [part.with_format(None).select_columns([image]) for part in parts.values()]
+        if encoded:
+            self._images = [part.cast_column(image, Image(decode=False)) for part in self._images]
+        self._texts = [part.with_format(None).remove_columns(encoded) for part in parts.values()]
+        self._ends = np.cumsum([len(part) for part in parts.values()])
+        self._names = list(parts)
+        bounds = zip(self._names, [0, *self._ends], self._ends)
+        ranges = {canonical_split(split) or split: np.arange(start, end) for split, start, end in bounds}
+        self.splits: Splits | None = ranges if set(ranges) - {"train"} else None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - (int(self._ends[part - 1]) if part else 0)
+
+    def record(self, index: int) -> Record:
+        part, row_number = self._locate(index)
+        row = self._texts[part][row_number]
+        key = f"{self._names[part]}/{row_number}"
+        captions = clean_captions([raw for name in self.columns.captions for raw in caption_values(row[name])], key)
+        tags = tag_values(row[self.columns.tags]) if self.columns.tags else ()
+        used = (self.columns.image, self.columns.tags, self.columns.split, *self.columns.captions)
+        return Record(key, captions, tags, {name: value for name, value in row.items() if name not in used})
+
+    def image(self, index: int) -> bytes:
+        part, row_number = self._locate(index)
+        value = self._images[part][row_number][self.columns.image]
+        if isinstance(value, dict):
+            if value.get("bytes") is not None:
+                return value["bytes"]
+            value = value.get("path")
+        if not isinstance(value, str):
+            raise BadSample("no image", f"{self._names[part]}/{row_number}")
+        return read_image_file(value)
+
+
+def open_hf(spec: str) -> HFSource:
+    """A folder written by `save_to_disk`, a Parquet file or a folder of them with the images inside, or a hub id
+    "owner/name"."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f'{spec} needs the extra "hf": pip install "coalign[hf]"') from None
+    path = Path(spec)
+    try:
+        if is_saved_dataset(path):
+            data = datasets.load_from_disk(spec)
+        elif path.is_file():
+            data = datasets.load_dataset("parquet", data_files=spec)
+        else:
+            data = datasets.load_dataset(spec)
+    except (
+        Exception
+    ) as error:  # the library raises many kinds: no such data set, no network, no right to read it, broken files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot open the Hugging Face data set {spec}: {reason[0]}") from None
+    parts = dict(data) if isinstance(data, datasets.DatasetDict) else {"train": data}
+    parts = {str(split): part for split, part in parts.items() if len(part)}
+    if not parts:
+        raise UserError(f"no rows in the Hugging Face data set {spec}: there is nothing to train on")
+    return HFSource(spec, parts)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )

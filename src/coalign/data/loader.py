@@ -1,0 +1,344 @@
+"""The loader: which samples and views a step sees, as a pure function of (seed, step), whoever computes it.
+
+The state of a run's data is its step number: nothing is replayed on resume, any number of workers gives the same
+batches, and ranks hold consecutive slices of one global batch. Workers fill chunks of a batch, which bounds what is in
+flight and lets several workers share a batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalign.data.image_views import make_views
+from coalign.data.order import order
+from coalign.data.randomness import generator, stable_hash
+from coalign.data.text_views import choose_caption, text_view
+from coalign.data.tokenizer import Tokenizer
+from coalign.data.workers import fetch_all
+from coalign.errors import BadSample, UserError
+from coalign.types import EVALUATION, AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
+
+CHUNK = 64  # samples that a worker fetches at a time; more where a batch would otherwise be in more than MAX_CHUNKS
+MAX_CHUNKS = 64  # each takes a file descriptor while it is on its way
+MAX_ATTEMPTS = 20  # replacements that are tried for one bad sample
+_PARAMS = len(AugmentationParams().vector())
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """One sample that could not be used."""
+
+    key: str
+    reason: str
+    detail: str
+    epoch: int
+
+
+@dataclass
+class LoadedBatch:
+    """A batch, and the samples that were bad and replaced in it."""
+
+    batch: Batch
+    bad: list[BadEntry]
+
+
+@dataclass
+class _Chunk:
+    """Consecutive samples of a batch, as a worker gives them: only one tensor, the rest goes by value."""
+
+    pixels: Tensor  # uint8 [view, sample, 3, size, size]
+    rows: np.ndarray  # structured [sample]
+    tags: list[list[int]]
+    bad: list[BadEntry]
+
+
+# ---------------------------------------------------------------- pairs for training
+
+
+class PairLoader:
+    """Batches of one rank, addressed by step.
+
+    `indices` are the source's samples that may be used; `batch_size` is the global batch, of which this rank loads its
+    consecutive share. An epoch's last incomplete batch is dropped. A bad sample is replaced by one that depends on
+    (seed, epoch, sample, attempt) alone. A sample without captions is bad if the plan has texts and no tags.
+
+    An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
+    view from text/NAME; the caption, which all text views of a sample share, is drawn from "caption". `caption_ids` are
+    equal where the chosen captions are equal character for character; a sample without any has an id of its own.
+    Stored paraphrases are looked up in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        plan: ViewPlan,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        tag_vocabulary: Mapping[str, int] | None = None,
+        patch_grid: tuple[int, int] | None = None,
+    ) -> None:
+        _check_sizes(len(indices), batch_size, world_size)
+        if plan.tags and tag_vocabulary is None:
+            raise ValueError("a plan with tags needs tag_vocabulary")
+        if plan.patch_ranks and patch_grid is None:
+            raise ValueError("a plan with patch_ranks needs patch_grid")
+        self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices, np.int64), plan, tokenizer
+        self.image_size, self.context_length, self.batch_size, self.seed = image_size, context_length, batch_size, seed
+        self.workers, self.rank = workers, rank
+        self.steps_per_epoch = len(indices) // batch_size
+        self._vocabulary = tag_vocabulary or {}
+        self._local = batch_size // world_size
+        self._chunk_size = max(CHUNK, -(-self._local // MAX_CHUNKS))
+        self._chunks = -(-self._local // self._chunk_size)  # in this rank's share of a batch
+        self._row = _row_type(plan, context_length, patch_grid if plan.patch_ranks else None)
+
+    def batches(self, start_step: int, stop_step: int) -> Generator[LoadedBatch, None, None]:
+        """The batches of steps start_step … stop_step - 1; step s is batch s % steps_per_epoch of its epoch.
+
+        UserError when no usable replacement is found for a bad sample. Closing the iterator ends its workers.
+        """
+        tasks = range(start_step * self._chunks, stop_step * self._chunks)
+        chunks: list[_Chunk] = []
+        with closing(fetch_all(self._chunk, tasks, self.workers, ahead=self._chunks)) as fetched:
+            for chunk in fetched:
+                chunks.append(chunk)
+                if len(chunks) == self._chunks:
+                    yield LoadedBatch(self._join(chunks), [entry for chunk in chunks for entry in chunk.bad])
+                    chunks = []
+
+    def _chunk(self, task: int) -> _Chunk:
+        step, number = divmod(task, self._chunks)
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        first = batch * self.batch_size + self.rank * self._local
+        start, stop = number * self._chunk_size, min((number + 1) * self._chunk_size, self._local)
+        positions = np.arange(first + start, first + stop)
+        indices = self.indices[order(len(self.indices), self.seed, epoch)[positions]]
+
+        pixels = np.empty((len(self.plan.images), len(indices), 3, self.image_size, self.image_size), np.uint8)
+        rows = np.zeros(len(indices), self._row)
+        rows["labels"] = -100
+        chunk = _Chunk(torch.from_numpy(pixels), rows, [], [])
+        for place, index in enumerate(indices.tolist()):
+            self._fill(chunk, pixels[:, place], rows[place], index, epoch)
+        return chunk
+
+    def _fill(self, chunk: _Chunk, pixels: np.ndarray, row: np.void, index: int, epoch: int) -> None:
+        """Put the sample, or what replaces it, in its place."""
+        candidate = index
+        tried: list[BadEntry] = []
+        for attempt in range(MAX_ATTEMPTS + 1):
+            key = f"{self.source.name}[{candidate}]"  # until the record names itself
+            try:
+                record = self.source.record(candidate)
+                key = record.key
+                chunk.tags.append(self._sample(record, pixels, row, candidate, epoch, occurrence=attempt))
+                chunk.bad += tried
+                return
+            except BadSample as bad:
+                tried.append(BadEntry(key, bad.reason, bad.detail, epoch))
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(f"while loading sample {key!r}")
+                raise
+            candidate = int(self.indices[stable_hash(self.seed, epoch, index, attempt) % len(self.indices)])
+        raise UserError(_unusable(self.source.name, tried))
+
+    def _sample(
+        self, record: Record, pixels: np.ndarray, row: np.void, index: int, epoch: int, occurrence: int
+    ) -> list[int]:
+        """Make one sample's views, then write them into its pixels [view, …] and its row; returns its tags."""
+
+        def draw(name: str) -> np.random.Generator:
+            return generator(self.seed, epoch, index, occurrence, name)
+
+        texts, caption_id = self._texts(record, index, draw)
+        images = make_views(self.source.image(index), self.plan.images, draw, self.image_size)
+
+        row["index"], row["caption_id"], row["has_caption"] = index, caption_id, bool(record.captions)
+        for view, (image, params) in enumerate(images[name] for name in self.plan.images):
+            pixels[view] = image.numpy()
+            row["params"][view] = params.vector()
+        for view, (ids, labels) in enumerate(texts):
+            row["lengths"][view] = len(ids)
+            row["ids"][view, : len(ids)] = ids
+            if labels is not None:
+                row["labels"][view, : len(labels)] = labels
+        if self.plan.patch_ranks:
+            for view, name in enumerate(self.plan.images):
+                draw(f"{name}/patches").random(dtype=np.float32, out=row["patch_ranks"][view])
+        return sorted({self._vocabulary[tag] for tag in record.tags if tag in self._vocabulary})
+
+    def _texts(
+        self, record: Record, index: int, draw: Callable[[str], np.random.Generator]
+    ) -> tuple[list[tuple[list[int], list[int] | None]], int]:
+        """(ids, labels) of the plan's text views, and the caption's id."""
+        if not record.captions:
+            if self.plan.texts and not self.plan.tags:
+                raise BadSample("no caption")
+            empty = self.tokenizer.encode("", self.context_length)
+            return [(empty, None) for _ in self.plan.texts], stable_hash("no caption", index)
+        caption = choose_caption(record.captions, draw("caption"))
+        paraphrases = record.facts.get("paraphrases", {}).get(caption, ())
+        views = [
+            text_view(caption, policy, draw(f"text/{name}"), self.tokenizer, self.context_length, paraphrases)
+            for name, policy in self.plan.texts.items()
+        ]
+        return [(view.ids, view.labels) for view in views], stable_hash(caption)
+
+    def _join(self, chunks: list[_Chunk]) -> Batch:
+        rows = np.concatenate([chunk.rows for chunk in chunks])
+        images, texts = {}, {}
+        for view, name in enumerate(self.plan.images):
+            images[name] = ImageView(
+                pixels=_join_pixels(chunks, view),
+                params=_tensor(rows["params"][:, view], np.float32),
+                patch_ranks=_tensor(rows["patch_ranks"][:, view], np.float32) if self.plan.patch_ranks else None,
+            )
+        for view, (name, policy) in enumerate(self.plan.texts.items()):
+            lengths = rows["lengths"][:, view]
+            longest = lengths.max()
+            texts[name] = TextView(
+                ids=_tensor(rows["ids"][:, view, :longest]),
+                lengths=_tensor(lengths),
+                labels=_tensor(rows["labels"][:, view, :longest]) if policy.mask_p > 0 else None,
+            )
+        tags = [sample for chunk in chunks for sample in chunk.tags]
+        return Batch(
+            indices=_tensor(rows["index"]),
+            images=images,
+            texts=texts,
+            caption_ids=_tensor(rows["caption_id"]),
+            has_caption=_tensor(rows["has_caption"], np.bool_),
+            tags=_padded(tags) if self.plan.tags else None,
+        )
+
+
+def _join_pixels(chunks: list[_Chunk], view: int) -> Tensor:
+    """One view of all chunks, in memory that a GPU can read while the host goes on."""
+    parts = [chunk.pixels[view] for chunk in chunks]
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(parts, out=torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+
+
+def _row_type(plan: ViewPlan, context_length: int, patch_grid: tuple[int, int] | None) -> np.dtype:
+    """All of a sample but its pixels and tags, as one fixed-size row: cheap to send, and joined in one copy."""
+    images, texts = len(plan.images), len(plan.texts)
+    fields: list[Any] = [
+        ("index", np.int64),
+        ("caption_id", np.int64),
+        ("has_caption", np.bool_),
+        ("params", np.float32, (images, _PARAMS)),
+        ("lengths", np.int32, (texts,)),
+        ("ids", np.int32, (texts, context_length)),
+        ("labels", np.int32, (texts, context_length)),
+    ]
+    if patch_grid is not None:
+        fields.append(("patch_ranks", np.float32, (images, *patch_grid)))
+    return np.dtype(fields, align=True)
+
+
+def _tensor(values: np.ndarray, dtype: type = np.int64) -> Tensor:
+    tensor = torch.from_numpy(values.astype(dtype, order="C"))
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def _padded(tags: list[list[int]]) -> Tensor:
+    padded = np.full((len(tags), max([1, *map(len, tags)])), -1, np.int64)
+    for row, sample in zip(padded, tags):
+        row[: len(sample)] = sample
+    return _tensor(padded)
+
+
+def _check_sizes(pairs: int, batch_size: int, world_size: int) -> None:
+    if pairs < 2:
+        found = "no train pairs" if pairs == 0 else "one train pair"
+        raise UserError(f"The data has {found}, but contrastive training needs at least two: add data.")
+    if batch_size < 2:
+        raise UserError(f"--batch-size {batch_size} is too small: contrastive training needs at least 2.")
+    if batch_size % world_size:
+        larger = -(-batch_size // world_size) * world_size
+        raise UserError(
+            f"--batch-size {batch_size} cannot be shared equally by {world_size} processes; use --batch-size {larger}."
+        )
+    if batch_size > pairs:
+        largest = pairs // world_size * world_size
+        advice = f"use --batch-size {largest} or less" if largest else f"use at most {pairs} processes"
+        raise UserError(f"The data has {pairs:,} train pairs, fewer than --batch-size {batch_size:,}; {advice}.")
+
+
+def _unusable(source: str, tried: list[BadEntry]) -> str:
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(bad.reason for bad in tried).most_common())
+    return (
+        f"The data in {source} seems unusable: {len(tried)} samples in a row were all bad ({reasons}), "
+        f"for example {tried[0].key!r}; run `coalign data check` on it."
+    )
+
+
+# ---------------------------------------------------------------- images for evaluation, and tags
+
+
+def image_batches(
+    source: Source, indices: Sequence[int] | np.ndarray, image_size: int, batch_size: int = 256, workers: int = 0
+) -> Generator[tuple[list[int], Tensor, list[BadEntry]], None, None]:
+    """The evaluation view of each of `indices`, in order: (indices, uint8 pixels [b, 3, size, size], bad samples).
+
+    Bad samples are left out of the first two and listed in the third, with epoch 0; b may be 0.
+    """
+    make = partial(_image_batch, source, np.asarray(indices, np.int64), image_size, batch_size)
+    return fetch_all(make, range(-(-len(indices) // batch_size)), workers, ahead=workers)
+
+
+def _image_batch(
+    source: Source, indices: np.ndarray, size: int, batch_size: int, task: int
+) -> tuple[list[int], Tensor, list[BadEntry]]:
+    batch = indices[task * batch_size : (task + 1) * batch_size].tolist()
+    pixels = np.empty((len(batch), 3, size, size), np.uint8)
+    good: list[int] = []
+    bad: list[BadEntry] = []
+    for index in batch:
+        try:
+            draw = partial(generator, 0, 0, index, 0)
+            view, _ = make_views(source.image(index), {"evaluation": EVALUATION}, draw, size)["evaluation"]
+            pixels[len(good)] = view.numpy()
+            good.append(index)
+        except BadSample as error:
+            bad.append(BadEntry(_key(source, index), error.reason, error.detail, 0))
+    return good, torch.from_numpy(pixels[: len(good)]), bad
+
+
+def _key(source: Source, index: int) -> str:
+    try:
+        return source.record(index).key
+    except BadSample:
+        return f"{source.name}[{index}]"
+
+
+def tag_vocabulary(source: Source, indices: Sequence[int] | np.ndarray, size: int) -> dict[str, int]:
+    """The `size` most frequent tags and their ids, most frequent first, ties by alphabet. Bad samples count nothing."""
+    counts: Counter[str] = Counter()
+    for index in np.asarray(indices).tolist():
+        with suppress(BadSample):
+            counts.update(set(source.record(index).tags))
+    ranked = sorted(counts, key=lambda tag: (-counts[tag], tag))
+    return {tag: number for number, tag in enumerate(ranked[:size])}

@@ -1,0 +1,106 @@
+"""`open_source`: one argument for every kind of data."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from coalign.data.common import choose_split, is_image_name, printable
+from coalign.data.folder import FolderSource
+from coalign.data.hf import is_saved_dataset, open_hf
+from coalign.data.shards import open_shards, shards_in
+from coalign.data.splits import assign_splits
+from coalign.data.tabular import is_coco, load_json, open_coco, open_table
+from coalign.errors import UserError
+from coalign.types import Source
+
+_TABLES_IN_FOLDERS = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
+_TABLE_TYPES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_RECOGNISED = (
+    "a folder of images, a CSV, TSV, JSONL or Parquet table, .tar shards, COCO captions JSON, "
+    "a saved Hugging Face data set, hf:owner/name, coco:captions.json:images, or scenes"
+)
+
+
+def open_source(
+    spec: str,
+    split: str | None = None,
+    *,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] | None = None,
+    tags_column: str | None = None,
+) -> Source:
+    """The data that `spec` names: a path, a shard pattern, "scenes…", "hf:…" or "coco:…".
+
+    `split` takes one part of it: of the source's own splits, or of those that `assign_splits` makes. The columns
+    matter to tables only. Raises UserError for what is absent, empty or of an unknown kind.
+    """
+    if spec == "scenes" or spec.startswith("scenes:"):
+        from coalign.data.scenes import open_scenes
+
+        return open_scenes(spec.partition(":")[2], split)
+    source = _open(spec, image_column, caption_columns, tags_column)
+    if split is None:
+        return source
+    return choose_split(source, split, assign_splits(source)[0])
+
+
+def _open(
+    spec: str, image_column: str | None, caption_columns: Sequence[str] | None, tags_column: str | None
+) -> Source:
+    if spec.startswith("hf:"):
+        return open_hf(spec[3:])
+    if spec.startswith("coco:"):
+        captions, _, images = spec[5:].partition(":")
+        return open_coco(_existing(captions), Path(images) if images else None)
+    spec = os.path.expanduser(spec)
+    if not os.path.exists(spec) and any(mark in spec for mark in "{*?["):
+        if not spec.endswith(".tar"):
+            raise UserError(f"the pattern {spec} does not end with .tar: patterns are for tar shards")
+        return open_shards(spec)
+    path = _existing(spec)
+    if path.is_dir():
+        return _open_folder(path, image_column, caption_columns, tags_column)
+    kind = path.suffix.lower()
+    if path.name.lower().endswith((".tar", *_COMPRESSED_TARS)):  # the index says what to do with a compressed one
+        return open_shards(spec)
+    if kind == ".json" and is_coco(load_json(path)):
+        return open_coco(path)
+    if kind in _TABLE_TYPES or kind == ".json":
+        return open_table(path, image_column, caption_columns, tags_column)
+    raise UserError(f"{path} is of a type that is not recognised; coalign reads {_RECOGNISED}")
+
+
+def _open_folder(
+    path: Path, image_column: str | None, caption_columns: Sequence[str] | None, tags_column: str | None
+) -> Source:
+    if is_saved_dataset(path):
+        return open_hf(str(path))
+    for name in _TABLES_IN_FOLDERS:
+        if (path / name).is_file():
+            return open_table(path / name, image_column, caption_columns, tags_column)
+    if shards_in(str(path)):
+        return open_shards(str(path))
+    compressed = sorted(name for name in os.listdir(path) if name.endswith(_COMPRESSED_TARS))
+    if compressed and not any(is_image_name(name) for name in os.listdir(path)):
+        raise UserError(
+            f"{path} holds compressed shards such as {compressed[0]}, whose samples have no addresses; "
+            "unpack them to plain .tar"
+        )
+    return FolderSource(path)
+
+
+def _existing(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    present = path
+    while not present.parent.exists():
+        present = present.parent
+    siblings = os.listdir(present.parent) if present.parent.is_dir() else []
+    near = difflib.get_close_matches(present.name, siblings, n=1)
+    hint = f"; did you mean {present.parent / near[0]}?" if near else f"; coalign reads {_RECOGNISED}"
+    raise UserError(f"there is no {printable(spec)}{hint}")

@@ -1,0 +1,71 @@
+"""Embeddings of a whole data set by any pair of encode callables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coalign.errors import UserError
+from coalign.types import DualEncoder
+
+
+@dataclass
+class ImageEmbeds:
+    """Rows of images that could be read, and the list of those that could not."""
+
+    embeds: Tensor  # float32 [image, dim], normalised, on the CPU
+    indices: list[int]  # of each row in its source
+    bad: list[Any] = field(default_factory=list)  # what the loader says of each unreadable image
+
+
+@torch.no_grad()
+def embed_images(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:
+    """Embeds the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `data.loader.image_batches`."""
+    parts: list[Tensor] = []
+    indices: list[int] = []
+    bad: list[Any] = []
+    for batch_indices, pixels, batch_bad in batches:
+        bad.extend(batch_bad)
+        if len(batch_indices):
+            parts.append(_normalised(model.encode_image(pixels), len(batch_indices), f"{model.name}: image"))
+            indices.extend(batch_indices)
+    if not parts:
+        raise UserError(f"There is nothing to evaluate: the data gave no readable image ({len(bad)} bad).")
+    return ImageEmbeds(torch.cat(parts), indices, bad)
+
+
+@torch.no_grad()
+def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """float32 [text, dim], normalised, on the CPU. Equal texts are encoded once and get equal rows."""
+    if not texts:
+        raise UserError("There is nothing to evaluate: the data gave no caption.")
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))  # by length, so that a batch needs little padding
+    parts = []
+    for start in range(0, len(distinct), batch_size):
+        batch = distinct[start : start + batch_size]
+        parts.append(_normalised(model.encode_text(batch), len(batch), f"{model.name}: text"))
+    row = {text: i for i, text in enumerate(distinct)}
+    return torch.cat(parts)[[row[text] for text in texts]]
+
+
+def _normalised(embeds: Tensor, rows: int, what: str) -> Tensor:
+    if embeds.ndim != 2 or len(embeds) != rows:
+        raise ValueError(f"{what} encoder gave shape {tuple(embeds.shape)} for {rows} inputs; [batch, dim] is expected")
+    embeds = embeds.detach().float().cpu()
+    require_finite(embeds, what)
+    return F.normalize(embeds, dim=-1)
+
+
+def require_finite(embeds: Tensor, what: str) -> None:
+    """UserError if a row of [item, dim] holds NaN or infinity."""
+    broken = int((~torch.isfinite(embeds).all(dim=-1)).sum())
+    if broken:
+        raise UserError(
+            f"{what} embeddings are not finite for {broken} of {len(embeds)} inputs; "
+            "the weights are broken or the precision is too low."
+        )

@@ -1,0 +1,314 @@
+"""Figures of a run, as matplotlib `Figure` objects. No pyplot: nothing is global, nothing needs a display."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+INK, SOFT, LINE = "#1c2430", "#5b6675", "#dfe4ea"
+# Told apart by the colour-blind, and by lightness in a grey print.
+PALETTE = ("#2b5c8a", "#d1782f", "#3a9c8d", "#8b5fa8", "#b8962e", "#b4442c", "#6f7c8a", "#86b3dc")
+IMAGE_COLOUR, TEXT_COLOUR = PALETTE[0], PALETTE[1]
+BLUES = LinearSegmentedColormap.from_list("paper_to_blue", ["#f7f9fb", "#a9c6e0", "#2b5c8a", "#122c47"])
+RECALL, WAITING = "Recall and accuracy", "Share of time waiting for data"  # panels in per cent
+WIDTH = 9.2  # inches; the page's column
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One result of an evaluation. `kind` "rate": a fraction, shown in per cent; "rank": 1 is the best."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    chance: float | None = None
+    kind: Literal["rate", "rank"] = "rate"
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The rows of metrics.jsonl, a panel per group of keys; keys may be absent, values None. None: nothing to draw."""
+    panels = [(title, series) for title, series in _panels(rows) if series]
+    if not panels:
+        return None
+    steps_seen = [steps for _, series in panels for steps, _ in series.values()]
+    first, last = min(steps[0] for steps in steps_seen), max(steps[-1] for steps in steps_seen)
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = _figure(WIDTH, 2.5 * lines + 0.2)
+    for position, (title, series) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, position)
+        _style(axes, title)
+        for colour, (name, (steps, values)) in zip(PALETTE * len(series), series.items()):
+            _curve(axes, steps, values, name, colour)
+        if len(series) > 1 or next(iter(series)) != title:
+            axes.legend(frameon=False, fontsize=8, labelcolor=SOFT, handlelength=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        margin = 0.02 * (last - first) or 1.0
+        axes.set_xlim(first - margin, last + margin)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+        axes.yaxis.get_offset_text().set(size=8, color=SOFT)
+        if title in (RECALL, WAITING):
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(_percent())
+        if position > len(panels) - columns:
+            axes.set_xlabel("step", fontsize=9, color=SOFT)
+    return figure
+
+
+def metric_bars(rows: Sequence[MetricRow]) -> Figure:
+    """Rates with their intervals as horizontal bars; a tick marks chance."""
+    figure = _figure(WIDTH, 0.36 * len(rows) + 0.9)
+    axes = figure.add_subplot()
+    _style(axes)
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
+    places = np.arange(len(rows))[::-1]
+    values = np.array([row.value for row in rows])
+    spread = np.array([[row.value - row.low for row in rows], [row.high - row.value for row in rows]]).clip(min=0)
+    axes.barh(places, values, height=0.56, color=PALETTE[0], alpha=0.85)
+    axes.errorbar(values, places, xerr=spread, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3)
+    right = max((max(row.high, row.chance or 0) for row in rows), default=1.0) or 1.0
+    for place, row in zip(places, rows):
+        if row.chance is not None:
+            axes.plot([row.chance] * 2, [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2, zorder=4)
+        axes.text(row.high + 0.012 * right, place, percent(row.value), va="center", fontsize=9, color=INK)
+    if any(row.chance is not None for row in rows):
+        axes.plot([], [], color=PALETTE[1], linewidth=2.2, label="chance")
+    axes.errorbar([], [], xerr=[], fmt="none", ecolor=INK, elinewidth=1.1, capsize=3, label="95 % interval")
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=SOFT, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.set_yticks(places, [row.name for row in rows], fontsize=9, parse_math=False)
+    axes.tick_params(axis="y", length=0, colors=INK)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(0, right * 1.12)
+    axes.xaxis.set_major_formatter(_percent())
+    return figure
+
+
+def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images: Sequence[np.ndarray] = ()) -> Figure:
+    """Cosines [caption, image] of pairs in the same order: the diagonal should be the darkest of its row and column.
+
+    Captions stand on the left and images on top, where there are at most 24 pairs.
+    """
+    n = len(cosines)
+    captions, images = (captions, images) if n <= 24 else ((), ())
+    side = min(5.2, 0.5 * n)  # all in inches
+    left, bottom, top = (3.1, 0.15, 0.15 + 1.1 * side / n) if len(captions) else (0.4, 0.4, 0.15)
+    width, height = left + side + 0.95, bottom + side + top
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    drawn = axes.imshow(cosines, cmap=BLUES, interpolation="nearest")
+    _bare(axes)
+    axes.set_xticks([])
+    axes.set_yticks(range(len(captions)), [_short(text, 38) for text in captions], fontsize=8, parse_math=False)
+    axes.tick_params(length=0, colors=INK)
+    if not len(captions):
+        axes.set_ylabel("captions", fontsize=9, color=SOFT)
+        axes.set_xlabel("images", fontsize=9, color=SOFT)
+    for column, image in enumerate(images):
+        inset = axes.inset_axes((column - 0.46, -1.5, 0.92, 0.92), transform=axes.transData)
+        inset.imshow(image, cmap="gray")
+        inset.axis("off")
+    if n <= 14:
+        middle = (float(np.max(cosines)) + float(np.min(cosines))) / 2
+        for i, j in np.ndindex(n, n):
+            colour = "white" if cosines[i, j] > middle else INK
+            weight = "bold" if i == j else "normal"
+            text = f"{cosines[i, j]:.2f}".replace("0.", ".").replace("-", "−")
+            axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour, fontweight=weight)
+    scale = figure.add_axes(((left + side + 0.12) / width, bottom / height, 0.13 / width, side / height))
+    bar = figure.colorbar(drawn, cax=scale)
+    bar.outline.set_visible(False)
+    scale.tick_params(labelsize=8, colors=SOFT, length=0)
+    scale.set_title("cosine", fontsize=8, color=SOFT, loc="left")
+    return figure
+
+
+def modality_gap(image_embeds: np.ndarray, text_embeds: np.ndarray) -> tuple[Figure, float]:
+    """Paired normalised embeddings [pair, dim] in their two main directions, and the distance of the two centroids.
+
+    The distance is Euclidean in the whole space (Liang et al. 2022); 0 is no gap, 2 the most.
+    """
+    both = np.concatenate([image_embeds, text_embeds]).astype(np.float64)
+    centred = both - both.mean(axis=0)
+    _, strengths, directions = np.linalg.svd(centred, full_matrices=False)
+    points = np.zeros((len(both), 2))
+    points[:, : min(2, len(directions))] = centred @ directions[:2].T
+    share = (strengths**2)[:2].sum() / max((strengths**2).sum(), 1e-30)
+    distance = float(np.linalg.norm(image_embeds.mean(axis=0) - text_embeds.mean(axis=0)))
+
+    figure = _figure(WIDTH * 0.72, 4.6)
+    axes = figure.add_subplot()
+    _style(axes)
+    images, texts = points[: len(image_embeds)], points[len(image_embeds) :]
+    for image, text in list(zip(images, texts))[:150]:
+        axes.plot([image[0], text[0]], [image[1], text[1]], color=LINE, linewidth=0.6, zorder=1)
+    for cloud, colour, name, marker in ((images, IMAGE_COLOUR, "images", "o"), (texts, TEXT_COLOUR, "captions", "^")):
+        axes.scatter(
+            cloud[:, 0], cloud[:, 1], s=13, color=colour, alpha=0.65, linewidths=0, label=name, marker=marker, zorder=2
+        )
+    ends = np.stack([images.mean(axis=0), texts.mean(axis=0)])
+    axes.plot(*ends.T, color=INK, linewidth=1.4, zorder=3)
+    axes.scatter(
+        ends[:, 0], ends[:, 1], s=70, color=[IMAGE_COLOUR, TEXT_COLOUR], edgecolors="white", linewidths=1.6, zorder=4
+    )
+    axes.set_title(f"centroids {distance:.2f} apart", fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(f"the two main directions hold {100 * share:.0f} % of the variance", fontsize=9, color=SOFT)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.grid(False)
+    axes.tick_params(labelbottom=False, labelleft=False, length=0)
+    axes.legend(frameon=False, fontsize=9, labelcolor=SOFT, loc="best")
+    return figure, distance
+
+
+def histogram(values: Mapping[str, np.ndarray], label: str) -> Figure:
+    """Distributions over the same bins, each scaled to its own total; values that are not finite are left out."""
+    kept = {name: np.asarray(v, dtype=np.float64)[np.isfinite(v)] for name, v in values.items()}
+    figure = _figure(WIDTH * 0.72, 2.9)
+    axes = figure.add_subplot()
+    _style(axes)
+    everything = np.concatenate(list(kept.values()) or [np.zeros(0)])
+    edges = np.histogram_bin_edges(everything, bins=min(60, max(10, int(len(everything) ** 0.5))))
+    for colour, (name, numbers) in zip(PALETTE * len(kept), kept.items()):
+        if len(numbers):
+            weights = np.full(len(numbers), 1 / len(numbers))
+            axes.hist(
+                numbers, edges.tolist(), weights=weights, color=colour, alpha=0.45, histtype="stepfilled", label=name
+            )
+            axes.hist(numbers, edges.tolist(), weights=weights, color=colour, linewidth=1.4, histtype="step")
+    axes.yaxis.set_major_formatter(_percent())
+    axes.set_xlabel(label, fontsize=9, color=SOFT)
+    if len(kept) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=SOFT)
+    return figure
+
+
+def confusion_matrix(confusion: np.ndarray, classnames: Sequence[str]) -> Figure:
+    """Counts [true, predicted], coloured by the share of the true class; names and counts only where they fit."""
+    n = len(classnames)
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = float(np.clip(0.42 * n, 2.4, 7.0))
+    figure = _figure(side + 2.2, side + 1.2)
+    axes = figure.add_subplot()
+    axes.imshow(share, cmap=BLUES, vmin=0, vmax=1, interpolation="nearest")
+    _bare(axes)
+    names = [_short(name, 22) for name in classnames] if n <= 50 else []
+    size = 8.5 if n <= 24 else 6
+    axes.set_xticks(
+        range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False
+    )
+    axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0, colors=INK)
+    axes.set_xlabel("predicted", fontsize=9, color=SOFT)
+    axes.set_ylabel("true", fontsize=9, color=SOFT)
+    if n <= 16:
+        for i, j in np.argwhere(confusion > 0):
+            colour = "white" if share[i, j] > 0.45 else INK
+            axes.text(j, i, f"{confusion[i, j]}", ha="center", va="center", fontsize=7.5, color=colour)
+    return figure
+
+
+def percent(value: float) -> str:
+    """A fraction in per cent with two significant digits where it is small, and one decimal elsewhere."""
+    shown = 100 * value
+    return f"{shown:.1f} %" if shown >= 0.95 or shown == 0 else f"{shown:.2g} %"
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]]:
+    """Panels of series by meaning; what is not known by name, such as a method's own scalars, has its own panel."""
+    known = {"step", "epoch", "samples", "seconds", "bad_samples", "pairs_per_second", "data_wait", "lr", "grad_norm"}
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    losses = [key for key in keys if key == "loss" or key.startswith("loss/") or key == "val/loss"]
+    recalls = [key for key in keys if key.startswith("val/") and not key.endswith(("loss", "rank"))]
+    others = [key for key in keys if key not in known and key not in losses and key not in recalls]
+    panels = [
+        ("Loss", {_nice(key): key for key in losses}),
+        (RECALL, {_nice(key): key for key in recalls}),
+    ]
+    panels += [("Learning rate", {"Learning rate": "lr"}), ("Gradient norm", {"Gradient norm": "grad_norm"})]
+    panels += [(_nice(key), {_nice(key): key}) for key in others]
+    panels += [("Pairs per second", {"Pairs per second": "pairs_per_second"})]
+    panels += [(WAITING, {WAITING: "data_wait"})]
+    series = [(title, {name: _series(rows, key) for name, key in names.items()}) for title, names in panels]
+    return [(title, {name: both for name, both in found.items() if len(both[0])}) for title, found in series]
+
+
+def _nice(key: str) -> str:
+    scope, _, name = key.rpartition("/")
+    words = (
+        name.replace("_", " ")
+        .replace(" to ", " → ")
+        .replace(" r1", " R@1")
+        .replace(" r5", " R@5")
+        .replace(" r10", " R@10")
+    )
+    if scope == "val":
+        return "held-out loss" if name == "loss" else words
+    if key == "loss":
+        return "training loss"
+    return words if scope else words[:1].upper() + words[1:]
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [
+        (row["step"], row[key])
+        for row in rows
+        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) and row.get("step") is not None
+    ]
+    steps, values = zip(*pairs) if pairs else ((), ())
+    return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour: str) -> None:
+    """Few points as dots on a line; many as a pale line with its running mean on top."""
+    if len(values) <= 40:
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.2, label=name)
+        return
+    window = max(3, len(values) // 40) | 1
+    padded = np.pad(values, window // 2, mode="reflect")
+    smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+    axes.plot(steps, smooth, color=colour, linewidth=1.7, label=name)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, title: str = "") -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(LINE)
+    axes.tick_params(labelsize=8.5, colors=SOFT, length=0)
+
+
+def _bare(axes: Axes) -> None:
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _percent() -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
+
+
+def _short(text: str, length: int) -> str:
+    """The text cut to about `length` Latin letters; an East Asian character takes the room of two."""
+    text = " ".join(text.split())
+    ends = np.cumsum([2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text])
+    return text if not text or ends[-1] <= length else text[: int((ends < length).sum())].rstrip() + "…"

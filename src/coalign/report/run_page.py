@@ -1,0 +1,232 @@
+"""The page of a training run: what came out, how it got there, what it looks like, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from coalign.report import figures
+from coalign.report.figures import MetricRow, percent
+from coalign.report.page import GalleryCell, Page
+
+
+@dataclass
+class Ranking:
+    """A query and its best answers, marked right or wrong."""
+
+    query: GalleryCell
+    answers: list[GalleryCell]
+
+
+@dataclass
+class Miss:
+    """A query whose right answer was only just beaten. Both answers are cells as in a `Ranking`."""
+
+    query: GalleryCell
+    right: GalleryCell
+    wrong: GalleryCell
+
+
+@dataclass
+class RunSummary:
+    """All that the page shows, as numbers, words and arrays. What is absent is left out of the page."""
+
+    title: str
+    subtitle: str = ""
+    configuration: Mapping[str, Any] = field(default_factory=dict)  # nested mappings are flattened with dots
+    history: Sequence[Mapping[str, Any]] = ()  # rows of metrics.jsonl
+    metrics: Sequence[MetricRow] = ()  # the first is the headline
+    evaluated_on: str = "held-out pairs"
+    ended: str = "finished"  # or "stopped early", "interrupted"
+    image_queries: Sequence[Ranking] = ()
+    text_queries: Sequence[Ranking] = ()
+    nearest_misses: Sequence[Miss] = ()
+    cosines: np.ndarray | None = None  # [caption, image] of a few pairs, in the same order
+    cosine_captions: Sequence[str] = ()
+    cosine_images: Sequence[np.ndarray] = ()
+    image_embeds: np.ndarray | None = None  # normalised, [pair, dim], of some hundred held-out pairs
+    text_embeds: np.ndarray | None = None
+    confusion: np.ndarray | None = None  # int [true class, predicted class]
+    classnames: Sequence[str] = ()
+    cost: Mapping[str, Any] = field(default_factory=dict)  # in the reader's words: "training time": "4 min 12 s"
+    parameters: Mapping[str, int] = field(default_factory=dict)  # by tower or role
+    bad_samples: Mapping[str, int] = field(default_factory=dict)  # reason -> count
+    bad_examples: Sequence[tuple[str, str, str]] = ()  # (sample, reason, detail)
+    samples_seen: int = 0
+    notes: Sequence[str] = ()
+
+
+def run_page(run: RunSummary) -> Page:
+    """The report of one run."""
+    page = Page(run.title, run.subtitle)
+    page.verdict(verdict(run))
+    for note in run.notes:
+        page.text(note)
+    if run.metrics:
+        page.numbers([(row.name, _shown(row, row.value), _small_print(row)) for row in run.metrics[:4]])
+        _metrics(page, run)
+    _curves(page, run)
+    _retrieval(page, run)
+    _embedding_space(page, run)
+    if run.confusion is not None:
+        page.section("Zero-shot confusions", "Rows are the true classes, columns what the model said.")
+        figure = figures.confusion_matrix(run.confusion, run.classnames)
+        page.figure(figure, "Colour is the share of the true class.", name="confusion")
+    _cost(page, run)
+    _bad_samples(page, run)
+    if run.configuration:
+        page.section("Configuration")
+        page.table(("setting", "value"), list(flatten(run.configuration)))
+    return page
+
+
+def verdict(run: RunSummary) -> str:
+    """The one sentence: the headline figure against chance, or what there is instead."""
+    ending = {"interrupted": " The run was interrupted and can be resumed.", "stopped early": " It stopped early."}
+    last = ending.get(run.ended, "")
+    if not run.metrics:
+        losses = [row["loss"] for row in run.history if isinstance(row.get("loss"), (int, float))]
+        reached = f"The training loss ended at {losses[-1]:.3g}" if losses else "No step was taken"
+        return f"{reached}; nothing was evaluated.{last}"
+    row = run.metrics[0]
+    sentence = f"{row.name[:1].upper()}{row.name[1:]} on {run.evaluated_on} is {_shown(row, row.value)}"
+    if row.chance is None:
+        return f"{sentence} (95 % interval {_interval(row)}).{last}"
+    better = row.low > row.chance if row.kind == "rate" else row.high < row.chance
+    sentence += f" (95 % interval {_interval(row)}; chance {_shown(row, row.chance)})"
+    if not better:
+        return f"{sentence}, which cannot be told from chance.{last}"
+    times = row.value / row.chance if row.kind == "rate" and row.chance else 0
+    return f"{sentence}, {_times(times)} times chance.{last}" if times >= 2 else f"{sentence}.{last}"
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as rows of (dotted name, value)."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            rows.extend(flatten(value, f"{prefix}{name}."))
+        else:
+            rows.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value))
+    return rows
+
+
+def _metrics(page: Page, run: RunSummary) -> None:
+    page.section("Results", f"Measured on {run.evaluated_on}; intervals are 95 % bootstrap intervals over its items.")
+    rates = [row for row in run.metrics if row.kind == "rate"]
+    if rates:
+        page.figure(figures.metric_bars(rates), name="metrics")
+    rows = [
+        (
+            row.name,
+            _shown(row, row.value),
+            _interval(row),
+            None if row.chance is None else _shown(row, row.chance),
+            row.n,
+        )
+        for row in run.metrics
+    ]
+    page.table(("metric", "value", "95 % interval", "chance", "items"), rows)
+
+
+def _curves(page: Page, run: RunSummary) -> None:
+    figure = figures.training_curves(run.history)
+    if figure is not None:
+        page.section("Training")
+        page.figure(figure, "Pale lines are single rows of the log, strong lines their running mean.", name="curves")
+
+
+def _retrieval(page: Page, run: RunSummary) -> None:
+    if run.image_queries:
+        page.section(
+            "Finding captions for images",
+            "The five captions nearest to each image, the best first, with their cosines.",
+        )
+        for ranking in run.image_queries:
+            page.ranking(ranking.query, ranking.answers)
+    if run.text_queries:
+        page.section("Finding images for captions", "The five images nearest to each caption, the best from the left.")
+        for ranking in run.text_queries:
+            page.ranking(ranking.query, ranking.answers)
+    if run.nearest_misses:
+        page.section(
+            "Nearest misses",
+            "Queries whose right answer was beaten by the smallest margins. The winner may fit just as well.",
+        )
+        for miss in run.nearest_misses:
+            page.ranking(miss.query, [miss.wrong, miss.right])
+
+
+def _embedding_space(page: Page, run: RunSummary) -> None:
+    images, texts = run.image_embeds, run.text_embeds
+    if run.cosines is None and images is None:
+        return
+    page.section("The embedding space")
+    if run.cosines is not None:
+        page.figure(
+            figures.similarity_matrix(run.cosines, run.cosine_captions, run.cosine_images),
+            "Cosines of held-out captions and images. A pair stands on the diagonal, which should be the darkest.",
+            name="similarity",
+        )
+    if images is not None and texts is not None:
+        figure, distance = figures.modality_gap(images, texts)
+        page.figure(
+            figure,
+            f"Held-out pairs, thin lines joining image and caption. The centroids lie {distance:.2f} apart: "
+            "0 would be no modality gap, 2 the most there can be.",
+            name="modality_gap",
+        )
+        own = (images * texts).sum(axis=1)
+        others = (images * np.roll(texts, 1, axis=0)).sum(axis=1)
+        figure = figures.histogram({"own caption": own, "another's caption": others}, "cosine of image and caption")
+        page.figure(figure, "The less they overlap, the better a pair is told from a chance meeting.", name="cosines")
+
+
+def _cost(page: Page, run: RunSummary) -> None:
+    if not run.cost and not run.parameters:
+        return
+    page.section("Cost")
+    rows: list[tuple[str, Any]] = list(run.cost.items())
+    rows += [(f"parameters, {role}", count) for role, count in run.parameters.items()]
+    if len(run.parameters) > 1:
+        rows.append(("parameters in all", sum(run.parameters.values())))
+    page.table(("", ""), rows)
+    waits = [row["data_wait"] for row in run.history if isinstance(row.get("data_wait"), (int, float))]
+    if waits and float(np.mean(waits)) > 0.2:
+        page.text(
+            f"{percent(float(np.mean(waits)))} of the time went into waiting for data: more loader workers may help."
+        )
+
+
+def _bad_samples(page: Page, run: RunSummary) -> None:
+    page.section("Bad samples")
+    total = sum(run.bad_samples.values())
+    if not total:
+        page.text("None: every sample could be read.")
+        return
+    share = f" of {run.samples_seen:,} samples read, {percent(total / run.samples_seen)}" if run.samples_seen else ""
+    page.text(f"{total:,}{share}, could not be used; each was replaced by another sample.")
+    reasons = sorted(run.bad_samples.items(), key=lambda item: (-item[1], item[0]))
+    page.table(("reason", "samples"), reasons)
+    if run.bad_examples:
+        page.table(("sample", "reason", "detail"), run.bad_examples, "Examples; all are in bad_samples.jsonl.")
+
+
+def _shown(row: MetricRow, value: float) -> str:
+    return percent(value) if row.kind == "rate" else f"{value:,.5g}"
+
+
+def _interval(row: MetricRow) -> str:
+    low, high = _shown(row, row.low), _shown(row, row.high)
+    return f"{low.removesuffix(' %')}–{high}"
+
+
+def _small_print(row: MetricRow) -> str:
+    return _interval(row) + ("" if row.chance is None else f" · chance {_shown(row, row.chance)}")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"

@@ -1,0 +1,127 @@
+"""A run on disk, and the models that evaluation can take."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coalign.config import TrainConfig, from_json, to_json
+from coalign.data.tokenizer import Tokenizer, load_tokenizer
+from coalign.errors import UserError
+from coalign.method import Method
+from coalign.methods import config_class, method_class
+from coalign.networks.towers import TowerSpec, model_config
+from coalign.training import checkpoint
+from coalign.types import DualEncoder
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+@dataclass
+class Run:
+    """A trained model with what belongs to it."""
+
+    path: Path
+    data: str  # what it was trained on
+    config: TrainConfig
+    tokenizer: Tokenizer
+    method: Method
+    checkpoint: str  # which one the weights are of, e.g. "last, step 940"
+
+    def encoder(self) -> DualEncoder:
+        return dual_encoder(self.method, self.tokenizer, self.config.context_length, self.path.name)
+
+
+def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name: str) -> DualEncoder:
+    """A method as evaluation sees it: it encodes on the device it lies on, in evaluation mode."""
+    device = next(method.parameters()).device
+
+    def encode_image(pixels: Tensor) -> Tensor:
+        method.eval()
+        return method.encode_image(pixels.to(device))
+
+    def encode_text(texts: Sequence[str]) -> Tensor:
+        method.eval()
+        ids, lengths = tokenizer(texts, context_length)
+        return method.encode_text(ids.to(device), lengths.to(device))
+
+    scale = method.scalars().get("logit_scale")
+    return DualEncoder(encode_image, encode_text, image_size(method), name, 100.0 if scale is None else float(scale))
+
+
+def image_size(method: Method) -> int:
+    """Side in pixels of the images that the method's towers take."""
+    return next(module.image_size for module in method.modules() if hasattr(module, "image_size"))
+
+
+def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
+    """The method with its towers, initialised from the run's seed."""
+    torch.manual_seed(config.seed)
+    towers = TowerSpec(
+        config.model, tokenizer.vocab_size, config.context_length, config.image_size, config.pretrained, config.batch_norm_group
+    )
+    return method_class(config.method)(config.method_config, towers)
+
+
+def load(path: str | Path, weights: str = "last", device: str | torch.device = "cpu") -> Run:
+    """The model of a run directory, in evaluation mode. `weights`: "last", "best", or another checkpoint's name. UserError if it is none."""
+    folder = Path(path)
+    saved = read_config(folder)
+    found = checkpoint.load(folder / weights)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    config = replace(saved.config, pretrained=None)
+    method = build_method(config, tokenizer)
+    try:
+        method.load_state_dict(found.model)
+    except RuntimeError as error:
+        raise UserError(f"The weights in {found.path} do not fit the configuration beside them: {str(error).splitlines()[-1].strip()}") from error
+    step = (found.trainer or {}).get("step")
+    label = found.path.name + (f", step {step:,}" if step is not None else "")
+    return Run(folder, saved.data, saved.config, tokenizer, method.to(device).eval(), label)
+
+
+# ---------------------------------------------------------------- config.json
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """What config.json holds: enough to build the model again and to refuse a resume that would change the run."""
+
+    data: str
+    config: TrainConfig
+    num_train: int
+    num_val: int
+
+
+def write_config(folder: Path, saved: SavedConfig) -> None:
+    temporary = folder / f"{CONFIG}.tmp"
+    fields: dict[str, Any] = {**vars(saved), "config": to_json(saved.config)}
+    temporary.write_text(json.dumps(fields, indent=2) + "\n")
+    os.replace(temporary, folder / CONFIG)
+
+
+def read_config(folder: Path) -> SavedConfig:
+    path = folder / CONFIG
+    if not path.is_file():
+        what = "does not exist" if not folder.exists() else f"holds no run (there is no {CONFIG} in it)"
+        raise UserError(f"{folder} {what}.")
+    try:
+        saved = json.loads(path.read_text())
+        config = saved["config"]
+        method_config = from_json(config_class(config["method"]), config.pop("method_config"))
+        train_config = replace(from_json(TrainConfig, {**config, "method_config": None}), method_config=method_config)
+        return SavedConfig(**{**saved, "config": train_config})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a configuration that this version of coalign can read: {error}.") from error
+
+
+def default_tokens(model: str) -> int:
+    """The vocabulary size that `--tokenizer captions` trains for a model: its configuration's."""
+    return int(model_config(model)["text_cfg"].get("vocab_size", 8192))

@@ -1,0 +1,287 @@
+"""train(): from data and a configuration to a trained, evaluated and reported model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from coalign.config import TrainConfig
+from coalign.data.loader import PairLoader, image_batches
+from coalign.data.sources import open_source
+from coalign.data.splits import assign_splits
+from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from coalign.errors import BadSample, UserError
+from coalign.method import Method
+from coalign.recipes import recipe
+from coalign.run import model as runs
+from coalign.run.evaluate import Evaluation, evaluate_retrieval, evaluate_zero_shot, label_function
+from coalign.run.reporting import write_run_report
+from coalign.training.checkpoint import RunLock
+from coalign.training.distributed import World, join_world
+from coalign.training.step import evaluate_loss
+from coalign.training.trainer import Score, Trainer, TrainResult, autocast_dtype
+from coalign.types import Source, StepInfo
+
+MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
+# what may differ when a run is resumed: it changes nothing that the run computes
+FREE_TO_CHANGE = {"workers", "save_every", "patience", "max_bad_fraction", "max_non_finite", "micro_batch", "evals"}
+
+Settle = Callable[[int], TrainConfig]  # number of training pairs -> configuration
+
+
+@dataclass
+class Data:
+    """Training and validation pairs."""
+
+    source: Source
+    train: np.ndarray
+    val_source: Source
+    val: np.ndarray
+
+
+def train(
+    data: str,
+    out: str | Path,
+    config: str | TrainConfig | Settle = "clip",
+    *,
+    resume: Literal["no", "auto"] = "no",
+    device: str | None = None,
+    dry_run: bool = False,
+) -> TrainResult | None:
+    """Trains in the folder `out` and leaves there: config.json, tokenizer.json, last/ and best/ (checkpoints), metrics.jsonl,
+    bad_samples.jsonl, results.json, report.html.
+
+    config: a recipe's name, a configuration, or a function from the number of training pairs to one. Under torchrun every process calls
+    it. With `dry_run`, prints what would happen and returns None.
+    """
+    settle: Settle = recipe(config) if isinstance(config, str) else config if callable(config) else lambda _: config
+    console = Console(stderr=False, highlight=False)
+    out = Path(out)
+    world = join_world(device)
+    if not dry_run:
+        _check_folder(out, resume)
+    pairs, settings = _open_data(data, settle)
+    settings = _settle_workers(settings, world)
+    tokenizer = _tokenizer(settings, pairs, out)
+    method = runs.build_method(settings, tokenizer)
+    loader = _loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size)
+    total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
+    if dry_run:
+        from coalign.run.dry_run import describe
+
+        describe(console, data, out, settings, method, loader, pairs, total_steps)
+        return None
+    if settings.compile:
+        for child in method.children():
+            child.compile()
+    method.to(world.device, memory_format=torch.channels_last)
+    saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val))
+    with _lock(out, world):
+        _prepare_folder(out, saved, tokenizer, world)
+        validate = _validation(method, settings, pairs, tokenizer, world)
+        trainer = Trainer(
+            method, settings, world, out,
+            batches=loader.batches, num_pairs=len(pairs.train), total_steps=total_steps, validate=validate,
+            interactive=world.is_first and sys.stdout.isatty(),
+        )  # fmt: skip
+        done = trainer.resume() if resume == "auto" else 0
+        if world.is_first:
+            console.print(_opening_line(settings, method, pairs, total_steps, done, world))
+        result = trainer.fit()
+        if world.is_first:
+            _finish(console, data, out, settings, method, tokenizer, pairs, result)
+    world.barrier()
+    return result
+
+
+# ---------------------------------------------------------------- preparation
+
+
+def _check_folder(out: Path, resume: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"The output {out} is a file; give a folder with --out.")
+    if resume == "no" and (out / runs.CONFIG).exists():
+        raise UserError(f"{out} already holds a run; go on with it by --resume auto, or choose another folder with --out.")
+    if not (out / runs.CONFIG).exists() and out.is_dir() and any(out.glob("*.safetensors")):
+        raise UserError(f"{out} holds other files; choose an empty folder with --out.")
+
+
+def _open_data(data: str, settle: Settle) -> tuple[Data, TrainConfig]:
+    """The pairs, and the configuration settled for their number."""
+    first = settle(10_000)  # the split needs no more than its fraction
+    source = open_source(data)
+    if first.val_data:
+        val_source = open_source(first.val_data)
+        train_splits, val_splits = _splits(source, 0.0), _splits(val_source, 1.0)
+        train_indices = train_splits.get("train", np.arange(len(source)))
+        val = val_splits.get("val", np.arange(len(val_source)))
+        pairs = Data(source, train_indices, val_source, val if len(val) else np.arange(len(val_source)))
+    else:
+        splits = _splits(source, first.val_fraction)
+        pairs = Data(source, splits["train"], source, splits["val"])
+    return pairs, settle(len(pairs.train))
+
+
+def _splits(source: Source, val_fraction: float) -> dict[str, np.ndarray]:
+    return dict(assign_splits(source, val_fraction)[0])
+
+
+def _settle_workers(config: TrainConfig, world: World) -> TrainConfig:
+    if config.workers is not None:
+        return config
+    return replace(config, workers=max(1, min(8, (os.cpu_count() or 1) // world.size)))
+
+
+def _tokenizer(config: TrainConfig, pairs: Data, out: Path) -> Tokenizer:
+    """The run's own when it is resumed; else as configured. Trained on the training captions, it is the same on every rank."""
+    if (out / runs.TOKENIZER).exists():
+        return load_tokenizer(out / runs.TOKENIZER)
+    if config.tokenizer != "captions":
+        return load_tokenizer(config.tokenizer)
+    return train_bpe(_captions(pairs.source, pairs.train), runs.default_tokens(config.model))
+
+
+def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
+    for index in indices[:200_000].tolist():
+        try:
+            yield from source.record(index).captions
+        except BadSample:
+            continue  # counted when training meets it
+
+
+def _loader(
+    method: Method, config: TrainConfig, source: Source, indices: np.ndarray, tokenizer: Tokenizer, world: World, batch_size: int
+) -> PairLoader:
+    return PairLoader(
+        source,
+        indices,
+        method.view_plan,
+        tokenizer,
+        image_size=runs.image_size(method),
+        context_length=config.context_length,
+        batch_size=batch_size,
+        seed=config.seed,
+        workers=config.workers or 0,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def _lock(out: Path, world: World) -> RunLock | Any:
+    from contextlib import nullcontext
+
+    out.mkdir(parents=True, exist_ok=True)
+    return RunLock(out) if world.is_first else nullcontext()
+
+
+def _prepare_folder(out: Path, saved: runs.SavedConfig, tokenizer: Tokenizer, world: World) -> None:
+    """Writes the configuration; for a resumed run, makes sure that it is the same one."""
+    if not (out / runs.CONFIG).exists():
+        if world.is_first:
+            tokenizer.save(out / runs.TOKENIZER)
+            runs.write_config(out, saved)
+        world.barrier()
+        return
+    earlier = runs.read_config(out)
+    changed = [
+        f"{field.name} was {getattr(earlier.config, field.name)} and is {getattr(saved.config, field.name)}"
+        for field in fields(TrainConfig)
+        if field.name not in FREE_TO_CHANGE and getattr(earlier.config, field.name) != getattr(saved.config, field.name)
+    ]
+    if earlier.num_train != saved.num_train:
+        changed.append(f"the data had {earlier.num_train:,} training pairs and has {saved.num_train:,}")
+    if changed:
+        raise UserError(f"The run in {out} was started otherwise: {'; '.join(changed)}. Resume it as it was, or choose another --out.")
+
+
+# ---------------------------------------------------------------- validation during training
+
+
+def _validation(
+    method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, world: World
+) -> Callable[[StepInfo], Score] | None:
+    """Loss, retrieval, and zero-shot on the user's classes, over the first validation pairs in a fixed order. None if there are too few."""
+    batch_size = min(config.batch_size, len(pairs.val)) // world.size * world.size
+    if len(pairs.val) < 2 or batch_size < 2:
+        return None
+    tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
+    losses = _loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size)
+    encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
+    autocast = autocast_dtype(config.precision, world.device)
+    images = list(image_batches(pairs.val_source, tracked, encoder.image_size, workers=config.workers or 0)) if world.is_first else []
+    labels = label_function(pairs.val_source, tracked, config.classes) if config.classes else None
+
+    def validate(step: StepInfo) -> Score:
+        total = 0.0
+        for loaded in losses.batches(0, losses.steps_per_epoch):
+            total += evaluate_loss(method, loaded.batch.to(world.device), step, world, autocast)
+        values = {"val/loss": total / losses.steps_per_epoch}
+        recalls: list[float] = []
+        if world.is_first:
+            result = evaluate_retrieval(encoder, pairs.val_source, images).result
+            for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
+                recalls += [metric.value for metric in side.recall.values()]
+                values |= {f"val/{name}_r{k}": metric.value for k, metric in side.recall.items()}
+            if labels is not None:
+                zero_shot = evaluate_zero_shot(encoder, images, labels).result
+                values |= {"val/zero_shot_acc1": zero_shot.top1.value}
+        score = sum(recalls) / max(1, len(recalls))
+        return Score(values, world.broadcast(score))
+
+    return validate
+
+
+# ---------------------------------------------------------------- the end
+
+
+def _opening_line(config: TrainConfig, method: Method, pairs: Data, total_steps: int, done: int, world: World) -> str:
+    millions = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
+    start = f"going on at step {done:,} of {total_steps:,}" if done else f"{total_steps:,} steps of {config.batch_size} pairs"
+    return (
+        f"{config.method} with {config.model} ({millions:.1f} M parameters) on {len(pairs.train):,} pairs, {len(pairs.val):,} held out; "
+        f"{start}, on {world.device}" + (f" × {world.size}" if world.size > 1 else "")
+    )
+
+
+def _finish(
+    console: Console, data: str, out: Path, config: TrainConfig, method: Method, tokenizer: Tokenizer, pairs: Data, result: TrainResult
+) -> None:
+    if result.ended == "interrupted":
+        console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
+        return
+    evaluations: dict[str, Evaluation] = {}
+    if len(pairs.val) >= 2:
+        encoder = runs.dual_encoder(method, tokenizer, config.context_length, out.name)
+        batches = list(image_batches(pairs.val_source, pairs.val, encoder.image_size, workers=config.workers or 0))
+        evaluations["retrieval"] = evaluate_retrieval(encoder, pairs.val_source, batches)
+        if config.classes:
+            labels = label_function(pairs.val_source, pairs.val, config.classes)
+            evaluations["zero_shot"] = evaluate_zero_shot(encoder, batches, labels)
+    results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
+    (out / "results.json").write_text(json.dumps({"run": asdict(result), **results}, indent=2, default=_plain) + "\n")
+    verdict, report = write_run_report(data, out, config, method, pairs, result, evaluations)
+    console.print(verdict)
+    console.print(f"Report: {report}")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else str(value)
+
+
+def parameter_counts(method: Method) -> dict[str, int]:
+    """Trained parameters by role."""
+
+    def count(parameters: Iterable[torch.nn.Parameter]) -> int:
+        return sum(p.numel() for p in parameters)
+
+    return {role: count(parameters) for role, parameters in method.parameter_groups().items()}

@@ -1,0 +1,339 @@
+"""What a run tells: its metrics, its display, its bad samples and non-finite steps; and the signals it listens to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import FileIO
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from coalign.errors import UserError
+
+_clock = time.monotonic  # a test sets its own
+# The keys of a row of metrics.jsonl that differ between two equal runs.
+TIMINGS = ("seconds", "pairs_per_second", "data_wait")
+
+
+def open_rows(path: Path, keep: Callable[[int, dict[str, Any]], bool]) -> tuple[FileIO, list[dict[str, Any]]]:
+    """Open a JSON-lines file for appending, without the torn last line of a killed run and the rows not to be kept.
+
+    keep(position, row) says which are. Returns the file and the kept rows.
+    """
+    rows: list[dict[str, Any]] = []
+    lines: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(row, dict) and keep(len(rows), row):
+            rows.append(row)
+            lines.append(line)
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_bytes(b"".join(lines))
+    os.replace(replacement, path)
+    return FileIO(path, "a"), rows
+
+
+def _write_row(file: FileIO, row: Mapping[str, Any]) -> None:
+    try:
+        file.write(json.dumps(row).encode() + b"\n")  # unbuffered: nothing is lost when the process is killed
+    except OSError as error:
+        raise UserError(f"{file.name!s} could not be written ({error.strerror}): make room, then resume.") from error
+
+
+# ---------------------------------------------------------------- metrics and display
+
+
+class RunLog:
+    """The log of one run (a context manager), for the first rank: metrics.jsonl, TensorBoard if installed, the display.
+
+    A row of metrics.jsonl has "step", the values, and `TIMINGS`: seconds since the start (over all resumptions),
+    pairs_per_second, and data_wait, the share of time that went into waiting for data. A value that is not finite
+    becomes null. On resuming, the rows from `start_step` on are cut off, since those steps come again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        interactive: bool,
+        start_step: int = 0,
+        row_every: int = 1,
+        line_seconds: float = 30.0,
+        console: Console | None = None,
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file, rows = open_rows(run_dir / "metrics.jsonl", lambda _, row: row.get("step", start_step) < start_step)
+        self._total_steps = total_steps
+        self._next_step = start_step
+        self._row_every = row_every
+        self._line_seconds = line_seconds
+        self._last_line = -math.inf
+        self._began = _clock() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        self._restart_window()
+        self._recent: deque[tuple[float, int]] | None = None  # seconds and steps between rows, for the ETA
+        self._shown: dict[str, str] = {}
+        self._console = console or Console()
+        self._live: Live | None = None
+        if interactive:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+        self._board = _tensorboard(run_dir, start_step)
+
+    def __enter__(self) -> RunLog:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self.sync()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, step: int, values: Mapping[str, Any], *, pairs: int, waited: float, bad_samples: int = 0) -> None:
+        """A training step is done.
+
+        values: numbers or scalar tensors, read only where a row is due (reading waits for a GPU); pairs: in the global
+        batch; waited: seconds that this step waited for its data; bad_samples: found so far.
+        """
+        self._next_step = step + 1
+        self._window_steps += 1
+        self._window_pairs += pairs
+        self._window_waited += waited
+        last = step + 1 >= self._total_steps
+        if step % self._row_every and not last:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        now = _clock()
+        passed = max(now - self._window_began, 1e-9)
+        speed = self._window_pairs / passed
+        wait = min(1.0, self._window_waited / passed)
+        if self._recent is None:
+            self._recent = deque(maxlen=50)  # the first steps start up workers, compile, warm caches: no measure
+        else:
+            self._recent.append((passed, self._window_steps))
+        self._restart_window()
+        timings = (round(now - self._began, 3), round(speed, 2), round(wait, 4))
+        self._write(step, numbers, dict(zip(TIMINGS, timings)))
+        self._shown |= {name: _number(name, value) for name, value in numbers.items()}
+        self._shown |= {"pairs/s": f"{speed:,.4g}", "data wait": f"{wait:.0%}", "bad samples": f"{bad_samples:,}"}
+        if self._live is None and (last or now - self._last_line >= self._line_seconds):
+            self._last_line = now
+            shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
+            self.note(f"{self._position()}  {shown}  {self._eta()}")
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Validation results after a step, as a row of their own. The time they took does not count against pairs/s."""
+        self._restart_window()
+        numbers = {name: float(value) for name, value in values.items()}
+        self._write(step, numbers, {})
+        shown = {name: _number(name, value) for name, value in numbers.items()}
+        self._shown |= shown
+        self.note(f"{self._position()}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def note(self, text: str) -> None:
+        """A line for the reader that stays on the screen."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def sync(self) -> None:
+        """Put the rows on the disk. Call before a checkpoint that vouches for their steps."""
+        os.fsync(self._file.fileno())
+
+    def _restart_window(self) -> None:
+        self._window_began = _clock()
+        self._window_steps = self._window_pairs = 0
+        self._window_waited = 0.0
+
+    def _write(self, step: int, numbers: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        row = {name: value if math.isfinite(value) else None for name, value in numbers.items()} | dict(timings)
+        _write_row(self._file, {"step": step, **row})
+        if self._board is not None:
+            for name, value in row.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+
+    def _position(self) -> str:
+        return f"step {self._next_step:,}/{self._total_steps:,}"
+
+    def _eta(self) -> str:
+        if not self._recent:
+            return "ETA -"
+        seconds, steps = map(sum, zip(*self._recent))
+        return f"ETA {duration(seconds / steps * max(0, self._total_steps - self._next_step))}"
+
+    def _render(self) -> Group:
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=max(1, self._total_steps), completed=self._next_step, width=32)
+        head.add_row(Text(self._position()), bar, Text(self._eta()))
+        body = Table.grid(padding=(0, 1, 0, 2))
+        cells = [(Text(name, style="dim"), Text(value)) for name, value in list(self._shown.items())]
+        columns = max(1, min(3, self._console.width // 32))
+        for first in range(0, len(cells), columns):
+            body.add_row(*(text for cell in cells[first : first + columns] for text in cell))
+        return Group(head, body)
+
+
+def _tensorboard(run_dir: Path, start_step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+
+
+def _number(name: str, value: Any) -> str:
+    value = float(value)
+    return f"{value:.2e}" if name.split("/")[0] == "lr" else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "45 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
+    whole = round(seconds)
+    for (unit, size), (smaller_unit, smaller) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {smaller_unit}"
+    return f"{whole} s"
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+class BadSampleLog:
+    """The samples that cannot be used, in bad_samples.jsonl, each once however many epochs meet it; and their budget.
+
+    `state` is what `state_dict` gave at the checkpoint that is resumed; rows written since come again and are cut off.
+    """
+
+    def __init__(self, run_dir: Path, budget_fraction: float = 0.01, state: Mapping[str, Any] | None = None) -> None:
+        self.path = run_dir / "bad_samples.jsonl"
+        self.budget_fraction = budget_fraction
+        self.counts: Counter[str] = Counter(state["counts"] if state else {})
+        run_dir.mkdir(parents=True, exist_ok=True)
+        num_kept = self.total
+        self._file, rows = open_rows(self.path, lambda position, _: position < num_kept)
+        self._keys = {row["key"] for row in rows}
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def add(self, entries: Iterable[tuple[str, str, str, int]]) -> None:
+        """entries: (key, reason, detail, epoch) of each bad sample that was met."""
+        for key, reason, detail, epoch in entries:
+            if key not in self._keys:
+                self._keys.add(key)
+                self.counts[reason] += 1
+                _write_row(self._file, {"key": key, "reason": reason, "detail": detail, "epoch": epoch})
+
+    def check(self, samples_seen: int) -> None:
+        """Raise UserError once more samples are bad than the budget's share of the different ones seen, good and bad.
+
+        The share is taken of at least 1,000 samples: one bad among the first ten tells nothing yet.
+        """
+        if self.total > self.budget_fraction * max(samples_seen, 1000):
+            raise UserError(
+                f"{self.total:,} of the {samples_seen:,} samples seen so far cannot be used ({self.summary()}), more "
+                f"than the budget of {100 * self.budget_fraction:.4g} %; they are listed in {self.path}: clean the "
+                "data (see 'coalign data check') or raise the budget for bad samples."
+            )
+
+    def summary(self) -> str:
+        """Counts by reason, the commonest first."""
+        return ", ".join(f"{reason}: {count:,}" for reason, count in self.counts.most_common())
+
+    def state_dict(self) -> dict[str, Any]:
+        os.fsync(self._file.fileno())
+        return {"counts": dict(self.counts)}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NonFiniteGuard:
+    """Counts the steps that were skipped for a non-finite loss or gradient, and stops the run after `limit` in a row.
+
+    Every rank has one, so that all stop together; the one with a `run_dir` lists the samples in non_finite.jsonl.
+    """
+
+    def __init__(
+        self, run_dir: Path | None, limit: int = 10, start_step: int = 0, state: Mapping[str, int] | None = None
+    ) -> None:
+        self.limit = limit
+        self.total = state["total"] if state else 0
+        self.in_a_row = state["in_a_row"] if state else 0
+        self._run_dir = run_dir
+        if run_dir is not None and (run_dir / "non_finite.jsonl").exists():
+            open_rows(run_dir / "non_finite.jsonl", lambda _, row: row.get("step", start_step) < start_step)[0].close()
+
+    def step(self, step: int, finite: bool, samples: Sequence[int | str] = (), what: str = "loss or gradient") -> None:
+        """A step was taken (finite) or skipped. samples: ids of the global batch. Raises UserError at the limit."""
+        if finite:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        if self._run_dir is not None:
+            with FileIO(self._run_dir / "non_finite.jsonl", "a") as file:
+                _write_row(file, {"step": step, "what": what, "samples": list(samples)})
+        if self.in_a_row >= self.limit:
+            where = f" (samples in {self._run_dir / 'non_finite.jsonl'})" if self._run_dir is not None else ""
+            raise UserError(
+                f"The {what} was not finite in {self.in_a_row} steps in a row, the last of them step {step}{where}: "
+                "lower the learning rate, lengthen the warm-up, or train in fp32 or bf16 instead of fp16."
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """While inside, SIGINT and SIGTERM only set `requested`: the loop saves and ends. A second Ctrl-C ends it at once.
+
+    A launcher may pass on the Ctrl-C that the terminal has sent already, so what comes within a second is the first.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None  # the signal's name
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals do not arrive
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number).name, _clock()
+        elif number == signal.SIGINT and _clock() - self._since >= 1.0:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h")  # the display hides the cursor
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coalign.data.scene_drawing import draw, masks
+from coalign.data.scene_layout import COLOURS, SHAPES, SPLITS, Pattern, Scene, make_scene
+
+
+def mirrored(scene: Scene) -> Scene:
+    def turn(pattern: Pattern) -> Pattern:
+        return replace(pattern, angle=-pattern.angle, phase_u=-pattern.phase_u)
+
+    return replace(
+        scene,
+        objects=tuple(replace(o, x=1 - o.x, tilt=-o.tilt, texture=turn(o.texture)) for o in scene.objects),
+        background=turn(scene.background),
+        clutter=tuple(replace(bar, x=1 - bar.x, angle=-bar.angle) for bar in scene.clutter),
+        light=(-scene.light[0], scene.light[1]),
+    )
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+def test_pixels_are_the_same_everywhere() -> None:
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for index in range(4):
+            for size in (64, 50):
+                pixels = draw(make_scene(0, split, index), size)
+                assert pixels.shape == (size, size, 3)
+                assert pixels.dtype == np.uint8
+                digest.update(pixels.tobytes())
+    assert digest.hexdigest() == "ed79cc6e2ddef54fe90d6e38ab1d3c101f6aace6c76f8f51c64ef0a8948690ea"
+
+
+def test_the_last_bits_of_numbers_do_not_matter() -> None:
+    for index in range(40):
+        scene = make_scene(0, "train", index)
+        nearly = replace(
+            scene,
+            gain=scene.gain * (1 + 1e-13),
+            objects=tuple(replace(o, x=o.x * (1 + 1e-13), diameter=o.diameter * (1 - 1e-13)) for o in scene.objects),
+        )
+        gap = difference(draw(scene), draw(nearly))
+        assert gap.max() <= 1
+        assert gap.mean() < 1e-3
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_mirrored_scene_is_the_mirrored_picture(split: str) -> None:
+    """So a flipped picture is as likely as the picture: nothing but the facts tells the flip."""
+    for index in range(25):
+        scene = make_scene(0, split, index)
+        assert difference(draw(mirrored(scene)), draw(scene)[:, ::-1]).max() <= 1
+        assert difference(draw(mirrored(scene)), draw(scene)).max() > 5
+
+
+def test_grey_does_not_tell_the_hue() -> None:
+    names = list(COLOURS)
+    for index in range(60):
+        scene = make_scene(0, "train", index)
+        grey = np.asarray(Image.fromarray(draw(scene)).convert("L"))
+        for turn in (2, 4, 6):  # the same luma, another hue
+            other = replace(
+                scene,
+                objects=tuple(replace(o, colour=names[(names.index(o.colour) + turn) % 8]) for o in scene.objects),
+            )
+            assert difference(draw(scene), draw(other)).max() > 40
+            gap = difference(grey, np.asarray(Image.fromarray(draw(other)).convert("L")))
+            assert gap.max() <= 3
+            assert gap.mean() < 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_their_own_mirror_images(shape: str) -> None:
+    scene = make_scene(0, "train", 0)
+    item = replace(scene.objects[0], shape=shape, x=0.5, y=0.5, tilt=0.0, diameter=0.7)
+    mask = masks(replace(scene, objects=(item,)), 96)[0]
+    assert mask.sum() > 500
+    np.testing.assert_array_equal(mask, mask[:, ::-1])
+
+
+def test_shapes_differ_at_the_smallest_size() -> None:
+    scene = make_scene(0, "train", 0)
+    small = [replace(scene.objects[0], shape=shape, x=0.5, y=0.5, tilt=0.0, diameter=0.14) for shape in SHAPES]
+    cover = masks(replace(scene, objects=tuple(small)), 512).reshape(8, 64, 8, 64, 8).mean((2, 4))
+    for i in range(8):
+        for j in range(i):
+            assert np.abs(cover[i] - cover[j]).sum() >= 8  # of about 45 pixels
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_boxes_are_tight_around_the_masks(size: int) -> None:
+    seen = set()
+    for index in range(120):
+        scene = make_scene(0, "train", index)
+        drawn = masks(scene, size)
+        assert drawn.shape == (len(scene.objects), size, size)
+        assert drawn.sum(0).max() == 1  # nothing overlaps
+        for item, mask in zip(scene.objects, drawn):
+            rows, columns = np.nonzero(mask)
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            pointed = 4.0 if item.shape in ("star", "diamond", "triangle", "heart") else 1.0  # tips fall between pixels
+            np.testing.assert_allclose(found, np.array(item.box) * size, atol=pointed)
+            assert found[0] >= item.box[0] * size - 1
+            assert found[2] <= item.box[2] * size + 1
+            seen.add(item.shape)
+    assert seen == set(SHAPES)
+
+
+def test_boxes_hold_exactly_at_high_resolution() -> None:
+    scene = make_scene(0, "train", 0)
+    for shape in SHAPES:
+        item = replace(scene.objects[0], shape=shape, x=0.5, y=0.5, tilt=0.02, diameter=0.8)
+        rows, columns = np.nonzero(masks(replace(scene, objects=(item,)), 1000)[0])
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose(found, np.array(item.box) * 1000, atol=2.5)
+
+
+def test_objects_stand_out_in_grey() -> None:
+    for split in ("train", "shifted"):
+        contrast = []
+        for index in range(150):
+            scene = make_scene(0, split, index)
+            grey = np.asarray(Image.fromarray(draw(scene)).convert("L")).astype(float)
+            drawn = masks(scene)
+            around = grey[~drawn.any(0)].mean()
+            contrast += [abs(grey[mask].mean() - around) for mask in drawn]
+        assert np.quantile(contrast, 0.02) > 10
+
+
+def test_the_picture_is_the_same_at_any_size() -> None:
+    gaps = []
+    for index in range(20):
+        large = draw(make_scene(0, "train", index), 256).reshape(64, 4, 64, 4, 3).mean((1, 3))
+        gaps.append(np.abs(draw(make_scene(0, "train", index), 64) - large).mean())
+    assert max(gaps) < 4
+    assert np.mean(gaps) < 2

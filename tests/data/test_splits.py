@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_files import write_tar
+
+from coalign.data import splits as splits_module
+from coalign.data.common import Subset
+from coalign.data.shards import open_shards
+from coalign.data.sources import open_source
+from coalign.data.splits import assign_splits, connected_components
+from coalign.errors import BadSample
+from coalign.types import Record
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@dataclass
+class Memory:
+    """A source of (key, captions, image bytes) rows; None for captions or image is a bad one."""
+
+    rows: list
+    name: str = "memory"
+    splits: dict | None = None
+    reads: list = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int) -> Record:
+        key, captions, _ = self.rows[index]
+        if captions is None:
+            raise BadSample("no caption")
+        return Record(key, tuple(captions))
+
+    def image(self, index: int) -> bytes:
+        self.reads.append(index)
+        if self.rows[index][2] is None:
+            raise BadSample("image file is missing")
+        return self.rows[index][2]
+
+
+def plain(count: int, prefix: str = "k") -> list:
+    return [(f"{prefix}{i}", [f"caption {prefix} {i}"], f"image {prefix} {i}".encode()) for i in range(count)]
+
+
+def sides(source) -> dict[str, str]:
+    parts, _ = assign_splits(source)
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(source)))  # each sample once
+    return {source.rows[i][0]: name for name, indices in parts.items() for i in indices}
+
+
+def test_components_against_scipy() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    from scipy.sparse.csgraph import connected_components as scipy_components
+
+    rng = np.random.default_rng(0)
+    for count, edges, values in [(1, 1, 1), (50, 40, 30), (300, 280, 250), (2000, 3000, 3000), (500, 0, 1)]:
+        sample, value = rng.integers(count, size=edges), rng.integers(values, size=edges)
+        ours = connected_components(count, sample, value)
+        graph = sparse.coo_matrix((np.ones(edges), (sample, value + count)), shape=(count + values, count + values))
+        _, theirs = scipy_components(graph, directed=False)
+        for i, label in enumerate(theirs[:count]):
+            assert ours[i] == np.flatnonzero(theirs[:count] == label)[0]
+    chain = np.random.default_rng(1).permutation(
+        3000
+    )  # the worst shape: each sample shares something with the next only
+    ours = connected_components(3000, np.concatenate([chain[:-1], chain[1:]]), np.tile(np.arange(2999), 2))
+    assert not ours.any()
+
+
+def test_shared_captions_and_images_stay_together() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(3000):
+        captions = [f"caption {rng.integers(4000)}" for _ in range(rng.integers(1, 3))]
+        rows.append((f"k{i}", captions, f"image {rng.integers(5000)}".encode()))
+    source = Memory(rows)
+    side = sides(source)
+    for position in (1, 2):
+        seen: dict = {}
+        for row in rows:
+            for value in row[1] if position == 1 else [row[2]]:
+                assert seen.setdefault(value, side[row[0]]) == side[row[0]]
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.2])
+def test_the_fraction_is_what_was_asked(fraction: float) -> None:
+    count = 8_000
+    parts, counts = assign_splits(Memory(plain(count)), val_fraction=fraction)
+    assert abs(len(parts["val"]) - fraction * count) < 5 * np.sqrt(fraction * (1 - fraction) * count)
+    assert counts["train"] + counts["val"] == counts["groups"] == count
+    assert counts["largest_group"] == 1
+
+
+def test_boilerplate_goes_to_train_and_the_fraction_stays() -> None:
+    fractions = []
+    rows = plain(602) + [(f"g{i}", ["gramastar"], f"drawing {i}".encode()) for i in range(138)]
+    source = Memory(rows)
+    prints = splits_module.fingerprints(source)
+    source.fingerprints = lambda: prints  # read once for all seeds
+    for seed in range(60):
+        parts, counts = assign_splits(source, seed=seed)
+        assert parts["val"].max() < 602
+        assert counts["largest_group"] == counts["grouped"] == 138
+        fractions.append(len(parts["val"]) / 602)
+    assert np.mean(fractions) == pytest.approx(0.05, abs=0.007)
+    assert np.std(fractions) > 0  # the seed matters
+
+
+def test_groups_of_two_are_not_drawn_to_val_more_often() -> None:
+    rows = [(f"k{i}", [f"caption {i // 4}"], f"image {i}".encode()) for i in range(16_000)]
+    parts, counts = assign_splits(Memory(rows), val_fraction=0.1)
+    assert counts["groups"] == 4_000
+    assert len(parts["val"]) / 16_000 == pytest.approx(0.1, abs=0.02)
+
+
+def test_adding_data_moves_no_sample() -> None:
+    before = sides(Memory(plain(2000)))
+    order = np.random.default_rng(0).permutation(3000)
+    rows = plain(2000) + plain(1000, "new")
+    after = sides(Memory([rows[i] for i in order]))
+    assert {key: after[key] for key in before} == before
+    assert sum(after[key] == "val" for key in after if key.startswith("new")) > 10
+
+
+def test_bad_samples_are_train_and_connect_nothing() -> None:
+    rows = plain(400)
+    rows += [("no caption", None, b"image k 3"), ("no image", ["caption k 5", "caption k 6"], None)]
+    source = Memory(rows)
+    parts, counts = assign_splits(source, val_fraction=0.3)
+    assert set(parts["train"][-2:].tolist()) == {400, 401}
+    assert counts["unusable"] == 2
+    assert counts["groups"] == 400
+    for i in range(300):  # many draws: the two captions of the sample without an image are not tied to each other
+        val = assign_splits(Memory(rows[:20] + rows[-2:]), val_fraction=0.5, seed=i)[0]["val"]
+        if (5 in val) != (6 in val):
+            break
+    else:
+        pytest.fail("a sample that cannot be used ties others together")
+
+
+def test_small_data_has_a_val_where_it_can() -> None:
+    for count in (2, 3, 10, 30):
+        parts, _ = assign_splits(Memory(plain(count)))
+        assert len(parts["val"]) >= 1
+        assert len(parts["train"]) >= 1
+    same = [(f"k{i}", ["the same"], b"x") for i in range(10)]
+    for rows in ([], plain(1), same):
+        parts, _ = assign_splits(Memory(rows))
+        assert len(parts["val"]) == 0
+        assert len(parts["train"]) == len(rows)
+    assert len(assign_splits(Memory(plain(30)), val_fraction=0.0)[0]["val"]) == 0
+
+
+def test_own_splits_are_kept() -> None:
+    own = {"train": np.arange(5), "val": np.arange(5, 7), "test": np.arange(7, 8)}
+    source = Memory(plain(8), splits=own)
+    parts, counts = assign_splits(source)
+    assert {name: indices.tolist() for name, indices in parts.items()} == {name: i.tolist() for name, i in own.items()}
+    assert counts == {"train": 5, "val": 2, "test": 1}
+    assert source.reads == []
+    source = Memory(plain(200), splits={"train": np.arange(150), "test": np.arange(150, 200)})
+    parts, _ = assign_splits(source, val_fraction=0.2)
+    assert parts["test"].tolist() == list(range(150, 200))
+    assert len(parts["val"]) > 5
+    assert sorted([*parts["train"], *parts["val"]]) == list(range(150))
+
+
+def test_shards_and_files_split_alike_and_shards_move_freely(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    entries = []
+    for i in range(600):
+        entries += [
+            (f"{i:05d}.jpg", f"image {rng.integers(900)}".encode()),
+            (f"{i:05d}.txt", f"caption {rng.integers(900)}".encode()),
+        ]
+    entries += [("bad.jpg", b"x"), ("bad.txt", b""), ("none.jpg", b"y")]
+    write_tar(tmp_path / "here" / "0.tar", entries[:600])
+    write_tar(tmp_path / "here" / "1.tar", entries[600:])
+    shards = open_shards(str(tmp_path / "here"))
+    parts, counts = assign_splits(shards, val_fraction=0.2)
+
+    # The same samples by reading every record and image, as for any source without an index.
+    slow = splits_module.fingerprints(Subset(shards, np.arange(len(shards)), "all"))
+    fast = shards.fingerprints()
+    usable = fast.caption_counts > 0
+    assert np.array_equal(usable, slow.caption_counts > 0)
+    assert counts["unusable"] == 2
+    assert np.array_equal(fast.images[usable], slow.images[usable])
+    assert np.array_equal(fast.captions, slow.captions)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    moved, _ = assign_splits(open_shards(str(tmp_path / "there" / "{0,1}.tar")), val_fraction=0.2)
+    assert moved["val"].tolist() == parts["val"].tolist()
+    assert len(parts["val"]) > 50
+
+
+def test_image_files_are_read_once(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"thing_{'abcdefghij'[i % 10]}{'klmnop'[i // 10]}.png").write_bytes(f"{i // 2}".encode())
+    read: list[str] = []
+    monkeypatch.setattr(
+        "coalign.data.folder.read_image_file", lambda path: read.append(path) or Path(path).read_bytes()
+    )
+    first = assign_splits(open_source(str(folder)))
+    assert len(read) == 60
+    assert first[1]["groups"] == 30
+    assert first[1]["grouped"] == 60
+    again = assign_splits(open_source(str(folder)))
+    assert len(read) == 60
+    assert again[1] == first[1]
+    assert np.array_equal(again[0]["val"], first[0]["val"])
+    (folder / "thing_ak.png").write_bytes(b"something else")
+    (folder / "other.png").write_bytes(b"new")
+    _, counts = assign_splits(open_source(str(folder)))
+    assert len(read) == 62
+    assert counts["groups"] == 32
+    for cache in (tmp_path / "cache").rglob("*.npy"):
+        cache.write_bytes(b"damaged")
+    assert assign_splits(open_source(str(folder)))[1] == counts

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+
+from coalign.errors import UserError
+from coalign.evaluation import prompts
+
+
+def test_imagenet_has_clips_eighty_templates():
+    templates = prompts.templates("imagenet")
+    assert len(set(templates)) == 80
+    assert all(template.count("{}") == 1 for template in templates)
+    assert "itap of my {}." in templates
+
+
+# Numbers of templates published with CLIP for the papers' eleven data sets (ImageNet above).
+PUBLISHED = {
+    "caltech101": 34,
+    "cifar10": 18,
+    "cifar100": 18,
+    "dtd": 8,
+    "fgvc_aircraft": 2,
+    "flowers102": 1,
+    "food101": 1,
+    "oxford_pets": 1,
+    "stanford_cars": 8,
+    "sun397": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_templates_of_the_papers_data_sets(name, count):
+    templates = prompts.templates(name)
+    assert len(templates) == len(set(templates)) == count
+    assert all(template.count("{}") == 1 and "*" not in template for template in templates)
+
+
+def test_some_published_templates_word_for_word():
+    assert "a {} in a video game." in prompts.templates("caltech101")
+    assert "graffiti of the {}." in prompts.templates("caltech101")
+    assert "a origami {}." in prompts.templates("caltech101")
+    assert "a black and white photo of the {}." in prompts.templates("cifar100")
+    assert "a photo of my dirty {}." in prompts.templates("stanford_cars")
+    assert prompts.templates("dtd")[0] == "a photo of a {} texture."
+
+
+def test_templates_from_a_file(tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_text("a drawing of {}.\n\n  {} in {} style  \n", encoding="utf-8")
+    assert prompts.templates(str(path)) == ["a drawing of {}.", "{} in {} style"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a {}\nno place\n", "no place"), (b"\n \n", "no template"), (b"caf\xe9 {}", "UTF-8")],
+)
+def test_a_bad_template_file_is_said_in_one_sentence(tmp_path, content, message):
+    path = tmp_path / "templates.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prompts.templates(str(path))
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'imagnet'.*oxford_pets.*imagenet"):
+        prompts.templates("imagnet")
+
+
+def test_classes_file(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("\ufeffcat\n\nn02084071 = dog\nbird, small \n", encoding="utf-8")
+    assert prompts.read_classes(path) == [("cat", "cat"), ("n02084071", "dog"), ("bird, small", "bird, small")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cat\ndog\ncat\n", r"'cat' comes twice \(entries 1 and 3\)"),
+        ("a = cat\nb = cat\n", "class name .*'cat' comes twice"),
+        ("cat\n = dog\n", "Line 2"),
+        ("cat =\n", "Line 1"),
+        ("", "no label"),
+    ],
+)
+def test_a_bad_classes_file_is_said_in_one_sentence(tmp_path, content, message):
+    path = tmp_path / "classes.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prompts.read_classes(path)
+
+
+def test_an_absent_classes_file(tmp_path):
+    with pytest.raises(UserError, match=r"Cannot read the classes file .*gone\.txt"):
+        prompts.read_classes(tmp_path / "gone.txt")

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import top_k_accuracy_score
+from torch import Tensor
+
+from coalign.errors import UserError
+from coalign.evaluation import retrieval as module
+from coalign.evaluation.retrieval import retrieval, retrieve
+from coalign.types import DualEncoder
+
+
+def problem(images: int = 60, texts: int = 150, ids: int = 150, dim: int = 12, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(images, dim, generator=generator), dim=1)
+    owner = torch.cat([torch.arange(images), torch.randint(0, images, (texts - images,), generator=generator)])
+    text_ids = torch.randint(0, ids, (texts,), generator=generator) * 11
+    words = torch.randn(11 * ids, dim, generator=generator)
+    text = F.normalize(image[owner] + 0.6 * words[text_ids], dim=1)
+    return image, text, owner, text_ids
+
+
+def naive_ranks(image: Tensor, text: Tensor, owner: Tensor, text_ids: Tensor) -> tuple[list[int], list[int]]:
+    """Rank of the best right answer of every query, by the definition and in double loops."""
+    scores = (image.double() @ text.double().T).tolist()
+    captions = [{int(t) for t, o in zip(text_ids, owner) if o == i} for i in range(len(image))]
+    by_image, by_text = [], []
+    for i in range(len(image)):
+        order = sorted(range(len(text)), key=lambda j: -scores[i][j])
+        by_image.append(1 + next(rank for rank, j in enumerate(order) if int(text_ids[j]) in captions[i]))
+    for j in range(len(text)):
+        order = sorted(range(len(image)), key=lambda i: -scores[i][j])
+        by_text.append(1 + next(rank for rank, i in enumerate(order) if int(text_ids[j]) in captions[i]))
+    return by_image, by_text
+
+
+@pytest.mark.parametrize("chunk", [8_000_000, 1])
+@pytest.mark.parametrize("ids", [100_000, 25])
+def test_agrees_with_double_loops(monkeypatch, chunk, ids):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    image, text, owner, text_ids = problem(ids=ids)
+    result = retrieval(image, text, owner, text_ids)
+    for side, ranks in zip((result.image_to_text, result.text_to_image), naive_ranks(image, text, owner, text_ids)):
+        np.testing.assert_array_equal(side.ranks, ranks)
+        for k in (1, 5, 10):
+            assert side.recall[k].value == pytest.approx(np.mean(np.array(ranks) <= k))
+        assert side.median_rank.value == np.median(ranks)
+    assert result.num_distinct_texts == len(text_ids.unique())
+
+
+def test_one_caption_an_image_is_top_k_accuracy():
+    generator = torch.Generator().manual_seed(5)
+    image = F.normalize(torch.randn(80, 8, generator=generator), dim=1)
+    text = F.normalize(image + 0.4 * torch.randn(80, 8, generator=generator), dim=1)
+    result = retrieval(image, text, torch.arange(80))
+    scores = (image @ text.T).numpy()
+    for k in (1, 5, 10):
+        assert result.image_to_text.recall[k].value == pytest.approx(top_k_accuracy_score(range(80), scores, k=k))
+        assert result.text_to_image.recall[k].value == pytest.approx(top_k_accuracy_score(range(80), scores.T, k=k))
+    assert 0.1 < result.image_to_text.recall[1].value < 0.9
+
+
+def test_equal_captions_are_right_for_every_image_that_has_them():
+    image = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=1)
+    text = image[[1, 0, 2]]  # the captions of images 0 and 1 lie nearest to the other image
+    owner = torch.arange(3)
+    assert retrieval(image, text, owner).image_to_text.recall[1].value == pytest.approx(1 / 3)
+    shared = retrieval(image, text, owner, torch.tensor([7, 7, 9]))
+    assert shared.image_to_text.recall[1].value == 1.0
+    assert shared.text_to_image.recall[1].value == 1.0
+
+
+def test_chance_is_what_random_embeddings_score():
+    _, _, owner, text_ids = problem(ids=40)
+    generator = torch.Generator().manual_seed(1)
+    runs = []
+    for _ in range(60):
+        image = F.normalize(torch.randn(60, 64, generator=generator), dim=1)
+        words = F.normalize(torch.randn(int(text_ids.max()) + 1, 64, generator=generator), dim=1)
+        text = F.normalize(words[torch.randperm(len(words), generator=generator)[:150]], dim=1)
+        runs.append(retrieval(image, text, owner, text_ids))
+    for name in ("image_to_text", "text_to_image"):
+        sides = [getattr(run, name) for run in runs]
+        for k in (1, 5, 10):
+            measured = [side.recall[k].value for side in sides]
+            error = np.std(measured) / len(measured) ** 0.5
+            assert abs(np.mean(measured) - sides[0].chance[k]) < 4 * error + 1e-3
+        assert np.mean([side.median_rank.value for side in sides]) == pytest.approx(
+            sides[0].chance_median_rank, rel=0.15
+        )
+
+
+def test_a_collapsed_model_scores_exactly_chance():
+    _, _, owner, text_ids = problem(ids=40)
+    point = F.normalize(torch.ones(1, 12), dim=1)
+    noise = 1e-8 * torch.randn(150, 12, generator=torch.Generator().manual_seed(3))
+    result = retrieval(point.repeat(60, 1), point + noise, owner, text_ids)
+    for side in (result.image_to_text, result.text_to_image):
+        for k in (1, 5, 10):
+            assert side.recall[k].value == pytest.approx(side.chance[k])
+
+
+def test_top_answers_are_the_nearest_and_marked():
+    image, text, owner, text_ids = problem()
+    side = retrieval(image, text, owner, text_ids).text_to_image
+    scores = (text @ image.T).numpy()
+    np.testing.assert_array_equal(side.top, np.argsort(-scores, axis=1)[:, :10])
+    np.testing.assert_allclose(side.top_scores, np.take_along_axis(scores, side.top, 1), atol=1e-6)
+    np.testing.assert_array_equal(side.top_right[:, 0], side.ranks == 1)
+
+
+def test_images_without_a_caption_are_distractors_and_are_counted():
+    image = torch.eye(4)
+    result = retrieval(image, torch.eye(4)[[1, 3]], torch.tensor([0, 3]))
+    assert result.num_captionless == 2
+    np.testing.assert_array_equal(result.image_to_text.queries, [0, 3])
+    assert result.text_to_image.recall[1].value == 0.5  # caption 0 finds image 1, which has no caption of its own
+    assert result.text_to_image.recall[1].n == 2
+
+
+def test_intervals_resample_images_with_all_their_captions():
+    generator = torch.Generator().manual_seed(2)
+    image = F.normalize(torch.randn(50, 16, generator=generator), dim=1)
+    hopeless = torch.rand(50, generator=generator) < 0.5
+    points = torch.where(hopeless[:, None], -image, image)
+    noise = 1e-3 * torch.randn(400, 16, generator=generator)
+    text = F.normalize(points.repeat_interleave(8, 0) + noise, dim=1)
+    metric = retrieval(image, text, torch.arange(50).repeat_interleave(8)).text_to_image.recall[1]
+    p = metric.value
+    assert metric.high - metric.low == pytest.approx(2 * 1.96 * (p * (1 - p) / 50) ** 0.5, rel=0.15)
+
+
+def test_json_has_clip_benchmarks_names_and_survives_json():
+    result = retrieval(*problem())
+    out = json.loads(json.dumps(result.to_json()))
+    assert out["image_retrieval_recall@5"] == result.text_to_image.recall[5].value
+    assert out["text_retrieval_recall@5"] == result.image_to_text.recall[5].value
+    assert out["image_to_text"]["r1"]["chance"] == result.image_to_text.chance[1]
+    assert out["images"] == 60
+    assert out["captions"] == 150
+
+
+def test_one_pair():
+    result = retrieval(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]))
+    assert result.image_to_text.recall[1].value == result.image_to_text.chance[1] == 1.0
+    assert result.text_to_image.median_rank.value == result.text_to_image.chance_median_rank == 1.0
+
+
+def test_bad_input():
+    image, text, owner, _ = problem()
+    with pytest.raises(UserError, match="0 images and 150 captions"):
+        retrieval(image[:0], text, owner)
+    with pytest.raises(UserError, match="60 images and 0 captions"):
+        retrieval(image, text[:0], owner[:0])
+    broken = text.clone()
+    broken[3, 0] = torch.nan
+    with pytest.raises(UserError, match="Text embeddings are not finite for 1 of 150"):
+        retrieval(image, broken, owner)
+    with pytest.raises(ValueError, match="image_of_text"):
+        retrieval(image, text, owner + 1)
+    with pytest.raises(ValueError, match="dimensions"):
+        retrieval(image, text[:, :5], owner)
+
+
+def test_the_whole_matrix_is_never_held(monkeypatch):
+    seen = []
+    real = module._count
+    monkeypatch.setattr(module, "_count", lambda mask: seen.append(mask.numel()) or real(mask))
+    generator = torch.Generator().manual_seed(0)
+    points = F.normalize(torch.randn(3000, 4, generator=generator), dim=1)
+    monkeypatch.setattr(module, "_CHUNK", 300_000)
+    retrieval(points, points, torch.arange(3000))
+    assert sum(seen) >= 2 * 3000 * 3000  # every pair was looked at, in both directions
+    assert max(seen) <= 300_000
+
+
+def test_retrieve_leaves_bad_images_and_their_captions_out():
+    def encode_text(texts):
+        return torch.stack([torch.tensor([t.count(letter) for letter in "abc"]).float() for t in texts])
+
+    model = DualEncoder(lambda pixels: pixels.float().mean((2, 3)), encode_text, 2)
+    pixels = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    for i in range(3):
+        pixels[i, i] = 100
+    captions = {5: ["a", "aa"], 6: ["never seen"], 7: ["b"], 8: ["c", "a"]}
+    result, bad = retrieve(model, [([5, 7], pixels[:2], [6]), ([8], pixels[2:], [])], captions.__getitem__)
+    assert bad == [6]
+    assert (result.num_images, result.num_texts, result.num_distinct_texts) == (3, 5, 4)
+    assert result.image_to_text.recall[1].value == 1.0
+    # Both "a" find image 5, which has that caption, although one of them belongs to image 8.
+    assert result.text_to_image.recall[1].value == 1.0

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+
+from coalign.errors import UserError
+from coalign.evaluation import zero_shot as module
+from coalign.evaluation.zero_shot import class_weights, classify, zero_shot
+from coalign.types import DualEncoder
+
+
+def random_problem(images: int, classes: int, dim: int = 16):
+    generator = torch.Generator().manual_seed(images + classes)
+    weights = F.normalize(torch.randn(classes, dim, generator=generator), dim=1)
+    labels = torch.randint(0, classes, (images,), generator=generator)
+    embeds = F.normalize(weights[labels] + 0.5 * torch.randn(images, dim, generator=generator), dim=1)
+    return embeds, labels, weights, [f"class {i}" for i in range(classes)]
+
+
+@pytest.mark.parametrize("chunk", [8_000_000, 30])
+def test_agrees_with_scikit_learn(monkeypatch, chunk):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    embeds, labels, weights, names = random_problem(300, 12)
+    result = zero_shot(embeds, labels, weights, names)
+    scores, truth = (embeds @ weights.T).numpy(), labels.numpy()
+    predictions = scores.argmax(1)
+    assert 0.3 < result.top1.value < 0.99  # neither trivial nor hopeless
+    np.testing.assert_array_equal(result.predictions, predictions)
+    assert result.top1.value == pytest.approx(accuracy_score(truth, predictions))
+    assert result.top5 is not None
+    assert result.top5.value == pytest.approx(top_k_accuracy_score(truth, scores, k=5, labels=range(12)))
+    assert result.mean_per_class.value == pytest.approx(balanced_accuracy_score(truth, predictions))
+    np.testing.assert_array_equal(result.confusion, confusion_matrix(truth, predictions, labels=range(12)))
+    assert result.per_class == pytest.approx(list(np.diag(result.confusion) / result.confusion.sum(1)))
+    assert result.top1.low < result.top1.value < result.top1.high
+
+
+def test_json_has_clip_benchmarks_names_and_survives_json():
+    result = zero_shot(*random_problem(50, 8))
+    out = json.loads(json.dumps(result.to_json()))
+    assert out["acc1"] == result.top1.value
+    assert out["acc5"] == result.top5.value
+    assert out["mean_per_class_recall"] == result.mean_per_class.value
+    assert out["intervals"]["acc1"]["low"] <= out["acc1"] <= out["intervals"]["acc1"]["high"]
+    assert out["chance"] == 1 / 8
+
+
+def test_top5_is_left_out_with_five_classes_or_fewer():
+    assert zero_shot(*random_problem(20, 5)).top5 is None
+    assert zero_shot(*random_problem(20, 6)).top5 is not None
+
+
+def test_a_collapsed_model_scores_exactly_chance():
+    embeds, labels, weights, names = random_problem(40, 10)
+    noise = 1e-8 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(9))
+    result = zero_shot(embeds[:1].expand_as(embeds), labels, weights[:1].expand_as(weights) + noise, names)
+    assert result.top1.value == pytest.approx(0.1)
+    assert result.top5.value == pytest.approx(0.5)
+
+
+def test_one_class_one_image():
+    result = zero_shot(torch.ones(1, 1), torch.tensor([0]), torch.ones(1, 1), ["thing"])
+    assert (result.top1.value, result.top1.low, result.top1.high, result.chance) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_a_class_without_images_has_no_accuracy_and_does_not_count():
+    embeds, labels, weights, names = random_problem(60, 6)
+    keep = labels != 3
+    result = zero_shot(embeds[keep], labels[keep], weights, names)
+    assert result.per_class[3] is None
+    assert result.mean_per_class.value == pytest.approx(
+        np.mean([rate for rate in result.per_class if rate is not None])
+    )
+
+
+def test_bad_input():
+    embeds, labels, weights, names = random_problem(10, 6)
+    with pytest.raises(UserError, match="nothing to classify"):
+        zero_shot(embeds[:0], labels[:0], weights, names)
+    with pytest.raises(UserError, match="not finite"):
+        zero_shot(torch.full_like(embeds, torch.nan), labels, weights, names)
+    with pytest.raises(ValueError, match="labels lie in"):
+        zero_shot(embeds, labels + 6, weights, names)
+
+
+VOCABULARY: dict[str, torch.Tensor] = {}
+
+
+def encode_text(texts):
+    """A random but fixed vector for each text, of no particular length."""
+    for text in texts:
+        VOCABULARY.setdefault(text, 3 * torch.randn(8, generator=torch.Generator().manual_seed(len(VOCABULARY))))
+    return torch.stack([VOCABULARY[text] for text in texts])
+
+
+def test_class_weights_are_normalised_means_of_normalised_embeddings():
+    model = DualEncoder(lambda pixels: pixels, encode_text, 4)
+    templates = ["a photo of a {}.", "{}", "the {} and {}"]
+    weights = class_weights(model, ["cat", "dog {x}"], templates)
+    for row, name in zip(weights, ["cat", "dog {x}"]):
+        prompts = [f"a photo of a {name}.", name, f"the {name} and {name}"]
+        mean = sum(VOCABULARY[p] / VOCABULARY[p].norm() for p in prompts) / 3
+        torch.testing.assert_close(row, mean / mean.norm())
+
+
+def test_class_weights_refuse_duplicate_names_and_templates_without_a_place():
+    model = DualEncoder(lambda pixels: pixels, encode_text, 4)
+    with pytest.raises(UserError, match="'cat' comes twice"):
+        class_weights(model, ["cat", "dog", "cat"], ["{}"])
+    with pytest.raises(UserError, match=r"has no \{\}"):
+        class_weights(model, ["cat"], ["a photo"])
+    with pytest.raises(UserError, match="no class name"):
+        class_weights(model, [], ["{}"])
+
+
+def test_classify_from_pixels_finds_the_colours():
+    def encode_colour_words(texts):
+        return torch.stack([torch.tensor([w in t for w in ("red", "green", "blue")]).float() for t in texts])
+
+    model = DualEncoder(lambda pixels: pixels.float().mean((2, 3)), encode_colour_words, 2)
+    pixels = torch.zeros(6, 3, 2, 2, dtype=torch.uint8)
+    for i in range(6):
+        pixels[i, i % 3] = 200
+    batches = [([10, 11, 12, 13], pixels[:4], []), ([14, 15], pixels[4:], ["one bad"])]
+    result, bad = classify(model, batches, lambda index: (index - 10) % 3, ["red", "green", "blue"], ["a {} picture"])
+    assert result.top1.value == 1.0
+    assert bad == ["one bad"]
+    wrong, _ = classify(model, batches, lambda index: (index - 9) % 3, ["red", "green", "blue"], ["a {} picture"])
+    assert wrong.top1.value == 0.0

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coalign.errors import UserError
+from coalign.optim import OptimiserConfig, RoleConfig, build_optimisers, clip_gradients, lr_at
+
+ORACLES = np.load(Path(__file__).parent / "oracles" / "optim.npz", allow_pickle=False)
+
+
+class Pair(nn.Module):
+    """Two towers with norms and biases, a scale, and a frozen teacher."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.image = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+        self.text = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+        self.scale = nn.Parameter(torch.tensor([2.0]))
+        self.teacher = nn.Linear(2, 2).requires_grad_(False)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"image": [*self.image.parameters()], "text": [*self.text.parameters()], "scale": [self.scale]}
+
+    def fill_gradients(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+
+
+MIXED = OptimiserConfig(
+    lr=1e-3,
+    start_lr=1e-4,
+    final_lr=0.0,
+    weight_decay=0.05,
+    warmup_fraction=0.2,
+    roles={
+        "text": RoleConfig(kind="sgd", lr=0.02, start_lr=1e-3, weight_decay=1e-4),
+        "scale": RoleConfig(lr_multiplier=10),
+    },
+)
+
+
+def test_the_configuration_imports_no_torch() -> None:
+    code = "import sys, coalign.optim; coalign.optim.OptimiserConfig().for_role('x'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_schedule_is_slips() -> None:
+    names = ("base", "final", "epochs", "niter", "warmup_epochs", "start")
+    par = {name: ORACLES[f"slip_lr.par.{name}"].item() for name in names}
+    total, warmup = par["epochs"] * par["niter"], par["warmup_epochs"] * par["niter"]
+    ours = [lr_at(step, total, par["base"], warmup, par["start"], par["final"]) for step in range(total)]
+    np.testing.assert_allclose(ours, ORACLES["slip_lr.out.lr"], rtol=1e-12)
+
+
+def test_schedule_is_declips_when_it_reaches_the_final_rate() -> None:
+    iterations = ORACLES["declip_lr.in.iter"]
+    ours = [lr_at(int(i) - 1, 30, 1e-3, warmup_steps=6, start=1e-4, final=0.0, reaches_final=True) for i in iterations]
+    np.testing.assert_allclose(ours, ORACLES["declip_lr.out.lr"], rtol=1e-9, atol=1e-18)
+
+
+@pytest.mark.parametrize("reaches_final", [False, True])
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (2, 1), (5, 5), (5, 9), (100, 7)])
+def test_schedule_stays_between_its_ends(total: int, warmup: int, reaches_final: bool) -> None:
+    rates = [lr_at(step, total, 1.0, warmup, 0.01, 0.1, reaches_final) for step in range(total)]
+    assert all(0.01 <= rate <= 1.0 for rate in rates)
+    decay = rates[warmup:]
+    assert decay == sorted(decay, reverse=True)
+    if warmup == 0 and not reaches_final:
+        assert rates[0] == 1.0
+
+
+def test_each_role_trains_as_the_papers_optimiser_written_out() -> None:
+    """Three steps against AdamW and SGD transcribed from their equations, with each parameter's own decay and rate."""
+    model = Pair().double()
+    optimisers = build_optimisers(model.groups(), MIXED, model)
+    assert set(optimisers.by_kind) == {"adamw", "sgd"}
+    values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    first = {name: torch.zeros_like(value) for name, value in values.items()}
+    second = {name: torch.zeros_like(value) for name, value in values.items()}
+    for step in range(3):
+        model.fill_gradients(step)
+        lrs = optimisers.set_lr(step, 10)
+        assert lrs["scale"] == pytest.approx(10 * lrs["image"])
+        assert lrs["text"] == pytest.approx(lr_at(step, 10, 0.02, 2, 1e-3, 0.0))
+        for name, value in values.items():
+            grad = model.get_parameter(name).grad.clone()
+            role = name.split(".")[0]
+            lr, decays = lrs[role], value.ndim >= 2
+            if role == "text":
+                grad += 1e-4 * value * decays
+                first[name] = 0.9 * first[name] + grad
+                value -= lr * first[name]
+            else:
+                value *= 1 - lr * 0.05 * decays
+                first[name] = 0.9 * first[name] + 0.1 * grad
+                second[name] = 0.98 * second[name] + 0.02 * grad**2
+                corrected = second[name] / (1 - 0.98 ** (step + 1))
+                value -= lr * first[name] / (1 - 0.9 ** (step + 1)) / (corrected.sqrt() + 1e-8)
+        optimisers.step()
+    for name, value in values.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), value, rtol=1e-12, atol=1e-14)
+
+
+def test_what_has_fewer_than_two_dimensions_does_not_decay() -> None:
+    model = Pair()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = OptimiserConfig(lr=0.1, start_lr=0, final_lr=0, weight_decay=0.5)
+    optimisers = build_optimisers(model.groups(), config, model)
+    for parameter in optimisers.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimisers.step()
+    for name, parameter in model.named_parameters():
+        shrinks = parameter.ndim >= 2 and parameter.requires_grad
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if shrinks else 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_equals_the_plain_implementation(dtype: torch.dtype) -> None:
+    fused, plain = Pair().to(dtype), Pair().to(dtype)
+    ours = build_optimisers(fused.groups(), MIXED, fused)
+    assert all(optimiser.defaults["fused"] for optimiser in ours.optimisers)
+    theirs = build_optimisers(plain.groups(), MIXED, plain)
+    for optimiser in theirs.optimisers:
+        for group in optimiser.param_groups:
+            group["fused"], group["foreach"] = False, False
+    for step in range(20):
+        for model, optimisers in ((fused, ours), (plain, theirs)):
+            model.fill_gradients(step)
+            optimisers.set_lr(step, 20)
+            optimisers.step()
+            optimisers.zero_grad()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    for one, other in zip(fused.parameters(), plain.parameters()):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert all(parameter.grad is None for parameter in fused.parameters())
+
+
+def test_state_goes_on_where_it_was_bit_for_bit() -> None:
+    def run(model: Pair, optimisers, steps: range) -> None:
+        for step in steps:
+            model.fill_gradients(step)
+            if step < 6:  # their first gradient comes after the checkpoint
+                model.text[0].weight.grad = model.image[0].bias.grad = None
+            optimisers.set_lr(step, 10)
+            optimisers.step()
+
+    whole = Pair()
+    run(whole, build_optimisers(whole.groups(), MIXED, whole), range(10))
+    first = Pair()
+    optimisers = build_optimisers(first.groups(), MIXED, first)
+    run(first, optimisers, range(5))
+    state = optimisers.state_dict()
+    assert set(state["image.0.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(state["text.1.weight"]) == {"momentum_buffer"}
+    assert "image.0.bias" not in state
+    kept = state["image.0.weight"]["exp_avg"].clone()
+    second = Pair(seed=1)
+    second.load_state_dict(first.state_dict())
+    resumed = build_optimisers(second.groups(), MIXED, second)
+    resumed.load_state_dict(state)
+    run(second, resumed, range(5, 10))
+    for one, other in zip(whole.parameters(), second.parameters()):
+        assert torch.equal(one, other)
+    assert torch.equal(kept, state["image.0.weight"]["exp_avg"])  # the loaded state is a copy
+
+
+def test_the_configuration_and_not_the_checkpoint_decides_the_settings() -> None:
+    model = Pair()
+    optimisers = build_optimisers(model.groups(), MIXED, model)
+    model.fill_gradients(0)
+    optimisers.step()
+    config = OptimiserConfig(weight_decay=0.3, roles={"text": RoleConfig(kind="sgd")})
+    changed = build_optimisers(model.groups(), config, model)
+    changed.load_state_dict(optimisers.state_dict())
+    assert {group["weight_decay"] for group in changed.by_kind["adamw"].param_groups} == {0.3, 0.0}
+
+
+def test_foreign_state_is_refused() -> None:
+    model = Pair()
+    optimisers = build_optimisers(model.groups(), MIXED, model)
+    model.fill_gradients(0)
+    optimisers.step()
+    state = optimisers.state_dict()
+    with pytest.raises(UserError, match=r"'text\.\d\.\w+' is not that of adamw"):
+        build_optimisers(model.groups(), OptimiserConfig(), model).load_state_dict(state)
+    other = {"image": [*model.image.parameters()]}
+    with pytest.raises(UserError, match=r"'scale' .* not trained here"):
+        build_optimisers(other, OptimiserConfig()).load_state_dict({"scale": state["scale"]})
+    state["image.0.weight"]["exp_avg"] = torch.zeros(2, 2)
+    with pytest.raises(UserError, match=r"'image\.0\.weight' .* shape \(5, 6\)"):
+        optimisers.load_state_dict(state)
+
+
+def test_every_parameter_exactly_once() -> None:
+    model = Pair()
+    groups = model.groups()
+    with pytest.raises(AssertionError, match=r"image\.0\.weight is in group 'image' and again in 'scale'"):
+        build_optimisers(groups | {"scale": [model.scale, groups["image"][0]]}, OptimiserConfig(), model)
+    with pytest.raises(AssertionError, match=r"image\.2\.bias is in no group"):
+        build_optimisers(groups | {"image": groups["image"][:-1]}, OptimiserConfig(), model)
+    with pytest.raises(AssertionError, match=r"teacher\.weight is in group 'text', but is frozen"):
+        build_optimisers(groups | {"text": [*groups["text"], model.teacher.weight]}, OptimiserConfig(), model)
+    with pytest.raises(AssertionError, match=r"extra\.0 is in group 'extra', but not in the model"):
+        build_optimisers(groups | {"extra": [nn.Parameter(torch.ones(1))]}, OptimiserConfig(), model)
+    assert len(build_optimisers(groups, OptimiserConfig(), model).parameters()) == len([*model.parameters()]) - 2
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (OptimiserConfig(roles={"txet": RoleConfig()}), "'txet', but this model's are: image, text, scale"),
+        (OptimiserConfig(lr=-1.0), "lr is -1.0"),
+        (OptimiserConfig(lr=math.nan), "lr is nan"),
+        (OptimiserConfig(lr=1e-6), "final_lr is 1e-05, but must be between 0 and lr, which is 1e-06"),
+        (OptimiserConfig(roles={"text": RoleConfig(momentum=1.0)}), "role 'text' .* momentum is 1.0"),
+        (OptimiserConfig(betas=(0.9, 1.0)), "betas"),
+        (OptimiserConfig(warmup_fraction=1.5), "warmup_fraction"),
+        (OptimiserConfig(weight_decay=-0.1), "weight_decay"),
+    ],
+)
+def test_settings_that_make_no_sense(config: OptimiserConfig, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_optimisers(Pair().groups(), config)
+
+
+def test_warmup_by_fraction_or_by_steps() -> None:
+    assert OptimiserConfig(warmup_fraction=0.1).num_warmup_steps(500) == 50
+    assert OptimiserConfig(warmup_fraction=0.1, warmup_steps=7).num_warmup_steps(500) == 7
+    assert OptimiserConfig(warmup_steps=0).num_warmup_steps(500) == 0
+
+
+def test_clipping_scales_all_gradients_together() -> None:
+    model = Pair().double()
+    model.fill_gradients(0)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    expected = math.sqrt(sum(float((grad**2).sum()) for grad in before))
+    assert clip_gradients(model.parameters(), None).item() == pytest.approx(expected, rel=1e-12)
+    with_grad = [p for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(with_grad, before))
+    assert clip_gradients(model.parameters(), 2 * expected).item() == pytest.approx(expected)
+    assert clip_gradients(model.parameters(), expected / 4).item() == pytest.approx(expected)
+    for parameter, grad in zip(with_grad, before):
+        torch.testing.assert_close(parameter.grad, grad / 4, rtol=1e-6, atol=0)
+
+
+def test_a_norm_that_is_not_finite_is_reported() -> None:
+    model = Pair()
+    model.fill_gradients(0)
+    model.scale.grad = torch.tensor([math.inf])
+    assert not torch.isfinite(clip_gradients(model.parameters(), 1.0))
