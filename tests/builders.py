@@ -23,7 +23,9 @@ def build_method(name, folder, model=TRANSFORMER, cls=None, **changes):
     path.write_text(json.dumps(model))
     torch.manual_seed(7)
     config = replace(config_class(name)(), **changes)
-    return (cls or method_class(name))(config, TowerSpec(str(path), vocab_size=50, context_length=12, batch_norm_group=2)).double()
+    return (cls or method_class(name))(
+        config, TowerSpec(str(path), vocab_size=50, context_length=12, batch_norm_group=2)
+    ).double()
 
 
 def make_batch(plan, size, image_size=32, vocab_size=50, seed=0):

@@ -21,6 +21,9 @@ def oracles():
 
     def load(name):
         with np.load(Path(__file__).parent / "oracles" / f"{name}.npz", allow_pickle=False) as arrays:
-            return {key: torch.from_numpy(arrays[key]) if arrays[key].dtype.kind in "fiub" else arrays[key] for key in arrays.files}
+            return {
+                key: torch.from_numpy(arrays[key]) if arrays[key].dtype.kind in "fiub" else arrays[key]
+                for key in arrays.files
+            }
 
     return load

@@ -127,16 +127,22 @@ def eval_command(
     from coalign.run.reporting import print_results
 
     results = evaluate(
-        model, tasks, weights=weights, split=split, classes=classes, label=label, prompts=prompts, device=device, workers=workers
+        model,
+        tasks,
+        weights=weights,
+        split=split,
+        classes=classes,
+        label=label,
+        prompts=prompts,
+        device=device,
+        workers=workers,
     )
     print_results(results)
     if json:
         write_json(results, json)
 
 
-def scenes_command(
-    out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0
-) -> None:
+def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
     """Write the scenes data set: pictures drawn by code, with captions, tags and exact ground truth. Training needs no copy: --data scenes:8192.
 
     Args:
@@ -151,7 +157,9 @@ def scenes_command(
     write_scenes(out, size, train, seed, swap)
 
 
-def openclipart_command(out: Path, download: bool = False, from_: Annotated[Path | None, arg(name="from")] = None, max_side: int = 256) -> None:
+def openclipart_command(
+    out: Path, download: bool = False, from_: Annotated[Path | None, arg(name="from")] = None, max_side: int = 256
+) -> None:
     """Prepare Open Clip Art: about 6,900 real, noisy pairs in the public domain, from Debian's packages openclipart-png and openclipart-svg.
 
     Args:
@@ -258,14 +266,18 @@ def _parse(target: Any, args: list[str], name: str, **options: Any) -> Any:
     except SystemExit as error:
         if not error.code:
             raise
-        lines = [line for line in complaint.getvalue().splitlines() if not line.startswith("\u256d")]  # the box's top carries a title
+        lines = [
+            line for line in complaint.getvalue().splitlines() if not line.startswith("\u256d")
+        ]  # the box's top carries a title
         words = " ".join(re.sub(r"[\u2500-\u257f]", " ", " ".join(lines)).split())
         words = re.split(r"For full helptext|Argument helptext", words)[0].strip()
         raise UserError(f"{words} (see `coalign {name} --help`)") from None
 
 
 COMMANDS = {
-    "train": Command("Train a model on image-text pairs, evaluate it on held-out ones, and write a report.", train_command),
+    "train": Command(
+        "Train a model on image-text pairs, evaluate it on held-out ones, and write a report.", train_command
+    ),
     "eval": _plain(eval_command, "eval"),
     "data openclipart": _plain(openclipart_command, "data openclipart"),
     "data scenes": _plain(scenes_command, "data scenes"),

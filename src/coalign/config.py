@@ -80,7 +80,7 @@ def from_json(cls: Any, value: Any) -> Any:
     """The configuration of type `cls` that `to_json` wrote. Unknown names are a TypeError."""
     if typing.get_origin(cls) is Annotated:
         return from_json(typing.get_args(cls)[0], value)
-    if is_dataclass(cls) and isinstance(value, dict):
+    if isinstance(cls, type) and is_dataclass(cls) and isinstance(value, dict):
         hints = typing.get_type_hints(cls, include_extras=True)
         unknown = set(value) - {f.name for f in fields(cls)}
         if unknown:

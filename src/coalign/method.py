@@ -32,7 +32,7 @@ class Method(nn.Module, ABC):
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         """Everything that couples samples, once a step, on all of the rank's rows: own rows against gathered columns."""
 
-    def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:  # noqa: B027
+    def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
         """What moves after the optimiser: scale clamps, EMA, queues. Not called for a skipped step."""
 
     def scalars(self) -> dict[str, Tensor]:

@@ -42,7 +42,15 @@ EVALUATION = AugmentationPolicy()
 # SLIP's two image policies, which UniCLIP and MCD take over: the base view of the contrastive term, and SimCLR's augmentations.
 WEAK = AugmentationPolicy(crop_scale=(0.5, 1.0))
 STRONG = AugmentationPolicy(
-    crop_scale=(0.08, 1.0), flip_p=0.5, jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey_p=0.2, blur_p=0.5
+    crop_scale=(0.08, 1.0),
+    flip_p=0.5,
+    jitter_p=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    grey_p=0.2,
+    blur_p=0.5,
 )
 
 
@@ -176,7 +184,7 @@ class StepInfo:
 
 @dataclass
 class LossTerm:
-    """A ratio of sums: the loss is Σ_terms weight · Σ_ranks total / Σ_ranks count, so a mean over anything countable is exact on any split."""
+    """A ratio of sums: the loss is Σ_terms weight · Σ_ranks total / Σ_ranks count. So any mean is exact on any number of ranks."""
 
     name: str
     total: Tensor  # scalar, this rank's sum, with gradient

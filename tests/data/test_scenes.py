@@ -197,7 +197,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_written_folder_holds_everything(tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     counts = write_scenes(
-        tmp_path / "deep" / "out", "20,swap=0.5", foils=15, progress=lambda now, total: done.append((now, total))
+        tmp_path / "deep" / "out", "20,swap=0.5", num_foils=15, progress=lambda now, total: done.append((now, total))
     )
     out, source = tmp_path / "deep" / "out", open_scenes("20,swap=0.5")
     assert counts == {"train": 20, "val": 12, "test": 12, "combinations": 12, "shifted": 12}
@@ -235,7 +235,7 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_taken(tmp_path: Path) -> No
     with pytest.raises(UserError, match="cannot be written"):
         write_scenes(tmp_path / "used" / "file" / "below", "5")
     (tmp_path / "empty").mkdir()
-    write_scenes(tmp_path / "empty", "5", foils=2)
+    write_scenes(tmp_path / "empty", "5", num_foils=2)
     assert (tmp_path / "empty" / "metadata.jsonl").exists()
 
 

@@ -103,6 +103,9 @@ def test_a_collapsed_model_scores_exactly_chance():
     for side in (result.image_to_text, result.text_to_image):
         for k in (1, 5, 10):
             assert side.recall[k].value == pytest.approx(side.chance[k])
+    # The best of r right answers among n in random order stands at (n + 1) / (r + 1) on average.
+    right = np.array([len(set(owner[text_ids == i].tolist())) for i in text_ids])
+    np.testing.assert_allclose(result.text_to_image.ranks, 61 / (right + 1))
 
 
 def test_top_answers_are_the_nearest_and_marked():

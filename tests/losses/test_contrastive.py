@@ -22,7 +22,9 @@ def leaves(*tensors, dtype=torch.float64):
 def test_equals_official_code(oracles, name, dtype, tolerance):
     oracle = oracles("contrastive")
     image, text, log_scale = leaves(*(oracle[f"{name}.in.{x}"] for x in ("image", "text", "log_scale")), dtype=dtype)
-    normalise = (lambda x: F.normalize(x, dim=-1)) if name == "slip_clip" else (lambda x: x)  # SLIP's loss normalises itself
+    normalise = (
+        (lambda x: F.normalize(x, dim=-1)) if name == "slip_clip" else (lambda x: x)
+    )  # SLIP's loss normalises itself
     loss = clip_loss(normalise(image), normalise(text), log_scale)
     loss.backward()
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}

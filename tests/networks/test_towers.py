@@ -6,7 +6,14 @@ import torch
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import GroupedBatchNorm2d
-from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower, group_by_length, model_config, model_names
+from coalign.networks.towers import (
+    TowerSpec,
+    build_image_tower,
+    build_text_tower,
+    group_by_length,
+    model_config,
+    model_names,
+)
 
 TINY = {
     "embed_dim": 24,
@@ -29,20 +36,33 @@ def test_equals_open_clip_with_the_same_weights(tiny):
     image.projection.weight.data = peer.visual.proj.data.T
     text.projection.weight.data = peer.text.text_projection.data.T
     image.trunk.load_state_dict({k: v for k, v in peer.visual.state_dict().items() if k != "proj"})
-    text.transformer.load_state_dict({k: v for k, v in peer.text.state_dict().items() if k not in ("text_projection", "attn_mask")})
+    text.transformer.load_state_dict(
+        {k: v for k, v in peer.text.state_dict().items() if k not in ("text_projection", "attn_mask")}
+    )
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     captions = ["a red apple", "!", "a very much longer caption about nothing in particular, and so on"]
     ids = open_clip.tokenize(captions)
     lengths = ids.argmax(1) + 1
     with torch.no_grad():
-        torch.testing.assert_close(image.projection(image(pixels)), peer.encode_image((pixels / 255 - mean) / std), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            image.projection(image(pixels)), peer.encode_image((pixels / 255 - mean) / std), atol=1e-5, rtol=1e-5
+        )
         for trimmed in (ids, ids[:, : lengths.max()]):
-            torch.testing.assert_close(text.projection(text(trimmed, lengths).pooled), peer.encode_text(ids), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                text.projection(text(trimmed, lengths).pooled), peer.encode_text(ids), atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize(
-    ("attention", "pooling"), [("causal", "end"), ("causal", "mean"), ("bidirectional", "start"), ("bidirectional", "end"), ("bidirectional", "mean")]
+    ("attention", "pooling"),
+    [
+        ("causal", "end"),
+        ("causal", "mean"),
+        ("bidirectional", "start"),
+        ("bidirectional", "end"),
+        ("bidirectional", "mean"),
+    ],
 )
 def test_padding_changes_no_caption(tiny, attention, pooling):
     torch.manual_seed(0)
@@ -59,7 +79,9 @@ def test_padding_changes_no_caption(tiny, attention, pooling):
         torch.testing.assert_close(alone.tokens[0], together.tokens[row, :length])
 
 
-@pytest.mark.parametrize(("attention", "pooling"), [("causal", "end"), ("bidirectional", "start"), ("bidirectional", "mean")])
+@pytest.mark.parametrize(
+    ("attention", "pooling"), [("causal", "end"), ("bidirectional", "start"), ("bidirectional", "mean")]
+)
 def test_groups_by_length_give_each_caption_its_own_output(tiny, attention, pooling):
     torch.manual_seed(0)
     tower = build_text_tower(tiny, attention, pooling).double()
@@ -89,7 +111,10 @@ def test_attention_direction(tiny):
     changed = ids.clone()
     changed[0, -1] += 1
     lengths = torch.tensor([6])
-    causal, both = build_text_tower(tiny, "causal", "end").double(), build_text_tower(tiny, "bidirectional", "start").double()
+    causal, both = (
+        build_text_tower(tiny, "causal", "end").double(),
+        build_text_tower(tiny, "bidirectional", "start").double(),
+    )
     torch.testing.assert_close(causal(ids, lengths, True).tokens[:, :-1], causal(changed, lengths, True).tokens[:, :-1])
     assert not torch.allclose(both(ids, lengths).pooled, both(changed, lengths).pooled)
 
@@ -101,7 +126,10 @@ def test_wrong_use_of_the_text_tower(tiny):
         build_text_tower(tiny)(torch.zeros(1, 78, dtype=torch.long), torch.tensor([78]))
 
 
-@pytest.mark.parametrize(("name", "image_millions", "text_millions"), [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.9, 3.0)])
+@pytest.mark.parametrize(
+    ("name", "image_millions", "text_millions"),
+    [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.9, 3.0)],
+)
 def test_parameter_counts(name, image_millions, text_millions):
     config = model_config(name)
     with torch.device("meta"):
@@ -114,16 +142,16 @@ def test_parameter_counts(name, image_millions, text_millions):
 
 @pytest.mark.slow
 def test_every_open_clip_name_builds_or_says_why():
-    built = 0
+    refused = {}
     for name in model_names():
         try:
             with torch.device("meta"):
                 spec = TowerSpec(name, vocab_size=49408)
                 build_image_tower(spec), build_text_tower(spec)
-            built += 1
         except UserError as error:
-            assert name in str(error)
-    assert built >= 70
+            refused[name] = str(error)
+    assert all(name in message for name, message in refused.items())
+    assert len(model_names()) - len(refused) >= 70
 
 
 def test_timm_trunk_and_its_size():
@@ -132,7 +160,12 @@ def test_timm_trunk_and_its_size():
 
 
 def test_names_that_do_not_exist(tmp_path):
-    for name, message in (("ViT-B32", "ViT-B-32"), ("nonsense-xyz", "coalign models"), ("timm:resnet51x", "resnet"), ("gone.json", "does not exist")):
+    for name, message in (
+        ("ViT-B32", "ViT-B-32"),
+        ("nonsense-xyz", "coalign models"),
+        ("timm:resnet51x", "resnet"),
+        ("gone.json", "does not exist"),
+    ):
         with pytest.raises(UserError, match=message):
             model_config(name)
     bad = tmp_path / "bad.json"

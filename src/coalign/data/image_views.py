@@ -8,22 +8,27 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from coalign.data.images import open_image
 from coalign.types import AugmentationParams, AugmentationPolicy
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _GREY = np.tile(_LUMA, (3, 1))  # a colour's grey
-_CHROMA = np.eye(3) - _GREY  # what a colour has beside its grey; hue turns it, in the plane of I and Q of the YIQ colour space
+_CHROMA = (
+    np.eye(3) - _GREY
+)  # what a colour has beside its grey; hue turns it, in the plane of I and Q of the YIQ colour space
 _YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ _YIQ  # from red towards yellow, as HSV's hue
+_QUARTER_TURN = (
+    np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ _YIQ
+)  # from red towards yellow, as HSV's hue
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def sample_params(generator: np.random.Generator, policy: AugmentationPolicy, size: tuple[int, int]) -> AugmentationParams:
+def sample_params(
+    generator: np.random.Generator, policy: AugmentationPolicy, size: tuple[int, int]
+) -> AugmentationParams:
     """Draw one view of an image of `size` (width, height), with the distributions of torchvision's RandomResizedCrop, ColorJitter,
     RandomGrayscale, GaussianBlur under RandomApply, and RandomHorizontalFlip. The box lies on whole pixels of the full image."""
     left, top, width, height = _box(generator, policy, size)
@@ -51,7 +56,9 @@ def sample_params(generator: np.random.Generator, policy: AugmentationPolicy, si
     )
 
 
-def _box(generator: np.random.Generator, policy: AugmentationPolicy, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _box(
+    generator: np.random.Generator, policy: AugmentationPolicy, size: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """(left, top, width, height) in pixels: the central square for the evaluation view, else RandomResizedCrop's box."""
     width, height = size
     if policy.crop_scale is None:
@@ -86,39 +93,45 @@ def apply(image: np.ndarray, params: AugmentationParams, output_size: int, inter
     once at the end. torchvision draws the order at random, clips after every operation and turns hue in HSV; here hue turns in
     YIQ, which keeps the luma.
     """
-    view = _crop_resize(image, params, output_size, interpolation)
+    view = _crop_resize(image, params, output_size, interpolation)  # [size, size, 3]
     if params.flipped:
-        view = view.flip(2)
+        view = view[:, ::-1]
+    view = np.ascontiguousarray(view.transpose(2, 0, 1))
     if params.brightness or params.contrast or params.saturation or params.hue or params.greyed:
         view = _colour(view, params)
     if params.blur:
-        view = torch.from_numpy(_blur(view.numpy(), params.blur * output_size / 224))
-    return view.expand(3, -1, -1).contiguous()
+        view = _blur(view, params.blur * output_size / 224)
+    return torch.from_numpy(view if len(view) == 3 else view.repeat(3, axis=0))
 
 
-def _crop_resize(image: np.ndarray, params: AugmentationParams, size: int, interpolation: str) -> Tensor:
+_RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
+
+
+def _crop_resize(image: np.ndarray, params: AugmentationParams, size: int, interpolation: str) -> np.ndarray:
     height, width = image.shape[:2]
     w, h = max(1, round(params.w * width)), max(1, round(params.h * height))
     left, top = min(round(params.x * width), width - w), min(round(params.y * height), height - h)
-    crop = np.ascontiguousarray(image[top : top + h, left : left + w])
-    if not crop.flags.writeable:  # torch warns of these, though nothing here writes
-        crop = crop.copy()
-    pixels = torch.from_numpy(crop).permute(2, 0, 1)
+    crop = image[top : top + h, left : left + w].copy()
     if (w, h) == (size, size):
-        return pixels
-    return interpolate(pixels[None], size=(size, size), mode=interpolation, antialias=True)[0]
+        return crop
+    # What interpolate(antialias=True) calls. It gives planes, which costs as much again as the resizing; into channels-last
+    # memory (where it is fast) it writes only when that memory is given.
+    result = np.empty((1, size, size, 3), np.uint8)
+    source, target = torch.from_numpy(crop[None]).permute(0, 3, 1, 2), torch.from_numpy(result).permute(0, 3, 1, 2)
+    _RESIZE[interpolation](source, [size, size], False, None, None, out=target)
+    return result[0]
 
 
-def _colour(view: Tensor, params: AugmentationParams) -> Tensor:
+def _colour(view: np.ndarray, params: AugmentationParams) -> np.ndarray:
     """uint8 [3, size, size] -> uint8 [3 (1 if greyed), size, size]."""
-    pixels = view.reshape(3, -1).to(torch.float32)
+    pixels = torch.from_numpy(view).reshape(3, -1).to(torch.float32)
     matrix = torch.from_numpy(_LUMA[None] * _gain(params) if params.greyed else colour_matrix(params))
     offset = 0.5  # makes the cut to whole numbers below a rounding
     if params.contrast:
         offset -= params.contrast * (1 + params.brightness) * float(pixels.mean(1).numpy() @ _LUMA)
     changed = (matrix @ pixels).add_(offset).clamp_(0, 255.5)
-    # By way of int16, because torch casts float to uint8 slowly.
-    return changed.to(torch.int16).to(torch.uint8).reshape(-1, *view.shape[1:])
+    # numpy's cast, because torch's from float to uint8 is slow.
+    return changed.numpy().astype(np.uint8).reshape(-1, *view.shape[1:])
 
 
 def _gain(params: AugmentationParams) -> float:

@@ -38,7 +38,17 @@ _TILE = 4096  # images of more pixels than a square of this side are converted t
 # The formats that are tried (nothing that runs a program, as EPS does) and what their decoders hold per pixel beside Pillow's raster:
 # libjpeg the coefficients of a progressive file, libwebp and libavif two canvases, openjpeg 32 bits a channel, libtiff a strip.
 _FORMATS = {"JPEG": 6, "PNG": 0, "GIF": 1, "WEBP": 12, "BMP": 0, "TIFF": 4, "PPM": 0, "JPEG2000": 16, "AVIF": 12}
-_RASTER_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2, "I": 12, "F": 12}  # the others: 4
+_RASTER_BYTES = {
+    "1": 1,
+    "L": 1,
+    "P": 1,
+    "I;16": 2,
+    "I;16B": 2,
+    "I;16L": 2,
+    "I;16N": 2,
+    "I": 12,
+    "F": 12,
+}  # the others: 4
 _RESULT_BYTES = 7  # per pixel of the result: Pillow's RGB raster is 4 bytes, the array 3
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _MODES = (*_DEEP_GREY, "1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -74,11 +84,15 @@ class OpenedImage:
     def __init__(self, data: bytes | np.ndarray) -> None:
         if isinstance(data, np.ndarray):
             if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or 0 in data.shape:
-                raise BadSample("unsupported mode", f"{data.dtype} array of shape {data.shape}, not uint8 [height, width, 3]")
+                raise BadSample(
+                    "unsupported mode", f"{data.dtype} array of shape {data.shape}, not uint8 [height, width, 3]"
+                )
             self.size = (data.shape[1], data.shape[0])
         else:
             self._image: Image.Image | None = _open(data)
-            self._orientation = 1 if self._image.format == "TIFF" else _orientation(_exif(self._image, data))  # Pillow turns TIFFs
+            self._orientation = (
+                1 if self._image.format == "TIFF" else _orientation(_exif(self._image, data))
+            )  # Pillow turns TIFFs
             width, height = self._image.size
             self.size = (height, width) if self._orientation >= 5 else (width, height)
         self._data = data
@@ -190,7 +204,9 @@ def _describe(data: bytes) -> str:
 
 def _exif(image: Image.Image, data: bytes) -> bytes:
     exif = image.info.get("exif", b"")
-    if not exif and image.format == "PNG":  # the chunk may follow the pixels, where Pillow finds it only by decoding them
+    if (
+        not exif and image.format == "PNG"
+    ):  # the chunk may follow the pixels, where Pillow finds it only by decoding them
         at = data.find(b"eXIf")
         exif = data[at + 4 : at + 65540] if at >= 0 else b""
     return exif if isinstance(exif, bytes) else b""

@@ -29,7 +29,7 @@ class Metadata:
 # ---------------------------------------------------------------- reading
 
 
-class _Finished(Exception):  # noqa: N818  not an error: it ends the parsing early
+class _Finished(Exception):
     pass
 
 

@@ -252,7 +252,7 @@ def open_scenes(options: str = "", split: str | None = None) -> Scenes:
 
 
 def write_scenes(
-    out: Path, options: str = "", *, foils: int = 2000, progress: Callable[[int, int], None] | None = None
+    out: Path, options: str = "", *, num_foils: int = 2000, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, int]:
     """Writes all splits as a folder: images/*.png, metadata.jsonl, and the foils of the test images by kind.
 
@@ -269,7 +269,7 @@ def write_scenes(
     except OSError as error:
         raise UserError(f"The scenes cannot be written to {out}: {error.strerror}; choose another folder.") from error
     try:
-        _write(source, unfinished, foils, progress)
+        _write(source, unfinished, num_foils, progress)
         unfinished.chmod(0o755)
         unfinished.replace(out)
     except BaseException:

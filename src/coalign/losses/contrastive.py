@@ -12,7 +12,7 @@ def info_nce(
     queries: Float[Tensor, "batch dim"],
     keys: Float[Tensor, "global_batch dim"],
     positives: Int[Tensor, " batch"],
-    logit_scale: Float[Tensor, "1"] | float,
+    logit_scale: Float[Tensor, 1] | float,
     ignored: Bool[Tensor, "batch global_batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE: Σ_i −log( e^{s·q_i·k_p(i)} / Σ_j e^{s·q_i·k_j} ), the cross-entropy of CLIP (Radford et al. 2021, Fig. 3).

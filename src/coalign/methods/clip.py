@@ -60,7 +60,11 @@ class CLIP(Method):
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
-        return {"image": list(self.image.parameters()), "text": list(self.text.parameters()), "scale": [self.log_logit_scale]}
+        return {
+            "image": list(self.image.parameters()),
+            "text": list(self.text.parameters()),
+            "scale": [self.log_logit_scale],
+        }
 
 
 # Implementation details, each with its source ([p] stated in the paper, [c] read in released code, [i] inferred):

@@ -16,6 +16,11 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     only passes with gradient count, since a step takes exactly one of those for every sample.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, num_features: int, group: int, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.group = group
@@ -25,7 +30,9 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         if len(input) % self.group:
-            raise ValueError(f"a slice of {len(input)} samples is not a multiple of the batch-norm group of {self.group}")
+            raise ValueError(
+                f"a slice of {len(input)} samples is not a multiple of the batch-norm group of {self.group}"
+            )
         outputs = []
         for chunk in input.split(self.group):
             statistics = torch.zeros(2, self.num_features, dtype=self.running_mean.dtype, device=input.device)
@@ -52,9 +59,11 @@ def group_batch_norms(module: nn.Module, group: int) -> nn.Module:
     """Replaces every BatchNorm2d below `module` (timm's fused norm-activations included) by the grouped one, weights kept."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            grouped = GroupedBatchNorm2d(child.num_features, group, child.eps, child.momentum)
+            grouped = GroupedBatchNorm2d(child.num_features, group, child.eps, child.momentum or 0.1)
             grouped.load_state_dict(child.state_dict())
-            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]  # timm's BatchNormAct2d
+            activation = [
+                getattr(child, part) for part in ("drop", "act") if hasattr(child, part)
+            ]  # timm's BatchNormAct2d
             setattr(module, name, nn.Sequential(grouped, *activation) if activation else grouped)
         else:
             group_batch_norms(child, group)

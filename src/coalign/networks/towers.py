@@ -13,6 +13,7 @@ import timm
 import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,12 @@ class TowerSpec:
 class ImageTower(nn.Module):
     """Pixels -> features, the trunk's output before the projection into the shared space."""
 
-    def __init__(self, trunk: nn.Module, width: int, embed_dim: int, image_size: int, projection: nn.Module | None = None) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, trunk: nn.Module, width: int, embed_dim: int, image_size: int, projection: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.trunk, self.width, self.embed_dim, self.image_size = trunk, width, embed_dim, image_size
         self.projection = projection or _projection(width, embed_dim)
@@ -65,7 +71,7 @@ class TextTower(nn.Module):
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: TextTransformer,
         embed_dim: int,
         attention: Literal["causal", "bidirectional"],
         pooling: Literal["end", "start", "mean"],
@@ -90,8 +96,14 @@ class TextTower(nn.Module):
         rows = [torch.tensor(group.rows, device=ids.device) for group in groups]
         parts = [self._encode(ids[row, : group.longest], lengths[row], with_tokens) for row, group in zip(rows, groups)]
         order = torch.cat(rows).argsort()
-        tokens = [F.pad(part.tokens, (0, 0, 0, ids.shape[1] - part.tokens.shape[1])) for part in parts if part.tokens is not None]
-        return TextFeatures(torch.cat([part.pooled for part in parts])[order], torch.cat(tokens)[order] if tokens else None)
+        tokens = [
+            F.pad(part.tokens, (0, 0, 0, ids.shape[1] - part.tokens.shape[1]))
+            for part in parts
+            if part.tokens is not None
+        ]
+        return TextFeatures(
+            torch.cat([part.pooled for part in parts])[order], torch.cat(tokens)[order] if tokens else None
+        )
 
     def _encode(self, ids: Tensor, lengths: Tensor, with_tokens: bool) -> TextFeatures:
         tower = self.transformer
@@ -111,7 +123,9 @@ class TextTower(nn.Module):
         if self.attention == "causal":  # padding comes after every token that is read, so it needs no mask of its own
             return torch.full((num_tokens, num_tokens), -torch.inf, dtype=dtype, device=valid.device).triu_(1)
         mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
-        return mask[:, None, :].expand(-1, num_tokens, -1).repeat_interleave(self.heads, 0)  # [batch·heads, token, token]
+        return (
+            mask[:, None, :].expand(-1, num_tokens, -1).repeat_interleave(self.heads, 0)
+        )  # [batch·heads, token, token]
 
 
 class LengthGroup(NamedTuple):
@@ -155,7 +169,9 @@ def model_config(name: str) -> dict[str, Any]:
         trunk = name.removeprefix("timm:")
         if not timm.is_model(trunk):
             near = timm.list_models(f"*{trunk.split('.')[0][:6]}*")[:5]
-            raise UserError(f"timm has no model named {trunk!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+            raise UserError(
+                f"timm has no model named {trunk!r}" + (f"; did you mean {', '.join(near)}?" if near else ".")
+            )
         config = json.loads((OWN_CONFIGS / "small.json").read_text())
         return {**config, "vision_cfg": {"timm_model_name": trunk, "image_size": config["vision_cfg"]["image_size"]}}
     path = OWN_CONFIGS / f"{name}.json"
@@ -178,7 +194,9 @@ def model_config(name: str) -> dict[str, Any]:
         raise UserError(f"There is no model named {name!r}; {hint}")
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
     if missing:
-        raise UserError(f"The model {name} lacks {', '.join(sorted(missing))} (open_clip's configuration form is expected).")
+        raise UserError(
+            f"The model {name} lacks {', '.join(sorted(missing))} (open_clip's configuration form is expected)."
+        )
     return config
 
 
@@ -188,13 +206,18 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
     vision, embed_dim = dict(config["vision_cfg"]), config["embed_dim"]
     size = spec.image_size or vision.get("image_size", 224)
     if isinstance(size, (list, tuple)):
-        raise UserError(f"The model {spec.name} takes images of {size[0]} × {size[1]} pixels; only square ones are supported.")
+        raise UserError(
+            f"The model {spec.name} takes images of {size[0]} × {size[1]} pixels; only square ones are supported."
+        )
     if "timm_model_name" in vision:
         trunk = _timm_trunk(vision, size)
-        return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), trunk.num_features, embed_dim, size)
+        width: int = trunk.num_features  # type: ignore[assignment]
+        return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), width, embed_dim, size)
     vision.pop("timm_kwargs", None)
-    tower = _build_vision_tower(embed_dim, CLIPVisionCfg(**{**vision, "image_size": size}), config.get("quick_gelu", False))
-    if isinstance(tower, open_clip.transformer.VisionTransformer):
+    tower = _build_vision_tower(
+        embed_dim, CLIPVisionCfg(**{**vision, "image_size": size}), config.get("quick_gelu", False)
+    )
+    if isinstance(tower, VisionTransformer):
         projection = _projection(tower.proj.shape[0], embed_dim)
         projection.weight.data.copy_(tower.proj.data.T)
         width, tower.proj = tower.proj.shape[0], None
@@ -206,7 +229,8 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
 def _timm_trunk(vision: dict[str, Any], size: int) -> nn.Module:
     name = vision["timm_model_name"]
     options = dict(vision.get("timm_kwargs", {}), num_classes=0, pretrained=vision.get("timm_model_pretrained", False))
-    for sized in ({"img_size": size}, {}):  # Transformers must know the size, convolutions refuse to be told
+    sizes: list[dict[str, Any]] = [{"img_size": size}, {}]
+    for sized in sizes:  # Transformers must know the size, convolutions refuse to be told
         try:
             return timm.create_model(name, **options, **sized)
         except TypeError as error:
@@ -223,9 +247,18 @@ def build_text_tower(
     config = model_config(spec.name)
     text, embed_dim = dict(config["text_cfg"]), config["embed_dim"]
     if "hf_model_name" in text:
-        raise UserError(f"The model {spec.name} has a Hugging Face text tower, which cannot be trained here; use one with CLIP's text tower.")
-    text.update(vocab_size=spec.vocab_size, context_length=spec.context_length, embed_cls=False, no_causal_mask=attention != "causal")
-    tower = _build_text_tower(embed_dim, CLIPTextCfg(**{**text, "proj_type": "linear", "proj_bias": False}), config.get("quick_gelu", False))
+        raise UserError(
+            f"The model {spec.name} has a Hugging Face text tower, which cannot be trained here; use one with CLIP's text tower."
+        )
+    text.update(
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        embed_cls=False,
+        no_causal_mask=attention != "causal",
+    )
+    tower = _build_text_tower(
+        embed_dim, CLIPTextCfg(**{**text, "proj_type": "linear", "proj_bias": False}), config.get("quick_gelu", False)
+    )
     tower.attn_mask = None
     projection = _projection(tower.width, embed_dim)
     projection.weight.data.copy_(tower.text_projection.data.T)

@@ -1,4 +1,4 @@
-"""CLIP's settings: Radford et al. 2021; the CC3M and YFCC15M rows are the baselines of SLIP's and MCD's tables (docs of the recipes say which)."""
+"""CLIP's settings. The CC3M and YFCC15M rows are the baselines of MCD's tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class CLIPConfig:
 
     temperature: float = 0.07  # initial; learned as log(1/τ)
     max_logit_scale: float = 100.0
-    multi_positive: bool = False  # pairs of a batch that share a caption are not each other's negatives; off is CLIP exactly
+    multi_positive: bool = (
+        False  # pairs of a batch that share a caption are not each other's negatives; off is CLIP exactly
+    )
     image_view: AugmentationPolicy = WEAK
 
 

@@ -21,7 +21,13 @@ def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
             tokenizer="captions",
             batch_size=batch_size,
             epochs=30,
-            optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=0.1, final_lr=1e-5, roles={"scale": RoleConfig(lr_multiplier=10)}),
+            optimiser=OptimiserConfig(
+                lr=1e-3,
+                weight_decay=0.2,
+                warmup_fraction=0.1,
+                final_lr=1e-5,
+                roles={"scale": RoleConfig(lr_multiplier=10)},
+            ),
         )
     small = num_pairs < 1_000_000
     return TrainConfig(

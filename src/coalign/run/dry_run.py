@@ -19,7 +19,14 @@ SHOWN = 8  # pairs of the first batch
 
 
 def describe(
-    console: Console, data: str, out: Path, config: TrainConfig, method: Method, loader: PairLoader, pairs: Any, total_steps: int
+    console: Console,
+    data: str,
+    out: Path,
+    config: TrainConfig,
+    method: Method,
+    loader: PairLoader,
+    pairs: Any,
+    total_steps: int,
 ) -> None:
     """Prints the resolved configuration, parameters, steps and the first batch; writes the batch's pictures to out/first_batch.png."""
     table = Table("setting", "value", title="Configuration", title_justify="left")
@@ -40,11 +47,15 @@ def describe(
     for name, view in batch.images.items():
         console.print(f"image view {name}: uint8 {list(view.pixels.shape)}")
     for name, text in batch.texts.items():
-        console.print(f"text view {name}: {list(text.ids.shape)} token ids, {text.lengths.float().mean():.1f} tokens a caption")
+        console.print(
+            f"text view {name}: {list(text.ids.shape)} token ids, {text.lengths.float().mean():.1f} tokens a caption"
+        )
         for row in range(min(SHOWN, len(batch))):
             console.print(f"  {loader.tokenizer.decode(text.ids[row, : text.lengths[row]].tolist())}", markup=False)
     if loaded.bad:
-        console.print(f"{len(loaded.bad)} samples of this batch cannot be used: {', '.join(sorted({e.reason for e in loaded.bad}))}.")
+        console.print(
+            f"{len(loaded.bad)} samples of this batch cannot be used: {', '.join(sorted({e.reason for e in loaded.bad}))}."
+        )
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "first_batch.png"
     Image.fromarray(_contact_sheet(batch)).save(picture)
@@ -59,5 +70,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _contact_sheet(batch: Batch) -> np.ndarray:
-    rows = [view.pixels[:SHOWN].permute(0, 2, 3, 1).numpy() for view in batch.images.values()]  # [pair, height, width, 3] each
+    rows = [
+        view.pixels[:SHOWN].permute(0, 2, 3, 1).numpy() for view in batch.images.values()
+    ]  # [pair, height, width, 3] each
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

@@ -96,7 +96,9 @@ def evaluate(
 def _parse_task(task: str) -> tuple[str, str]:
     kind, _, data = task.partition(":")
     if kind not in TASKS or not data:
-        raise UserError(f"{task!r} is no task; a task is KIND:DATA with KIND one of {', '.join(TASKS)}, such as retrieval:my-images.")
+        raise UserError(
+            f"{task!r} is no task; a task is KIND:DATA with KIND one of {', '.join(TASKS)}, such as retrieval:my-images."
+        )
     return kind, data
 
 
@@ -145,7 +147,9 @@ def evaluate_retrieval(encoder: DualEncoder, source: Source, batches: ImageBatch
     return Evaluation(result, images, texts, text_embeds)
 
 
-def evaluate_zero_shot(encoder: DualEncoder, batches: ImageBatches, labels: Labels, prompts: str = "default") -> Evaluation:
+def evaluate_zero_shot(
+    encoder: DualEncoder, batches: ImageBatches, labels: Labels, prompts: str = "default"
+) -> Evaluation:
     """Zero-shot classification of those of the batches' images that have a class."""
     weights = class_weights(encoder, labels.classnames, templates(prompts))
     images = embed_images(encoder, batches)
@@ -155,7 +159,9 @@ def evaluate_zero_shot(encoder: DualEncoder, batches: ImageBatches, labels: Labe
     return Evaluation(result, images, labels.classnames, weights)
 
 
-def label_function(source: Source, indices: np.ndarray, classes: Path | None = None, label: str | None = None) -> Labels:
+def label_function(
+    source: Source, indices: np.ndarray, classes: Path | None = None, label: str | None = None
+) -> Labels:
     """The class of every sample that has one: by the fact `label`, or by the classes file, whose labels are looked for among the sample's
     label fact and its tags (the first class that fits)."""
     values: dict[int, list[str]] = {}
@@ -174,7 +180,11 @@ def label_function(source: Source, indices: np.ndarray, classes: Path | None = N
     else:
         found = sorted({value for listed in values.values() for value in listed})
         names, number = [value.replace("_", " ") for value in found], {value: i for i, value in enumerate(found)}
-    of_index = {index: next(number[value] for value in listed if value in number) for index, listed in values.items() if set(listed) & set(number)}
+    of_index = {
+        index: next(number[value] for value in listed if value in number)
+        for index, listed in values.items()
+        if set(listed) & set(number)
+    }
     if not of_index:
         looked = f"their labels are looked for in the samples' {' or '.join(facts)}" + (" and tags" if classes else "")
         raise UserError(f"No sample of {source.name} belongs to a class; {looked}. Name the right one with --label.")

@@ -17,7 +17,7 @@ from coalign.data.tokenizer import Tokenizer, load_tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
 from coalign.methods import config_class, method_class
-from coalign.networks.towers import TowerSpec, model_config
+from coalign.networks.towers import ImageTower, TowerSpec, model_config
 from coalign.training import checkpoint
 from coalign.types import DualEncoder
 
@@ -58,20 +58,25 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
 
 def image_size(method: Method) -> int:
     """Side in pixels of the images that the method's towers take."""
-    return next(module.image_size for module in method.modules() if hasattr(module, "image_size"))
+    return next(module.image_size for module in method.modules() if isinstance(module, ImageTower))
 
 
 def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
     """The method with its towers, initialised from the run's seed."""
     torch.manual_seed(config.seed)
     towers = TowerSpec(
-        config.model, tokenizer.vocab_size, config.context_length, config.image_size, config.pretrained, config.batch_norm_group
+        config.model,
+        tokenizer.vocab_size,
+        config.context_length,
+        config.image_size,
+        config.pretrained,
+        config.batch_norm_group,
     )
     return method_class(config.method)(config.method_config, towers)
 
 
 def load(path: str | Path, weights: str = "last", device: str | torch.device = "cpu") -> Run:
-    """The model of a run directory, in evaluation mode. `weights`: "last", "best", or another checkpoint's name. UserError if it is none."""
+    """The model of a run directory, in evaluation mode. `weights`: "last" or "best". UserError if it is none."""
     folder = Path(path)
     saved = read_config(folder)
     found = checkpoint.load(folder / weights)
@@ -81,7 +86,9 @@ def load(path: str | Path, weights: str = "last", device: str | torch.device = "
     try:
         method.load_state_dict(found.model)
     except RuntimeError as error:
-        raise UserError(f"The weights in {found.path} do not fit the configuration beside them: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(
+            f"The weights in {found.path} do not fit the configuration beside them: {str(error).splitlines()[-1].strip()}"
+        ) from error
     step = (found.trainer or {}).get("step")
     label = found.path.name + (f", step {step:,}" if step is not None else "")
     return Run(folder, saved.data, saved.config, tokenizer, method.to(device).eval(), label)

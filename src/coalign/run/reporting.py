@@ -1,2 +1,221 @@
-def write_run_report(*a): return "verdict", "none"
-def print_results(results): print(results)
+"""Fills the pages of `report` from what a run and its evaluation left behind, and prints results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from coalign import __version__
+from coalign.config import TrainConfig, to_json
+from coalign.data.image_views import make_views
+from coalign.data.randomness import generator
+from coalign.errors import BadSample
+from coalign.evaluation.retrieval import Direction, RetrievalResult
+from coalign.method import Method
+from coalign.report.figures import MetricRow
+from coalign.report.page import GalleryCell
+from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
+from coalign.run.evaluate import Evaluation
+from coalign.training.log import duration
+from coalign.training.trainer import TrainResult
+from coalign.types import EVALUATION, Source
+
+THUMBNAIL = 128  # pixels
+QUERIES, SHOWN, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
+
+
+def write_run_report(
+    data: str,
+    out: Path,
+    config: TrainConfig,
+    method: Method,
+    source: Source,
+    result: TrainResult,
+    evaluations: Mapping[str, Evaluation],
+    num_train: int,
+) -> tuple[str, Path]:
+    """Writes out/report.html. Returns its first sentence and its path."""
+    history = _rows(out / "metrics.jsonl")
+    bad = _rows(out / "bad_samples.jsonl")
+    speeds = [row["pairs_per_second"] for row in history if row.get("pairs_per_second")]
+    groups = method.parameter_groups()
+    summary = RunSummary(
+        title=f"{config.method} on {Path(data).name or data}",
+        subtitle=f"{config.model}, {num_train:,} training pairs, coalign {__version__}",
+        configuration={"data": data, **to_json(config)},
+        history=history,
+        ended=result.ended,
+        cost={
+            "training time": duration(result.seconds),
+            "steps": f"{result.step:,} of {config.batch_size} pairs",
+            "pairs a second (median)": f"{np.median(speeds):,.0f}" if speeds else "-",
+            "steps skipped for a loss or gradient that was not finite": f"{result.skipped_steps:,}",
+        },
+        parameters={role: sum(p.numel() for p in parameters) for role, parameters in groups.items()},
+        bad_samples=result.bad_samples,
+        bad_examples=[(row["key"], row["reason"], row["detail"]) for row in bad[:10]],
+        samples_seen=min(result.step * config.batch_size, num_train),
+    )
+    if "retrieval" in evaluations:
+        _add_retrieval(summary, evaluations["retrieval"], source)
+    if "zero_shot" in evaluations:
+        zero_shot = evaluations["zero_shot"].result
+        metrics = {"zero-shot top-1": zero_shot.top1, "zero-shot mean per class": zero_shot.mean_per_class}
+        summary.metrics = [
+            *summary.metrics,
+            *(_row(name, metric, zero_shot.chance) for name, metric in metrics.items()),
+        ]
+        summary.confusion, summary.classnames = zero_shot.confusion, zero_shot.classnames
+    path = out / "report.html"
+    run_page(summary).write(path)
+    return verdict(summary), path
+
+
+def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The figures of `evaluate`, a table a task."""
+    console = Console(highlight=False)
+    for task, values in results.items():
+        table = Table(
+            "metric",
+            "value",
+            "95 % interval",
+            "chance",
+            title=f"{task}, {values['split']} ({values['samples']:,} samples)",
+        )
+        if "image_to_text" in values:
+            for name in ("image_to_text", "text_to_image"):
+                for metric, entry in values[name].items():
+                    shown = (lambda x: f"{x:,.4g}") if metric == "median_rank" else _percent
+                    shown_name = f"R@{metric[1:]}" if metric[1:].isdigit() else metric.replace("_", " ")
+                    table.add_row(
+                        f"{name.replace('_', ' ')} {shown_name}",
+                        shown(entry["value"]),
+                        f"{shown(entry['low'])} – {shown(entry['high'])}",
+                        shown(entry["chance"]),
+                    )
+        for metric, label in (("acc1", "top-1"), ("acc5", "top-5"), ("mean_per_class_recall", "mean per class")):
+            if metric in values.get("intervals", {}):
+                entry = values["intervals"][metric]
+                chance = _percent(values["chance"]) if metric != "acc5" else ""
+                table.add_row(
+                    label, _percent(entry["value"]), f"{_percent(entry['low'])} – {_percent(entry['high'])}", chance
+                )
+        console.print(table)
+        for reason, count in values["unreadable"].items():
+            console.print(f"left out: {count:,} samples ({reason})")
+        if values.get("unlabelled"):
+            console.print(f"left out: {values['unlabelled']:,} samples of none of the classes")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+# ---------------------------------------------------------------- retrieval
+
+
+def _add_retrieval(summary: RunSummary, evaluation: Evaluation, source: Source) -> None:
+    result: RetrievalResult = evaluation.result
+    indices, texts = evaluation.images.indices, evaluation.texts
+    sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
+    summary.metrics = [
+        *(_row(f"{name} R@{k}", side.recall[k], side.chance[k]) for name, side in sides for k in side.recall),
+        *(_row(f"{name} median rank", side.median_rank, side.chance_median_rank, "rank") for name, side in sides),
+    ]
+    summary.evaluated_on = f"{result.num_images:,} held-out pairs"
+    view = _Thumbnails(source, indices, texts)
+    rng = np.random.default_rng(0)
+    summary.image_queries = _rankings(view, result.image_to_text, rng, images_ask=True)
+    summary.text_queries = _rankings(view, result.text_to_image, rng, images_ask=False)
+    summary.nearest_misses = _nearest_misses(view, evaluation)
+    first_text: dict[int, int] = {}
+    for text_row, row in enumerate(view.owner):
+        first_text.setdefault(row, text_row)
+    pairs = [(row, first_text[row]) for row in rng.permutation(len(indices)).tolist() if row in first_text]
+    rows, text_rows = (torch.tensor(column) for column in zip(*pairs))
+    images, captions = evaluation.images.embeds[rows], evaluation.text_embeds[text_rows]
+    n = min(PAIRS_IN_MATRIX, len(rows))
+    summary.cosines = (captions[:n] @ images[:n].T).numpy()
+    summary.cosine_captions = [texts[row] for row in text_rows[:n].tolist()]
+    summary.cosine_images = [view.pixels(row) for row in rows[:n].tolist()]
+    summary.image_embeds, summary.text_embeds = images[:PAIRS_IN_SPACE].numpy(), captions[:PAIRS_IN_SPACE].numpy()
+
+
+def _rankings(view: _Thumbnails, side: Direction, rng: np.random.Generator, images_ask: bool) -> list[Ranking]:
+    shown = range(min(SHOWN, side.top.shape[1]))
+    return [
+        Ranking(
+            view.cell(side.queries[i], images_ask), [_answer(view, side, i, place, not images_ask) for place in shown]
+        )
+        for i in rng.permutation(len(side.queries))[:QUERIES]
+    ]
+
+
+class _Thumbnails:
+    """Cells for images and captions by their rows in the evaluation."""
+
+    def __init__(self, source: Source, indices: Sequence[int], texts: Sequence[str]) -> None:
+        self.source, self.indices, self.texts = source, indices, texts
+        self.owner: list[int] = []  # the image row of each text
+        for row, index in enumerate(indices):
+            try:
+                self.owner.extend([row] * len(source.record(index).captions))
+            except BadSample:
+                continue
+
+    def pixels(self, row: int) -> np.ndarray:
+        index = int(self.indices[row])
+        views = make_views(
+            self.source.image(index), {"thumbnail": EVALUATION}, lambda view: generator(0, 0, index, 0, view), THUMBNAIL
+        )
+        return views["thumbnail"][0].permute(1, 2, 0).numpy()
+
+    def cell(self, row: int, is_image: bool, good: bool | None = None, score: float | None = None) -> GalleryCell:
+        """An image with its caption, or a caption with its image."""
+        row = int(row)
+        text = (
+            self.texts[self.owner.index(row)] if is_image and row in self.owner else "" if is_image else self.texts[row]
+        )
+        caption = text if score is None else f"{text} ({score:.2f})"
+        return GalleryCell(self.pixels(row if is_image else self.owner[row]), caption, good)
+
+
+def _answer(view: _Thumbnails, side: Direction, query: int, place: int, is_image: bool) -> GalleryCell:
+    return view.cell(
+        side.top[query, place], is_image, bool(side.top_right[query, place]), float(side.top_scores[query, place])
+    )
+
+
+def _nearest_misses(view: _Thumbnails, evaluation: Evaluation, count: int = 4) -> list[Miss]:
+    """Image queries whose right caption lost by the smallest margin."""
+    side: Direction = evaluation.result.image_to_text
+    owner = torch.tensor(view.owner)
+    missed = []
+    for i in np.flatnonzero(~side.top_right[:, 0] & (side.ranks > 1)).tolist():
+        row = int(side.queries[i])
+        own = torch.nonzero(owner == row).flatten()
+        scores = evaluation.images.embeds[row] @ evaluation.text_embeds[own].T
+        missed.append((float(side.top_scores[i, 0] - scores.max()), i, int(own[scores.argmax()]), float(scores.max())))
+    return [
+        Miss(
+            view.cell(side.queries[i], True),
+            GalleryCell(view.pixels(int(side.queries[i])), f"{view.texts[right]} ({score:.2f})", True),
+            _answer(view, side, i, 0, False),
+        )
+        for _, i, right, score in sorted(missed)[:count]
+    ]
+
+
+def _row(name: str, metric: Any, chance: float, kind: Any = "rate") -> MetricRow:
+    return MetricRow(name, metric.value, metric.low, metric.high, metric.n, chance, kind)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []

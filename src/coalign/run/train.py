@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,12 +65,12 @@ def train(
     it. With `dry_run`, prints what would happen and returns None.
     """
     settle: Settle = recipe(config) if isinstance(config, str) else config if callable(config) else lambda _: config
-    console = Console(stderr=False, highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     out = Path(out)
     world = join_world(device)
     if not dry_run:
         _check_folder(out, resume)
-    pairs, settings = _open_data(data, settle)
+    pairs, settings = _open_data(data, settle, world)
     settings = _settle_workers(settings, world)
     tokenizer = _tokenizer(settings, pairs, out)
     method = runs.build_method(settings, tokenizer)
@@ -84,7 +84,7 @@ def train(
     if settings.compile:
         for child in method.children():
             child.compile()
-    method.to(world.device, memory_format=torch.channels_last)
+    method.to(world.device).to(memory_format=torch.channels_last)
     saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val))
     with _lock(out, world):
         _prepare_folder(out, saved, tokenizer, world)
@@ -111,14 +111,18 @@ def _check_folder(out: Path, resume: str) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"The output {out} is a file; give a folder with --out.")
     if resume == "no" and (out / runs.CONFIG).exists():
-        raise UserError(f"{out} already holds a run; go on with it by --resume auto, or choose another folder with --out.")
+        raise UserError(
+            f"{out} already holds a run; go on with it by --resume auto, or choose another folder with --out."
+        )
     if not (out / runs.CONFIG).exists() and out.is_dir() and any(out.glob("*.safetensors")):
         raise UserError(f"{out} holds other files; choose an empty folder with --out.")
 
 
-def _open_data(data: str, settle: Settle) -> tuple[Data, TrainConfig]:
+def _open_data(data: str, settle: Settle, world: World) -> tuple[Data, TrainConfig]:
     """The pairs, and the configuration settled for their number."""
     first = settle(10_000)  # the split needs no more than its fraction
+    if not world.is_first:
+        world.barrier()  # the first rank builds indexes and caches, the others find them
     source = open_source(data)
     if first.val_data:
         val_source = open_source(first.val_data)
@@ -129,6 +133,8 @@ def _open_data(data: str, settle: Settle) -> tuple[Data, TrainConfig]:
     else:
         splits = _splits(source, first.val_fraction)
         pairs = Data(source, splits["train"], source, splits["val"])
+    if world.is_first:
+        world.barrier()
     return pairs, settle(len(pairs.train))
 
 
@@ -160,7 +166,13 @@ def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
 
 
 def _loader(
-    method: Method, config: TrainConfig, source: Source, indices: np.ndarray, tokenizer: Tokenizer, world: World, batch_size: int
+    method: Method,
+    config: TrainConfig,
+    source: Source,
+    indices: np.ndarray,
+    tokenizer: Tokenizer,
+    world: World,
+    batch_size: int,
 ) -> PairLoader:
     return PairLoader(
         source,
@@ -201,7 +213,9 @@ def _prepare_folder(out: Path, saved: runs.SavedConfig, tokenizer: Tokenizer, wo
     if earlier.num_train != saved.num_train:
         changed.append(f"the data had {earlier.num_train:,} training pairs and has {saved.num_train:,}")
     if changed:
-        raise UserError(f"The run in {out} was started otherwise: {'; '.join(changed)}. Resume it as it was, or choose another --out.")
+        raise UserError(
+            f"The run in {out} was started otherwise: {'; '.join(changed)}. Resume it as it was, or choose another --out."
+        )
 
 
 # ---------------------------------------------------------------- validation during training
@@ -218,7 +232,11 @@ def _validation(
     losses = _loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size)
     encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
     autocast = autocast_dtype(config.precision, world.device)
-    images = list(image_batches(pairs.val_source, tracked, encoder.image_size, workers=config.workers or 0)) if world.is_first else []
+    images = (
+        list(image_batches(pairs.val_source, tracked, encoder.image_size, workers=config.workers or 0))
+        if world.is_first
+        else []
+    )
     labels = label_function(pairs.val_source, tracked, config.classes) if config.classes else None
 
     def validate(step: StepInfo) -> Score:
@@ -246,7 +264,11 @@ def _validation(
 
 def _opening_line(config: TrainConfig, method: Method, pairs: Data, total_steps: int, done: int, world: World) -> str:
     millions = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
-    start = f"going on at step {done:,} of {total_steps:,}" if done else f"{total_steps:,} steps of {config.batch_size} pairs"
+    start = (
+        f"going on at step {done:,} of {total_steps:,}"
+        if done
+        else f"{total_steps:,} steps of {config.batch_size} pairs"
+    )
     return (
         f"{config.method} with {config.model} ({millions:.1f} M parameters) on {len(pairs.train):,} pairs, {len(pairs.val):,} held out; "
         f"{start}, on {world.device}" + (f" × {world.size}" if world.size > 1 else "")
@@ -254,7 +276,14 @@ def _opening_line(config: TrainConfig, method: Method, pairs: Data, total_steps:
 
 
 def _finish(
-    console: Console, data: str, out: Path, config: TrainConfig, method: Method, tokenizer: Tokenizer, pairs: Data, result: TrainResult
+    console: Console,
+    data: str,
+    out: Path,
+    config: TrainConfig,
+    method: Method,
+    tokenizer: Tokenizer,
+    pairs: Data,
+    result: TrainResult,
 ) -> None:
     if result.ended == "interrupted":
         console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
@@ -269,19 +298,12 @@ def _finish(
             evaluations["zero_shot"] = evaluate_zero_shot(encoder, batches, labels)
     results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
     (out / "results.json").write_text(json.dumps({"run": asdict(result), **results}, indent=2, default=_plain) + "\n")
-    verdict, report = write_run_report(data, out, config, method, pairs, result, evaluations)
+    verdict, report = write_run_report(
+        data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
+    )
     console.print(verdict)
     console.print(f"Report: {report}")
 
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else str(value)
-
-
-def parameter_counts(method: Method) -> dict[str, int]:
-    """Trained parameters by role."""
-
-    def count(parameters: Iterable[torch.nn.Parameter]) -> int:
-        return sum(p.numel() for p in parameters)
-
-    return {role: count(parameters) for role, parameters in method.parameter_groups().items()}

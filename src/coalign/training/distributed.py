@@ -57,7 +57,9 @@ class World:
 
 def join_world(device: str | None = None) -> World:
     """This process's place: alone, or one of torchrun's (environment RANK, WORLD_SIZE, LOCAL_RANK)."""
-    size, rank, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    size, rank, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if size > 1 else (chosen.index or 0))

@@ -135,12 +135,13 @@ class RunLog:
         self._restart_window()
         timings = (round(now - self._began, 3), round(speed, 2), round(wait, 4))
         self._write(step, numbers, dict(zip(TIMINGS, timings)))
-        self._shown |= {name: _number(name, value) for name, value in numbers.items()}
-        self._shown |= {"pairs/s": f"{speed:,.4g}", "data wait": f"{wait:.0%}", "bad samples": f"{bad_samples:,}"}
+        shown = {name: _number(name, value) for name, value in numbers.items()}
+        shown |= {"pairs/s": f"{speed:,.4g}", "data wait": f"{wait:.0%}", "bad samples": f"{bad_samples:,}"}
+        self._shown |= shown
         if self._live is None and (last or now - self._last_line >= self._line_seconds):
             self._last_line = now
-            shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
-            self.note(f"{self._position()}  {shown}  {self._eta()}")
+            line = "  ".join(f"{name} {value}" for name, value in shown.items())
+            self.note(f"{self._position()}  {line}  {self._eta()}")
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Validation results after a step, as a row of their own. The time they took does not count against pairs/s."""

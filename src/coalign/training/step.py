@@ -60,9 +60,13 @@ def forward_backward(
     if caching:
         for number, rows in enumerate(slices):
             again = encode(number)
-            carried = [name for name, t in again.items() if t.requires_grad and features[name].grad is not None]
+            carried = [
+                (t, gradient[rows])
+                for name, t in again.items()
+                if t.requires_grad and (gradient := features[name].grad) is not None
+            ]
             if carried:
-                torch.autograd.backward([again[name] for name in carried], [features[name].grad[rows] for name in carried])
+                torch.autograd.backward([t for t, _ in carried], [gradient for _, gradient in carried])
     reduce_gradients(method.parameters(), world)
     return StepResult(loss, means, {name: t.detach() for name, t in features.items()}, targets)
 
@@ -71,15 +75,17 @@ def forward_backward(
 def evaluate_loss(method: Method, batch: Batch, step: StepInfo, world: World, autocast: torch.dtype | None) -> float:
     """The loss of the global batch, without gradient."""
     with _autocast(world, autocast):
-        terms = method.objective(method.encode(batch, step), method.encode_targets(batch, step), RankGather(world), step)
+        terms = method.objective(
+            method.encode(batch, step), method.encode_targets(batch, step), RankGather(world), step
+        )
     return _weigh(terms, world)[1]
 
 
 def move_statistics(method: Method, world: World, keep: bool) -> None:
     """Running statistics of batch norms move once a step, over all ranks, and not on a skipped one."""
     for module in method.modules():
-        if hasattr(module, "move_statistics"):
-            module.move_statistics(world.sum, keep)
+        if callable(move := getattr(module, "move_statistics", None)):
+            move(world.sum, keep)
 
 
 def _weigh(terms: list[LossTerm], world: World) -> tuple[Tensor, float, dict[str, float]]:

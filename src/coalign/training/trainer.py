@@ -111,15 +111,20 @@ class Trainer:
         """Trains to the end, or until a signal or early stopping. Every way out but a crash leaves a checkpoint to go on from."""
         state, start = self.progress.state, self.progress.step
         first = self.world.is_first
-        self._guard = NonFiniteGuard(self.run_dir if first else None, self.config.max_non_finite, start, state.get("guard"))
+        self._guard = NonFiniteGuard(
+            self.run_dir if first else None, self.config.max_non_finite, start, state.get("guard")
+        )
         self._began = time.monotonic() - self.progress.seconds
         self._last_save = time.monotonic()
         ended: Literal["finished", "stopped early", "interrupted"] = "finished"
         with ExitStack() as stack:
             signal = stack.enter_context(StopSignal())
-            self._log = stack.enter_context(RunLog(self.run_dir, self.total_steps, self.interactive, start)) if first else None
+            self._log = (
+                stack.enter_context(RunLog(self.run_dir, self.total_steps, self.interactive, start)) if first else None
+            )
             self._bad = BadSampleLog(self.run_dir, self.config.max_bad_fraction, state.get("bad")) if first else None
-            stack.callback(lambda: self._bad and self._bad.close())
+            if self._bad:
+                stack.callback(self._bad.close)
             self.method.train()
             incoming = self.batches(start, self.total_steps)
             stack.callback(lambda: getattr(incoming, "close", lambda: None)())
@@ -148,7 +153,9 @@ class Trainer:
             seed=self.config.seed,
         )  # fmt: skip
         grad_norm = self._update(result, batch, info)
-        requested, num_bad = self.world.sum(torch.tensor([signal.requested is not None, len(loaded.bad)], device=self.world.device)).tolist()
+        requested, num_bad = self.world.sum(
+            torch.tensor([signal.requested is not None, len(loaded.bad)], device=self.world.device)
+        ).tolist()
         if num_bad:
             self._note_bad(loaded.bad, step)
         self.progress.step = step + 1
@@ -171,7 +178,9 @@ class Trainer:
             for optimiser in self.optimisers.optimisers:
                 self.scaler.unscale_(optimiser)
         norm = clip_gradients(self.parameters, self.config.max_grad_norm)
-        finite = bool(torch.isfinite(norm)) and abs(result.loss) < float("inf")  # the same on every rank: both are sums over ranks
+        finite = bool(torch.isfinite(norm)) and abs(result.loss) < float(
+            "inf"
+        )  # the same on every rank: both are sums over ranks
         if finite:
             for optimiser in self.optimisers.optimisers:
                 self.scaler.step(optimiser) if self.scaler else optimiser.step()
@@ -216,12 +225,15 @@ class Trainer:
     def _save(self) -> None:
         self._last_save = time.monotonic()
         if self.world.is_first:
-            assert self._log and self._bad
+            assert self._log is not None
+            assert self._bad is not None
             self._log.sync()
             self.progress.seconds = time.monotonic() - self._began
             scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
             self.progress.state = {"guard": self._guard.state_dict(), "bad": self._bad.state_dict(), **scaler}
-            checkpoint.save(self.run_dir, "last", self.method.state_dict(), self.optimisers.state_dict(), vars(self.progress))
+            checkpoint.save(
+                self.run_dir, "last", self.method.state_dict(), self.optimisers.state_dict(), vars(self.progress)
+            )
         self.world.barrier()
 
     def _time_to_save(self) -> bool:
@@ -262,4 +274,6 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # AMX or AVX512-BF16; elsewhere a CPU emulates bfloat16, slower than float32
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
