@@ -23,7 +23,7 @@ class TrainConfig:
     model: str = "ViT-B-32"
     """Towers: an open_clip model name, a JSON file in open_clip's form, `timm:TRUNK`, or one of ours (`small`)."""
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag or a safetensors file."""
+    """Start from these weights: an open_clip tag, a safetensors file of an open_clip model, or `timm` for a timm trunk's own."""
     image_size: int | None = None
     """Side of the square input in pixels (default: the model's own)."""
     context_length: int = 77

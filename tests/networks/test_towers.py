@@ -1,8 +1,10 @@
 import json
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import GroupedBatchNorm2d
@@ -128,7 +130,7 @@ def test_wrong_use_of_the_text_tower(tiny):
 
 @pytest.mark.parametrize(
     ("name", "image_millions", "text_millions"),
-    [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.9, 3.0)],
+    [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.91, 2.97), ("tiny", 1.31, 1.16)],
 )
 def test_parameter_counts(name, image_millions, text_millions):
     config = model_config(name)
@@ -157,6 +159,40 @@ def test_every_open_clip_name_builds_or_says_why():
 def test_timm_trunk_and_its_size():
     tower = build_image_tower(TowerSpec("timm:test_vit", vocab_size=100, image_size=96))
     assert tower(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, tower.width)
+
+
+def test_pretrained_weights_from_a_file(tiny, tmp_path):
+    torch.manual_seed(0)
+    peer = open_clip.CustomTextCLIP(**TINY).eval()
+    file = tmp_path / "peer.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in peer.state_dict().items()}, file)
+    spec = replace(
+        tiny, pretrained=str(file), vocab_size=49409, context_length=20
+    )  # with a row for [MASK], and shorter
+    image, text = build_image_tower(spec).eval(), build_text_tower(spec).eval()
+    ids = open_clip.tokenize(["a red apple", "two dogs"])
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        theirs = peer.encode_image((pixels - image.mean) / image.std)
+        torch.testing.assert_close(image.projection(image(pixels)), theirs, atol=1e-5, rtol=1e-5)
+        ours = text.projection(text(ids[:, :20], ids.argmax(1) + 1).pooled)
+        torch.testing.assert_close(ours, peer.encode_text(ids), atol=1e-5, rtol=1e-5)
+    for wrong, message in (
+        ({"vocab_size": 8192}, "--tokenizer clip"),
+        ({"context_length": 200}, "77 positions"),
+        ({"pretrained": "gone.safetensors"}, "do not exist"),
+        ({"pretrained": "laion2b"}, "no weights named"),
+        ({"name": "ViT-B-32"}, "not those of ViT-B-32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_text_tower(replace(spec, **wrong))
+
+
+def test_weights_that_cannot_be_fetched():
+    with pytest.raises(
+        UserError, match=r"laion2b_s34b_b79k of ViT-B-32 could not be fetched"
+    ):
+        build_image_tower(TowerSpec("ViT-B-32", 49408, pretrained="laion2b_s34b_b79k"))
 
 
 def test_names_that_do_not_exist(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from open_clip.transformer import TextTransformer, VisionTransformer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +33,9 @@ class TowerSpec:
     vocab_size: int
     context_length: int = 77
     image_size: int | None = None  # None: the model's own
-    pretrained: str | None = None  # an open_clip tag or a safetensors file
+    pretrained: str | None = (
+        None  # an open_clip tag, a safetensors file of an open_clip model, or "timm" for a trunk's own weights
+    )
     batch_norm_group: int = 32
 
 
@@ -209,26 +213,74 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         raise UserError(
             f"The model {spec.name} takes images of {size[0]} × {size[1]} pixels; only square ones are supported."
         )
-    if "timm_model_name" in vision:
-        trunk = _timm_trunk(vision, size)
+    if spec.pretrained and spec.pretrained != "timm":
+        visual = _pretrained(spec).visual
+    elif spec.name.startswith("timm:") or "timm_kwargs" in vision:
+        trunk = _timm_trunk(vision, size, spec.pretrained == "timm")
         width: int = trunk.num_features  # type: ignore[assignment]
         return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), width, embed_dim, size)
-    vision.pop("timm_kwargs", None)
-    tower = _build_vision_tower(
-        embed_dim, CLIPVisionCfg(**{**vision, "image_size": size}), config.get("quick_gelu", False)
-    )
-    if isinstance(tower, VisionTransformer):
-        projection = _projection(tower.proj.shape[0], embed_dim)
-        projection.weight.data.copy_(tower.proj.data.T)
-        width, tower.proj = tower.proj.shape[0], None
-        return ImageTower(tower, width, embed_dim, size, projection)
-    # CLIP's modified ResNet: its attention pool projects into the shared space itself
-    return ImageTower(group_batch_norms(tower, spec.batch_norm_group), embed_dim, embed_dim, size, nn.Identity())
+    else:
+        vision.update(image_size=size, timm_model_pretrained=False)
+        visual = _build_vision_tower(embed_dim, CLIPVisionCfg(**vision), config.get("quick_gelu", False))
+    width, projection = _take_projection(visual, embed_dim)
+    return ImageTower(group_batch_norms(visual, spec.batch_norm_group), width, embed_dim, size, projection)
 
 
-def _timm_trunk(vision: dict[str, Any], size: int) -> nn.Module:
+def _take_projection(visual: Any, embed_dim: int) -> tuple[int, nn.Module]:
+    """Takes the projection off one of open_clip's image towers: the width of what is left, and the projection."""
+    if isinstance(visual, VisionTransformer):
+        projection = _transposed(visual.proj)
+        visual.proj = None
+        return projection.in_features, projection
+    last = getattr(getattr(visual, "head", None), "proj", None)  # of open_clip's timm adapter
+    if isinstance(last, nn.Linear):
+        visual.head.proj = nn.Identity()
+        return last.in_features, last
+    return embed_dim, nn.Identity()  # an attention pool or an MLP that leads into the shared space itself
+
+
+def _transposed(matrix: Tensor) -> nn.Linear:
+    """The linear layer of an open_clip projection [width, embed_dim]."""
+    width, embed_dim = matrix.shape
+    projection = nn.Linear(width, embed_dim, bias=False, device=matrix.device)
+    projection.weight.data.copy_(matrix.data.T)
+    return projection
+
+
+@lru_cache(maxsize=1)  # both towers ask for it
+def _pretrained(spec: TowerSpec) -> Any:
+    """open_clip's model with the weights of `spec.pretrained`, one of its tags or a safetensors file of one of its models."""
+    tag = spec.pretrained or ""
+    config = dict(model_config(spec.name))
+    if tag.endswith(".safetensors"):
+        if not Path(tag).is_file():
+            raise UserError(f"The weights {tag} do not exist.")
+        vision = {**config["vision_cfg"], "image_size": spec.image_size or config["vision_cfg"].get("image_size", 224)}
+        model = open_clip.CustomTextCLIP(
+            config["embed_dim"], vision, config["text_cfg"], quick_gelu=config.get("quick_gelu", False)
+        )
+        try:
+            open_clip.load_checkpoint(model, tag)
+        except (RuntimeError, KeyError, AssertionError, SafetensorError) as error:
+            raise UserError(f"The weights {tag} are not those of {spec.name}: {str(error).splitlines()[0]}") from error
+        return model
+    tags = open_clip.list_pretrained_tags_by_model(spec.name)
+    if tag not in tags:
+        known = f"it has {', '.join(tags)}, or give a .safetensors file" if tags else "give a .safetensors file"
+        raise UserError(f"The model {spec.name} has no weights named {tag!r}; {known}.")
+    try:
+        return open_clip.create_model(
+            spec.name, pretrained=tag, force_custom_text=True, force_image_size=spec.image_size, device="cpu"
+        )
+    except Exception as error:  # the hub's client has many: no network, no such file, offline mode
+        raise UserError(
+            f"The weights {tag} of {spec.name} could not be fetched: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _timm_trunk(vision: dict[str, Any], size: int, pretrained: bool) -> nn.Module:
     name = vision["timm_model_name"]
-    options = dict(vision.get("timm_kwargs", {}), num_classes=0, pretrained=vision.get("timm_model_pretrained", False))
+    options = dict(vision.get("timm_kwargs", {}), num_classes=0, pretrained=pretrained)
     sizes: list[dict[str, Any]] = [{"img_size": size}, {}]
     for sized in sizes:  # Transformers must know the size, convolutions refuse to be told
         try:
@@ -250,17 +302,36 @@ def build_text_tower(
         raise UserError(
             f"The model {spec.name} has a Hugging Face text tower, which cannot be trained here; use one with CLIP's text tower."
         )
-    text.update(
-        vocab_size=spec.vocab_size,
-        context_length=spec.context_length,
-        embed_cls=False,
-        no_causal_mask=attention != "causal",
-    )
-    tower = _build_text_tower(
-        embed_dim, CLIPTextCfg(**{**text, "proj_type": "linear", "proj_bias": False}), config.get("quick_gelu", False)
-    )
+    if spec.pretrained and spec.pretrained != "timm":
+        tower = _pretrained(spec).text
+        _fit_text(tower, spec)
+    else:
+        text.update(
+            vocab_size=spec.vocab_size, context_length=spec.context_length, no_causal_mask=attention != "causal"
+        )
+        text.update(embed_cls=False, proj_type="linear", proj_bias=False)
+        tower = _build_text_tower(embed_dim, CLIPTextCfg(**text), config.get("quick_gelu", False))
     tower.attn_mask = None
-    projection = _projection(tower.width, embed_dim)
-    projection.weight.data.copy_(tower.text_projection.data.T)
+    projection = _transposed(tower.text_projection)
     tower.text_projection = None
     return TextTower(tower, embed_dim, attention, pooling, projection)
+
+
+def _fit_text(tower: Any, spec: TowerSpec) -> None:
+    """Gives a pretrained text tower the spec's context and rows for tokens that were appended to the vocabulary, such as [MASK]."""
+    known = tower.token_embedding.num_embeddings
+    if not known <= spec.vocab_size <= known + 1:
+        raise UserError(
+            f"The weights {spec.pretrained} know {known:,} tokens and the tokenizer has {spec.vocab_size:,}; use --tokenizer clip."
+        )
+    if spec.context_length > tower.context_length:
+        raise UserError(
+            f"The weights {spec.pretrained} have {tower.context_length} positions; use --context-length {tower.context_length} or less."
+        )
+    tower.positional_embedding = nn.Parameter(tower.positional_embedding.data[: spec.context_length].clone())
+    tower.num_pos = tower.context_length = spec.context_length
+    if spec.vocab_size > known:
+        embedding = nn.Embedding(spec.vocab_size, tower.width)
+        nn.init.normal_(embedding.weight, std=0.02)
+        embedding.weight.data[:known] = tower.token_embedding.weight.data
+        tower.token_embedding = embedding

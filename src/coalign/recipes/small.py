@@ -9,32 +9,37 @@ from coalign.optim import OptimiserConfig, RoleConfig
 
 
 def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
-    """Settings by the number of training pairs: below 100,000 a small model at 64 pixels with its own vocabulary, a few tens of epochs;
-    below a million ViT-S-32; then ViT-B-32 as in the papers. The batch stays below a tenth of the data, so that an epoch has steps."""
-    batch_size = max(2, min(256, 2 ** (max(num_pairs, 20) // 10).bit_length() // 2))
+    """Settings by the number of training pairs: below 20,000 the model `tiny` and below 100,000 `small`, both at 64 pixels, with their own
+    vocabulary and a few tens of epochs; below a million ViT-S-32; then ViT-B-32 as in the papers. The batch stays below a tenth of the
+    data, so that an epoch has steps."""
     if num_pairs < 100_000:
         return TrainConfig(
             method=method,
             method_config=method_config,
-            model="small",
+            model="tiny" if num_pairs < 20_000 else "small",
             context_length=48,
             tokenizer="captions",
-            batch_size=batch_size,
+            batch_size=_power_of_two(max(2, min(256, num_pairs // 10))),
             epochs=30,
             optimiser=OptimiserConfig(
                 lr=1e-3,
                 weight_decay=0.2,
                 warmup_fraction=0.1,
                 final_lr=1e-5,
-                roles={"scale": RoleConfig(lr_multiplier=10)},
+                roles={"scale": RoleConfig(lr_multiplier=10)},  # Adam moves a scalar by about Σ lr, too little in a short run
             ),
         )
-    small = num_pairs < 1_000_000
+    papers = num_pairs >= 1_000_000
     return TrainConfig(
         method=method,
         method_config=method_config,
-        model="ViT-S-32" if small else "ViT-B-32",
-        batch_size=1024 if small else 4096,
+        model="ViT-B-32" if papers else "ViT-S-32",
+        batch_size=4096 if papers else 1024,
         epochs=32,
         optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=1 / 32, final_lr=1e-5),
     )
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above."""
+    return 1 << (number.bit_length() - 1)
