@@ -113,9 +113,8 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, call in work.items():
             times[name].append(seconds(call, files))
-    print(
-        f"{len(files)} JPEGs of 500 × 375, {sum(map(len, files)) / len(files) / 1000:.0f} kB on average; one thread, medians of {options.repeats}"
-    )
+    size = sum(map(len, files)) / len(files) / 1000
+    print(f"{len(files)} JPEGs of 500 × 375, {size:.0f} kB on average; one thread, medians of {options.repeats}")
     for name, values in times.items():
         per_image = statistics.median(values)
         each = f", {len(POLICIES) / per_image:6.0f} views/s" if name != "decoding" else ""

@@ -8,11 +8,40 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["coalign.losses", "coalign.networks"], "beartype.beartype")
-torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """Image hashes and indexes are kept for the session only."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A folder of 64 tiny pairs."""
+    return tiny.write_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, pairs, model_file):
+    """The folder of a finished run on `pairs`. Tests that change it take a copy."""
+    from coalign import cli
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert cli.main(tiny.train_args(pairs, out, model_file)) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from coalign.errors import UserError
 from coalign.recipes import recipe, recipes
 
 NOMINAL_PAIRS = 10_000  # help shows a recipe's settings for data of this size
+INTERRUPTED = 130  # exit code after Ctrl-C, and of training that a signal ended: what follows in a script must not start
 
 
 # ---------------------------------------------------------------- train
@@ -45,14 +46,14 @@ class TrainCommand:
     recipe: str = "clip"
     """Named settings; `coalign recipes` lists them."""
     resume: Literal["no", "auto"] = "no"
-    """auto: go on from the newest checkpoint in --out, or start if there is none."""
+    """auto: go on from the newest checkpoint in --out, or start if there is none. Ctrl-C and SIGTERM save one (exit code 130)."""
     dry_run: bool = False
     """Print the settings, the parameters, the steps and the first batch, and stop."""
     device: str | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
 
 
-def train_command(args: list[str]) -> None:
+def train_command(args: list[str]) -> int:
     command, config = _parse_train(args, NOMINAL_PAIRS)  # complains about wrong options before any data is read
     from coalign.run.train import train
 
@@ -60,7 +61,10 @@ def train_command(args: list[str]) -> None:
         return _parse_train(args, num_pairs)[1]
 
     del config
-    train(command.data, command.out, settle, resume=command.resume, device=command.device, dry_run=command.dry_run)
+    result = train(
+        command.data, command.out, settle, resume=command.resume, device=command.device, dry_run=command.dry_run
+    )
+    return INTERRUPTED if result is not None and result.ended == "interrupted" else 0
 
 
 def _parse_train(args: list[str], num_pairs: int) -> tuple[TrainCommand, TrainConfig]:
@@ -249,7 +253,7 @@ def recipes_command() -> None:
 @dataclass(frozen=True)
 class Command:
     summary: str
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int | None]  # gives the exit code, if it is not 0
 
 
 def _plain(function: Callable[..., None], name: str) -> Command:
@@ -307,33 +311,26 @@ def main(args: Sequence[str] | None = None) -> int:
                 print(_help("data "), end="")
                 return 0
             raise UserError(_no_command(name))
-        COMMANDS[name].run(words[length:])
+        return COMMANDS[name].run(words[length:]) or 0
     except UserError as error:
         print(f"coalign: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("coalign: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as in `coalign models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
 
 
 def _help(group: str = "") -> str:
-    lines = [f"  coalign {name:18} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
-    return "\n".join(
-        [
-            "coalign: data-efficient language-image pre-training.",
-            "",
-            *lines,
-            "",
-            "`coalign COMMAND --help` says what a command takes. A first run, in a few minutes on a laptop:",
-            "",
-            "  coalign train --data scenes:4096 --out runs/first --epochs 5",
-            "",
-        ]
-    )
+    commands = [f"  coalign {name:18} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
+    lines = ["coalign: data-efficient language-image pre-training.", "", *commands, ""]
+    lines += ["`coalign COMMAND --help` says what a command takes."]
+    if not group:
+        first = "coalign train --data scenes:4096 --out runs/first --epochs 5"
+        lines += ["A first run, in a few minutes on a laptop:", "", f"  {first}"]
+    return "\n".join([*lines, ""])
 
 
 def _no_command(name: str) -> str:

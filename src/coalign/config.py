@@ -43,7 +43,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; auto is bf16 where the processor is fast at it, else fp32."""
     compile: bool = False
-    """Compile the towers with torch.compile."""
+    """Compile the image towers with torch.compile."""
     batch_norm_group: int = 32
     """Samples a batch-norm group, for trunks that have BatchNorm."""
     seed: int = 0
@@ -74,6 +74,14 @@ class TrainConfig:
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as plain values, for `from_json` and for people."""
     return asdict(config, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items})
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimiser": {"lr": 1}} -> {"optimiser.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
 
 
 def from_json(cls: Any, value: Any) -> Any:

@@ -22,15 +22,15 @@ Kind = Literal["adamw", "sgd"]
 class RoleConfig:
     """What differs for the parameters of one role ("image", "text", "scale", …). None: as in `OptimiserConfig`."""
 
-    kind: Kind | None = None
-    lr: float | None = None
-    start_lr: float | None = None
-    final_lr: float | None = None
+    kind: Kind | None = None  # another optimiser
+    lr: float | None = None  # another peak
+    start_lr: float | None = None  # another start of the warm-up
+    final_lr: float | None = None  # another end
     lr_multiplier: float = 1.0  # of the whole schedule: its start, its peak and its end
-    weight_decay: float | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    momentum: float | None = None
+    weight_decay: float | None = None  # another decay
+    betas: tuple[float, float] | None = None  # other decay rates of AdamW's moments
+    eps: float | None = None  # another term in AdamW's denominator
+    momentum: float | None = None  # another momentum of SGD
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class OptimiserConfig:
     Weight decay leaves out everything with fewer than two dimensions: norms, biases, scales.
     """
 
-    kind: Annotated[Kind, arg(name="optimiser")] = "adamw"
-    lr: float = 5e-4  # the peak
-    start_lr: float = 1e-6  # at the first step of the warm-up
-    final_lr: float = 1e-5
-    warmup_fraction: float = 0.04  # of the run: one epoch of 25
-    warmup_steps: int | None = None  # if given, instead of warmup_fraction
-    reaches_final: bool = False  # see lr_at
-    weight_decay: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    momentum: float = 0.9  # of SGD
+    kind: Annotated[Kind, arg(name="optimiser")] = "adamw"  # the optimisation algorithm
+    lr: float = 5e-4  # learning rate at its peak, after the warm-up
+    start_lr: float = 1e-6  # learning rate of the first step of the warm-up
+    final_lr: float = 1e-5  # learning rate to which half a cosine falls
+    warmup_fraction: float = 0.04  # share of the run in which the learning rate rises (0.04: one epoch of 25)
+    warmup_steps: int | None = None  # steps of the warm-up, if given instead of the fraction
+    reaches_final: bool = False  # the last step has the final learning rate itself, not one step before it
+    weight_decay: float = 0.5  # decay of matrices and convolutions; norms, biases and scales have none
+    betas: tuple[float, float] = (0.9, 0.98)  # decay rates of AdamW's two moments
+    eps: float = 1e-8  # AdamW's term in the denominator
+    momentum: float = 0.9  # momentum of SGD
     roles: Mapping[str, RoleConfig] = field(default_factory=dict)
 
     def for_role(self, role: str) -> OptimiserConfig:

@@ -25,17 +25,17 @@ class AugmentationPolicy:
     half-ranges. `blur_sigma` is in pixels of a 224-pixel view and scales with the size of the output.
     """
 
-    crop_scale: tuple[float, float] | None = None
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_p: float = 0.0
-    jitter_p: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    grey_p: float = 0.0
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    crop_scale: tuple[float, float] | None = None  # least and greatest share of the area that a crop keeps
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # least and greatest width to height of a crop
+    flip_p: float = 0.0  # probability of a horizontal flip
+    jitter_p: float = 0.0  # probability of the changes of colour
+    brightness: float = 0.0  # greatest change of brightness
+    contrast: float = 0.0  # greatest change of contrast
+    saturation: float = 0.0  # greatest change of saturation
+    hue: float = 0.0  # greatest change of hue, in turns
+    grey_p: float = 0.0  # probability of greyscale
+    blur_p: float = 0.0  # probability of a Gaussian blur
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # least and greatest sigma of the blur
 
 
 EVALUATION = AugmentationPolicy()

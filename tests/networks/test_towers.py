@@ -12,7 +12,6 @@ from coalign.networks.towers import (
     TowerSpec,
     build_image_tower,
     build_text_tower,
-    group_by_length,
     model_config,
     model_names,
 )
@@ -82,29 +81,28 @@ def test_padding_changes_no_caption(tiny, attention, pooling):
 
 
 @pytest.mark.parametrize(
-    ("attention", "pooling"), [("causal", "end"), ("bidirectional", "start"), ("bidirectional", "mean")]
+    ("attention", "pooling"),
+    [
+        ("causal", "end"),
+        ("causal", "mean"),
+        ("bidirectional", "start"),
+        ("bidirectional", "end"),
+        ("bidirectional", "mean"),
+    ],
 )
-def test_groups_by_length_give_each_caption_its_own_output(tiny, attention, pooling):
+def test_each_caption_has_its_own_output_in_its_own_place(tiny, attention, pooling):
     torch.manual_seed(0)
     tower = build_text_tower(tiny, attention, pooling).double()
     lengths = torch.randint(3, 60, (70,))
     ids = torch.randint(1, 49406, (70, 77))
     together = tower(ids, lengths, with_tokens=True)
     assert together.tokens.shape == (70, 77, 32)
+    torch.testing.assert_close(tower(ids, lengths).pooled, together.pooled)  # its last block computes less
     for row in range(70):
-        alone = tower._encode(ids[row : row + 1, : lengths[row]], lengths[row : row + 1], True)
+        alone = tower(ids[row : row + 1, : lengths[row]], lengths[row : row + 1], True)
         torch.testing.assert_close(together.pooled[row], alone.pooled[0])
         torch.testing.assert_close(together.tokens[row, : lengths[row]], alone.tokens[0])
         assert together.tokens[row, lengths[row] :].abs().sum() == 0
-
-
-@pytest.mark.parametrize("lengths", [[5], [5] * 40, list(range(3, 77)), [4] * 30 + [77]])
-def test_length_groups(lengths):
-    groups = group_by_length(lengths)
-    assert sorted(row for group in groups for row in group.rows) == list(range(len(lengths)))
-    assert all(group.longest == max(lengths[row] for row in group.rows) for group in groups)
-    assert all(len(group.rows) >= 8 for group in groups[:-1])
-    assert sum(len(group.rows) * group.longest for group in groups) <= 1.3 * sum(lengths) + 8 * 77
 
 
 def test_attention_direction(tiny):
@@ -156,6 +154,33 @@ def test_every_open_clip_name_builds_or_says_why():
     assert len(model_names()) - len(refused) >= 70
 
 
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {},
+        {"pool_type": "avg"},
+        {"final_ln_after_pool": True},
+        {"no_ln_pre": True, "ls_init_value": 0.1},
+        {"attentional_pool": True, "attn_pooler_queries": 5},
+        {"qk_norm": True},
+    ],
+)
+def test_image_tower_equals_open_clips(tmp_path, vision):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], **vision}}))
+    torch.manual_seed(0)
+    tower = build_image_tower(TowerSpec(str(path), vocab_size=100)).double()
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(tower(pixels), tower.trunk((pixels - tower.mean) / tower.std))
+
+
+def test_text_towers_with_other_attention_are_refused(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**TINY, "text_cfg": {**TINY["text_cfg"], "scale_heads": True}}))
+    with pytest.raises(UserError, match=r"model\.json has a text tower with norms or scales"):
+        build_text_tower(TowerSpec(str(path), vocab_size=100))
+
+
 def test_timm_trunk_and_its_size():
     tower = build_image_tower(TowerSpec("timm:test_vit", vocab_size=100, image_size=96))
     assert tower(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, tower.width)
@@ -189,9 +214,7 @@ def test_pretrained_weights_from_a_file(tiny, tmp_path):
 
 
 def test_weights_that_cannot_be_fetched():
-    with pytest.raises(
-        UserError, match=r"laion2b_s34b_b79k of ViT-B-32 could not be fetched"
-    ):
+    with pytest.raises(UserError, match=r"laion2b_s34b_b79k of ViT-B-32 could not be fetched"):
         build_image_tower(TowerSpec("ViT-B-32", 49408, pretrained="laion2b_s34b_b79k"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 
 import numpy as np
@@ -23,10 +23,8 @@ from PIL import (
 
 from coalign.errors import BadSample
 
-try:
+with suppress(ImportError):
     from PIL import AvifImagePlugin  # noqa: F401  newer Pillow only
-except ImportError:
-    pass
 
 # Pillow's warnings are about odd files. Here a file is decoded or is a BadSample, and a warning per file would flood the progress display.
 for _category in (UserWarning, Image.DecompressionBombWarning):

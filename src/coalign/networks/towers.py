@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import open_clip
 import timm
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from open_clip.transformer import TextTransformer, VisionTransformer
 from safetensors import SafetensorError
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import group_batch_norms
+from coalign.networks.transformer import is_plain, pack, run_blocks
 
 OWN_CONFIGS = Path(__file__).parent / "configs"
 
@@ -57,7 +57,17 @@ class ImageTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Float[Tensor, "batch width"]:
         """uint8 pixels [batch, 3, image_size, image_size] -> features [batch, width]."""
-        return self.trunk((pixels.to(self.mean.dtype) - self.mean) / self.std)
+        pixels = (pixels.to(self.mean.dtype) - self.mean) / self.std
+        trunk = self.trunk
+        if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
+            return trunk(pixels)
+        x = trunk._embeds(pixels)  # [batch, token, width]
+        (batch, num_tokens), x = x.shape[:2], x.flatten(0, 1)
+        packing = pack([num_tokens] * batch, x.device)
+        if trunk.pool_type == "tok" and trunk.attn_pool is None:  # only the class token is read
+            read = torch.arange(0, batch * num_tokens, num_tokens, device=x.device)
+            return trunk._pool(run_blocks(trunk.transformer, x, packing, read=read)[:, None])[0]
+        return trunk._pool(run_blocks(trunk.transformer, x, packing).unflatten(0, (batch, num_tokens)))[0]
 
 
 class TextFeatures(NamedTuple):
@@ -69,8 +79,8 @@ class TextTower(nn.Module):
     """open_clip's text Transformer with our forward: any length up to the context, padding by length, three poolings.
 
     `attention` "bidirectional" masks padding. `pooling`: "end" (CLIP), "start" (UniCLIP; needs bidirectional attention), "mean" over the
-    caption's tokens. An output depends on a caption's own tokens only. So captions of similar length are encoded together, each group
-    trimmed to its longest, which changes nothing but the time: most captions use a sixth of the positions.
+    caption's tokens. An output depends on a caption's own tokens only, so they are packed, and padding costs nothing: most captions use
+    a sixth of the positions.
     """
 
     def __init__(
@@ -86,7 +96,6 @@ class TextTower(nn.Module):
             raise ValueError("under causal attention the start token sees nothing of the caption")
         self.transformer, self.attention, self.pooling = transformer, attention, pooling
         self.width, self.embed_dim, self.context_length = transformer.width, embed_dim, transformer.context_length
-        self.heads = transformer.heads
         self.projection = projection or _projection(self.width, embed_dim)
 
     def forward(
@@ -94,63 +103,27 @@ class TextTower(nn.Module):
     ) -> TextFeatures:
         if ids.shape[1] > self.context_length:
             raise ValueError(f"{ids.shape[1]} tokens, but the text tower has {self.context_length} positions")
-        groups = group_by_length(lengths.tolist())
-        if len(groups) == 1 and groups[0].longest == ids.shape[1]:
-            return self._encode(ids, lengths, with_tokens)
-        rows = [torch.tensor(group.rows, device=ids.device) for group in groups]
-        parts = [self._encode(ids[row, : group.longest], lengths[row], with_tokens) for row, group in zip(rows, groups)]
-        order = torch.cat(rows).argsort()
-        tokens = [
-            F.pad(part.tokens, (0, 0, 0, ids.shape[1] - part.tokens.shape[1]))
-            for part in parts
-            if part.tokens is not None
-        ]
-        return TextFeatures(
-            torch.cat([part.pooled for part in parts])[order], torch.cat(tokens)[order] if tokens else None
-        )
-
-    def _encode(self, ids: Tensor, lengths: Tensor, with_tokens: bool) -> TextFeatures:
-        tower = self.transformer
-        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]  # [batch, token, width]
-        valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # [batch, token]
-        tokens = tower.ln_final(tower.transformer(x, attn_mask=self._mask(valid, x.dtype)))
-        if self.pooling == "end":
-            pooled = tokens[torch.arange(len(ids), device=ids.device), lengths - 1]
-        elif self.pooling == "start":
-            pooled = tokens[:, 0]
+        tower, device = self.transformer, ids.device
+        by_length = lengths.argsort(stable=True)
+        ids, sorted_lengths = ids[by_length], lengths[by_length]
+        packing = pack(sorted_lengths.tolist(), device)
+        valid = torch.arange(ids.shape[1], device=device) < sorted_lengths[:, None]  # [batch, token]
+        row, position = valid.nonzero(as_tuple=True)  # [tokens]
+        x = tower.token_embedding(ids[row, position]) + F.embedding(position, tower.positional_embedding)
+        causal, ends = self.attention == "causal", sorted_lengths.cumsum(0) - 1
+        read = ends - sorted_lengths + 1 if self.pooling == "start" else ends
+        place = by_length.argsort()  # where each caption is among the sorted
+        if self.pooling != "mean" and not with_tokens:
+            x = tower.ln_final(run_blocks(tower.transformer, x, packing, causal, read))  # [batch, width]
+            return TextFeatures(x.index_select(0, place), None)
+        x = tower.ln_final(run_blocks(tower.transformer, x, packing, causal))  # [tokens, width]
+        tokens = x.new_zeros(ids.numel(), self.width).index_copy(0, by_length[row] * ids.shape[1] + position, x)
+        tokens = tokens.view(*ids.shape, self.width)
+        if self.pooling == "mean":
+            pooled = tokens.sum(1) / lengths[:, None].to(tokens.dtype)
         else:
-            pooled = (tokens * valid[..., None]).sum(1) / lengths[:, None].to(tokens.dtype)
-        return TextFeatures(pooled, tokens * valid[..., None] if with_tokens else None)
-
-    def _mask(self, valid: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Tensor:
-        num_tokens = valid.shape[1]
-        if self.attention == "causal":  # padding comes after every token that is read, so it needs no mask of its own
-            return torch.full((num_tokens, num_tokens), -torch.inf, dtype=dtype, device=valid.device).triu_(1)
-        mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)
-        return (
-            mask[:, None, :].expand(-1, num_tokens, -1).repeat_interleave(self.heads, 0)
-        )  # [batch·heads, token, token]
-
-
-class LengthGroup(NamedTuple):
-    rows: list[int]
-    longest: int
-
-
-def group_by_length(lengths: Sequence[int], smallest: int = 8) -> list[LengthGroup]:
-    """Rows in groups of similar length, each but the last of at least `smallest` rows, shortest first.
-
-    A new group begins where a caption is more than a quarter longer than the group's first.
-    """
-    groups: list[LengthGroup] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        last = groups[-1] if groups else None
-        if last and (len(last.rows) < smallest or lengths[row] <= 1.25 * lengths[last.rows[0]] + 1):
-            last.rows.append(row)
-            groups[-1] = LengthGroup(last.rows, lengths[row])
-        else:
-            groups.append(LengthGroup([row], lengths[row]))
-    return groups
+            pooled = x.index_select(0, read[place])
+        return TextFeatures(pooled, tokens if with_tokens else None)
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:
@@ -311,6 +284,11 @@ def build_text_tower(
         )
         text.update(embed_cls=False, proj_type="linear", proj_bias=False)
         tower = _build_text_tower(embed_dim, CLIPTextCfg(**text), config.get("quick_gelu", False))
+    if not is_plain(tower.transformer):
+        raise UserError(
+            f"The model {spec.name} has a text tower with norms or scales within its attention, which cannot be trained here; "
+            "use one with CLIP's text tower."
+        )
     tower.attn_mask = None
     projection = _transposed(tower.text_projection)
     tower.text_projection = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from coalign.config import TrainConfig
+from coalign.errors import UserError
 from coalign.optim import OptimiserConfig
 from coalign.recipes.small import small_data
 from coalign.types import WEAK, AugmentationPolicy
@@ -14,12 +16,17 @@ from coalign.types import WEAK, AugmentationPolicy
 class CLIPConfig:
     """CLIP (Radford et al. 2021): one image view, one caption, InfoNCE both ways."""
 
-    temperature: float = 0.07  # initial; learned as log(1/τ)
-    max_logit_scale: float = 100.0
-    multi_positive: bool = (
-        False  # pairs of a batch that share a caption are not each other's negatives; off is CLIP exactly
-    )
+    temperature: float = 0.07  # initial temperature τ, learned as log(1/τ)
+    max_logit_scale: float = 100.0  # greatest 1/τ
+    # pairs of a batch that share a caption are not each other's negatives; off is CLIP exactly
+    multi_positive: bool = False
     image_view: AugmentationPolicy = WEAK
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}, but must be a number above 0.")
+        if not 1 <= self.max_logit_scale < math.inf:
+            raise UserError(f"max_logit_scale is {self.max_logit_scale}, but must be a number of at least 1.")
 
 
 def clip(num_pairs: int) -> TrainConfig:

@@ -17,7 +17,7 @@ from coalign.data.check import check, gallery_images
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.data.tokenizer import load_tokenizer, train_bpe
-from coalign.errors import BadSample
+from coalign.errors import BadSample, UserError
 from coalign.report.check_page import check_page
 from coalign.types import Source
 
@@ -96,7 +96,10 @@ def train_tokenizer(data: str, out: Path, vocab_size: int) -> None:
     indices = assign_splits(source)[0]["train"]
     bad: Counter[str] = Counter()
     tokenizer = train_bpe(captions(source, indices, bad), vocab_size)
-    tokenizer.save(out)
+    try:
+        tokenizer.save(out)
+    except OSError as error:
+        raise UserError(f"The tokenizer could not be written to {out}: {error.strerror}.") from error
     console = _console()
     console.print(f"{out}: {tokenizer.vocab_size:,} entries from {len(indices):,} samples")
     if bad:

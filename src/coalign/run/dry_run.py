@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from coalign.config import TrainConfig, to_json
+from coalign.config import TrainConfig, flatten, to_json
 from coalign.data.loader import PairLoader
 from coalign.method import Method
 from coalign.types import Batch
@@ -30,7 +30,7 @@ def describe(
 ) -> None:
     """Prints the resolved configuration, parameters, steps and the first batch; writes the batch's pictures to out/first_batch.png."""
     table = Table("setting", "value", title="Configuration", title_justify="left")
-    for name, value in _flatten(to_json(config)).items():
+    for name, value in flatten(to_json(config)).items():
         table.add_row(name, str(value))
     console.print(table)
     counts = {role: sum(p.numel() for p in parameters) for role, parameters in method.parameter_groups().items()}
@@ -60,13 +60,6 @@ def describe(
     picture = out / "first_batch.png"
     Image.fromarray(_contact_sheet(batch)).save(picture)
     console.print(f"Its pictures, a row a view: {picture}", soft_wrap=True)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
 
 
 def _contact_sheet(batch: Batch) -> np.ndarray:

@@ -67,6 +67,8 @@ def evaluate(
     DATA is what it was trained on, else DATA's own test or val split, else all of it. Classes are the values of the fact `label`
     (default: the first of label, class, category, folder that the data have), or those of the file `classes`. UserError for the rest.
     """
+    if not tasks:
+        raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the run's folder.")
     kinds = [_parse_task(task) for task in tasks]
     run = load(model, weights, device) if isinstance(model, str) else model
     encoder = run.encoder()
@@ -172,8 +174,8 @@ def label_function(
         except BadSample:
             values[index] = []
             continue
-        fact = next((str(record.facts[name]) for name in facts if record.facts.get(name)), None)
-        values[index] = ([fact] if fact else []) + (list(record.tags) if classes else [])
+        fact = next((str(record.facts[name]) for name in facts if record.facts.get(name) not in (None, "")), None)
+        values[index] = ([fact] if fact is not None else []) + (list(record.tags) if classes else [])
     if classes:
         entries = read_classes(classes)
         names, number = [entry.name for entry in entries], {entry.label: i for i, entry in enumerate(entries)}
@@ -186,8 +188,12 @@ def label_function(
         if set(listed) & set(number)
     }
     if not of_index:
-        looked = f"their labels are looked for in the samples' {' or '.join(facts)}" + (" and tags" if classes else "")
-        raise UserError(f"No sample of {source.name} belongs to a class; {looked}. Name the right one with --label.")
+        looked = f"labels are looked for in the samples' {' or '.join(facts)}"
+        found = sorted({value for listed in values.values() for value in listed})[:5]
+        if classes:
+            there = f"there are {', '.join(map(repr, found))}, for example" if found else "there are none"
+            raise UserError(f"No sample of {source.name} is of a class in {classes}; {looked} and tags, and {there}.")
+        raise UserError(f"No sample of {source.name} belongs to a class; {looked}: name the right one with --label.")
     return Labels(names, of_index, len(indices) - len(of_index))
 
 

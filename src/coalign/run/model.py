@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,21 @@ def image_size(method: Method) -> int:
     return next(module.image_size for module in method.modules() if isinstance(module, ImageTower))
 
 
+def known_device(name: str | None) -> str | None:
+    """The name itself; UserError for a device that is not here."""
+    if name is None:
+        return None
+    try:
+        kind = torch.device(name)
+    except RuntimeError:
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise UserError(f"There is no device {name!r}; --device is cpu, cuda or cuda:N.")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use another.")
+    return name
+
+
 def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
     """The method with its towers, initialised from the run's seed."""
     torch.manual_seed(config.seed)
@@ -72,12 +87,19 @@ def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
         config.pretrained,
         config.batch_norm_group,
     )
-    return method_class(config.method)(config.method_config, towers)
+    try:
+        return method_class(config.method)(config.method_config, towers)
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        if not config.model.endswith(".json"):
+            raise
+        reason = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"No model can be built from {config.model} ({' '.join(reason.split())}).") from error
 
 
 def load(path: str | Path, weights: str = "last", device: str | torch.device = "cpu") -> Run:
     """The model of a run directory, in evaluation mode. `weights`: "last" or "best". UserError if it is none."""
     folder = Path(path)
+    known_device(str(device))
     saved = read_config(folder)
     found = checkpoint.load(folder / weights)
     tokenizer = load_tokenizer(folder / TOKENIZER)
@@ -105,13 +127,19 @@ class SavedConfig:
     config: TrainConfig
     num_train: int
     num_val: int
+    fingerprint: str = ""  # of the training pairs
 
 
 def write_config(folder: Path, saved: SavedConfig) -> None:
-    temporary = folder / f"{CONFIG}.tmp"
     fields: dict[str, Any] = {**vars(saved), "config": to_json(saved.config)}
-    temporary.write_text(json.dumps(fields, indent=2) + "\n")
-    os.replace(temporary, folder / CONFIG)
+    write_file(folder / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """A file of a run that is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def read_config(folder: Path) -> SavedConfig:
@@ -125,8 +153,8 @@ def read_config(folder: Path) -> SavedConfig:
         method_config = from_json(config_class(config["method"]), config.pop("method_config"))
         train_config = replace(from_json(TrainConfig, {**config, "method_config": None}), method_config=method_config)
         return SavedConfig(**{**saved, "config": train_config})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a configuration that this version of coalign can read: {error}.") from error
+    except (ValueError, TypeError, KeyError, UserError) as error:
+        raise UserError(f"{path} is not a configuration that this version of coalign can read: {str(error).rstrip('.')}.") from error
 
 
 def default_tokens(model: str) -> int:

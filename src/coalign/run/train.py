@@ -7,7 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,23 +16,26 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from coalign.config import TrainConfig
+from coalign.config import TrainConfig, flatten, to_json
 from coalign.data.loader import PairLoader, image_batches
+from coalign.data.randomness import stable_hash
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
+from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.towers import ImageTower
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.evaluate import Evaluation, evaluate_retrieval, evaluate_zero_shot, label_function
-from coalign.run.reporting import write_run_report
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import Score, Trainer, TrainResult, autocast_dtype
 from coalign.types import Source, StepInfo
 
+RESULTS, REPORT = "results.json", "report.html"
 MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
 # what may differ when a run is resumed: it changes nothing that the run computes
 FREE_TO_CHANGE = {"workers", "save_every", "patience", "max_bad_fraction", "max_non_finite", "micro_batch", "evals"}
@@ -67,38 +71,44 @@ def train(
     settle: Settle = recipe(config) if isinstance(config, str) else config if callable(config) else lambda _: config
     console = Console(highlight=False, soft_wrap=True)
     out = Path(out)
-    world = join_world(device)
+    world = join_world(runs.known_device(device))
     if not dry_run:
         _check_folder(out, resume)
     pairs, settings = _open_data(data, settle, world)
     settings = _settle_workers(settings, world)
     tokenizer = _tokenizer(settings, pairs, out)
     method = runs.build_method(settings, tokenizer)
+    _check_batch_norm(method, settings, world)
+    method.to(world.device).to(memory_format=torch.channels_last)
     loader = _loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size)
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
+    trainer = Trainer(
+        method, settings, world, out,
+        batches=loader.batches, num_pairs=len(pairs.train), total_steps=total_steps,
+        interactive=world.is_first and sys.stdout.isatty(),
+    )  # fmt: skip
     if dry_run:
         from coalign.run.dry_run import describe
 
         describe(console, data, out, settings, method, loader, pairs, total_steps)
         return None
     if settings.compile:
-        for child in method.children():
-            child.compile()
-    method.to(world.device).to(memory_format=torch.channels_last)
-    saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val))
+        for module in method.modules():
+            if isinstance(module, ImageTower):  # a text tower packs its captions: another shape at every step
+                module.compile()
+    saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val), _fingerprint(pairs))
     with _lock(out, world):
-        _prepare_folder(out, saved, tokenizer, world)
-        validate = _validation(method, settings, pairs, tokenizer, world)
-        trainer = Trainer(
-            method, settings, world, out,
-            batches=loader.batches, num_pairs=len(pairs.train), total_steps=total_steps, validate=validate,
-            interactive=world.is_first and sys.stdout.isatty(),
-        )  # fmt: skip
+        trainer.validate = _validation(method, settings, pairs, tokenizer, world)
+        _prepare_folder(out, saved, tokenizer, world)  # once nothing in the settings can be wrong any more
         done = trainer.resume() if resume == "auto" else 0
         if world.is_first:
             console.print(_opening_line(settings, method, pairs, total_steps, done, world))
         result = trainer.fit()
-        if world.is_first:
+        if world.is_first and result.ended == "interrupted":
+            console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
+        elif world.is_first and result.step == done and _reported(out, done):
+            console.print(f"The run was complete already. Report: {out / REPORT}")
+        elif world.is_first:
             _finish(console, data, out, settings, method, tokenizer, pairs, result)
     world.barrier()
     return result
@@ -121,25 +131,61 @@ def _check_folder(out: Path, resume: str) -> None:
 def _open_data(data: str, settle: Settle, world: World) -> tuple[Data, TrainConfig]:
     """The pairs, and the configuration settled for their number."""
     first = settle(10_000)  # the split needs no more than its fraction
+    _check_settings(first)
     if not world.is_first:
         world.barrier()  # the first rank builds indexes and caches, the others find them
     source = open_source(data)
     if first.val_data:
         val_source = open_source(first.val_data)
-        train_splits, val_splits = _splits(source, 0.0), _splits(val_source, 1.0)
-        train_indices = train_splits.get("train", np.arange(len(source)))
-        val = val_splits.get("val", np.arange(len(val_source)))
-        pairs = Data(source, train_indices, val_source, val if len(val) else np.arange(len(val_source)))
+        val = (getattr(val_source, "splits", None) or {}).get("val", np.arange(len(val_source)))
+        pairs = Data(source, _splits(data, source, 0.0)["train"], val_source, val)
     else:
-        splits = _splits(source, first.val_fraction)
+        splits = _splits(data, source, first.val_fraction)
         pairs = Data(source, splits["train"], source, splits["val"])
     if world.is_first:
         world.barrier()
     return pairs, settle(len(pairs.train))
 
 
-def _splits(source: Source, val_fraction: float) -> dict[str, np.ndarray]:
-    return dict(assign_splits(source, val_fraction)[0])
+def _splits(data: str, source: Source, val_fraction: float) -> dict[str, np.ndarray]:
+    splits = dict(assign_splits(source, val_fraction)[0])
+    if "train" not in splits:
+        raise UserError(f"{data} has nothing to train on: it is all {' and '.join(splits)}; name the training data.")
+    return {"val": np.arange(0), **splits}
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """UserError for a number that makes no sense; the optimiser checks its own."""
+    demands = {
+        "epochs": (config.epochs > 0, "more than 0"),
+        "context_length": (config.context_length >= 3, "at least 3: start, a token and end"),
+        "image_size": (config.image_size is None or config.image_size >= 1, "at least 1"),
+        "micro_batch": (config.micro_batch is None or config.micro_batch >= 1, "at least 1"),
+        "batch_norm_group": (config.batch_norm_group >= 1, "at least 1"),
+        "max_grad_norm": (config.max_grad_norm is None or config.max_grad_norm > 0, "more than 0"),
+        "workers": (config.workers is None or config.workers >= 0, "at least 0"),
+        "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and less than 1"),
+        "evals": (config.evals >= 0, "at least 0"),
+        "patience": (config.patience is None or config.patience >= 1, "at least 1"),
+        "save_every": (config.save_every is None or config.save_every >= 1, "at least 1"),
+        "max_bad_fraction": (0 <= config.max_bad_fraction <= 1, "between 0 and 1"),
+        "max_non_finite": (config.max_non_finite >= 1, "at least 1"),
+    }
+    for name, (holds, what) in demands.items():
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but must be {what}.")
+
+
+def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:
+    """The groups of the trunk's BatchNorm must divide a process's share of the batch, and what it holds at once."""
+    local = config.batch_size // world.size
+    for group in {module.group for module in method.modules() if isinstance(module, GroupedBatchNorm2d)}:
+        for held, what in ((local, "a process's share of the batch"), (config.micro_batch or group, "--micro-batch")):
+            if held % group:
+                raise UserError(
+                    f"{config.model} has BatchNorm over groups of {group} samples, of which {what}, {held}, is no multiple; "
+                    "change it or --batch-norm-group."
+                )
 
 
 def _settle_workers(config: TrainConfig, world: World) -> TrainConfig:
@@ -190,32 +236,45 @@ def _loader(
 
 
 def _lock(out: Path, world: World) -> RunLock | Any:
-    from contextlib import nullcontext
-
-    out.mkdir(parents=True, exist_ok=True)
-    return RunLock(out) if world.is_first else nullcontext()
+    return RunLock(out) if world.is_first else nullcontext()  # it makes the folder, too
 
 
 def _prepare_folder(out: Path, saved: runs.SavedConfig, tokenizer: Tokenizer, world: World) -> None:
     """Writes the configuration; for a resumed run, makes sure that it is the same one."""
-    if not (out / runs.CONFIG).exists():
+    is_new = not (out / runs.CONFIG).exists()
+    world.barrier()  # everyone has looked before the first writes
+    if is_new:
         if world.is_first:
-            tokenizer.save(out / runs.TOKENIZER)
+            runs.write_file(out / runs.TOKENIZER, tokenizer.save)
             runs.write_config(out, saved)
-        world.barrier()
         return
     earlier = runs.read_config(out)
+    was, now = (flatten(to_json(each.config)) for each in (earlier, saved))
     changed = [
-        f"{field.name} was {getattr(earlier.config, field.name)} and is {getattr(saved.config, field.name)}"
-        for field in fields(TrainConfig)
-        if field.name not in FREE_TO_CHANGE and getattr(earlier.config, field.name) != getattr(saved.config, field.name)
+        f"{name} was {was.get(name)} and is {now.get(name)}"
+        for name in {**was, **now}
+        if name not in FREE_TO_CHANGE and was.get(name) != now.get(name)
     ]
     if earlier.num_train != saved.num_train:
         changed.append(f"the data had {earlier.num_train:,} training pairs and has {saved.num_train:,}")
+    elif earlier.fingerprint and earlier.fingerprint != saved.fingerprint:
+        changed.append(f"the data was {earlier.data} and {saved.data} holds other pairs")
     if changed:
         raise UserError(
             f"The run in {out} was started otherwise: {'; '.join(changed)}. Resume it as it was, or choose another --out."
         )
+
+
+def _fingerprint(pairs: Data) -> str:
+    """Of the names and captions of some training pairs: the same wherever the data lie."""
+    seen: list[Any] = []
+    for index in pairs.train[np.linspace(0, len(pairs.train) - 1, 64).astype(int)].tolist():
+        try:
+            record = pairs.source.record(index)
+            seen.append((record.key, record.captions))
+        except BadSample as bad:
+            seen.append(bad.reason)
+    return f"{stable_hash(*seen):016x}"
 
 
 # ---------------------------------------------------------------- validation during training
@@ -232,11 +291,7 @@ def _validation(
     losses = _loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size)
     encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
     autocast = autocast_dtype(config.precision, world.device)
-    images = (
-        list(image_batches(pairs.val_source, tracked, encoder.image_size, workers=config.workers or 0))
-        if world.is_first
-        else []
-    )
+    images: list[Any] = []  # of the first rank, decoded at the first validation
     labels = label_function(pairs.val_source, tracked, config.classes) if config.classes else None
 
     def validate(step: StepInfo) -> Score:
@@ -246,6 +301,9 @@ def _validation(
         values = {"val/loss": total / losses.steps_per_epoch}
         recalls: list[float] = []
         if world.is_first:
+            if not images:
+                size = encoder.image_size
+                images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
             result = evaluate_retrieval(encoder, pairs.val_source, images).result
             for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
                 recalls += [metric.value for metric in side.recall.values()]
@@ -285,9 +343,9 @@ def _finish(
     pairs: Data,
     result: TrainResult,
 ) -> None:
-    if result.ended == "interrupted":
-        console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
-        return
+    # not at the top: it loads the plotting library, which training can start without
+    from coalign.run.reporting import write_run_report
+
     evaluations: dict[str, Evaluation] = {}
     if len(pairs.val) >= 2:
         encoder = runs.dual_encoder(method, tokenizer, config.context_length, out.name)
@@ -296,13 +354,22 @@ def _finish(
         if config.classes:
             labels = label_function(pairs.val_source, pairs.val, config.classes)
             evaluations["zero_shot"] = evaluate_zero_shot(encoder, batches, labels)
-    results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
-    (out / "results.json").write_text(json.dumps({"run": asdict(result), **results}, indent=2, default=_plain) + "\n")
     verdict, report = write_run_report(
         data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
     )
+    results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
+    text = json.dumps({"run": asdict(result), **results}, indent=2, default=_plain) + "\n"
+    runs.write_file(out / RESULTS, lambda path: path.write_text(text))  # last: it vouches for the report
     console.print(verdict)
     console.print(f"Report: {report}")
+
+
+def _reported(out: Path, step: int) -> bool:
+    """Whether the results and the report of the run as it is after `step` are there."""
+    try:
+        return bool(json.loads((out / RESULTS).read_text())["run"]["step"] == step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -129,11 +129,13 @@ class Trainer:
             incoming = self.batches(start, self.total_steps)
             stack.callback(lambda: getattr(incoming, "close", lambda: None)())
             for step in range(start, self.total_steps):
+                if self._out_of_patience():
+                    ended = "stopped early"
+                    break
                 interrupted = self._one_step(step, incoming, signal)
-                enough = self._after_step(step)
-                if interrupted or enough:
-                    ended = "interrupted" if interrupted else "stopped early"
-                    self._save()
+                self._after_step(step, interrupted)
+                if interrupted and step + 1 < self.total_steps:
+                    ended = "interrupted"
                     break
             bad = dict(self._bad.counts) if self._bad else {}
         return TrainResult(
@@ -194,18 +196,20 @@ class Trainer:
         self._guard.step(info.step, finite, indices)
         return norm
 
-    def _after_step(self, step: int) -> bool:
-        """Validation and checkpoints where they are due. True when validation stopped improving."""
+    def _after_step(self, step: int, interrupted: bool) -> None:
+        """Validation where it is due, then a checkpoint where that is."""
         done = step + 1
-        enough = False
         if self.validate and done in self.eval_steps:
-            enough = self._evaluate(StepInfo(step, self.total_steps))
+            self._evaluate(StepInfo(step, self.total_steps))
         due = done in self.eval_steps if self.config.save_every is None else done % self.config.save_every == 0
-        if due or done == self.total_steps or self._time_to_save():
+        ends = interrupted or done == self.total_steps or self._out_of_patience()
+        if due or ends or self._time_to_save():
             self._save()
-        return enough
 
-    def _evaluate(self, info: StepInfo) -> bool:
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.progress.evals_since_best >= self.config.patience
+
+    def _evaluate(self, info: StepInfo) -> None:
         assert self.validate is not None
         self.method.eval()
         with torch.no_grad():
@@ -220,7 +224,6 @@ class Trainer:
                 checkpoint.save(self.run_dir, "best", self.method.state_dict())
         else:
             progress.evals_since_best += 1
-        return self.config.patience is not None and progress.evals_since_best >= self.config.patience
 
     def _save(self) -> None:
         self._last_save = time.monotonic()

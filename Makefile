@@ -1,0 +1,43 @@
+# Everything sets itself up in .venv; PYTHON names the interpreter to make it from.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test test-slow lint bench
+
+help:
+	@echo "make demo       train CLIP on pictures made by code, and name the report (a few minutes on two cores)"
+	@echo "make test       the tests, without the slow ones"
+	@echo "make test-slow  the slow ones"
+	@echo "make lint       ruff, mypy and the import rules"
+	@echo "make bench      every script in benchmarks/, one after another"
+	@echo "make install    only the environment in .venv; the others do this by themselves"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("coalign needs Python 3.11 or newer; this is %s. Name another: make PYTHON=python3.12" % sys.version.split()[0])'
+	@echo "Installing coalign and its tools in .venv (the first time takes minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@rm -rf runs/demo
+	@$(BIN)/coalign train --data scenes:4096 --out runs/demo --epochs 10 --evals 5
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+bench: $(STAMP)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -1,0 +1,250 @@
+"""evaluate(): which samples a task takes, what it computes of them, and what it leaves out."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from coalign import cli
+from coalign.data.loader import image_batches
+from coalign.data.sources import open_source
+from coalign.data.splits import assign_splits
+from coalign.errors import UserError
+from coalign.run import model as runs
+from coalign.run.evaluate import evaluate, evaluate_retrieval, evaluate_zero_shot, label_function, select_split
+from coalign.types import DualEncoder
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return runs.load(trained)
+
+
+class Oracle:
+    """Stands for a run whose encoders know everything: pictures and texts of the same colour have the same embedding."""
+
+    def __init__(self, data="other data", swapped=False):
+        self.data, self.config, self.swapped = data, SimpleNamespace(val_fraction=0.1, val_data=None), swapped
+
+    def encoder(self):
+        colours = torch.tensor(list(tiny.COLOURS.values())) / 255
+
+        def encode_image(pixels):
+            colour = pixels.float().mean(dim=(2, 3)) / 255  # [batch, 3]
+            nearest = torch.cdist(colour, colours).argmin(dim=1)
+            return torch.eye(4)[nearest]
+
+        def encode_text(texts):
+            names = list(tiny.COLOURS)
+            found = torch.tensor([next(i for i, name in enumerate(names) if name in text) for text in texts])
+            return torch.eye(4)[(found + 1) % 4 if self.swapped else found]
+
+        return DualEncoder(encode_image, encode_text, 32)
+
+
+@pytest.fixture
+def four(tmp_path):
+    """A picture of each colour."""
+    return tiny.write_pairs(tmp_path / "four", 4)
+
+
+# ---------------------------------------------------------------- which samples
+
+
+def test_the_default_is_what_the_run_held_out(run, pairs, trained):
+    source = open_source(str(pairs))
+    splits = assign_splits(source, 0.1)[0]
+    name, indices = select_split(source, str(pairs), run, None)
+    assert name == "val"
+    assert indices.tolist() == splits["val"].tolist()
+    assert not set(indices.tolist()) & set(splits["train"].tolist())
+    config = json.loads((trained / "config.json").read_text())
+    assert len(indices) == config["num_val"]
+    assert len(splits["train"]) == config["num_train"]
+
+
+def test_the_share_that_was_held_out_is_the_runs_own(run, pairs):
+    source = open_source(str(pairs))
+    other = replace(run, config=replace(run.config, val_fraction=0.4))
+    expected = assign_splits(source, 0.4)[0]["val"]
+    assert select_split(source, str(pairs), other, None)[1].tolist() == expected.tolist()
+
+
+def test_the_same_folder_by_another_path(run, pairs, monkeypatch):
+    monkeypatch.chdir(pairs.parent)
+    assert select_split(open_source("pairs"), "pairs", run, None)[0] == "val"
+    assert select_split(open_source("./pairs/"), "./pairs/", run, None)[0] == "val"
+
+
+def test_other_splits(run, pairs, four):
+    source = open_source(str(pairs))
+    train = select_split(source, str(pairs), run, "train")[1]
+    val = select_split(source, str(pairs), run, "val")[1]
+    assert sorted([*train, *val]) == list(range(64))
+    assert select_split(source, str(pairs), run, "all")[1].tolist() == list(range(64))
+    assert select_split(open_source(str(four)), str(four), run, None)[0] == "all"
+    with pytest.raises(UserError, match="no split named 'test'"):
+        select_split(source, str(pairs), run, "test")
+    with pytest.raises(UserError, match="no split named 'val'"):
+        select_split(open_source(str(four)), str(four), run, "val")
+
+
+def test_splits_of_the_data_itself(run, tmp_path):
+    for number, name in enumerate(("train", "val", "test")):
+        tiny.write_pairs(tmp_path / "parts" / name, 4 * (number + 1))
+    data = str(tmp_path / "parts")
+    source = open_source(data)
+    assert select_split(source, data, run, None)[0] == "test"
+    assert len(select_split(source, data, run, None)[1]) == 12
+    assert len(select_split(source, data, run, "val")[1]) == 8
+    (tmp_path / "parts" / "test").rename(tmp_path / "away")
+    assert select_split(open_source(data), data, run, None)[0] == "val"
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_figures_of_a_run(run, pairs):
+    retrieval, zero_shot = f"retrieval:{pairs}", f"zeroshot:{pairs}"
+    results = evaluate(run, [retrieval, zero_shot])
+    num_val = len(assign_splits(open_source(str(pairs)), 0.1)[0]["val"])
+    for values in results.values():
+        assert (values["data"], values["split"], values["samples"]) == (str(pairs), "val", num_val)
+        assert values["unreadable"] == {}
+    for side in ("image_to_text", "text_to_image"):
+        assert set(results[retrieval][side]) == {"r1", "r5", "r10", "median_rank"}
+    assert results[zero_shot]["unlabelled"] == 0
+    assert {"acc1", "mean_per_class_recall", "intervals", "chance"} <= set(results[zero_shot])
+
+
+def test_equals_what_training_found(run, trained, pairs):
+    ended_with = json.loads((trained / "results.json").read_text())["retrieval"]
+    found = evaluate(run, [f"retrieval:{pairs}"])[f"retrieval:{pairs}"]
+    assert found["image_to_text"] == ended_with["image_to_text"]
+    assert found["text_to_image"] == ended_with["text_to_image"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_perfect_and_a_hopeless_model(four, pairs, swapped):
+    oracle = Oracle(swapped=swapped)
+    results = evaluate(oracle, [f"retrieval:{four}", f"zeroshot:{pairs}"])
+    retrieval, zero_shot = results.values()
+    for side in ("image_to_text", "text_to_image"):
+        assert retrieval[side]["r1"]["value"] == (not swapped)
+        assert retrieval[side]["r5"]["value"] == 1
+        assert (retrieval[side]["median_rank"]["value"] == 1) == (not swapped)
+    assert zero_shot["samples"] == 64
+    assert zero_shot["acc1"] == (not swapped)
+
+
+def test_unreadable_images_are_counted_out(four):
+    (four / "red" / "red_apple_standing.png").write_bytes(b"")
+    (four / "blue" / "blue_apple_standing.png").write_bytes(b"<html>")
+    result = evaluate(Oracle(), [f"retrieval:{four}"])[f"retrieval:{four}"]
+    assert result["unreadable"] == {"empty file": 1, "not an image": 1}
+    assert result["image_to_text"]["r1"]["value"] == 1
+    assert result["image_to_text"]["r1"]["chance"] == 1 / 2
+
+
+def test_an_equal_caption_is_right_wherever_it_stands(tmp_path):
+    data = tiny.write_pairs(tmp_path / "data", 8)  # two of each colour
+    for path in data.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.parent.name}\na {path.parent.name} thing\n")
+    result = evaluate(Oracle(), [f"retrieval:{data}"])[f"retrieval:{data}"]
+    assert result["image_to_text"]["r1"]["value"] == result["text_to_image"]["r1"]["value"] == 1
+
+
+def test_several_workers_change_nothing(run, pairs):
+    task = f"retrieval:{pairs}"
+    assert evaluate(run, [task], workers=2) == evaluate(run, [task])
+
+
+def test_embeds_the_evaluation_view(four):
+    """A red frame around a green centre: the evaluation view of a wide picture is its centre."""
+    pixels = np.zeros((32, 96, 3), np.uint8) + np.array(tiny.COLOURS["red"], np.uint8)
+    pixels[:, 32:64] = tiny.COLOURS["green"]
+    Image.fromarray(pixels).save(four / "green" / "green_apple_standing.png")
+    source = open_source(str(four))
+    found = evaluate_retrieval(Oracle().encoder(), source, image_batches(source, np.arange(4), 32))
+    assert found.result.image_to_text.recall[1].value == 1
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_classes_from_a_file_take_their_own_words(four, tmp_path):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red = my red\nblue = my blue\n")
+    source = open_source(str(four))
+    labels = label_function(source, np.arange(4), classes)
+    assert labels.classnames == ["my red", "my blue"]
+    assert {source.record(index).facts["folder"]: labels.classnames[row] for index, row in labels.of_index.items()} == {
+        "red": "my red",
+        "blue": "my blue",
+    }
+    assert labels.unlabelled == 2
+    found = evaluate(Oracle(), [f"zeroshot:{four}"], classes=classes)[f"zeroshot:{four}"]
+    assert (found["unlabelled"], found["acc1"], found["chance"]) == (2, 1, 1 / 2)
+
+
+def table(folder, four, rows):
+    images = sorted(path.relative_to(folder) for path in four.rglob("*.png"))
+    lines = [json.dumps({"image": str(path), "caption": path.stem, **row}) for path, row in zip(images, rows)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return open_source(str(folder / "pairs.jsonl"))
+
+
+def test_labels_of_a_table(four, tmp_path):
+    """Numbers are labels too, zero among them; what has none is counted."""
+    source = table(tmp_path, four, [{"label": 0}, {"label": 1}, {"label": 0}, {"label": ""}])
+    labels = label_function(source, np.arange(4))
+    assert labels.classnames == ["0", "1"]
+    assert labels.of_index == {0: 0, 1: 1, 2: 0}
+    assert labels.unlabelled == 1
+
+
+def test_labels_by_another_name_and_by_tags(four, tmp_path):
+    source = table(tmp_path, four, [{"breed": "big_cat", "tags": "x, red"}, {"breed": "dog"}, {"breed": "dog"}, {}])
+    labels = label_function(source, np.arange(4), label="breed")
+    assert labels.classnames == ["big cat", "dog"]
+    assert labels.of_index == {0: 0, 1: 1, 2: 1}
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red\ngreen\n")
+    assert label_function(source, np.arange(4), classes).of_index == {0: 0}
+
+
+def test_zero_shot_takes_only_what_has_a_class(four):
+    source = open_source(str(four))
+    labels = label_function(source, np.arange(4))
+    del labels.of_index[2]
+    found = evaluate_zero_shot(Oracle().encoder(), image_batches(source, np.arange(4), 32), labels)
+    assert found.result.top1.n == 3
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_and_writes(trained, pairs, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    tasks = [f"retrieval:{pairs}", f"zeroshot:{pairs}"]
+    assert cli.main(["eval", str(trained), "--tasks", *tasks, "--json", str(out), "--weights", "best"]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert list(written) == tasks
+    assert written == json.loads(json.dumps(evaluate(str(trained), tasks, weights="best")))
+    assert "R@10" in printed
+    assert "top-1" in printed
+    value = written[tasks[0]]["image_to_text"]["r1"]["value"]
+    assert f"{100 * value:.1f} %" in printed
+
+
+def test_a_run_can_be_moved_and_needs_no_data_of_its_own(trained, four, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    results = evaluate(str(moved), [f"retrieval:{four}"])
+    assert results == evaluate(str(trained), [f"retrieval:{four}"])

@@ -1,0 +1,472 @@
+"""train() from a folder of images to an evaluated, reported run; and what may be wrong with the data or the run's folder."""
+
+import json
+import math
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from coalign import cli
+from coalign.data.loader import image_batches
+from coalign.data.sources import open_source
+from coalign.data.splits import assign_splits
+from coalign.errors import UserError
+from coalign.recipes import recipe
+from coalign.run import model as runs
+from coalign.run import train as module
+from coalign.run.train import train
+from coalign.training import checkpoint
+from coalign.training.trainer import Trainer
+
+
+def go(*args, **options):
+    return cli.main(tiny.train_args(*args, **options))
+
+
+def refused(capsys, *args, **options):
+    assert go(*args, **options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("coalign: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def real_report():
+    """Asked for by tests of the report that a run ends with."""
+
+
+@pytest.fixture(autouse=True)
+def report(request, monkeypatch):
+    """Elsewhere no figures are drawn: they take far longer than the training."""
+
+    def write(data, out, *rest):
+        (out / "report.html").write_text("report")
+        return "verdict", out / "report.html"
+
+    if "real_report" not in request.fixturenames:
+        monkeypatch.setattr(module, "write_run_report", write)
+
+
+def number(text):
+    """No NaN or infinity in JSON, which other readers refuse."""
+    raise AssertionError(f"{text} in JSON")
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_files_of_a_run(trained):
+    present = {path.name for path in trained.iterdir()}
+    assert present >= {
+        "config.json", "tokenizer.json", "last", "best", "metrics.jsonl", "bad_samples.jsonl", "results.json", "report.html",
+    }  # fmt: skip
+    assert not [name for name in present if name.endswith((".tmp", ".new"))]
+    steps = [row["step"] for row in tiny.rows(trained / "metrics.jsonl") if "loss" in row]
+    assert len(steps) > 10
+    assert steps == list(range(len(steps)))
+    losses = [row["loss"] for row in tiny.rows(trained / "metrics.jsonl") if "loss" in row]
+    assert np.mean(losses[-5:]) < losses[0]
+    page = (trained / "report.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "R@1" in page
+    assert str(len(steps)) in page
+
+
+def test_results_are_in_range(trained):
+    results = json.loads((trained / "results.json").read_text(), parse_constant=number)
+    config = json.loads((trained / "config.json").read_text())
+    assert results["run"]["ended"] == "finished"
+    assert results["run"]["step"] == len([row for row in tiny.rows(trained / "metrics.jsonl") if "loss" in row])
+    assert results["run"]["bad_samples"] == {}
+    for side in ("image_to_text", "text_to_image"):
+        recall = [results["retrieval"][side][f"r{k}"] for k in (1, 5, 10)]
+        for entry in recall:
+            assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1
+        assert recall[0]["value"] <= recall[1]["value"] <= recall[2]["value"]
+        assert recall[0]["chance"] == pytest.approx(1 / config["num_val"])
+        assert 1 <= results["retrieval"][side]["median_rank"]["value"] <= config["num_val"]
+
+
+def test_validation_rows_and_results_agree(trained):
+    """The last validation sees the final weights and all held-out pairs, as the results do."""
+    row = [row for row in tiny.rows(trained / "metrics.jsonl") if "val/loss" in row][-1]
+    results = json.loads((trained / "results.json").read_text())["retrieval"]
+    for side in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            assert row[f"val/{side}_r{k}"] == pytest.approx(results[side][f"r{k}"]["value"])
+
+
+def test_a_loaded_run_embeds_as_the_trained_method_did(tmp_path, pairs, model_file, monkeypatch):
+    kept = []
+    original = Trainer.fit
+
+    def fit(self):
+        result = original(self)
+        kept.append(self.method)
+        return result
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert go(pairs, tmp_path / "run", model_file, epochs=1) == 0
+    run = runs.load(tmp_path / "run")
+    texts = ["red apple", "a green boat standing"]
+    pixels = next(iter(image_batches(open_source(str(pairs)), np.arange(5), 32)))[1]
+    with torch.no_grad():
+        ids, lengths = run.tokenizer(texts, 12)
+        expected = kept[0].eval()
+        assert torch.equal(run.encoder().encode_text(texts), expected.encode_text(ids, lengths))
+        assert torch.equal(run.encoder().encode_image(pixels), expected.encode_image(pixels))
+    assert run.encoder().logit_scale == pytest.approx(expected.scalars()["logit_scale"].item())
+    assert run.checkpoint == "last, step 7"
+    assert not run.method.training
+
+
+def test_training_never_sees_a_held_out_pair(tmp_path, pairs, model_file, monkeypatch):
+    seen = []
+    original = Trainer._one_step
+
+    def one_step(self, step, incoming, signal):
+        def watched():
+            for loaded in incoming:
+                seen.extend(loaded.batch.indices.tolist())
+                yield loaded
+
+        return original(self, step, watched(), signal)
+
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    assert go(pairs, tmp_path / "run", model_file, epochs=3, evals=1) == 0
+    splits = assign_splits(open_source(str(pairs)), 0.1)[0]
+    assert len(seen) >= 3 * 48
+    assert set(seen) <= set(splits["train"].tolist())
+    assert len(splits["val"]) >= 2
+    assert not set(seen) & set(splits["val"].tolist())
+
+
+def test_the_same_command_gives_the_same_weights(tmp_path, pairs, model_file, trained):
+    assert go(pairs, tmp_path / "run", model_file, workers=2) == 0
+    one, other = (checkpoint.load(folder / "last").model for folder in (trained, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert go(pairs, tmp_path / "other", model_file, seed=1, epochs=1) == 0
+    assert not torch.equal(one["log_logit_scale"], checkpoint.load(tmp_path / "other" / "last").model["log_logit_scale"])
+
+
+def test_as_a_library(tmp_path, pairs, model_file):
+    config = replace(
+        recipe("clip")(60), model=str(model_file), context_length=12, batch_size=8, epochs=1, workers=0, tokenizer="captions"
+    )
+    result = train(str(pairs), tmp_path / "run", config)
+    assert (result.ended, result.step) == ("finished", 7)
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_dry_run_prints_and_leaves_no_run(tmp_path, pairs, model_file, capsys):
+    args = tiny.train_args(pairs, tmp_path / "run", model_file)
+    assert cli.main([*args, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    source = open_source(str(pairs))
+    held_out = len(assign_splits(source, 0.1)[0]["val"])
+    assert f"{64 - held_out} training pairs, {held_out} held out" in printed
+    assert "7 steps an epoch of 8 pairs, 21 steps in all" in printed
+    method = runs.build_method(replace(recipe("clip")(60), model=str(model_file), context_length=12), Vocabulary())
+    image = sum(p.numel() for p in method.parameter_groups()["image"])
+    assert f"{image:,}" in printed
+    captions = [source.record(index).captions[0] for index in range(64)]
+    assert sum(caption in printed for caption in captions) >= 5
+    assert "optimiser.lr" in printed
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"first_batch.png"}
+    assert cli.main(args) == 0  # the same folder can be used now
+
+
+class Vocabulary:
+    vocab_size = 300
+
+
+def test_dry_run_finds_wrong_settings(tmp_path, pairs, model_file, capsys):
+    args = tiny.train_args(pairs, tmp_path / "run", model_file, lr=-1)
+    assert cli.main([*args, "--dry-run"]) == 2
+    assert "lr is -1" in capsys.readouterr().err
+
+
+def test_classes_are_followed(tmp_path, pairs, model_file, real_report):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red = something red\ngreen = something green\nblue = something blue\n")
+    assert go(pairs, tmp_path / "run", model_file, classes=classes, val_fraction=0.3, epochs=2) == 0
+    followed = [row["val/zero_shot_acc1"] for row in tiny.rows(tmp_path / "run" / "metrics.jsonl") if "val/loss" in row]
+    assert len(followed) == 2
+    results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=number)
+    assert followed[-1] == pytest.approx(results["zero_shot"]["acc1"])
+    assert results["zero_shot"]["chance"] == pytest.approx(1 / 3)
+    assert "something red" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_other_data_for_validation(tmp_path, pairs, model_file):
+    other = tiny.write_pairs(tmp_path / "other", count=8, seed=5)
+    assert go(pairs, tmp_path / "run", model_file, val_data=other, epochs=1) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["num_train"], config["num_val"]) == (64, 8)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["retrieval"]["image_to_text"]["r1"]["chance"] == 1 / 8
+
+
+def test_a_tokenizer_trained_before(tmp_path, pairs, model_file):
+    assert cli.main(["data", "tokenizer", str(pairs), "--out", str(tmp_path / "t.json"), "--vocab-size", "280"]) == 0
+    assert go(pairs, tmp_path / "run", model_file, tokenizer=tmp_path / "t.json", epochs=1) == 0
+    assert runs.load(tmp_path / "run").tokenizer.vocab_size <= 280
+    (tmp_path / "t.json").unlink()
+    assert runs.load(tmp_path / "run")  # the run has its own copy
+
+
+# ---------------------------------------------------------------- too little data, bad data
+
+
+def test_no_pairs(tmp_path, model_file, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no images found" in refused(capsys, empty, tmp_path / "run", model_file)
+
+
+def test_one_pair(tmp_path, model_file, capsys):
+    data = tiny.write_pairs(tmp_path / "data", 1)
+    assert "one train pair" in refused(capsys, data, tmp_path / "run", model_file)
+
+
+def test_fewer_pairs_than_the_batch(tmp_path, model_file, capsys):
+    data = tiny.write_pairs(tmp_path / "data", 6)
+    said = refused(capsys, data, tmp_path / "run", model_file, batch_size=8)
+    assert "--batch-size 5" in said
+    assert go(data, tmp_path / "run", model_file, batch_size=5, epochs=2) == 0
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_hardly_any_pairs_train_with_the_defaults(tmp_path, model_file, count, real_report):
+    data = tiny.write_pairs(tmp_path / "data", count)
+    options = {"batch_size": None, "val_fraction": None, "evals": None, "lr": None, "workers": None, "epochs": 1}
+    assert go(data, tmp_path / "run", model_file, **options) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=number)
+    assert results["run"]["ended"] == "finished"
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_nothing_held_out(tmp_path, pairs, model_file, real_report):
+    assert go(pairs, tmp_path / "run", model_file, val_fraction=0, epochs=1) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["num_train"] == 64
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"run"}
+    assert not [row for row in tiny.rows(tmp_path / "run" / "metrics.jsonl") if "val/loss" in row]
+
+
+def test_data_without_a_training_part(tmp_path, model_file, capsys):
+    data = tiny.write_pairs(tmp_path / "data" / "test", 8).parent
+    said = refused(capsys, data, tmp_path / "run", model_file)
+    assert "nothing to train on" in said
+    assert "test" in said
+
+
+def test_bad_samples_are_replaced_counted_and_listed(tmp_path, model_file, real_report):
+    data = tiny.write_pairs(tmp_path / "data", 32)
+    broken = sorted(data.rglob("*.png"))[:2]
+    broken[0].write_bytes(b"")
+    broken[1].write_bytes(broken[1].read_bytes()[:200])
+    assert go(data, tmp_path / "run", model_file, epochs=3) == 0
+    listed = tiny.rows(tmp_path / "run" / "bad_samples.jsonl")
+    assert {row["key"] for row in listed} <= {str(path.relative_to(data)) for path in broken}
+    assert len(listed) == len({row["key"] for row in listed}) >= 1
+    counted = json.loads((tmp_path / "run" / "results.json").read_text())["run"]["bad_samples"]
+    assert sum(counted.values()) == len(listed)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(reason in page for reason in counted)
+
+
+def test_all_samples_bad(tmp_path, model_file, capsys):
+    data = tiny.write_pairs(tmp_path / "data", 16)
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"<html>not found</html>")
+    said = refused(capsys, data, tmp_path / "run", model_file)
+    assert "unusable" in said
+    assert "not an image (" in said
+    assert "coalign data check" in said
+
+
+def test_more_bad_samples_than_the_budget(tmp_path, model_file, capsys):
+    data = tiny.write_pairs(tmp_path / "data", 64)
+    for path in sorted(data.rglob("*.png"))[::2]:
+        path.write_bytes(b"")
+    said = refused(capsys, data, tmp_path / "run", model_file, epochs=3)
+    assert "budget of 1 %" in said
+    assert "empty file" in said
+    assert go(data, tmp_path / "run", model_file, epochs=3, resume="auto", max_bad_fraction=1) == 0
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.fixture
+def copy(tmp_path, trained):
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.fixture
+def interrupted(tmp_path, pairs, model_file, monkeypatch):
+    """A run that a signal ended after its fifth step."""
+    original = Trainer._one_step
+
+    def one_step(self, step, incoming, stop):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step, incoming, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", one_step)
+        assert go(pairs, tmp_path / "cut", model_file) == cli.INTERRUPTED
+    return tmp_path / "cut"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(interrupted, pairs, model_file, trained, capsys):
+    capsys.readouterr()
+    assert not (interrupted / "results.json").exists()
+    assert go(pairs, interrupted, model_file, resume="auto", workers=2, save_every=4, micro_batch=None) == 0
+    assert "going on at step 5 of 21" in capsys.readouterr().out
+    one, other = (checkpoint.load(folder / "last") for folder in (trained, interrupted))
+    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+    keys = ("retrieval",)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (trained, interrupted)]
+    assert [results[0][key] for key in keys] == [results[1][key] for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 2e-3}, ["lr", "0.001", "0.002"]),
+        ({"epochs": 5}, ["epochs", "3.0", "5.0"]),
+        ({"batch_size": 16}, ["batch_size", "8", "16"]),
+        ({"seed": 3}, ["seed"]),
+        ({"temperature": 0.1}, ["temperature", "0.07", "0.1"]),
+        ({"val_fraction": 0.2}, ["val_fraction", "0.1", "0.2"]),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(interrupted, pairs, model_file, capsys, changes, words):
+    capsys.readouterr()
+    said = refused(capsys, pairs, interrupted, model_file, resume="auto", **changes)
+    assert "started otherwise" in said
+    assert all(word in said for word in words)
+    assert len(said) < 600  # what differs, not everything
+
+
+def test_resuming_on_other_data_is_refused(interrupted, tmp_path, model_file, capsys):
+    capsys.readouterr()
+    fewer = tiny.write_pairs(tmp_path / "fewer", 40)
+    assert "training pairs" in refused(capsys, fewer, interrupted, model_file, resume="auto")
+    others = tiny.write_pairs(tmp_path / "others", 64)
+    for path in others.rglob("*.png"):
+        path.rename(path.with_name(path.name.replace("standing", "sitting")))
+    said = refused(capsys, others, interrupted, model_file, resume="auto")
+    assert f"{others} holds other pairs" in said
+
+
+def test_data_may_move(interrupted, tmp_path, pairs, model_file):
+    elsewhere = shutil.copytree(pairs, tmp_path / "elsewhere")
+    assert go(elsewhere, interrupted, model_file, resume="auto") == 0
+
+
+def test_resuming_a_finished_run_trains_nothing(copy, pairs, model_file, capsys):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "run.lock"}
+    capsys.readouterr()
+    assert go(pairs, copy, model_file, resume="auto") == 0
+    printed = capsys.readouterr().out
+    assert "complete already" in printed
+    assert str(copy / "report.html") in printed
+    after = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != "run.lock"}
+    changed = {path.name for path in before if before[path] != after.get(path)}
+    assert not changed
+    assert all("tfevents" in path.name for path in after.keys() - before.keys())
+
+
+def test_a_run_killed_before_its_report_gets_it(copy, pairs, model_file, real_report):
+    (copy / "results.json").unlink()
+    (copy / "report.html").unlink()
+    weights = (copy / "last" / "model.safetensors").read_bytes()
+    assert go(pairs, copy, model_file, resume="auto") == 0
+    assert (copy / "report.html").exists()
+    assert json.loads((copy / "results.json").read_text())["run"]["ended"] == "finished"
+    assert (copy / "last" / "model.safetensors").read_bytes() == weights
+
+
+def test_stopping_early_is_told_and_can_be_lifted(tmp_path, pairs, model_file):
+    out = tmp_path / "run"
+    options = {"epochs": 4, "evals": 14, "lr": 0, "start_lr": 0, "final_lr": 0}  # nothing is learned, so nothing gets better
+    assert go(pairs, out, model_file, patience=2, **options) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["run"]["ended"], results["run"]["step"], results["run"]["best_step"]) == ("stopped early", 6, 2)
+    assert go(pairs, out, model_file, patience=2, resume="auto", **options) == 0
+    assert len([row for row in tiny.rows(out / "metrics.jsonl") if "loss" in row]) == 6
+    assert go(pairs, out, model_file, resume="auto", **options) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["run"]["ended"], results["run"]["step"]) == ("finished", 28)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_falls_back_with_a_word(copy, pairs, model_file, capsys):
+    damage(copy / "last" / "model.safetensors")
+    capsys.readouterr()
+    assert go(pairs, copy, model_file, resume="auto") == 0
+    printed = capsys.readouterr().out
+    assert "checksum" in printed
+    assert "going on at step" in printed
+    assert checkpoint.load(copy / "last").trainer["step"] == 21
+
+
+def test_only_damaged_checkpoints(copy, pairs, model_file, capsys):
+    shutil.rmtree(copy / "last.previous")
+    path = copy / "last" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    said = refused(capsys, pairs, copy, model_file, resume="auto")
+    assert "damaged" in said
+    assert "state.safetensors has" in said
+    assert cli.main(["eval", str(copy), "--tasks", f"retrieval:{pairs}"]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"data": 1}', '{"config": {"method": "clop"}}', '{"config": {"method": "clip"}}'])
+def test_a_damaged_configuration(copy, pairs, model_file, capsys, content):
+    (copy / "config.json").write_text(content)
+    assert "config.json" in refused(capsys, pairs, copy, model_file, resume="auto")
+
+
+def test_a_damaged_tokenizer(copy, pairs, model_file, capsys):
+    (copy / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in refused(capsys, pairs, copy, model_file, resume="auto")
+
+
+def test_weights_of_another_model(copy, pairs, model_file, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    wider = copy.parent / "wider.json"
+    wider.write_text(json.dumps(tiny.MODEL | {"embed_dim": 24}))
+    config["config"]["model"] = str(wider)
+    (copy / "config.json").write_text(json.dumps(config))
+    assert cli.main(["eval", str(copy), "--tasks", f"retrieval:{pairs}"]) == 2
+    assert "do not fit" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def test_settings_are_checked():
+    config = recipe("clip")(5000)
+    module._check_settings(config)
+    for name, value in (("epochs", math.nan), ("max_grad_norm", 0.0), ("context_length", 2), ("val_fraction", 1.0)):
+        with pytest.raises(UserError, match=name.replace("_", "-")):
+            module._check_settings(replace(config, **{name: value}))

@@ -1,0 +1,280 @@
+"""The command line: help without torch, and every mistake in one sentence with exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from coalign import cli
+
+HELP = """
+import contextlib, io, json, sys
+from coalign import cli
+texts = {}
+for name in ["", *cli.COMMANDS, "data"]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            code = cli.main([*name.split(), "--help"])
+        except SystemExit as error:
+            code = error.code or 0
+    texts[name] = [code, out.getvalue()]
+heavy = [module for module in ("torch", "torchvision", "open_clip", "timm", "sklearn", "matplotlib") if module in sys.modules]
+print(json.dumps([texts, heavy]))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Command -> (exit code, help), from one process; and which heavy packages it has imported."""
+    environment = {**os.environ, "COLUMNS": "120"}
+    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, env=environment)
+    return json.loads(result.stdout)
+
+
+def test_help_imports_no_torch(helps):
+    assert helps[1] == []
+
+
+def test_every_command_answers_and_is_listed(helps):
+    texts = helps[0]
+    for name in cli.COMMANDS:
+        code, text = texts[name]
+        assert code == 0
+        assert f"usage: coalign {name}" in text
+        assert f"coalign {name}" in texts[""][1]
+        assert cli.COMMANDS[name].summary in texts[""][1]
+        if name.startswith("data "):
+            assert f"coalign {name}" in texts["data"][1]
+    assert (texts[""][0], texts["data"][0]) == (0, 0)
+    assert "coalign eval" not in texts["data"][1]
+    assert "coalign train --data scenes" in texts[""][1]
+    assert "coalign train --data scenes" not in texts["data"][1]
+
+
+OPTIONS = {
+    "train": "data out recipe resume dry-run device model pretrained image-size context-length tokenizer batch-size micro-batch epochs "
+    "optimiser lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm precision compile "
+    "batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction max-non-finite temperature "
+    "max-logit-scale multi-positive",
+    "eval": "tasks weights split classes label prompts json device workers",
+    "data scenes": "out size train seed swap",
+    "data openclipart": "out download from max-side",
+    "data check": "report limit",
+    "data curate": "out min-side drop-chinese",
+    "data queries": "out",
+    "data tokenizer": "out vocab-size",
+    "models": "",
+    "recipes": "",
+}
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_says_what_every_option_is(helps, name):
+    entries = explained(helps[0][name][1])
+    wanted = {f"--{option}" for option in OPTIONS[name].split()}
+    assert wanted <= entries.keys(), wanted - entries.keys()
+    for option, words in entries.items():
+        said = words.split("(default")[0].split("(required")[0]
+        assert len(said.split()) >= 2, f"{option} is not explained: {words!r}"
+
+
+def explained(text):
+    """Option -> what help says of it, from the boxes that tyro draws."""
+    entries, current = {}, None
+    for line in text.replace("│", " ").splitlines():
+        if line.startswith("  -") and line.strip("- "):
+            names, _, words = line.strip().partition("  ")
+            current = next(word.strip(",") for word in names.split() if word.startswith("--"))
+            entries[current] = words
+        elif current and line.startswith("     "):
+            entries[current] += " " + line.strip()
+        else:
+            current = None
+    return {name: words.strip() for name, words in entries.items() if name != "--help"}
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("coalign 0.")
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def complaint(capsys, *args):
+    """The one line that a mistake gets."""
+    assert cli.main([str(word) for word in args]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("coalign: ")
+    assert "Traceback" not in captured.err + captured.out
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("trian --data x --out y", "did you mean 'train'?"),
+        ("data scens --out y", "did you mean 'data scenes'?"),
+        ("frobnicate", "`coalign --help`"),
+        ("train --out y", "--data"),
+        ("train --data x", "--out"),
+        ("train --data x --out y --batchsize 4", "--batch-size"),
+        ("train --data x --out y --bath-size 4", "--batch-size"),
+        ("train --data x --out y --no-such-thing 4", "--no-such-thing"),
+        ("train --data x --out y --batch-size many", "many"),
+        ("train --data x --out y --precision bf17", "bf17"),
+        ("train --data x --out y --resume yes", "yes"),
+        ("train --data x --out y --recipe clop", "did you mean clip"),
+        ("train --data x --out y --recipe", "--recipe"),
+        ("train --data x --out y extra", "extra"),
+        ("eval --tasks retrieval:x", "--tasks"),
+        ("eval runs/x", "--tasks"),
+        ("eval runs/x --tasks", "--tasks"),
+        ("eval", "required"),
+        ("eval runs/x --tasks retrieval", "KIND:DATA"),
+        ("eval runs/x --tasks retrieval:", "KIND:DATA"),
+        ("eval runs/x --tasks retreival:x", "retrieval"),
+        ("eval no/such/run --tasks retrieval:x", "no/such/run does not exist"),
+        ("data check no/such/data", "there is no no/such/data"),
+        ("data check scenes:many", "scenes"),
+        ("data tokenizer no/such/data --out t.json", "there is no no/such/data"),
+        ("data openclipart --out x", "--from"),
+        ("data scenes --out x --size big", "big"),
+        ("data scenes", "--out"),
+    ],
+)
+def test_a_wrong_command(capsys, monkeypatch, tmp_path, words, hint):
+    monkeypatch.chdir(tmp_path)
+    said = complaint(capsys, *words.split())
+    assert hint in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"model": "ViT-B-33"}, "ViT-B-32"),
+        ({"model": "timm:resnet51"}, "resnet"),
+        ({"model": "absent.json"}, "absent.json"),
+        ({"data": "no/such/data"}, "there is no no/such/data"),
+        ({"val_data": "no/such/data"}, "there is no no/such/data"),
+        ({"tokenizer": "no-such.json"}, "no-such.json"),
+        ({"pretrained": "no-such"}, "no-such"),
+        ({"classes": "no-such.txt"}, "no-such.txt"),
+        ({"device": "gpu"}, "cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+        ({"batch_size": 1}, "at least 2"),
+        ({"batch_size": 1000}, "--batch-size"),
+        ({"precision": "fp16"}, "bf16"),
+        ({"lr": -1}, "lr is -1"),
+        ({"final_lr": 1}, "final_lr"),
+        ({"epochs": 0}, "--epochs"),
+        ({"epochs": "nan"}, "--epochs"),
+        ({"save_every": 0}, "--save-every"),
+        ({"micro_batch": -1}, "--micro-batch"),
+        ({"val_fraction": 1.5}, "--val-fraction"),
+        ({"workers": -1}, "--workers"),
+        ({"evals": -2}, "--evals"),
+        ({"patience": 0}, "--patience"),
+        ({"context_length": 1}, "--context-length"),
+        ({"max_non_finite": 0}, "--max-non-finite"),
+        ({"max_bad_fraction": 2}, "--max-bad-fraction"),
+        ({"batch_norm_group": 0}, "--batch-norm-group"),
+        ({"image_size": 0}, "--image-size"),
+        ({"max_grad_norm": 0}, "--max-grad-norm"),
+        ({"temperature": 0}, "temperature"),
+        ({"max_logit_scale": 0.5}, "max_logit_scale"),
+    ],
+)
+def test_a_wrong_setting_of_training(capsys, tmp_path, pairs, model_file, changes, hint):
+    args = tiny.train_args(pairs, tmp_path / "run", model_file, **changes)
+    assert hint in complaint(capsys, *args)
+    assert not (tmp_path / "run" / "config.json").exists()  # the corrected command starts
+
+
+def test_a_trunk_with_batch_norm_and_a_batch_that_does_not_fit(capsys, tmp_path, pairs):
+    model = tmp_path / "bn.json"
+    model.write_text(json.dumps({**tiny.MODEL, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet"}}))
+    said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model))
+    assert "groups of 32" in said
+    assert "--batch-norm-group" in said
+    said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=4, micro_batch=3))
+    assert "--micro-batch, 3" in said
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"embed_dim": 16}', '{"embed_dim": 16, "vision_cfg": {}, "text_cfg": {"wdth": 3}}'])
+def test_a_model_file_that_is_none(capsys, tmp_path, pairs, content):
+    model = tmp_path / "model.json"
+    model.write_text(content)
+    assert "model.json" in complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model))
+
+
+def test_an_output_that_cannot_be_used(capsys, tmp_path, pairs, model_file, trained):
+    said = complaint(capsys, *tiny.train_args(pairs, trained, model_file))
+    assert "already holds a run" in said
+    assert "--resume auto" in said
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in complaint(capsys, *tiny.train_args(pairs, file, model_file))
+    assert str(file) in complaint(capsys, *tiny.train_args(pairs, file / "run", model_file))
+    other = tmp_path / "weights"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"")
+    assert "other files" in complaint(capsys, *tiny.train_args(pairs, other, model_file))
+
+
+def test_class_files(capsys, tmp_path, pairs, trained):
+    classes = tmp_path / "classes.txt"
+    task = ("--tasks", f"zeroshot:{pairs}", "--classes", classes)
+    assert "classes.txt" in complaint(capsys, "eval", trained, *task)
+    classes.write_text("red\nblue\nred\n")
+    said = complaint(capsys, "eval", trained, *task)
+    assert "'red' comes twice" in said
+    classes.write_text("zebra\nyak\n")
+    said = complaint(capsys, "eval", trained, *task)
+    assert "No sample" in said
+    assert "'blue'" in said
+    classes.write_bytes(b"caf\xe9\n")
+    assert "UTF-8" in complaint(capsys, "eval", trained, *task)
+    classes.write_text("\n\n")
+    assert "classes" in complaint(capsys, "eval", trained, *task)
+
+
+def test_evaluation_of_what_cannot_be(capsys, tmp_path, pairs, trained):
+    unlabelled = tmp_path / "flat"
+    unlabelled.mkdir()
+    for path in sorted(pairs.rglob("*.png"))[:4]:
+        (unlabelled / path.name).write_bytes(path.read_bytes())
+    assert "--label" in complaint(capsys, "eval", trained, "--tasks", f"zeroshot:{unlabelled}")
+    assert "no split named 'vall'" in complaint(capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--split", "vall")
+    assert "first" in complaint(capsys, "eval", trained, "--weights", "first", "--tasks", f"retrieval:{pairs}")
+    assert "no-such" in complaint(capsys, "eval", trained, "--prompts", "no-such", "--tasks", f"zeroshot:{pairs}")
+    assert "colour" in complaint(capsys, "eval", trained, "--label", "colour", "--tasks", f"zeroshot:{pairs}")
+    assert "holds no run" in complaint(capsys, "eval", pairs, "--tasks", f"retrieval:{pairs}")
+    assert "--device" in complaint(capsys, "eval", trained, "--device", "gpu", "--tasks", f"retrieval:{pairs}")
+    where = tmp_path / "absent" / "out.json"
+    assert "out.json" in complaint(capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--json", where)
+
+
+def test_outputs_of_data_commands_that_cannot_be_written(capsys, tmp_path, pairs):
+    file = tmp_path / "file"
+    file.write_text("")
+    for words in ("check {data} --report {out}", "queries {data} --out {out}", "tokenizer {data} --vocab-size 300 --out {out}"):
+        args = ["data", *words.format(data=pairs, out=file / "x").split()]
+        assert str(file / "x") in complaint(capsys, *args)
+    for words in ("curate {data} --out {out}", "scenes --train 8 --out {out}"):
+        args = ["data", *words.format(data=pairs, out=file).split()]
+        assert str(file) in complaint(capsys, *args)
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    result = subprocess.run(
+        f"{sys.executable} -m coalign.cli recipes | true", shell=True, capture_output=True, text=True, check=False, cwd=Path.cwd()
+    )
+    assert result.stderr == ""

@@ -1,0 +1,124 @@
+"""What README.md shows runs: its Python, its commands' options, its make targets, and the data that it names."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import tiny
+
+import coalign.recipes.clip
+from coalign import cli
+from coalign.evaluation.retrieval import RetrievalResult
+from coalign.run import data, evaluate, reporting, train
+from coalign.types import DualEncoder
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+BASH = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)).splitlines()
+COMMANDS = [line for line in BASH if re.match(r"coalign |torchrun .* -m coalign.cli ", line)]
+DATA = re.findall(r"\| `(--data .*?)` \|", TEXT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that holds the README's `photos`."""
+    root = tmp_path_factory.mktemp("readme")
+    tiny.write_pairs(root / "photos", 64)
+    return root
+
+
+@pytest.fixture
+def small(monkeypatch, folder):
+    """The recipe with a tiny model and one epoch, and open_clip without its weights, which would have to be fetched."""
+    model = str(tiny.write_model(folder / "model"))
+    original, create = coalign.recipes.clip.small_data, open_clip.create_model
+
+    def small_data(*args):
+        return replace(original(*args), model=model, context_length=12, batch_size=16, epochs=1, workers=0, evals=1)
+
+    def create_model(name, pretrained):
+        assert (name, pretrained) in open_clip.list_pretrained()
+        return create("ViT-S-32", pretrained=None)
+
+    monkeypatch.setattr(coalign.recipes.clip, "small_data", small_data)
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.slow
+def test_python(small, folder, capsys):
+    assert len(PYTHON) == 3
+    spaces = [{"__name__": "readme"} for _ in PYTHON]
+    for code, space in zip(PYTHON, spaces):
+        exec(compile(code, "README.md", "exec"), space)
+    first, _, last = spaces
+    assert first["embeds"].shape == (2, 16)
+    assert isinstance(first["encoder"], DualEncoder)
+    assert first["results"]["retrieval:photos"]["split"] == "val"
+    assert (folder / "runs/short/report.html").exists()
+    assert isinstance(last["result"], RetrievalResult)
+    assert (last["result"].num_images, last["bad"]) == (64, [])
+    assert "'chance':" in capsys.readouterr().out
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The commands' work is recorded instead of done."""
+    calls = []
+
+    def record(*args, **options):
+        calls.append(args)
+
+    for name in (
+        "write_scenes",
+        "prepare_openclipart",
+        "check_data",
+        "curate_data",
+        "write_queries",
+        "train_tokenizer",
+    ):
+        monkeypatch.setattr(data, name, record)
+    for module, name in ((evaluate, "evaluate"), (evaluate, "write_json"), (reporting, "print_results")):
+        monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
+    return calls
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(called, line, capsys):
+    words = shlex.split(line, comments=True)
+    words = words[words.index("coalign.cli" if "coalign.cli" in words else "coalign") + 1 :]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert called
+
+
+def test_every_command_is_shown():
+    shown = [words for line in COMMANDS if (words := shlex.split(line, comments=True)[1:])]
+    shown += [text.split()[1:] for text in re.findall(r"`(coalign [^`]*)`", TEXT)]
+    for name in cli.COMMANDS:
+        assert any(words[: len(name.split())] == name.split() for words in shown), name
+
+
+@pytest.mark.parametrize("option", DATA)
+def test_data_options_parse(called, option):
+    assert cli.main(["train", *shlex.split(option), "--out", "run"]) == 0
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^make ([\w-]+)", "\n".join(BASH), re.MULTILINE))
+    assert {"demo", "test", "test-slow", "lint", "bench"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_files_of_a_run_are_those_listed(small, folder):
+    train.train("photos", "runs/files")
+    table = TEXT[TEXT.index("A run's folder holds") : TEXT.index("## Evaluate")]
+    named = {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", table) if "." in name or "/" in name}
+    made = {path.name for path in (folder / "runs/files").iterdir()} - {"run.lock"}
+    assert made == named
