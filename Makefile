@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	@rm -rf runs/demo
-	@$(BIN)/coalign train --data scenes:4096 --out runs/demo --epochs 10 --evals 5
+	@$(BIN)/coalign train --data scenes:4096 --out runs/demo --batch-size 64 --epochs 16 --evals 4
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow"
@@ -37,7 +37,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@said=$$($(BIN)/lint-imports) || { echo "$$said"; exit 1; }
 
 bench: $(STAMP)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

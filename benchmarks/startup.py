@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a folder made by `coalign data openclipart --out DATA`")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the process under measurement is ended, too
     data: Path = options.data
     if not (data / "metadata.jsonl").is_file():
         parser.error(f"{data} holds no metadata.jsonl; make it with `coalign data openclipart --download --out {data}`")
@@ -115,10 +116,8 @@ def main() -> None:
             )
             if run:  # the first fills the disk's cache
                 times.append(both)
-                print(
-                    f"run {run}: "
-                    + ", ".join(f"{n} {t.ready:.1f} s, {t.first_step:.1f} s" for n, t in zip(names, both))
-                )
+                each = ", ".join(f"{n} {t.ready:.1f} s, {t.first_step:.1f} s" for n, t in zip(names, both))
+                print(f"run {run}: {each}", flush=True)
     print(f"{num_pairs:,} pairs, {MODEL}, batch {BATCH}, float32; medians of {options.repeats} runs")
     for number, what in enumerate(("ready to train", "first step done")):
         medians = [statistics.median(pair[side][number] for pair in times) for side in range(2)]

@@ -254,13 +254,13 @@ def main() -> None:
         f"{MODEL}, batch {size}, threads {options.threads}; captions of {average:.1f} tokens, the longest {max(lengths)}"
     )
     chosen = [options.precision] if options.precision else list(PRECISIONS)
-    for precision in chosen:
-        compare(captions, precision, options.repeats)
-    if options.memory:
+    if options.memory:  # first: a process inherits the peak of the one that started it
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             for precision in chosen:
                 both = [pool.apply(peak_memory, (side, captions, precision)) for side in ("open_clip", "coalign")]
                 print(f"{precision}: peak memory {both[0]:.2f} GB | {both[1]:.2f} GB, RATIO {both[0] / both[1]:.2f}")
+    for precision in chosen:
+        compare(captions, precision, options.repeats)
 
 
 if __name__ == "__main__":

@@ -201,14 +201,16 @@ def test_a_wrong_setting_of_training(capsys, tmp_path, pairs, model_file, change
 def test_a_trunk_with_batch_norm_and_a_batch_that_does_not_fit(capsys, tmp_path, pairs):
     model = tmp_path / "bn.json"
     model.write_text(json.dumps({**tiny.MODEL, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet"}}))
-    said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model))
-    assert "groups of 32" in said
+    said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=3))
+    assert "groups of 3 samples" in said
     assert "--batch-norm-group" in said
     said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=4, micro_batch=3))
     assert "--micro-batch, 3" in said
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"embed_dim": 16}', '{"embed_dim": 16, "vision_cfg": {}, "text_cfg": {"wdth": 3}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"embed_dim": 16}', '{"embed_dim": 16, "vision_cfg": {}, "text_cfg": {"wdth": 3}}']
+)
 def test_a_model_file_that_is_none(capsys, tmp_path, pairs, content):
     model = tmp_path / "model.json"
     model.write_text(content)
@@ -252,7 +254,9 @@ def test_evaluation_of_what_cannot_be(capsys, tmp_path, pairs, trained):
     for path in sorted(pairs.rglob("*.png"))[:4]:
         (unlabelled / path.name).write_bytes(path.read_bytes())
     assert "--label" in complaint(capsys, "eval", trained, "--tasks", f"zeroshot:{unlabelled}")
-    assert "no split named 'vall'" in complaint(capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--split", "vall")
+    assert "no split named 'vall'" in complaint(
+        capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--split", "vall"
+    )
     assert "first" in complaint(capsys, "eval", trained, "--weights", "first", "--tasks", f"retrieval:{pairs}")
     assert "no-such" in complaint(capsys, "eval", trained, "--prompts", "no-such", "--tasks", f"zeroshot:{pairs}")
     assert "colour" in complaint(capsys, "eval", trained, "--label", "colour", "--tasks", f"zeroshot:{pairs}")
@@ -265,7 +269,11 @@ def test_evaluation_of_what_cannot_be(capsys, tmp_path, pairs, trained):
 def test_outputs_of_data_commands_that_cannot_be_written(capsys, tmp_path, pairs):
     file = tmp_path / "file"
     file.write_text("")
-    for words in ("check {data} --report {out}", "queries {data} --out {out}", "tokenizer {data} --vocab-size 300 --out {out}"):
+    for words in (
+        "check {data} --report {out}",
+        "queries {data} --out {out}",
+        "tokenizer {data} --vocab-size 300 --out {out}",
+    ):
         args = ["data", *words.format(data=pairs, out=file / "x").split()]
         assert str(file / "x") in complaint(capsys, *args)
     for words in ("curate {data} --out {out}", "scenes --train 8 --out {out}"):
@@ -275,6 +283,11 @@ def test_outputs_of_data_commands_that_cannot_be_written(capsys, tmp_path, pairs
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     result = subprocess.run(
-        f"{sys.executable} -m coalign.cli recipes | true", shell=True, capture_output=True, text=True, check=False, cwd=Path.cwd()
+        f"{sys.executable} -m coalign.cli recipes | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path.cwd(),
     )
     assert result.stderr == ""

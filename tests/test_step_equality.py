@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
 
-from coalign.methods import METHODS
+from coalign.methods import METHODS, config_class
 from coalign.methods.clip import CLIP
 from coalign.training.distributed import World, join_world
 from coalign.training.step import forward_backward, move_statistics
@@ -17,7 +17,15 @@ from coalign.types import StepInfo
 BATCH, STEP = 8, StepInfo(3, 10)
 ALONE = World(0, 1, torch.device("cpu"))
 MODELS = {"transformer": TRANSFORMER, "batch norm": BATCH_NORM}
-CASES = [(name, model, changes) for name in METHODS for model in MODELS for changes in ({}, {"multi_positive": True})]
+
+
+def switched(name):
+    """Changes to a method's configuration: none, and each of its switches turned over."""
+    values = vars(config_class(name)())
+    return [{}, *({switch: not value} for switch, value in values.items() if isinstance(value, bool))]
+
+
+CASES = [(name, model, changes) for name in METHODS for model in MODELS for changes in switched(name)]
 
 
 class WrongCount(CLIP):

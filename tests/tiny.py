@@ -10,7 +10,24 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (120, 120, 120)}
-NOUNS = "apple boat chair door engine flower guitar hammer island jacket kettle ladder mirror needle onion pencil".split()
+NOUNS = [
+    "apple",
+    "boat",
+    "chair",
+    "door",
+    "engine",
+    "flower",
+    "guitar",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "mirror",
+    "needle",
+    "onion",
+    "pencil",
+]
 MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
@@ -43,7 +60,10 @@ def train_args(data, out, model, /, **options):
         "data": data, "out": out, "model": model, "context-length": 12, "batch-size": 8, "epochs": 3, "workers": 0,
         "val-fraction": 0.1, "evals": 2, "lr": 1e-3,
     } | {name.replace("_", "-"): value for name, value in options.items()}  # fmt: skip
-    return ["train", *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value)))]
+    return [
+        "train",
+        *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))),
+    ]
 
 
 def start(args, **options):

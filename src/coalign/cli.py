@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,8 @@ from coalign.errors import UserError
 from coalign.recipes import recipe, recipes
 
 NOMINAL_PAIRS = 10_000  # help shows a recipe's settings for data of this size
-INTERRUPTED = 130  # exit code after Ctrl-C, and of training that a signal ended: what follows in a script must not start
+# Exit code after Ctrl-C, and of training that a signal ended: what follows in a script must not start.
+INTERRUPTED = 130
 
 
 # ---------------------------------------------------------------- train
@@ -54,16 +56,17 @@ class TrainCommand:
 
 
 def train_command(args: list[str]) -> int:
-    command, config = _parse_train(args, NOMINAL_PAIRS)  # complains about wrong options before any data is read
+    @cache
+    def parse(num_pairs: int) -> tuple[TrainCommand, TrainConfig]:
+        return _parse_train(args, num_pairs)
+
+    command = parse(NOMINAL_PAIRS)[0]  # complains about wrong options before torch is imported and data are read
     from coalign.run.train import train
 
-    def settle(num_pairs: int) -> TrainConfig:
-        return _parse_train(args, num_pairs)[1]
-
-    del config
     result = train(
-        command.data, command.out, settle, resume=command.resume, device=command.device, dry_run=command.dry_run
-    )
+        command.data, command.out, lambda num_pairs: parse(num_pairs)[1],
+        resume=command.resume, device=command.device, dry_run=command.dry_run,
+    )  # fmt: skip
     return INTERRUPTED if result is not None and result.ended == "interrupted" else 0
 
 
@@ -147,7 +150,8 @@ def eval_command(
 
 
 def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
-    """Write the scenes data set: pictures drawn by code, with captions, tags and exact ground truth. Training needs no copy: --data scenes:8192.
+    """Write the scenes data set: pictures drawn by code, with captions, tags and exact ground truth.
+    Training needs no copy of it: --data scenes:8192.
 
     Args:
         out: the new folder
@@ -164,7 +168,7 @@ def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, 
 def openclipart_command(
     out: Path, download: bool = False, from_: Annotated[Path | None, arg(name="from")] = None, max_side: int = 256
 ) -> None:
-    """Prepare Open Clip Art: about 6,900 real, noisy pairs in the public domain, from Debian's packages openclipart-png and openclipart-svg.
+    """Prepare Open Clip Art: about 6,900 real, noisy public-domain pairs from Debian's packages openclipart-png and openclipart-svg.
 
     Args:
         out: the new folder
@@ -324,7 +328,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _help(group: str = "") -> str:
-    commands = [f"  coalign {name:18} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)]
+    commands = [
+        f"  coalign {name:18} {command.summary}" for name, command in COMMANDS.items() if name.startswith(group)
+    ]
     lines = ["coalign: data-efficient language-image pre-training.", "", *commands, ""]
     lines += ["`coalign COMMAND --help` says what a command takes."]
     if not group:

@@ -191,8 +191,9 @@ def test_retrieve_leaves_bad_images_and_their_captions_out():
     for i in range(3):
         pixels[i, i] = 100
     captions = {5: ["a", "aa"], 6: ["never seen"], 7: ["b"], 8: ["c", "a"]}
-    result, bad = retrieve(model, [([5, 7], pixels[:2], [6]), ([8], pixels[2:], [])], captions.__getitem__)
-    assert bad == [6]
+    found = retrieve(model, [([5, 7], pixels[:2], [6]), ([8], pixels[2:], [])], captions.__getitem__)
+    result = found.result
+    assert found.images.bad == [6]
     assert (result.num_images, result.num_texts, result.num_distinct_texts) == (3, 5, 4)
     assert result.image_to_text.recall[1].value == 1.0
     # Both "a" find image 5, which has that caption, although one of them belongs to image 8.

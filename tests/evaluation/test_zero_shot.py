@@ -127,8 +127,10 @@ def test_classify_from_pixels_finds_the_colours():
     for i in range(6):
         pixels[i, i % 3] = 200
     batches = [([10, 11, 12, 13], pixels[:4], []), ([14, 15], pixels[4:], ["one bad"])]
-    result, bad = classify(model, batches, lambda index: (index - 10) % 3, ["red", "green", "blue"], ["a {} picture"])
-    assert result.top1.value == 1.0
-    assert bad == ["one bad"]
-    wrong, _ = classify(model, batches, lambda index: (index - 9) % 3, ["red", "green", "blue"], ["a {} picture"])
-    assert wrong.top1.value == 0.0
+    names, templates = ["red", "green", "blue"], ["a {} picture"]
+    found = classify(model, batches, {index: (index - 10) % 3 for index in range(10, 15)}, names, templates)
+    assert found.result.top1.value == 1.0
+    assert found.result.top1.n == 5  # the sixth has no class
+    assert found.images.bad == ["one bad"]
+    wrong = classify(model, batches, {index: (index - 9) % 3 for index in range(10, 16)}, names, templates)
+    assert wrong.result.top1.value == 0.0

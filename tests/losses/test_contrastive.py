@@ -37,7 +37,11 @@ def test_half_precision_inputs_are_computed_in_float32(oracles):
     oracle = oracles("contrastive")
     image, text = (oracle[f"openclip_clip.in.{x}"].bfloat16() for x in ("image", "text"))
     scale = oracle["openclip_clip.in.log_scale"].float()
-    assert clip_loss(image, text, scale) == clip_loss(image.float(), text.float(), scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = clip_loss(image, text, scale)
+    expected = clip_loss(image.double(), text.double(), scale.double()).item()
+    assert under_autocast.item() == pytest.approx(expected, rel=1e-6)  # bfloat16 products are off by 1e-3
+    assert clip_loss(image, text, scale).item() == pytest.approx(expected, rel=1e-6)
 
 
 def naive(queries, keys, positives, scale, ignored):

@@ -17,7 +17,12 @@ def test_every_recipe_is_of_a_method_and_explains_itself():
 def test_small_data_defaults_follow_the_size():
     batches = [recipe("clip")(pairs).batch_size for pairs in (2, 20, 100, 1000, 5000, 50_000, 500_000)]
     assert batches == [2, 2, 8, 64, 256, 256, 1024]
-    assert [recipe("clip")(pairs).model for pairs in (100, 50_000, 500_000, 3_000_000)] == ["tiny", "small", "ViT-S-32", "ViT-B-32"]
+    assert [recipe("clip")(pairs).model for pairs in (100, 50_000, 500_000, 3_000_000)] == [
+        "tiny",
+        "small",
+        "ViT-S-32",
+        "ViT-B-32",
+    ]
 
 
 def test_misspelt_recipe():

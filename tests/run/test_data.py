@@ -2,12 +2,14 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import tiny
 from PIL import Image
 
 from coalign import cli
+from coalign.data import scenes
 from coalign.data.sources import open_source
 
 TITLE = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -63,7 +65,9 @@ def test_curate_keeps_lists_and_can_be_trained_on(messy, tmp_path, capsys, model
     assert all("photo" in caption for caption in captions)
     for index in range(len(kept)):
         assert kept.image(index)
-    assert cli.main(tiny.train_args(out, tmp_path / "run", model_file, batch_size=4, epochs=1, **{"dry-run": None})) == 0
+    assert (
+        cli.main(tiny.train_args(out, tmp_path / "run", model_file, batch_size=4, epochs=1, **{"dry-run": None})) == 0
+    )
     assert cli.main(["data", "curate", str(messy), "--out", str(out)]) == 2
     assert str(out) in capsys.readouterr().err
 
@@ -86,12 +90,14 @@ def test_tokenizer(pairs, tmp_path, capsys):
     assert "258" in capsys.readouterr().err
 
 
-def test_scenes(tmp_path, capsys, model_file):
+def test_scenes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scenes, "EVALUATION_SIZE", 12)  # 2,000 a split take half a minute
+    monkeypatch.setattr(scenes, "write_scenes", partial(scenes.write_scenes, num_foils=15))
     out = tmp_path / "scenes"
     run("scenes", "--out", out, "--train", 24, "--size", 32)
     printed = capsys.readouterr().out
     written = open_source(str(out))
-    assert "train 24" in printed
+    assert "train 24, val 12" in printed
     assert len(written.splits["train"]) == 24
     with Image.open(next(out.rglob("*.png"))) as image:
         assert image.size == (32, 32)
@@ -101,7 +107,11 @@ def test_scenes(tmp_path, capsys, model_file):
 
 def test_openclipart_from_an_unpacked_tree(tmp_path, capsys):
     art = tmp_path / "root" / "usr/share/openclipart"
-    for name, title in (("animals/cat_01", "A sleeping cat"), ("animals/dog_02", "A brown dog"), ("food/pie_03", "Apple pie")):
+    for name, title in (
+        ("animals/cat_01", "A sleeping cat"),
+        ("animals/dog_02", "A brown dog"),
+        ("food/pie_03", "Apple pie"),
+    ):
         for kind in ("png", "svg"):
             (art / kind / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGBA", (60, 40), (200, 30, 30, 255)).save(art / "png" / f"{name}.png")

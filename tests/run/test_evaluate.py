@@ -16,8 +16,10 @@ from coalign.data.loader import image_batches
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import UserError
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
 from coalign.run import model as runs
-from coalign.run.evaluate import evaluate, evaluate_retrieval, evaluate_zero_shot, label_function, select_split
+from coalign.run.evaluate import captions_of, evaluate, label_function, select_split
 from coalign.types import DualEncoder
 
 
@@ -171,7 +173,7 @@ def test_embeds_the_evaluation_view(four):
     pixels[:, 32:64] = tiny.COLOURS["green"]
     Image.fromarray(pixels).save(four / "green" / "green_apple_standing.png")
     source = open_source(str(four))
-    found = evaluate_retrieval(Oracle().encoder(), source, image_batches(source, np.arange(4), 32))
+    found = retrieve(Oracle().encoder(), image_batches(source, np.arange(4), 32), captions_of(source))
     assert found.result.image_to_text.recall[1].value == 1
 
 
@@ -223,7 +225,8 @@ def test_zero_shot_takes_only_what_has_a_class(four):
     source = open_source(str(four))
     labels = label_function(source, np.arange(4))
     del labels.of_index[2]
-    found = evaluate_zero_shot(Oracle().encoder(), image_batches(source, np.arange(4), 32), labels)
+    batches = image_batches(source, np.arange(4), 32)
+    found = classify(Oracle().encoder(), batches, labels.of_index, labels.classnames, ["{}"])
     assert found.result.top1.n == 3
 
 

@@ -242,7 +242,9 @@ def test_a_step_that_is_not_finite_changes_nothing(run):
     seen = []
 
     def changed(step, loaded):
-        seen.append((state(method), {n: {k: v.clone() for k, v in s.items()} for n, s in job.optimisers.state_dict().items()}))
+        seen.append(
+            (state(method), {n: {k: v.clone() for k, v in s.items()} for n, s in job.optimisers.state_dict().items()})
+        )
         return poison(2)(step, loaded)
 
     job.batches = batches(method, changed)
@@ -288,7 +290,9 @@ def test_bad_samples_are_counted_and_limited(run):
     with pytest.raises(UserError, match=r"truncated image: 25.*budget of 2 %"):
         trainer(run, method, 10, batches(method, with_bad), settings).fit()
     assert len(tiny.rows(run / "bad_samples.jsonl")) == 25
-    result = trainer(run.with_name("patient"), method, 10, batches(method, with_bad), config(max_bad_fraction=0.5)).fit()
+    result = trainer(
+        run.with_name("patient"), method, 10, batches(method, with_bad), config(max_bad_fraction=0.5)
+    ).fit()
     assert result.bad_samples == {"truncated image": 50}
 
 

@@ -50,7 +50,7 @@ _CAPTION_COLUMNS = (
     "alt_text",
     "raw",
 )
-_TAG_COLUMNS = ("tags", "tag", "keywords", "keyword", "labels", "label")
+_TAG_COLUMNS = ("tags", "tag", "keywords", "keyword", "labels")  # "label" is a class: zero-shot evaluation looks for it
 _DELIMITERS = ",\t;|"
 _LONG_ROW = 50  # lines; a row that spans more has probably swallowed others after an opening quote
 

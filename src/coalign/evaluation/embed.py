@@ -23,6 +23,16 @@ class ImageEmbeds:
     bad: list[Any] = field(default_factory=list)  # what the loader says of each unreadable image
 
 
+@dataclass
+class Evaluation:
+    """A task's result with the embeddings that it was made from."""
+
+    result: Any  # RetrievalResult or ZeroShotResult
+    images: ImageEmbeds
+    texts: list[str]  # captions, or class names
+    text_embeds: Tensor  # float32 [text, dim]
+
+
 @torch.no_grad()
 def embed_images(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:
     """Embeds the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `data.loader.image_batches`."""

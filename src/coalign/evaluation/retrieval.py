@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.embed import embed_images, embed_texts, require_finite
+from coalign.evaluation.embed import Evaluation, embed_images, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, Metric
 from coalign.types import DualEncoder
 
@@ -136,8 +136,9 @@ def retrieve(
     batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
     captions: Callable[[int], Sequence[str]],
     batch_size: int = 256,
-) -> tuple[RetrievalResult, list[Any]]:
-    """Embeds and scores a data set: batches as `embed_images` takes them, captions by index. Second: the bad images."""
+) -> Evaluation:
+    """Embeds and scores a data set: batches as `embed_images` takes them, all captions of an index. An equal caption is right for every
+    image that has it."""
     images = embed_images(model, batches)
     texts: list[str] = []
     owner: list[int] = []
@@ -148,7 +149,7 @@ def retrieve(
     text_embeds = embed_texts(model, texts, batch_size)
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     ids = torch.tensor([number[text] for text in texts])
-    return retrieval(images.embeds, text_embeds, torch.tensor(owner), ids), images.bad
+    return Evaluation(retrieval(images.embeds, text_embeds, torch.tensor(owner), ids), images, texts, text_embeds)
 
 
 def _search(

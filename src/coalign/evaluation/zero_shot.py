@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.embed import embed_images, embed_texts, require_finite
+from coalign.evaluation.embed import Evaluation, embed_images, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, Metric
 from coalign.evaluation.prompts import check_distinct, checked_templates
 from coalign.types import DualEncoder
@@ -106,12 +106,14 @@ def zero_shot(
 def classify(
     model: DualEncoder,
     batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
-    label: Callable[[int], int],
+    labels: Mapping[int, int],
     classnames: Sequence[str],
     templates: Sequence[str],
-) -> tuple[ZeroShotResult, list[Any]]:
-    """Embeds and scores a data set: batches as `embed_images` takes them, labels by index. Second: the bad images."""
+) -> Evaluation:
+    """Embeds and scores a data set: batches as `embed_images` takes them, the class of each index that has one."""
     weights = class_weights(model, classnames, templates)
     images = embed_images(model, batches)
-    labels = torch.tensor([label(index) for index in images.indices])
-    return zero_shot(images.embeds, labels, weights, classnames), images.bad
+    rows = [row for row, index in enumerate(images.indices) if index in labels]
+    truth = torch.tensor([labels[images.indices[row]] for row in rows], dtype=torch.long)
+    result = zero_shot(images.embeds[rows], truth, weights, classnames)
+    return Evaluation(result, images, list(classnames), weights)

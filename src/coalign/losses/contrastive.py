@@ -20,10 +20,11 @@ def info_nce(
     `positives` holds the column of each row's positive, `logit_scale` multiplies (1/τ). Where `ignored` is true the column is left out of
     the row's denominator; a row's own positive must not be ignored. Inputs are normalised by the caller; computed in at least float32.
     """
-    logits = at_least_float32(queries) @ at_least_float32(keys).T * logit_scale  # [batch, global_batch]
-    if ignored is not None:
-        logits = logits.masked_fill(ignored, -torch.inf)
-    return F.cross_entropy(logits, positives, reduction="sum")
+    with torch.autocast(queries.device.type, enabled=False):  # which would compute the product in half precision
+        logits = at_least_float32(queries) @ at_least_float32(keys).T * logit_scale  # [batch, global_batch]
+        if ignored is not None:
+            logits = logits.masked_fill(ignored, -torch.inf)
+        return F.cross_entropy(logits, positives, reduction="sum")
 
 
 def same_caption(

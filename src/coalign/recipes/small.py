@@ -13,20 +13,23 @@ def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
     vocabulary and a few tens of epochs; below a million ViT-S-32; then ViT-B-32 as in the papers. The batch stays below a tenth of the
     data, so that an epoch has steps."""
     if num_pairs < 100_000:
+        batch_size = _power_of_two(max(2, min(256, num_pairs // 10)))
         return TrainConfig(
             method=method,
             method_config=method_config,
             model="tiny" if num_pairs < 20_000 else "small",
             context_length=48,
             tokenizer="captions",
-            batch_size=_power_of_two(max(2, min(256, num_pairs // 10))),
+            batch_size=batch_size,
+            batch_norm_group=min(32, batch_size),
             epochs=30,
+            # Adam moves a scalar by about the sum of the learning rates, too little for the logit scale in a short run
             optimiser=OptimiserConfig(
                 lr=1e-3,
                 weight_decay=0.2,
                 warmup_fraction=0.1,
                 final_lr=1e-5,
-                roles={"scale": RoleConfig(lr_multiplier=10)},  # Adam moves a scalar by about Σ lr, too little in a short run
+                roles={"scale": RoleConfig(lr_multiplier=10)},
             ),
         )
     papers = num_pairs >= 1_000_000

@@ -75,14 +75,18 @@ def curate_data(data: str, out: Path, min_side: int, drop_chinese: bool) -> None
     report = curate.curate(source, rules)
     curate.write_curated(source, report, out)
     console.print(f"{out}: kept {len(report.kept):,} of {len(source):,} samples")
-    console.print(f"dropped, and listed in {out / 'dropped.jsonl'}: {_counted({rule: samples for rule, (samples, _) in report.counts().items()})}")
+    console.print(
+        f"dropped, and listed in {out / 'dropped.jsonl'}: {_counted({rule: samples for rule, (samples, _) in report.counts().items()})}"
+    )
 
 
 def write_queries(data: str, out: Path) -> None:
     source = open_source(data)
     tags, unread = curate.tag_counts(source)
     if not tags:
-        tags.update(noun for caption in captions(source, np.arange(len(source))) for noun in curate.caption_nouns(caption))
+        tags.update(
+            noun for caption in captions(source, np.arange(len(source))) for noun in curate.caption_nouns(caption)
+        )
     queries = curate.build_queries(tags)
     curate.write_queries(queries, out)
     console = _console()

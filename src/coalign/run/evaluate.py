@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from coalign.data.loader import image_batches
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.embed import ImageEmbeds, embed_images, embed_texts
 from coalign.evaluation.prompts import read_classes, templates
-from coalign.evaluation.retrieval import RetrievalResult, retrieval
-from coalign.evaluation.zero_shot import ZeroShotResult, class_weights, zero_shot
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
 from coalign.run.model import Run, load
-from coalign.types import DualEncoder, Source
+from coalign.types import Source
 
 TASKS = ("retrieval", "zeroshot")
 LABEL_FACTS = ("label", "class", "category", "folder")  # looked for in this order
-
-ImageBatches = Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]
-
-
-@dataclass
-class Evaluation:
-    """A task's result with the embeddings it was made from, for the report."""
-
-    result: Any  # RetrievalResult or ZeroShotResult
-    images: ImageEmbeds
-    texts: list[str]
-    text_embeds: Tensor  # float32 [text, dim]: captions, or the classes' weights
 
 
 @dataclass
@@ -68,7 +53,9 @@ def evaluate(
     (default: the first of label, class, category, folder that the data have), or those of the file `classes`. UserError for the rest.
     """
     if not tasks:
-        raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the run's folder.")
+        raise UserError(
+            "There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the run's folder."
+        )
     kinds = [_parse_task(task) for task in tasks]
     run = load(model, weights, device) if isinstance(model, str) else model
     encoder = run.encoder()
@@ -80,9 +67,9 @@ def evaluate(
         wanted = indices if labels is None else np.array(sorted(labels.of_index), dtype=np.int64)
         batches = image_batches(source, wanted, encoder.image_size, workers=workers)
         if labels is None:
-            evaluation = evaluate_retrieval(encoder, source, batches)
+            evaluation = retrieve(encoder, batches, captions_of(source))
         else:
-            evaluation = evaluate_zero_shot(encoder, batches, labels, prompts)
+            evaluation = classify(encoder, batches, labels.of_index, labels.classnames, templates(prompts))
         bad = Counter(entry.reason for entry in evaluation.images.bad)
         results[task] = {
             "data": data,
@@ -127,38 +114,19 @@ def _same_data(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-# ---------------------------------------------------------------- the two tasks
+# ---------------------------------------------------------------- captions and classes
 
 
-def evaluate_retrieval(encoder: DualEncoder, source: Source, batches: ImageBatches) -> Evaluation:
-    """Retrieval over the batches' images and all of their captions. An equal caption is right for every image that has it."""
-    images = embed_images(encoder, batches)
-    texts: list[str] = []
-    owner: list[int] = []
-    for row, index in enumerate(images.indices):
+def captions_of(source: Source) -> Callable[[int], Sequence[str]]:
+    """The captions of a sample; none where its record is bad, which the image batches list."""
+
+    def captions(index: int) -> Sequence[str]:
         try:
-            captions = source.record(index).captions
+            return source.record(index).captions
         except BadSample:
-            captions = ()
-        texts.extend(captions)
-        owner.extend([row] * len(captions))
-    text_embeds = embed_texts(encoder, texts)
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    ids = torch.tensor([number[text] for text in texts])
-    result: RetrievalResult = retrieval(images.embeds, text_embeds, torch.tensor(owner), ids)
-    return Evaluation(result, images, texts, text_embeds)
+            return ()
 
-
-def evaluate_zero_shot(
-    encoder: DualEncoder, batches: ImageBatches, labels: Labels, prompts: str = "default"
-) -> Evaluation:
-    """Zero-shot classification of those of the batches' images that have a class."""
-    weights = class_weights(encoder, labels.classnames, templates(prompts))
-    images = embed_images(encoder, batches)
-    rows = [row for row, index in enumerate(images.indices) if index in labels.of_index]
-    truth = torch.tensor([labels.of_index[images.indices[row]] for row in rows], dtype=torch.long)
-    result: ZeroShotResult = zero_shot(images.embeds[rows], truth, weights, labels.classnames)
-    return Evaluation(result, images, labels.classnames, weights)
+    return captions
 
 
 def label_function(

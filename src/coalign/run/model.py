@@ -154,7 +154,9 @@ def read_config(folder: Path) -> SavedConfig:
         train_config = replace(from_json(TrainConfig, {**config, "method_config": None}), method_config=method_config)
         return SavedConfig(**{**saved, "config": train_config})
     except (ValueError, TypeError, KeyError, UserError) as error:
-        raise UserError(f"{path} is not a configuration that this version of coalign can read: {str(error).rstrip('.')}.") from error
+        raise UserError(
+            f"{path} is not a configuration that this version of coalign can read: {str(error).rstrip('.')}."
+        ) from error
 
 
 def default_tokens(model: str) -> int:

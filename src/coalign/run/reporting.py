@@ -17,12 +17,12 @@ from coalign.config import TrainConfig, to_json
 from coalign.data.image_views import make_views
 from coalign.data.randomness import generator
 from coalign.errors import BadSample
+from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
 from coalign.method import Method
 from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
-from coalign.run.evaluate import Evaluation
 from coalign.training.log import duration
 from coalign.training.trainer import TrainResult
 from coalign.types import EVALUATION, Source

@@ -23,12 +23,16 @@ from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
+from coalign.evaluation.embed import Evaluation
+from coalign.evaluation.prompts import templates
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.towers import ImageTower
 from coalign.recipes import recipe
 from coalign.run import model as runs
-from coalign.run.evaluate import Evaluation, evaluate_retrieval, evaluate_zero_shot, label_function
+from coalign.run.evaluate import captions_of, label_function
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.step import evaluate_loss
@@ -304,12 +308,12 @@ def _validation(
             if not images:
                 size = encoder.image_size
                 images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
-            result = evaluate_retrieval(encoder, pairs.val_source, images).result
+            result = retrieve(encoder, images, captions_of(pairs.val_source)).result
             for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
                 recalls += [metric.value for metric in side.recall.values()]
                 values |= {f"val/{name}_r{k}": metric.value for k, metric in side.recall.items()}
             if labels is not None:
-                zero_shot = evaluate_zero_shot(encoder, images, labels).result
+                zero_shot = classify(encoder, images, labels.of_index, labels.classnames, templates("default")).result
                 values |= {"val/zero_shot_acc1": zero_shot.top1.value}
         score = sum(recalls) / max(1, len(recalls))
         return Score(values, world.broadcast(score))
@@ -350,10 +354,12 @@ def _finish(
     if len(pairs.val) >= 2:
         encoder = runs.dual_encoder(method, tokenizer, config.context_length, out.name)
         batches = list(image_batches(pairs.val_source, pairs.val, encoder.image_size, workers=config.workers or 0))
-        evaluations["retrieval"] = evaluate_retrieval(encoder, pairs.val_source, batches)
+        evaluations["retrieval"] = retrieve(encoder, batches, captions_of(pairs.val_source))
         if config.classes:
             labels = label_function(pairs.val_source, pairs.val, config.classes)
-            evaluations["zero_shot"] = evaluate_zero_shot(encoder, batches, labels)
+            evaluations["zero_shot"] = classify(
+                encoder, batches, labels.of_index, labels.classnames, templates("default")
+            )
     verdict, report = write_run_report(
         data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
     )
