@@ -115,7 +115,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 
 
 def _metrics(page: Page, run: RunSummary) -> None:
-    page.section("Results", f"Measured on {run.evaluated_on}; intervals are 95 % bootstrap intervals over its items.")
+    page.section(
+        "Results",
+        f"Measured on {run.evaluated_on}; intervals are 95 % bootstrap intervals over its items. R@K is the share of queries whose right "
+        "answer is among the first K; the median rank is that of the right answer, 1 being the best.",
+    )
     rates = [row for row in run.metrics if row.kind == "rate"]
     if rates:
         page.figure(figures.metric_bars(rates), name="metrics")
@@ -136,7 +140,12 @@ def _curves(page: Page, run: RunSummary) -> None:
     figure = figures.training_curves(run.history)
     if figure is not None:
         page.section("Training")
-        page.figure(figure, "Pale lines are single rows of the log, strong lines their running mean.", name="curves")
+        page.figure(
+            figure,
+            "Pale lines are single rows of the log, strong lines their running mean. The held-out loss may rise while retrieval still "
+            "improves: a model that grows surer pays more for each mistake.",
+            name="curves",
+        )
 
 
 def _retrieval(page: Page, run: RunSummary) -> None:

@@ -178,13 +178,12 @@ class _Thumbnails:
         return views["thumbnail"][0].permute(1, 2, 0).numpy()
 
     def cell(self, row: int, is_image: bool, good: bool | None = None, score: float | None = None) -> GalleryCell:
-        """An image with its caption, or a caption with its image."""
-        row = int(row)
-        text = (
-            self.texts[self.owner.index(row)] if is_image and row in self.owner else "" if is_image else self.texts[row]
-        )
-        caption = text if score is None else f"{text} ({score:.2f})"
-        return GalleryCell(self.pixels(row if is_image else self.owner[row]), caption, good)
+        """An image with its first caption, or a caption alone."""
+        row, note = int(row), "" if score is None else f"{score:.2f}"
+        if not is_image:
+            return GalleryCell(None, self.texts[row], good, note)
+        caption = self.texts[self.owner.index(row)] if row in self.owner else ""
+        return GalleryCell(self.pixels(row), caption, good, note)
 
 
 def _answer(view: _Thumbnails, side: Direction, query: int, place: int, is_image: bool) -> GalleryCell:
@@ -206,7 +205,7 @@ def _nearest_misses(view: _Thumbnails, evaluation: Evaluation, count: int = 4) -
     return [
         Miss(
             view.cell(side.queries[i], True),
-            GalleryCell(view.pixels(int(side.queries[i])), f"{view.texts[right]} ({score:.2f})", True),
+            view.cell(right, False, True, score),
             _answer(view, side, i, 0, False),
         )
         for _, i, right, score in sorted(missed)[:count]
