@@ -11,7 +11,7 @@ help:
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow ones"
 	@echo "make lint       ruff, mypy and the import rules"
-	@echo "make bench      every script in benchmarks/, one after another"
+	@echo "make bench      the benchmarks, one after another; DATA=folder for the start-up too"
 	@echo "make install    only the environment in .venv; the others do this by themselves"
 
 install: $(STAMP)
@@ -40,4 +40,6 @@ lint: $(STAMP)
 	@said=$$($(BIN)/lint-imports) || { echo "$$said"; exit 1; }
 
 bench: $(STAMP)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@$(BIN)/python benchmarks/views_3.py
+	@$(BIN)/python benchmarks/step_clip.py
+	@test -z "$(DATA)" || $(BIN)/python benchmarks/startup.py "$(DATA)"
