@@ -25,7 +25,8 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	@rm -rf runs/demo
-	@$(BIN)/coalign train --data scenes:4096 --out runs/demo --batch-size 64 --epochs 16 --evals 4
+	@$(BIN)/coalign train --data scenes:4096 --out runs/demo --image-size 32 --batch-size 64 --epochs 24 --evals 3 \
+		--roles.scale.lr-multiplier 1
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow"
