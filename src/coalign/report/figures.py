@@ -53,7 +53,17 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         for colour, (name, (steps, values)) in zip(PALETTE * len(series), series.items()):
             _curve(axes, steps, values, name, colour)
         if len(series) > 1 or next(iter(series)) != title:
-            axes.legend(frameon=False, fontsize=8, labelcolor=SOFT, handlelength=1.4)
+            many = len(series) > 3
+            axes.legend(
+                frameon=False,
+                fontsize=8,
+                labelcolor=SOFT,
+                handlelength=1.4,
+                ncols=2 if many else 1,
+                loc="upper left" if many else "best",
+            )
+            if many:  # room for the legend above the curves
+                axes.set_ylim(top=1.6 * max(max(values) for _, values in series.values()) or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         margin = 0.02 * (last - first) or 1.0
         axes.set_xlim(first - margin, last + margin)
