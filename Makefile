@@ -29,10 +29,10 @@ demo: $(STAMP)
 		--roles.scale.lr-multiplier 1
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .

@@ -60,8 +60,9 @@ def test_python(small, folder, capsys):
     assert isinstance(first["encoder"], DualEncoder)
     assert first["results"]["retrieval:photos"]["split"] == "val"
     assert (folder / "runs/short/report.html").exists()
-    assert isinstance(last["result"], RetrievalResult)
-    assert (last["result"].num_images, last["bad"]) == (64, [])
+    found = last["found"]
+    assert isinstance(found.result, RetrievalResult)
+    assert (found.result.num_images, found.images.bad) == (64, [])
     assert "'chance':" in capsys.readouterr().out
 
 
