@@ -72,6 +72,6 @@ class CLIP(Method):
 #   gradient at the bound is the loss's own.
 # - The image view is a random resized crop of 50-100 % of the area without flip [c, SLIP's baseline]; the paper says "a random square
 #   crop" [p].
-# - Text: lower-cased BPE, causal Transformer, the end token's feature [p]. Captions are trimmed to the batch's longest; no output changes.
+# - Text: lower-cased BPE, causal Transformer, the end token's feature [p]. Captions are packed without padding; no output changes.
 # - `multi_positive` (ours, off by default): pairs that carry the same caption leave each other's denominators.
 # - Logits are computed in float32 under bf16 and fp16 autocast [i].
