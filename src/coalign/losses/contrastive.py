@@ -27,6 +27,30 @@ def info_nce(
         return F.cross_entropy(logits, positives, reduction="sum")
 
 
+def nt_xent(
+    first: Float[Tensor, "batch dim"],
+    second: Float[Tensor, "batch dim"],
+    gathered_first: Float[Tensor, "global_batch dim"],
+    gathered_second: Float[Tensor, "global_batch dim"],
+    positives: Int[Tensor, " batch"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """NT-Xent between two views (Chen et al. 2020, Eq. 1), summed over both views of own rows: each picks its sample's other view among
+    both views of all samples, itself left out. `positives` holds the global position of each row. Inputs are normalised by the caller;
+    computed in at least float32.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        views = [at_least_float32(x) for x in (first, second)]
+        gathered = [at_least_float32(x) for x in (gathered_first, gathered_second)]
+        total = views[0].new_zeros(())
+        for own, other in ((0, 1), (1, 0)):
+            across = views[own] @ gathered[other].T / temperature  # [batch, global_batch]
+            within = views[own] @ gathered[own].T / temperature
+            within = within.scatter(1, positives[:, None], -torch.inf)  # itself
+            total = total + F.cross_entropy(torch.cat([across, within], dim=1), positives, reduction="sum")
+        return total
+
+
 def same_caption(
     caption_ids: Int[Tensor, " batch"], gathered_ids: Int[Tensor, " global_batch"], positives: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch global_batch"]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "clip": ("coalign.methods.clip:CLIP", "coalign.recipes.clip:CLIPConfig"),
+    "slip": ("coalign.methods.slip:SLIP", "coalign.recipes.slip:SLIPConfig"),
 }
 
 

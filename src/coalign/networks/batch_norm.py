@@ -1,4 +1,4 @@
-"""Batch normalisation in trunks over fixed groups of samples, so that a step does not depend on slices or ranks."""
+"""Batch normalisation that does not depend on slices or ranks: in trunks over fixed groups of samples, in heads over the global batch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over groups of `group` consecutive samples; slices and ranks must be multiples of it.
-
-    The running statistics are the groups' means. They wait in `pending` and move once a step, when the trainer calls `move_statistics`;
-    only passes with gradient count, since a step takes exactly one of those for every sample.
-    """
+class StepStatistics:
+    """Running statistics that move once a step. Those of each pass wait in `pending` until the trainer calls `move_statistics`; only
+    passes with gradient count, since a step takes exactly one of those for every view of every sample."""
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
     momentum: float
+    pending: list[Tensor]  # [2, channel] each: mean, unbiased variance
+
+    def move_statistics(self, sum_over_ranks: Callable[[Tensor], Tensor], keep: bool) -> None:
+        """Moves the running statistics to the mean of this step's (of all ranks), or forgets them when the step is skipped."""
+        pending, self.pending = self.pending, []
+        if not keep or not pending:
+            return
+        total = torch.stack(pending).sum(0)
+        totals = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(pending)])]))
+        mean, variance = (totals[:-1] / totals[-1]).view(2, -1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked += 1
+
+
+class GroupedBatchNorm2d(StepStatistics, nn.BatchNorm2d):  # type: ignore[misc]
+    """BatchNorm over groups of `group` consecutive samples; slices and ranks must be multiples of it."""
 
     def __init__(self, num_features: int, group: int, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.group = group
-        self.pending: list[Tensor] = []  # [2, channel] each: mean, unbiased variance
+        self.pending = []
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -42,17 +56,30 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
                 self.pending.append(statistics)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def move_statistics(self, sum_over_ranks: Callable[[Tensor], Tensor], keep: bool) -> None:
-        """Moves the running statistics by this step's groups (of all ranks), or forgets them when the step is skipped."""
-        pending, self.pending = self.pending, []
-        if not keep or not pending:
-            return
-        total = torch.stack(pending).sum(0)
-        totals = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(pending)])]))
-        mean, variance = (totals[:-1] / totals[-1]).view(2, -1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
-        self.num_batches_tracked += 1
+
+class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
+    """BatchNorm over the rows of all ranks, for heads, which run in `objective`. Statistics are in at least float32."""
+
+    def __init__(self, num_features: int, affine: bool = True) -> None:
+        super().__init__(num_features, affine=affine)
+        self.pending = []
+
+    def forward(self, input: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        """[batch, num_features], with the ranks' `gather` -> the same shape. Every rank must hold equally many rows."""
+        if not self.training:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        rank_sums = gather(x.sum(0, keepdim=True))  # [rank, num_features]
+        rows = len(x) * len(rank_sums)
+        mean = rank_sums.sum(0) / rows
+        x = x - mean
+        variance = gather(x.square().sum(0, keepdim=True)).sum(0) / rows
+        if torch.is_grad_enabled():
+            self.pending.append(torch.stack([mean, variance * rows / max(1, rows - 1)]).detach())
+        x = x * (variance + self.eps).rsqrt()
+        if self.affine:
+            x = x * self.weight + self.bias
+        return x.to(input.dtype)
 
 
 def group_batch_norms(module: nn.Module, group: int) -> nn.Module:
