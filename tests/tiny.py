@@ -66,9 +66,9 @@ def train_args(data, out, model, /, **options):
     ]
 
 
-def start(args, **options):
+def start(args, threads=1, **options):
     """A real process of the command."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "coalign.cli", *args],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,

@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from functools import cache
 
 import pytest
 import tiny
@@ -18,11 +19,24 @@ OPTIONS = {"epochs": 24, "save_every": 3, "evals": 4}
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, pairs, model_file):
-    """The run that nobody interrupts."""
-    out = tmp_path_factory.mktemp("straight") / "run"
-    assert cli.main(tiny.train_args(pairs, out, model_file, **OPTIONS)) == 0
-    assert steps(out) == STEPS
-    return out
+    """threads -> the run that nobody interrupts. A real process, as the others are: bit for bit holds for equal numbers of threads."""
+
+    @cache
+    def run(threads):
+        out = tmp_path_factory.mktemp("straight") / "run"
+        finish(tiny.train_args(pairs, out, model_file, **OPTIONS), threads)
+        assert steps(out) == STEPS
+        return out
+
+    return run
+
+
+def finish(args, threads):
+    """Runs the command to its end and returns what it printed."""
+    process = tiny.start(args, threads)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return output
 
 
 def steps(out):
@@ -42,10 +56,10 @@ def wait_for(process, out, wanted):
     return True
 
 
-def interrupt(args, out, number, rng, most):
+def interrupt(args, out, number, rng, most, threads=1):
     """Starts the command, and signals it a few steps beyond where the run was. Returns (exit code, output, whether it was signalled)."""
     done = steps(out)
-    process = tiny.start(args)
+    process = tiny.start(args, threads)
     reached = wait_for(process, out, done + rng.randint(1, most))
     time.sleep(rng.uniform(0, 0.05))  # anywhere in a step, a validation, or a checkpoint being written
     process.send_signal(number)
@@ -53,7 +67,7 @@ def interrupt(args, out, number, rng, most):
     return process.returncode, output + errors, reached
 
 
-def kill_and_resume(times, seed, pairs, model_file, out, straight):
+def kill_and_resume(times, seed, pairs, model_file, out, straight, threads=1):
     rng = random.Random(seed)
     killed = 0
     workers = [0, 1, 2, 3] * times
@@ -63,14 +77,11 @@ def kill_and_resume(times, seed, pairs, model_file, out, straight):
         return tiny.train_args(pairs, out, model_file, **OPTIONS | {"workers": workers.pop(), "resume": "auto"})
 
     while killed < times:
-        code, output, reached = interrupt(args(), out, signal.SIGKILL, rng, 2 * STEPS // (3 * times))
+        code, output, reached = interrupt(args(), out, signal.SIGKILL, rng, 2 * STEPS // (3 * times), threads)
         assert reached, output
         assert code == -signal.SIGKILL, output
         killed += 1
-    process = tiny.start(args())
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "going on at step" in output
+    assert "going on at step" in finish(args(), threads)
     assert_equal_runs(straight, out)
     for name in ("last", "best"):
         weights, expected = (load_file(folder / name / "model.safetensors") for folder in (out, straight))
@@ -80,12 +91,13 @@ def kill_and_resume(times, seed, pairs, model_file, out, straight):
     assert (out / "report.html").exists()
 
 
-def test_killed_twice(tmp_path, pairs, model_file, straight):
-    kill_and_resume(2, 0, pairs, model_file, tmp_path / "run", straight)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_killed_twice(tmp_path, pairs, model_file, straight, threads):
+    kill_and_resume(2, 0, pairs, model_file, tmp_path / "run", straight(threads), threads)
 
 
 def test_killed_twenty_times(tmp_path, pairs, model_file, straight):
-    kill_and_resume(20, 1, pairs, model_file, tmp_path / "run", straight)
+    kill_and_resume(20, 1, pairs, model_file, tmp_path / "run", straight(1))
 
 
 def test_asked_to_stop(tmp_path, pairs, model_file, straight):
@@ -100,8 +112,8 @@ def test_asked_to_stop(tmp_path, pairs, model_file, straight):
         assert "Traceback" not in output
         assert not (out / "results.json").exists()
     args = tiny.train_args(pairs, out, model_file, **OPTIONS | {"resume": "auto"})
-    assert cli.main(args) == 0
-    assert_equal_runs(straight, out)
+    finish(args, threads=1)
+    assert_equal_runs(straight(1), out)
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path, pairs, model_file):
