@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coalign.config import TrainConfig
-from coalign.optim import OptimiserConfig, RoleConfig
+from coalign.optim import OptimiserConfig
 
 
 def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
@@ -23,14 +23,7 @@ def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
             batch_size=batch_size,
             batch_norm_group=min(32, batch_size),
             epochs=30,
-            # Adam moves a scalar by about the sum of the learning rates, too little for the logit scale in a short run
-            optimiser=OptimiserConfig(
-                lr=1e-3,
-                weight_decay=0.2,
-                warmup_fraction=0.1,
-                final_lr=1e-5,
-                roles={"scale": RoleConfig(lr_multiplier=10)},
-            ),
+            optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=0.1, final_lr=1e-5),
         )
     papers = num_pairs >= 1_000_000
     return TrainConfig(

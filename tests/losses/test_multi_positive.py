@@ -1,0 +1,320 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coalign.losses.multi_positive import (
+    balancing_weights,
+    domain_combinations,
+    domain_logits,
+    mil_nce,
+    mp_nce,
+    sup_con,
+)
+
+NAMES = ["Eq. 12", "Eq. 11", "Eq. 9", "Eq. 6", "Eq. 4"]
+
+
+def ours(name, logits, positives, num_images, num_texts, ignored=None):
+    """The sum over anchors i of the paper's L_i."""
+    size = num_images + num_texts
+    apart = ~torch.eye(size, dtype=torch.bool)
+    if name == "Eq. 4":
+        return mil_nce(logits, positives, apart, ignored)
+    if name == "Eq. 6":
+        return sup_con(logits, positives, apart, ignored)
+    weights = {"Eq. 12": balancing_weights(num_images, num_texts), "Eq. 11": torch.ones(size, size)}
+    return mp_nce(logits, positives, weights.get(name, apart.double()), ignored) / (size - (name == "Eq. 9"))
+
+
+def naive(name, logits, positives, num_images, num_texts, ignored=None):
+    """The same, read off the paper: scores s = e^x, sets P_i and N_i."""
+    batch, size, global_batch, _ = logits.shape
+    total = 0.0
+    for i in range(batch):
+        for v in range(size):
+            s = {(j, w): torch.exp(logits[i, v, j, w]) for j in range(global_batch) for w in range(size)}
+            own = positives[i].item()
+            alone = name in ("Eq. 12", "Eq. 11")  # P_i ∪ {i}
+            p_i = [s[own, w] for w in range(size) if w != v or alone]
+            kinds = [(v >= num_images) + (w >= num_images) for w in range(size) if w != v or alone]
+            n_i = sum(
+                score for (j, _), score in s.items() if j != own and not (ignored is not None and ignored[i, j])
+            ) + torch.zeros((), dtype=logits.dtype)
+            if name == "Eq. 4":
+                total = total - torch.log(sum(p_i) / (sum(p_i) + n_i))
+            elif name == "Eq. 6":
+                total = total + sum(-torch.log(p / (sum(p_i) + n_i)) for p in p_i) / len(p_i)
+            else:
+                w_d = [1 / num_images**2, 1 / (2 * num_images * num_texts), 1 / num_texts**2]
+                ws = [w_d[kind] if name == "Eq. 12" else 1.0 for kind in kinds]
+                total = total + sum(-w * torch.log(p / (p + n_i)) for w, p in zip(ws, p_i)) / len(p_i)
+    return total
+
+
+def leaf(tensor, dtype=torch.float64):
+    return tensor.detach().to(dtype).requires_grad_()
+
+
+def inputs(num_images, num_texts, batch=3, global_batch=5, dtype=torch.float64):
+    """Own embeddings, all embeddings, 1/τ_D and b_D as leaves."""
+    g = torch.Generator().manual_seed(0)
+    size = num_images + num_texts
+    queries, keys = (F.normalize(torch.randn(n, size, 6, generator=g).double(), dim=-1) for n in (batch, global_batch))
+    return [leaf(x, dtype) for x in (queries, keys, torch.tensor([9.0, 14.0, 5.0]), torch.tensor([0.3, -0.2, 0.1]))]
+
+
+def loss_of(function, name, values, num_images, num_texts, ignored=None):
+    queries, keys, scales, offsets = values
+    domains = domain_combinations(num_images, num_texts)
+    logits = domain_logits(queries, keys, scales[domains], offsets[domains])
+    return function(name, logits, torch.arange(1, 1 + len(queries)), num_images, num_texts, ignored)
+
+
+def assert_same(one, other, values, other_values=None, **close):
+    torch.testing.assert_close(one, other, check_dtype=False, **close)
+    gradients = torch.autograd.grad(one, values), torch.autograd.grad(other, other_values or values)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, check_dtype=False, **close)
+
+
+# ---------------------------------------------------------------- equal to the equations
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("num_images", "num_texts"), [(3, 1), (2, 2), (1, 1)])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_equations_written_as_loops(name, num_images, num_texts, masked):
+    values = inputs(num_images, num_texts)
+    ignored = torch.tensor([[1, 0, 0, 1, 0], [0] * 5, [1, 1, 1, 0, 1]]).bool() if masked else None
+    one, other = (loss_of(f, name, values, num_images, num_texts, ignored) for f in (ours, naive))
+    assert_same(one, other, values, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_within_one_in_a_hundred_thousand(name):
+    single, double = (inputs(3, 1, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    one, other = loss_of(ours, name, single, 3, 1), loss_of(ours, name, double, 3, 1)
+    assert one.dtype == torch.float32
+    assert_same(one, other, single, double, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_embeddings_are_compared_in_float32(name):
+    """Logits of bfloat16 would be off by a hundredth; of bfloat16 embeddings, gradients are rounded once at the end."""
+    queries, keys, scales, offsets = inputs(3, 1)
+    rounded = [leaf(x, torch.bfloat16) for x in (queries, keys)]
+    exact = [leaf(x) for x in rounded]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss_of(ours, name, [*rounded, scales.float(), offsets.float()], 3, 1)
+    full = loss_of(ours, name, [*exact, scales, offsets], 3, 1)
+    assert half.item() == pytest.approx(full.item(), rel=1e-6)
+    for a, b in zip(torch.autograd.grad(half, rounded), torch.autograd.grad(full, exact)):
+        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-6)
+
+
+def test_domain_logits_are_equation_16():
+    queries, keys, scales, offsets = inputs(2, 1)
+    domains = domain_combinations(2, 1)
+    logits = domain_logits(queries, keys, scales[domains], offsets[domains])
+    for i, v, j, w in ((0, 0, 4, 1), (2, 1, 0, 2), (1, 2, 3, 0), (0, 2, 2, 2)):
+        d = (v == 2) + (w == 2)
+        torch.testing.assert_close(logits[i, v, j, w], scales[d] * (queries[i, v] @ keys[j, w] - offsets[d]))
+
+
+def test_weights_give_each_combination_the_same_share():
+    torch.testing.assert_close(
+        balancing_weights(3, 1),
+        torch.tensor([[1 / 9] * 3 + [1 / 6]] * 3 + [[1 / 6] * 3 + [1.0]], dtype=torch.float64),  # §2.2's example
+    )
+    for num_images, num_texts in ((1, 1), (2, 1), (1, 3), (4, 2)):
+        weights, domains = balancing_weights(num_images, num_texts), domain_combinations(num_images, num_texts)
+        for kind in range(3):
+            assert weights[domains == kind].sum().item() == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- equal to the official code
+
+
+def row(positives, negatives):
+    """The logits of one anchor with any positives and negatives, and the place of its own pair."""
+    size = len(positives)
+    padded = F.pad(negatives, (0, -len(negatives) % size), value=-math.inf)
+    return torch.cat([positives, padded]).view(1, 1, -1, size), torch.tensor([0])
+
+
+def labelled_sup_con(features, same, temperature, num_anchors):
+    """SupCon where positives are all samples of a class, anchor by anchor; `same` [sample, sample]."""
+    embeddings = features.transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
+    total = 0.0
+    for i in range(num_anchors):
+        logits = embeddings[i] @ embeddings.T / temperature
+        is_positive = same[i % len(same)].repeat(features.shape[1])
+        others = torch.arange(len(embeddings)) != i
+        own = logits[is_positive & others]
+        values, place = row(own, logits[~is_positive & others])
+        total = total + sup_con(values, place, torch.ones(1, len(own), dtype=torch.bool))
+    return total / num_anchors
+
+
+@pytest.mark.parametrize("name", ["supcon", "supcon_t01", "supcon_one", "supcon_mask"])
+def test_sup_con_equals_official_code(oracles, name):
+    oracle = oracles("multi_positive")
+    features = leaf(oracle[f"{name}.in.features"])
+    if name == "supcon_mask":
+        same = oracle["supcon_mask.in.mask"].bool()
+    else:
+        labels = oracle[f"{name}.in.labels"]
+        same = labels[:, None] == labels
+    temperature, base = oracle[f"{name}.par.temperature"], oracle[f"{name}.par.base_temperature"]
+    loss = labelled_sup_con(features, same, temperature, 8 if name == "supcon_one" else 16) * temperature / base
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(features.grad, oracle[f"{name}.out.grad_features"], rtol=1e-6, atol=1e-6)
+
+
+def test_sup_con_of_two_views_equals_official_code(oracles):
+    oracle = oracles("multi_positive")
+    features = leaf(oracle["supcon_unsup.in.features"])
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    logits = domain_logits(features, features, ones / oracle["supcon_unsup.par.temperature"], 0 * ones)
+    loss = sup_con(logits, torch.arange(8), ~torch.eye(2, dtype=torch.bool)) / 16
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), oracle["supcon_unsup.out.loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(features.grad, oracle["supcon_unsup.out.grad_features"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["milnce", "milnce_k1"])
+def test_mil_nce_equals_official_code(oracles, name):
+    """The official code sums over a video's texts and over a text's videos at once, and so has the positives twice below the line."""
+    oracle = oracles("multi_positive")
+    video, text = (leaf(oracle[f"{name}.in.{x}"]) for x in ("video", "text"))
+    x = (video @ text.T).view(6, 6, -1)  # [video, sample of the text, candidate]
+    logits = torch.cat([x, x.transpose(0, 1)], dim=1)[:, None]
+    loss = mil_nce(logits, torch.arange(6), torch.ones(1, x.shape[2], dtype=torch.bool)) / 6
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"], rtol=1e-6, atol=1e-6)
+    for value, key in ((video, "video"), (text, "text")):
+        torch.testing.assert_close(value.grad, oracle[f"{name}.out.grad_{key}"], rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- what the paper says of the gradients
+
+
+def gradients(name, positives, negatives):
+    """dL_i/ds of every positive score, by our losses."""
+    s = torch.tensor(positives, dtype=torch.float64, requires_grad=True)
+    logits, place = row(s.log(), torch.tensor(negatives, dtype=torch.float64).log())
+    pairs = torch.ones(1, len(positives), dtype=torch.bool)
+    if name == "MP-NCE":
+        loss = mp_nce(logits, place, pairs.double()) / len(positives)
+    else:
+        loss = {"MIL-NCE": mil_nce, "SupCon": sup_con}[name](logits, place, pairs)
+    return torch.autograd.grad(loss, s)[0].tolist()
+
+
+EASY_AND_HARD = [8.1e3, 0.9, 2.0]
+NEGATIVES = [0.5, 1.5, 3.0, 0.1]
+
+
+def test_gradients_are_equations_5_7_and_10():
+    p, n, count = sum(EASY_AND_HARD), sum(NEGATIVES), len(EASY_AND_HARD)
+    for q, mil, sup, mp in zip(
+        EASY_AND_HARD, *(gradients(name, EASY_AND_HARD, NEGATIVES) for name in ("MIL-NCE", "SupCon", "MP-NCE"))
+    ):
+        assert mil == pytest.approx(-n / (p * (p + n)), rel=1e-9)  # Eq. 5
+        assert sup == pytest.approx((q - (p + n) / count) / (q * (p + n)), rel=1e-9)  # Eq. 7
+        assert mp == pytest.approx(-n / (count * q * (q + n)), rel=1e-9)  # Eq. 10
+
+
+def test_easy_positives_starve_hard_ones_in_mil_nce_only():
+    with_easy, with_medium = [1e6, 0.9], [1.0, 0.9]
+    hard = {
+        name: [gradients(name, p, NEGATIVES)[1] for p in (with_easy, with_medium)] for name in ("MIL-NCE", "MP-NCE")
+    }
+    assert abs(hard["MIL-NCE"][0]) < 1e-9 * abs(hard["MIL-NCE"][1])
+    assert hard["MP-NCE"][0] == pytest.approx(hard["MP-NCE"][1])
+    assert hard["MP-NCE"][0] < -0.1
+
+
+def test_sup_con_pushes_the_easiest_positive_away():
+    """Where positives outweigh negatives, its gradient has the sign of s_q minus the positives' mean (Eq. 8)."""
+    scores = [900.0, 200.0, 100.0, 350.0]
+    for score, gradient in zip(scores, gradients("SupCon", scores, [0.01, 0.02])):
+        assert (gradient > 0) == (score > sum(scores) / 4)
+    assert max(gradients("SupCon", scores, [0.01, 0.02])) > 1e-4
+
+
+def test_mp_nce_never_pushes_a_positive_away():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        positives, negatives = ((4 * torch.randn(n, generator=g)).exp().tolist() for n in (4, 7))
+        assert max(gradients("MP-NCE", positives, negatives)) < 0
+
+
+# ---------------------------------------------------------------- offsets
+
+
+def offset_gradient(name, scales, offsets, num_texts=1):
+    values = [*inputs(3, num_texts)[:2], torch.tensor(scales).double(), leaf(torch.tensor(offsets))]
+    return torch.autograd.grad(loss_of(ours, name, values, 3, num_texts), values[3])[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_offset_for_all_domains_cancels(name):
+    gradient = offset_gradient(name, [9.0] * 3, [0.2] * 3)
+    assert gradient.sum().abs() < 1e-12 < 1e-3 < gradient.abs().min()  # Eq. 15: of the shared b, the three together
+
+
+@pytest.mark.parametrize("num_texts", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_lose_one_dimension(name, num_texts):
+    """b_D + c·τ_D is the same loss for any c."""
+    scales = torch.tensor([9.0, 14.0, 5.0])
+    gradient = offset_gradient(name, scales.tolist(), [0.3, -0.2, 0.1], num_texts)
+    assert (gradient / scales).sum().abs() < 1e-12
+    assert gradient.abs().min() > 1e-4
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("number", [1, 2, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["random", "identical", "zero"])
+@pytest.mark.parametrize("name", NAMES)
+def test_safe_at_temperature_one_hundredth(name, kind, number):
+    torch.manual_seed(0)
+    shape = (number, 2, 4)
+    x = {"random": torch.randn(shape), "identical": torch.ones(shape), "zero": torch.zeros(shape)}[kind]
+    x, scales, offsets = leaf(x, torch.float32), leaf(torch.full([3], 100.0), torch.float32), torch.zeros(3)
+    offsets.requires_grad_()
+    domains, embeddings = domain_combinations(1, 1), F.normalize(x, dim=-1)
+    logits = domain_logits(embeddings, embeddings, scales[domains], offsets[domains])
+    loss = ours(name, logits, torch.arange(number), 1, 1) / number
+    loss.backward()
+    assert all(torch.isfinite(value).all() for value in (loss, x.grad, scales.grad, offsets.grad))
+    if kind != "random":  # all scores are equal
+        weight = 0.75 if name == "Eq. 12" else 1.0  # mean of 1 and 1/2
+        assert loss.item() == pytest.approx(2 * weight * math.log(1 + 2 * (number - 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pair_whose_negatives_are_all_ignored_has_no_loss(name):
+    values = inputs(1, 2)
+    losses = loss_of(ours, name, values, 1, 2, torch.ones(3, 5, dtype=torch.bool))
+    expected = loss_of(naive, name, values, 1, 2, torch.ones(3, 5, dtype=torch.bool))
+    assert_same(losses, expected, values)
+    if name != "Eq. 6":  # SupCon compares positives with each other
+        assert losses.item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", [mil_nce, sup_con])
+def test_a_view_without_positives_has_no_loss(loss):
+    logits = leaf(torch.randn(3, 2, 5, 3))
+    positives, pairs = torch.arange(3), torch.tensor([[True, True, False], [False, False, False]])
+    one, other = loss(logits, positives, pairs), loss(logits[:, :1], positives, pairs[:1])
+    torch.testing.assert_close(one, other)
+    gradient = torch.autograd.grad(one, logits)[0]
+    assert torch.isfinite(gradient).all()
+    assert not gradient[:, 1].any()
