@@ -17,12 +17,18 @@ TRANSFORMER = {
 BATCH_NORM = {**TRANSFORMER, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet"}}
 
 
+def shrunk(config):
+    """The configuration with widths and queues of hundreds made small: what is tested does not depend on them."""
+    sizes = {name: 16 for name, value in vars(config).items() if type(value) is int and value >= 100}
+    return replace(config, **sizes)
+
+
 def build_method(name, folder, model=TRANSFORMER, cls=None, **changes):
     """A small method of the registry (or `cls` in its place), in float64, the same weights at every call."""
     path = folder / "model.json"
     path.write_text(json.dumps(model))
     torch.manual_seed(7)
-    config = replace(config_class(name)(), **changes)
+    config = replace(shrunk(config_class(name)()), **changes)
     return (cls or method_class(name))(
         config, TowerSpec(str(path), vocab_size=50, context_length=12, batch_norm_group=2)
     ).double()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 METHODS = {
     "clip": ("coalign.methods.clip:CLIP", "coalign.recipes.clip:CLIPConfig"),
     "slip": ("coalign.methods.slip:SLIP", "coalign.recipes.slip:SLIPConfig"),
+    "declip": ("coalign.methods.declip:DeCLIP", "coalign.recipes.declip:DeCLIPConfig"),
     "uniclip": ("coalign.methods.uniclip:UniCLIP", "coalign.recipes.uniclip:UniCLIPConfig"),
 }
 

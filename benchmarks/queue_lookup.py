@@ -1,0 +1,117 @@
+"""The search for nearest neighbours in a full queue of 65,536 texts, as a share of DeCLIP's training step at ViT-B/32.
+
+A step is what the trainer takes: two image views, two text views, masked language modelling, all losses and the look-ups, backward,
+AdamW, and the new rows into the queue. Captions have 16 tokens each, about the average of captions from the web; embeddings have the
+paper's 1,024 dimensions. The look-ups are timed where they are called, inside the step; `released_code` searches for both text views,
+`paper` for one. The first step is not counted. On one thread (the default) processor time is measured, so that other programs disturb
+little; on more, and on a GPU, time on the wall.
+
+Run: python benchmarks/queue_lookup.py [--batch-size 32] [--steps 3] [--threads 1] [--device cpu] [--model DeCLIP-ViT-B-32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from coalign.methods import declip
+from coalign.networks.towers import TowerSpec
+from coalign.optim import OptimiserConfig, build_optimisers
+from coalign.recipes.declip import DeCLIPConfig
+from coalign.training.distributed import RankGather, World
+from coalign.training.step import forward_backward
+from coalign.types import Batch, ImageView, StepInfo, TextView
+
+VOCABULARY, TOKENS, TARGET = 49_408, 16, 0.03
+
+
+def make_batch(method: declip.DeCLIP, size: int, device: torch.device) -> Batch:
+    """Random pixels and tokens, which cost what others cost."""
+    side = method.image.image_size
+    images = {
+        name: ImageView(torch.randint(256, (size, 3, side, side), dtype=torch.uint8), torch.zeros(size, 11))
+        for name in method.view_plan.images
+    }
+    texts = {}
+    for name, policy in method.view_plan.texts.items():
+        ids = torch.randint(VOCABULARY - 2, (size, TOKENS))
+        labels = torch.where(torch.rand(ids.shape) < policy.mask_p, ids, -100) if policy.mask_p else None
+        texts[name] = TextView(ids, torch.full((size,), TOKENS), labels)
+    rows = torch.arange(size)
+    return Batch(rows, images, texts, rows, rows >= 0).to(device)
+
+
+class Stopwatch:
+    """A function that adds up the seconds spent in it."""
+
+    def __init__(self, function: Callable[..., Any], clock: Callable[[], float]) -> None:
+        self.function, self.clock, self.seconds = function, clock, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = self.clock()
+        result = self.function(*arguments)
+        self.seconds += self.clock() - start
+        return result
+
+
+def measure(pairs: str, options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time() if alone else time.perf_counter()
+
+    torch.manual_seed(0)
+    config = DeCLIPConfig(neighbour_pairs=pairs)  # type: ignore[arg-type]
+    method = declip.DeCLIP(config, TowerSpec(options.model, VOCABULARY)).train().to(device)
+    while method.queue.fill < 1:
+        embeds = F.normalize(torch.randn(4096, method.image.embed_dim), dim=-1).to(device)
+        ids = torch.randint(2**62, (4096,), device=device)
+        method.queue.push(embeds=embeds, indices=ids, caption_ids=ids)
+    batch = make_batch(method, options.batch_size, device)
+    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
+    world, info = World(0, 1, device), StepInfo(500, 1000)
+    shares, lookup = [], Stopwatch(declip.nearest_neighbours, clock)
+    declip.nearest_neighbours, original = lookup, declip.nearest_neighbours
+    try:
+        for number in range(1 + options.steps):
+            lookup.seconds, start = 0.0, clock()
+            result = forward_backward(method, batch, info, world)
+            optimisers.step()
+            method.after_step(result.features, result.targets, RankGather(world), info)
+            optimisers.zero_grad()
+            step = clock() - start
+            assert result.terms["nns"] > 0, "no neighbours were found"
+            if number:
+                shares.append(lookup.seconds / step)
+    finally:
+        declip.nearest_neighbours = original
+    print(f"{pairs}\n  a step {step:.3g} s, of which look-ups {lookup.seconds:.3g} s (the last step)")
+    spread = f"from {min(shares):.2%} to {max(shares):.2%}; {len(shares)} steps; target at most {TARGET:.0%}"
+    print(f"  RATIO {statistics.median(shares):.2%} ({spread})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="DeCLIP-ViT-B-32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{options.model}, batch {options.batch_size}, {options.device}, threads {options.threads}, queue 65,536")
+    for pairs in ("paper", "released_code"):
+        measure(pairs, options)
+
+
+if __name__ == "__main__":
+    main()
