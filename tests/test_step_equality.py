@@ -10,7 +10,7 @@ from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
 
 from coalign.methods import METHODS, config_class
 from coalign.methods.clip import CLIP
-from coalign.training.distributed import World, join_world
+from coalign.training.distributed import RankGather, World, join_world
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import StepInfo
 
@@ -25,7 +25,8 @@ def switched(name):
     return [{}, *({switch: not value} for switch, value in values.items() if isinstance(value, bool))]
 
 
-CASES = [(name, model, changes) for name in METHODS for model in MODELS for changes in switched(name)]
+CASES = [(name, "transformer", changes) for name in METHODS for changes in switched(name)]
+CASES += [(name, "batch norm", {}) for name in METHODS]
 
 
 class WrongCount(CLIP):
@@ -39,11 +40,19 @@ class WrongCount(CLIP):
 
 
 def run_step(method, batch, world, slices=None):
-    """One step's loss, gradients and buffers."""
-    result = forward_backward(method, batch, STEP, world, slices=slices)
-    gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
-    move_statistics(method, world, keep=True)
-    return result.loss, gradients, {name: b.clone() for name, b in method.named_buffers()}
+    """The loss, the gradients and what is not trained after a step that follows another: queues hold rows by then, and teachers lag."""
+    for _ in range(2):
+        method.zero_grad()
+        result = forward_backward(method, batch, STEP, world, slices=slices)
+        gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+        move_statistics(method, world, keep=True)
+        with torch.no_grad():
+            for name, parameter in method.named_parameters():
+                if name in gradients:
+                    parameter -= 1e-3 * gradients[name]
+        method.after_step(result.features, result.targets, RankGather(world), STEP)
+    state = method.state_dict(keep_vars=True).items()
+    return result.loss, gradients, {name: value.clone() for name, value in state if not value.requires_grad}
 
 
 def assert_equal_steps(one, other):
@@ -52,7 +61,7 @@ def assert_equal_steps(one, other):
     assert gradients.keys() == other_gradients.keys()
     for name, gradient in gradients.items():
         error = (gradient - other_gradients[name]).norm()
-        assert error <= 1e-9 * gradient.norm() + 1e-15, f"{name}: {error / gradient.norm():.1e}"
+        assert error <= 1e-9 * gradient.norm() + 1e-13, f"{name}: {error / gradient.norm():.1e}"
     for name, buffer in buffers.items():
         torch.testing.assert_close(buffer, other_buffers[name], rtol=1e-9, atol=1e-12, msg=name)
 

@@ -16,6 +16,7 @@ METHODS = {
     "slip": ("coalign.methods.slip:SLIP", "coalign.recipes.slip:SLIPConfig"),
     "declip": ("coalign.methods.declip:DeCLIP", "coalign.recipes.declip:DeCLIPConfig"),
     "uniclip": ("coalign.methods.uniclip:UniCLIP", "coalign.recipes.uniclip:UniCLIPConfig"),
+    "mcd": ("coalign.methods.mcd:MCD", "coalign.recipes.mcd:MCDConfig"),
 }
 
 

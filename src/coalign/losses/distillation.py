@@ -1,0 +1,91 @@
+"""Log-ratio distillation (MCD, Eqs. 6–9), as sums over this rank's rows: the caller divides by the number of index pairs of all ranks.
+
+Eq. 6 compares two pairs, LR(a, b; c, d) = ℓ( log[D_S(a,b) / D_S(c,d)] − log[D_T(a,b) / D_T(c,d)] ). With the residual
+r(a, b) = log D_S(a, b) − log D_T(a, b) it is ℓ(r(a,b) − r(c,d)): every term here is a function of residuals.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from coalign.losses.contrastive import at_least_float32
+
+Norm = Literal["squared", "absolute"]
+SQUARED_EPS, EPS = 1e-4, 1e-6  # within the root (divided by the width), and within the logarithm (Kim et al. 2019)
+
+
+def log_distances(first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
+    """log D(a_i, b_i), the Euclidean distance of each row's pair, in at least float32; finite, with its gradient, where a_i = b_i."""
+    difference = at_least_float32(first) - at_least_float32(second)
+    return _log_root(difference.square().sum(1), first.shape[1])
+
+
+def all_log_distances(
+    first: Float[Tensor, "batch dim"], second: Float[Tensor, "global_batch dim"]
+) -> Float[Tensor, "batch global_batch"]:
+    """log D(a_i, b_j) of every row with every column, as `log_distances`."""
+    with torch.autocast(first.device.type, enabled=False):
+        a, b = at_least_float32(first), at_least_float32(second)
+        squared = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T  # [batch, global_batch]
+        return _log_root(squared.clamp(min=0), first.shape[1])
+
+
+def _log_root(squared: Tensor, dim: int) -> Tensor:
+    return ((squared + SQUARED_EPS / dim).sqrt() + EPS).log()
+
+
+def positive_log_ratio(
+    original: Float[Tensor, " batch"], augmented: Float[Tensor, " batch"], norm: Norm
+) -> Float[Tensor, ""]:
+    """Σ_i LR(v_i, t_i; ṽ_i, t_i) (Eq. 7), from the residuals r(v_i, t_i) and r(ṽ_i, t_i). Divide by the number of pairs N."""
+    return _norm(original - augmented, norm).sum()
+
+
+def negative_log_ratio(
+    original: Float[Tensor, "batch global_batch"],
+    augmented: Float[Tensor, "batch global_batch"],
+    positives: Int[Tensor, " batch"],
+    norm: Norm,
+) -> Float[Tensor, ""]:
+    """Σ_i Σ_{j≠i} LR(v_i, t_j; ṽ_i, t_j) (Eq. 8), from the residuals r(v_i, t_j) and r(ṽ_i, t_j). Divide by N(N − 1).
+
+    `positives` holds the column of each row's own text, which is left out.
+    """
+    return _norm(_without(original - augmented, positives), norm).sum()
+
+
+def noisy_log_ratio(
+    own: Float[Tensor, " batch"], gathered: Float[Tensor, " global_batch"], norm: Norm
+) -> Float[Tensor, ""]:
+    """Σ_i Σ_{j≠i} LR(v_i, t_i; v_j, t_j) (Eq. 9), from the residuals r(v_i, t_i) of own and of all rows. Divide by N(N − 1).
+
+    In O(N) memory: Σ_ij (r_i − r_j)² = 2N Σ_i (r_i − r̄)², so that the mean is twice the sample variance, and
+    Σ_ij |r_i − r_j| = 2 Σ_i r_i (#{r_j < r_i} − #{r_j > r_i}). Summed over all ranks' rows these are the terms; one rank's part differs.
+    """
+    if norm == "squared":
+        return 2 * len(gathered) * (own - gathered.mean()).square().sum()
+    ascending = gathered.detach().sort().values
+    value = own.detach().contiguous()
+    below = torch.searchsorted(ascending, value, right=False)
+    above = len(ascending) - torch.searchsorted(ascending, value, right=True)
+    return 2 * (own * (below - above)).sum()
+
+
+def noisy_log_ratio_of_texts(
+    residuals: Float[Tensor, "batch global_batch"], positives: Int[Tensor, " batch"], norm: Norm
+) -> Float[Tensor, ""]:
+    """Σ_i Σ_{j≠i} LR(v_i, t_i; v_i, t_j), the other reading of Eq. 9: an image's own text against others'. Divide by N(N − 1)."""
+    own = residuals.gather(1, positives[:, None])  # [batch, 1]
+    return _norm(_without(own - residuals, positives), norm).sum()
+
+
+def _without(differences: Tensor, positives: Tensor) -> Tensor:
+    return differences.scatter(1, positives[:, None], 0.0)
+
+
+def _norm(differences: Tensor, norm: Norm) -> Tensor:
+    return differences.square() if norm == "squared" else differences.abs()
