@@ -43,4 +43,6 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/views_3.py
 	@$(BIN)/python benchmarks/step_clip.py
+	@$(BIN)/python benchmarks/step_overhead.py
+	@$(BIN)/python benchmarks/queue_lookup.py
 	@test -z "$(DATA)" || $(BIN)/python benchmarks/startup.py "$(DATA)"

@@ -1,0 +1,174 @@
+"""What a method's training step costs beyond the encoder passes that it cannot do without, for every method of the registry.
+
+The step is the trainer's: views' encoders, heads, losses, queues, teachers, backward, gradient norm, AdamW. Bare is the same towers called
+as often on the same inputs (the calls of one step are recorded), with projections, a sum in place of all losses, backward, gradient norm
+and AdamW on the towers; teachers without gradient. Model: width 384, 12 layers, 64-pixel images in patches of 16, text of width 384; the
+papers' heads, queues (filled) and vocabulary; captions as they come from the web, with the method's own text views. Both sides take turns;
+the first step of each is not timed. On one thread (the default) processor time is measured, so that other programs disturb little.
+
+Run: python benchmarks/step_overhead.py [METHOD …] [--batch-size 256] [--repeats 3] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from captions import CAPTIONS
+from torch import Tensor, nn
+
+from coalign.data.text_views import NOT_MASKED, text_view
+from coalign.data.tokenizer import load_tokenizer
+from coalign.method import Method
+from coalign.methods import METHODS, config_class, method_class
+from coalign.networks.queue import FeatureQueue
+from coalign.networks.towers import ImageTower, TextTower, TowerSpec
+from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
+from coalign.training.distributed import RankGather, World
+from coalign.training.step import forward_backward
+from coalign.types import Batch, ImageView, StepInfo, TextView, ViewPlan
+
+TARGET, CONTEXT, SIDE, PATCH = 1.15, 77, 64, 16
+MODEL = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": SIDE, "layers": 12, "width": 384, "patch_size": PATCH, "head_width": 64},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 384, "heads": 6, "layers": 12},
+}
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def make_batch(plan: ViewPlan, size: int) -> Batch:
+    """Random pixels, which cost what others cost, and real captions in the method's own views."""
+    tokenizer, generator = load_tokenizer("clip"), np.random.default_rng(0)
+    captions = [f"{CAPTIONS[row % len(CAPTIONS)]} {row // len(CAPTIONS) or ''}".strip() for row in range(size)]
+    rows, grid = torch.arange(size), SIDE // PATCH
+    images = {
+        name: ImageView(
+            torch.randint(256, (size, 3, SIDE, SIDE), dtype=torch.uint8),
+            torch.rand(size, 11),
+            torch.rand(size, grid, grid) if plan.patch_ranks else None,
+        )
+        for name in plan.images
+    }
+    texts = {}
+    for name, policy in plan.texts.items():
+        views = [text_view(caption, policy, generator, tokenizer, CONTEXT) for caption in captions]
+        lengths = torch.tensor([len(view.ids) for view in views])
+        ids = torch.zeros(size, int(lengths.max()), dtype=torch.long)
+        labels = torch.full_like(ids, NOT_MASKED)
+        for row, view in enumerate(views):
+            ids[row, : len(view.ids)] = torch.tensor(view.ids)
+            if view.labels is not None:
+                labels[row, : len(view.ids)] = torch.tensor(view.labels)
+        texts[name] = TextView(ids, lengths, labels if policy.mask_p else None)
+    tags = torch.randint(1000, (size, 5)) if plan.tags else None
+    return Batch(rows, images, texts, rows, rows >= 0, tags)
+
+
+def fill_queues(method: Method) -> None:
+    for queue in (module for module in method.modules() if isinstance(module, FeatureQueue)):
+        columns = {name: queue[name] for name in queue.columns}
+        rows = {
+            name: torch.randn_like(value) if value.is_floating_point() else torch.randint_like(value, 2**31, 2**32)
+            for name, value in columns.items()
+        }
+        queue.push(**rows)
+
+
+def full_step(method: Method, batch: Batch) -> Callable[[], None]:
+    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
+    parameters, info = optimisers.parameters(), StepInfo(500, 1000)
+
+    def step() -> None:
+        result = forward_backward(method, batch, info, WORLD)
+        assert torch.isfinite(clip_gradients(parameters, None))
+        optimisers.step()
+        method.after_step(result.features, result.targets, RankGather(WORLD), info)
+        optimisers.zero_grad()
+
+    return step
+
+
+def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[str]]:
+    """The towers' calls of one step, alone; and what they are."""
+    calls: list[tuple[nn.Module, tuple[Tensor, ...], bool]] = []
+
+    def record(tower: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        calls.append((tower, arguments, torch.is_grad_enabled()))
+
+    towers = [module for module in method.modules() if isinstance(module, (ImageTower, TextTower))]
+    hooks = [tower.register_forward_pre_hook(record) for tower in towers]
+    info = StepInfo(500, 1000)
+    method.encode(batch, info)
+    with torch.no_grad():
+        method.encode_targets(batch, info)
+    for hook in hooks:
+        hook.remove()
+    trained = {id(p): p for tower, _, grad in calls if grad for p in tower.parameters()}
+    optimisers = build_optimisers({"towers": list(trained.values())}, OptimiserConfig())
+
+    def step() -> None:
+        sums = []
+        for tower, arguments, grad in calls:
+            with torch.set_grad_enabled(grad):
+                features = tower(*arguments)
+                pooled = features if isinstance(features, Tensor) else features.pooled
+                sums.append(tower.projection(pooled).sum())  # type: ignore[operator]
+        torch.stack([total for total in sums if total.requires_grad]).sum().backward()
+        assert torch.isfinite(clip_gradients(optimisers.parameters(), None))
+        optimisers.step()
+        optimisers.zero_grad()
+
+    kinds = [
+        f"{'trained' if grad else 'teacher'} {'image' if isinstance(tower, ImageTower) else 'text'} × {len(inputs[0])}"
+        for tower, inputs, grad in calls
+    ]
+    return step, kinds
+
+
+def timed(step: Callable[[], None]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    step()
+    return clock() - start
+
+
+def measure(name: str, model: Path, size: int, repeats: int) -> None:
+    torch.manual_seed(0)
+    method = method_class(name)(config_class(name)(), TowerSpec(str(model), MODEL["text_cfg"]["vocab_size"], CONTEXT))  # type: ignore[index]
+    method.train()
+    fill_queues(method)
+    batch = make_batch(method.view_plan, size)
+    bare, kinds = bare_step(method, batch)
+    full = full_step(method, batch)
+    times = [(timed(full), timed(bare)) for _ in range(1 + repeats)][1:]
+    ratios = sorted(one / other for one, other in times)
+    spread = f"from {ratios[0]:.3f} to {ratios[-1]:.3f}; {repeats} pairs of steps; target at most {TARGET}"
+    print(f"{name}: {', '.join(kinds)}\n  RATIO {statistics.median(ratios):.3f} ({spread})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"batch {options.batch_size}, threads {options.threads}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.json"
+        model.write_text(json.dumps(MODEL))
+        for name in options.methods:
+            measure(name, model, options.batch_size, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
