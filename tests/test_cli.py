@@ -62,6 +62,7 @@ OPTIONS = {
     "batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction max-non-finite temperature "
     "max-logit-scale multi-positive",
     "eval": "tasks weights split classes label prompts json device workers",
+    "compare": "report json",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",
     "data check": "report limit",
@@ -141,6 +142,10 @@ def complaint(capsys, *args):
         ("eval runs/x --tasks retrieval:", "KIND:DATA"),
         ("eval runs/x --tasks retreival:x", "retrieval"),
         ("eval no/such/run --tasks retrieval:x", "no/such/run does not exist"),
+        ("compare", "two runs or more"),
+        ("compare runs/x", "two runs or more"),
+        ("compare no/such/run no/other/run", "no/such/run does not exist"),
+        ("compare runs/x ./runs/x", "runs/x is given twice"),
         ("data check no/such/data", "there is no no/such/data"),
         ("data check scenes:many", "scenes"),
         ("data tokenizer no/such/data --out t.json", "there is no no/such/data"),

@@ -12,7 +12,8 @@ import tiny
 import coalign.recipes.clip
 from coalign import cli
 from coalign.evaluation.retrieval import RetrievalResult
-from coalign.run import data, evaluate, reporting, train
+from coalign.report.compare_page import Comparison
+from coalign.run import compare, data, evaluate, reporting, train
 from coalign.types import DualEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,13 @@ def called(monkeypatch):
         "train_tokenizer",
     ):
         monkeypatch.setattr(data, name, record)
-    for module, name in ((evaluate, "evaluate"), (evaluate, "write_json"), (reporting, "print_results")):
+    monkeypatch.setattr(compare, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
+    for module, name in (
+        (evaluate, "evaluate"),
+        (evaluate, "write_json"),
+        (reporting, "print_results"),
+        (reporting, "print_comparison"),
+    ):
         monkeypatch.setattr(module, name, record)
     monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
     return calls

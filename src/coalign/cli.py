@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,6 +149,28 @@ def eval_command(
         write_json(results, json)
 
 
+def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
+    """Compare finished runs side by side on the same held-out pairs, with paired differences to the first.
+
+    Runs that differ in their seed alone become one line. Example: coalign compare runs/clip runs/slip --report compare.html
+
+    Args:
+        runs: the folders of two or more runs
+        report: write a page with figures to this HTML file
+        json: write the figures to this file
+    """
+    from coalign.run.compare import compare
+    from coalign.run.evaluate import write_json
+    from coalign.run.reporting import print_comparison
+
+    comparison = compare(runs, report)
+    print_comparison(comparison)
+    if json:
+        write_json(comparison.to_json(), json)
+    if report:
+        print(f"Report: {report}")
+
+
 def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
     """Write the scenes data set: pictures drawn by code, with captions, tags and exact ground truth.
     Training needs no copy of it: --data scenes:8192.
@@ -262,7 +284,13 @@ class Command:
 
 def _plain(function: Callable[..., None], name: str) -> Command:
     summary = (function.__doc__ or "").strip().split("\n")[0]
-    return Command(summary, lambda args: _parse(function, args, name))
+
+    # called when parsing is over: what the command itself writes to stderr is no complaint of the parser's
+    @wraps(function)
+    def later(*args: Any, **options: Any) -> Callable[[], None]:
+        return lambda: function(*args, **options)
+
+    return Command(summary, lambda args: _parse(later, args, name)())
 
 
 def _parse(target: Any, args: list[str], name: str, **options: Any) -> Any:
@@ -287,6 +315,7 @@ COMMANDS = {
         "Train a model on image-text pairs, evaluate it on held-out ones, and write a report.", train_command
     ),
     "eval": _plain(eval_command, "eval"),
+    "compare": _plain(compare_command, "compare"),
     "data openclipart": _plain(openclipart_command, "data openclipart"),
     "data scenes": _plain(scenes_command, "data scenes"),
     "data check": _plain(check_command, "data check"),

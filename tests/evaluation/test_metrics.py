@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score
 
 from coalign.errors import UserError
@@ -115,3 +116,42 @@ def test_chance_median_rank_is_that_of_random_orders():
     assert metrics.chance_median_rank(wrong, right) == pytest.approx(np.median(ranks), abs=1.0)
     assert metrics.chance_median_rank(np.array([0]), np.array([1])) == 1
     assert metrics.chance_median_rank(np.array([999_999]), np.array([1])) == 500_000
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def test_mean_median_of_one_run_is_its_median():
+    generator = np.random.default_rng(4)
+    values, clusters = generator.integers(1, 50, 120).astype(float), np.sort(generator.integers(0, 40, 120))
+    assert metrics.mean_median([values], clusters, seed=3) == metrics.median(values, clusters, seed=3)
+
+
+def test_mean_median_draws_the_same_items_for_every_run():
+    """Naive: items are drawn, then each run's median is taken of the drawn ones, and the others' mean is subtracted."""
+    generator = np.random.default_rng(5)
+    runs = generator.exponential(20, (5, 90)).round() + generator.exponential(20, 90).round()
+    clusters = np.arange(90) // 3
+    found = metrics.mean_median(runs[:2], clusters, minus=runs[2:])
+    draws = []
+    for _ in range(3000):
+        rows = (generator.integers(30, size=30)[:, None] * 3 + np.arange(3)).ravel()
+        medians = np.median(runs[:, rows], axis=1)
+        draws.append(medians[:2].mean() - medians[2:].mean())
+    low, high = np.quantile(draws, [0.025, 0.975])
+    medians = np.median(runs, axis=1)
+    assert found.value == pytest.approx(medians[:2].mean() - medians[2:].mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+    same = metrics.mean_median(runs[:2], clusters, minus=runs[:2])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_over_runs_is_the_t_interval_and_welchs():
+    first, second = [0.21, 0.25, 0.24], [0.31, 0.27, 0.36, 0.30]
+    alone = stats.ttest_1samp(first, 0).confidence_interval(0.95)
+    assert metrics.over_runs(first) == pytest.approx(tuple(alone))
+    welch = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
+    assert metrics.over_runs(second, first) == pytest.approx(tuple(welch))
+    assert metrics.over_runs([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    assert metrics.over_runs([0.5]) is None
+    assert metrics.over_runs(first, [0.5]) is None

@@ -43,14 +43,28 @@ def test_every_logged_key_is_drawn():
         "Recall and accuracy",
         "Learning rate",
         "Gradient norm",
+        "Term: masked",
         "Logit scale",
-        "image text",
-        "Share of time waiting for data",
+        "Scale image text",
+        "Time waiting for data",
     ]
     lines = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
-    assert set(lines) == {"training loss", "held-out loss", "masked"}
+    assert set(lines) == {"training loss", "held-out loss"}
+    widths = [axes.get_subplotspec().colspan for axes in figure.axes]
+    assert [len(width) for width in widths] == [3] * 4 + [2] * 4  # terms and scalars in small panels
     np.testing.assert_array_equal(lines["held-out loss"].get_xdata(), range(9, 100, 10))
     assert drawn(figure).min() < 100
+
+
+def test_a_family_of_scalars_is_one_panel_with_room_for_its_legend():
+    rows = [{"step": step, "offset_a": -step / 10, "offset_b": 0.0, "offset_c": step / 10} for step in range(9)]
+    figure = figures.training_curves(rows)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "c"]
+    assert axes.get_ylim()[0] < -0.8
+    assert axes.get_ylim()[1] > 1.6
+    drawn(figure)
 
 
 def test_the_running_mean_of_a_straight_line_is_the_line():

@@ -269,7 +269,7 @@ def test_hardly_any_pairs_train_with_the_defaults(tmp_path, model_file, count, r
 def test_nothing_held_out(tmp_path, pairs, model_file, real_report):
     assert go(pairs, tmp_path / "run", model_file, val_fraction=0, epochs=1) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_train"] == 64
-    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"run"}
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"run", "parameters"}
     assert not [row for row in tiny.rows(tmp_path / "run" / "metrics.jsonl") if "val/loss" in row]
 
 

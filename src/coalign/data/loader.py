@@ -274,6 +274,15 @@ def _check_sizes(pairs: int, batch_size: int, world_size: int) -> None:
     if pairs < 2:
         found = "no train pairs" if pairs == 0 else "one train pair"
         raise UserError(f"The data has {found}, but contrastive training needs at least two: add data.")
+    check_batch_size(batch_size, world_size)
+    if batch_size > pairs:
+        largest = pairs // world_size * world_size
+        advice = f"use --batch-size {largest} or less" if largest else f"use at most {pairs} processes"
+        raise UserError(f"The data has {pairs:,} train pairs, fewer than --batch-size {batch_size:,}; {advice}.")
+
+
+def check_batch_size(batch_size: int, world_size: int) -> None:
+    """UserError for a batch that no data could fill."""
     if batch_size < 2:
         raise UserError(f"--batch-size {batch_size} is too small: contrastive training needs at least 2.")
     if batch_size % world_size:
@@ -281,10 +290,6 @@ def _check_sizes(pairs: int, batch_size: int, world_size: int) -> None:
         raise UserError(
             f"--batch-size {batch_size} cannot be shared equally by {world_size} processes; use --batch-size {larger}."
         )
-    if batch_size > pairs:
-        largest = pairs // world_size * world_size
-        advice = f"use --batch-size {largest} or less" if largest else f"use at most {pairs} processes"
-        raise UserError(f"The data has {pairs:,} train pairs, fewer than --batch-size {batch_size:,}; {advice}.")
 
 
 def _unusable(source: str, tried: list[BadEntry]) -> str:

@@ -1,14 +1,14 @@
 """Figures with bootstrap intervals: accuracy, mean per class, R@K, median rank.
 
 An interval is the bootstrap percentile interval over the evaluated items: it says how far the figure would move with
-another sample of items of the same kind, not with another training run. With one item, or when every item agrees, it
-has no width. Ties are not broken by position: a figure is its expectation when tied candidates are put in random order,
-so a collapsed model scores exactly chance.
+another sample of items of the same kind, not with another training run, which `over_runs` says. With one item, or when
+every item agrees, it has no width. Ties are not broken by position: a figure is its expectation when tied candidates are
+put in random order, so a collapsed model scores exactly chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,27 @@ def per_class(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.nd
 def median(values: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Metric:
     """Median of values [item] (the mean of the middle two of an even number); resampled as in `mean`."""
     values = _checked(values)
+    return _metric(float(np.median(values)), _median_draws(values, clusters, seed), len(values))
+
+
+def mean_median(
+    values: Sequence[np.ndarray], clusters: np.ndarray, minus: Sequence[np.ndarray] = (), seed: int = 0
+) -> Metric:
+    """The mean over runs of each run's median of values [item], less the same of other runs on the same items if there are any.
+
+    The same draws of items are taken for every run, so that the interval of a difference is that of paired runs.
+    """
+    runs, others = ([_checked(run) for run in side] for side in (values, minus))
+    draws = np.mean([_median_draws(run, clusters, seed) for run in runs], axis=0)
+    value = float(np.mean([np.median(run) for run in runs]))
+    if others:
+        draws = draws - np.mean([_median_draws(run, clusters, seed) for run in others], axis=0)
+        value -= float(np.mean([np.median(run) for run in others]))
+    return _metric(value, draws, len(runs[0]))
+
+
+def _median_draws(values: np.ndarray, clusters: np.ndarray | None, seed: int) -> np.ndarray:
+    """The median of every resample [replicate]; with clusters, the same resamples for any values."""
     if clusters is None:
         ordered, multiplicity = np.unique(values, return_counts=True)
         group = np.arange(len(ordered))
@@ -92,7 +113,24 @@ def median(values: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0
         lower = ordered[np.argmax(passed > (total - 1) // 2, axis=1)]
         upper = ordered[np.argmax(passed > total // 2, axis=1)]
         draws.append((lower + upper) / 2)
-    return _metric(float(np.median(values)), np.concatenate(draws), len(values))
+    return np.concatenate(draws)
+
+
+def over_runs(values: Sequence[float], minus: Sequence[float] | None = None) -> tuple[float, float] | None:
+    """95 % t-interval of the mean of a figure over runs that differ in their seed, or of its difference to other runs' mean (Welch).
+
+    It says how far another choice of seeds would move the figure on the same items. None with a single run on a side.
+    """
+    from scipy.special import stdtrit  # not at the top: training starts without it
+
+    sides = [np.asarray(side, dtype=np.float64) for side in (values, minus) if side is not None]
+    if any(len(side) < 2 for side in sides):
+        return None
+    squares = [side.var(ddof=1) / len(side) for side in sides]  # of the standard errors
+    freedom = sum(squares) ** 2 / max(sum(s**2 / (len(side) - 1) for s, side in zip(squares, sides)), 1e-300)
+    half = float(stdtrit(max(1.0, freedom), (1 + LEVEL) / 2) * sum(squares) ** 0.5)
+    middle = float(sides[0].mean() - (sides[1].mean() if len(sides) > 1 else 0))
+    return middle - half, middle + half
 
 
 def hit_probability(better: np.ndarray, tied_wrong: np.ndarray, tied_right: np.ndarray, k: int) -> np.ndarray:

@@ -29,6 +29,10 @@ class Direction:
     median_rank: Metric  # of each query's best right answer; 1 is the best
     chance_median_rank: float
     queries: np.ndarray  # int64 [query]: row of the query; images without a caption ask nothing
+    clusters: np.ndarray  # int64 [query]: row of the query's image; the bootstrap draws images with all their captions
+    hits: dict[
+        int, np.ndarray
+    ]  # float64 [query]: whether a right answer is among the first K (its probability under ties)
     ranks: np.ndarray  # float64 [query]: rank of the best right answer (expected rank where it ties with wrong ones)
     top: np.ndarray  # int64 [query, 10 or fewer]: rows of the best answers
     top_scores: np.ndarray  # float32, their cosines
@@ -40,6 +44,11 @@ class Direction:
         }
         out["median_rank"] = {**self.median_rank.to_json(), "chance": self.chance_median_rank}
         return out
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """What the figures of `to_json` are means or medians of, query by query, and the queries' clusters."""
+        hits = {f"r{k}": values for k, values in self.hits.items()}
+        return {**hits, "median_rank": self.ranks, "clusters": self.clusters}
 
 
 @dataclass
@@ -64,6 +73,10 @@ class RetrievalResult:
             "distinct_captions": self.num_distinct_texts,
             "images_without_caption": self.num_captionless,
         }
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        sides = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return {f"{name}.{key}": values for name, side in sides.items() for key, values in side.outcomes().items()}
 
 
 @dataclass
@@ -188,6 +201,8 @@ def _search(
         median_rank=metrics.median(ranks, clusters, seed),
         chance_median_rank=metrics.chance_median_rank(wrong, num_right),
         queries=rows,
+        clusters=clusters,
+        hits=found,
         ranks=ranks,
         top=top_n,
         top_scores=scores_n,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.embed import Evaluation, embed_images, embed_texts, require_finite
+from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, Metric
 from coalign.evaluation.prompts import check_distinct, checked_templates
 from coalign.types import DualEncoder
@@ -32,6 +32,10 @@ class ZeroShotResult:
     per_class: list[float | None]  # None: no item of the class
     confusion: np.ndarray  # int64 [true class, predicted class]
     predictions: np.ndarray  # int64 [image]
+    labels: np.ndarray  # int64 [image]
+    correct: dict[
+        int, np.ndarray
+    ]  # float64 [image]: whether the class is among the first K (its probability under ties)
     classnames: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -49,6 +53,11 @@ class ZeroShotResult:
             "intervals": intervals,
             "per_class": dict(zip(self.classnames, self.per_class)),
         }
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """What the figures with an interval are means of, image by image, and the images' classes."""
+        top5 = {"acc5": self.correct[5]} if self.top5 is not None else {}
+        return {"acc1": self.correct[1], **top5, "mean_per_class_recall": self.correct[1], "classes": self.labels}
 
 
 def class_weights(model: DualEncoder, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -99,6 +108,8 @@ def zero_shot(
         per_class=[None if np.isnan(rate) else float(rate) for rate in by_class],
         confusion=pairs.reshape(num_classes, num_classes),
         predictions=predicted,
+        labels=truth_n,
+        correct={1: correct, 5: correct5},
         classnames=list(classnames),
     )
 
@@ -110,10 +121,11 @@ def classify(
     classnames: Sequence[str],
     templates: Sequence[str],
 ) -> Evaluation:
-    """Embeds and scores a data set: batches as `embed_images` takes them, the class of each index that has one."""
+    """Embeds and scores a data set: batches as `embed_images` takes them, the class of each index that has one, without the others."""
     weights = class_weights(model, classnames, templates)
     images = embed_images(model, batches)
     rows = [row for row, index in enumerate(images.indices) if index in labels]
-    truth = torch.tensor([labels[images.indices[row]] for row in rows], dtype=torch.long)
-    result = zero_shot(images.embeds[rows], truth, weights, classnames)
+    images = ImageEmbeds(images.embeds[rows], [images.indices[row] for row in rows], images.bad)
+    truth = torch.tensor([labels[index] for index in images.indices], dtype=torch.long)
+    result = zero_shot(images.embeds, truth, weights, classnames)
     return Evaluation(result, images, list(classnames), weights)

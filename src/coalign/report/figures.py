@@ -15,12 +15,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from coalign.report import curves
+
 INK, SOFT, LINE = "#1c2430", "#5b6675", "#dfe4ea"
 # Told apart by the colour-blind, and by lightness in a grey print.
 PALETTE = ("#2b5c8a", "#d1782f", "#3a9c8d", "#8b5fa8", "#b8962e", "#b4442c", "#6f7c8a", "#86b3dc")
 IMAGE_COLOUR, TEXT_COLOUR = PALETTE[0], PALETTE[1]
 BLUES = LinearSegmentedColormap.from_list("paper_to_blue", ["#f7f9fb", "#a9c6e0", "#2b5c8a", "#122c47"])
-RECALL, WAITING = "Recall and accuracy", "Share of time waiting for data"  # panels in per cent
 WIDTH = 9.2  # inches; the page's column
 
 
@@ -39,49 +40,65 @@ class MetricRow:
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """The rows of metrics.jsonl, a panel per group of keys; keys may be absent, values None. None: nothing to draw."""
-    panels = [(title, series) for title, series in _panels(rows) if series]
+    panels = [panel for panel in curves.panels(rows) if panel.series]
     if not panels:
         return None
-    steps_seen = [steps for _, series in panels for steps, _ in series.values()]
+    steps_seen = [steps for panel in panels for steps, _ in panel.series.values()]
     first, last = min(steps[0] for steps in steps_seen), max(steps[-1] for steps in steps_seen)
-    columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = _figure(WIDTH, 2.5 * lines + 0.2)
-    for position, (title, series) in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, columns, position)
-        _style(axes, title)
-        for colour, (name, (steps, values)) in zip(PALETTE * len(series), series.items()):
-            _curve(axes, steps, values, name, colour)
-        if len(series) > 1 or next(iter(series)) != title:
-            many = len(series) > 3
-            axes.legend(
-                frameon=False,
-                fontsize=8,
-                labelcolor=SOFT,
-                handlelength=1.4,
-                ncols=2 if many else 1,
-                loc="upper left" if many else "best",
-            )
-            if many:  # room for the legend above the curves
-                axes.set_ylim(top=1.6 * max(max(values) for _, values in series.values()) or 1.0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        margin = 0.02 * (last - first) or 1.0
+    margin = 0.02 * (last - first) or 1.0
+    large = [panel for panel in panels if not panel.small]
+    small = [panel for panel in panels if panel.small]
+    heights = [2.5] * math.ceil(len(large) / 2) + [1.85] * math.ceil(len(small) / 3)
+    figure = new_figure(WIDTH, sum(heights) + 0.2)
+    grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)  # two large panels or three small ones in a row
+    places = [(row, slice(start, start + 3)) for row in range(math.ceil(len(large) / 2)) for start in (0, 3)]
+    first_small = math.ceil(len(large) / 2)
+    small_places = [(row, slice(start, start + 2)) for row in range(first_small, len(heights)) for start in (0, 2, 4)]
+    for panel, place in [*zip(large, places), *zip(small, small_places)]:
+        axes = figure.add_subplot(grid[place])
+        _panel(axes, panel)
         axes.set_xlim(first - margin, last + margin)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
-        axes.yaxis.get_offset_text().set(size=8, color=SOFT)
-        if title in (RECALL, WAITING):
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(_percent())
-        if position > len(panels) - columns:
+        if place[0] == len(heights) - 1:
             axes.set_xlabel("step", fontsize=9, color=SOFT)
     return figure
 
 
+def _panel(axes: Axes, panel: curves.Panel) -> None:
+    series, size = panel.series, 7.5 if panel.small else 8
+    style(axes, panel.title)
+    for colour, (name, (steps, values)) in zip(PALETTE * len(series), series.items()):
+        _curve(axes, steps, values, name, colour)
+    if len(series) > 1 or next(iter(series)) != panel.title:
+        many = len(series) > (2 if panel.small else 3)
+        axes.legend(
+            frameon=False,
+            fontsize=size,
+            labelcolor=SOFT,
+            handlelength=1.4,
+            ncols=2 if many else 1,
+            loc="upper left" if many else "best",
+        )
+        if many:  # room for the legend above the curves
+            low, high = (pick(pick(values) for _, values in series.values()) for pick in (min, max))
+            low = 0.0 if panel.percent else low
+            axes.set_ylim(top=high + 0.6 * (high - low) or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(3 if panel.small else 5, integer=True))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+    axes.yaxis.get_offset_text().set(size=8, color=SOFT)
+    if panel.small:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(labelsize=7.5)
+        axes.title.set_fontsize(9)
+    if panel.percent:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(percent_axis())
+
+
 def metric_bars(rows: Sequence[MetricRow]) -> Figure:
     """Rates with their intervals as horizontal bars; a tick marks chance."""
-    figure = _figure(WIDTH, 0.36 * len(rows) + 0.9)
+    figure = new_figure(WIDTH, 0.36 * len(rows) + 0.9)
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     places = np.arange(len(rows))[::-1]
     values = np.array([row.value for row in rows])
@@ -101,7 +118,7 @@ def metric_bars(rows: Sequence[MetricRow]) -> Figure:
     axes.tick_params(axis="y", length=0, colors=INK)
     axes.spines["left"].set_visible(False)
     axes.set_xlim(0, right * 1.12)
-    axes.xaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(percent_axis())
     return figure
 
 
@@ -158,9 +175,9 @@ def modality_gap(image_embeds: np.ndarray, text_embeds: np.ndarray) -> tuple[Fig
     share = (strengths**2)[:2].sum() / max((strengths**2).sum(), 1e-30)
     distance = float(np.linalg.norm(image_embeds.mean(axis=0) - text_embeds.mean(axis=0)))
 
-    figure = _figure(WIDTH * 0.72, 4.6)
+    figure = new_figure(WIDTH * 0.72, 4.6)
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     images, texts = points[: len(image_embeds)], points[len(image_embeds) :]
     for image, text in list(zip(images, texts))[:150]:
         axes.plot([image[0], text[0]], [image[1], text[1]], color=LINE, linewidth=0.6, zorder=1)
@@ -185,9 +202,9 @@ def modality_gap(image_embeds: np.ndarray, text_embeds: np.ndarray) -> tuple[Fig
 def histogram(values: Mapping[str, np.ndarray], label: str) -> Figure:
     """Distributions over the same bins, each scaled to its own total; values that are not finite are left out."""
     kept = {name: np.asarray(v, dtype=np.float64)[np.isfinite(v)] for name, v in values.items()}
-    figure = _figure(WIDTH * 0.72, 2.9)
+    figure = new_figure(WIDTH * 0.72, 2.9)
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     everything = np.concatenate(list(kept.values()) or [np.zeros(0)])
     edges = np.histogram_bin_edges(everything, bins=min(60, max(10, int(len(everything) ** 0.5))))
     for colour, (name, numbers) in zip(PALETTE * len(kept), kept.items()):
@@ -197,7 +214,7 @@ def histogram(values: Mapping[str, np.ndarray], label: str) -> Figure:
                 numbers, edges.tolist(), weights=weights, color=colour, alpha=0.45, histtype="stepfilled", label=name
             )
             axes.hist(numbers, edges.tolist(), weights=weights, color=colour, linewidth=1.4, histtype="step")
-    axes.yaxis.set_major_formatter(_percent())
+    axes.yaxis.set_major_formatter(percent_axis())
     axes.set_xlabel(label, fontsize=9, color=SOFT)
     if len(kept) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=SOFT)
@@ -209,7 +226,7 @@ def confusion_matrix(confusion: np.ndarray, classnames: Sequence[str]) -> Figure
     n = len(classnames)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(0.42 * n, 2.4, 7.0))
-    figure = _figure(side + 2.2, side + 1.2)
+    figure = new_figure(side + 2.2, side + 1.2)
     axes = figure.add_subplot()
     axes.imshow(share, cmap=BLUES, vmin=0, vmax=1, interpolation="nearest")
     _bare(axes)
@@ -235,51 +252,6 @@ def percent(value: float) -> str:
     return f"{shown:.1f} %" if shown >= 0.95 or shown == 0 else f"{shown:.2g} %"
 
 
-def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]]:
-    """Panels of series by meaning; what is not known by name, such as a method's own scalars, has its own panel."""
-    known = {"step", "epoch", "samples", "seconds", "bad_samples", "pairs_per_second", "data_wait", "lr", "grad_norm"}
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    losses = [key for key in keys if key == "loss" or key.startswith("loss/") or key == "val/loss"]
-    recalls = [key for key in keys if key.startswith("val/") and not key.endswith(("loss", "rank"))]
-    others = [key for key in keys if key not in known and key not in losses and key not in recalls]
-    panels = [
-        ("Loss", {_nice(key): key for key in losses}),
-        (RECALL, {_nice(key): key for key in recalls}),
-    ]
-    panels += [("Learning rate", {"Learning rate": "lr"}), ("Gradient norm", {"Gradient norm": "grad_norm"})]
-    panels += [(_nice(key), {_nice(key): key}) for key in others]
-    panels += [("Pairs per second", {"Pairs per second": "pairs_per_second"})]
-    panels += [(WAITING, {WAITING: "data_wait"})]
-    series = [(title, {name: _series(rows, key) for name, key in names.items()}) for title, names in panels]
-    return [(title, {name: both for name, both in found.items() if len(both[0])}) for title, found in series]
-
-
-def _nice(key: str) -> str:
-    scope, _, name = key.rpartition("/")
-    words = (
-        name.replace("_", " ")
-        .replace(" to ", " → ")
-        .replace(" r1", " R@1")
-        .replace(" r5", " R@5")
-        .replace(" r10", " R@10")
-    )
-    if scope == "val":
-        return "held-out loss" if name == "loss" else words
-    if key == "loss":
-        return "training loss"
-    return words if scope else words[:1].upper() + words[1:]
-
-
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [
-        (row["step"], row[key])
-        for row in rows
-        if isinstance(row.get(key), (int, float)) and math.isfinite(row[key]) and row.get("step") is not None
-    ]
-    steps, values = zip(*pairs) if pairs else ((), ())
-    return np.array(steps, dtype=float), np.array(values, dtype=float)
-
-
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour: str) -> None:
     """Few points as dots on a line; many as a pale line with its running mean on top."""
     if len(values) <= 40:
@@ -292,13 +264,13 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour:
     axes.plot(steps, smooth, color=colour, linewidth=1.7, label=name)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(axes: Axes, title: str = "") -> None:
+def style(axes: Axes, title: str = "") -> None:
     axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -313,8 +285,8 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _percent() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
+def percent_axis(unit: str = " %") -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{100 * value:.3g}{unit}")
 
 
 def _short(text: str, length: int) -> str:

@@ -142,8 +142,8 @@ def _curves(page: Page, run: RunSummary) -> None:
         page.section("Training")
         page.figure(
             figure,
-            "Pale lines are single rows of the log, strong lines their running mean. The held-out loss may rise while retrieval still "
-            "improves: a model that grows surer pays more for each mistake.",
+            "Pale lines are single rows of the log, strong lines their running mean. Terms of the loss are shown without their weights. "
+            "The held-out loss may rise while retrieval still improves: a model that grows surer pays more for each mistake.",
             name="curves",
         )
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from coalign.config import TrainConfig, flatten, to_json
-from coalign.data.loader import PairLoader
+from coalign.data.loader import LoadedBatch, check_batch_size
+from coalign.data.tokenizer import Tokenizer
 from coalign.method import Method
+from coalign.optim import build_optimisers
+from coalign.run.cost import StepCost, step_cost
+from coalign.run.train import Data, pair_loader
+from coalign.training.distributed import World
+from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch
 
-SHOWN = 8  # pairs of the first batch
+SHOWN = 8  # pairs of the first batch; more are not loaded
 
 
 def describe(
@@ -24,11 +32,15 @@ def describe(
     out: Path,
     config: TrainConfig,
     method: Method,
-    loader: PairLoader,
-    pairs: Any,
-    total_steps: int,
+    tokenizer: Tokenizer,
+    pairs: Data,
+    world: World,
 ) -> None:
-    """Prints the resolved configuration, parameters, steps and the first batch; writes the batch's pictures to out/first_batch.png."""
+    """Prints the resolved configuration, parameters, steps, the first pairs and what a step costs; writes their pictures to
+    out/first_batch.png. The data may be smaller than a batch."""
+    check_batch_size(config.batch_size, world.size)
+    autocast = autocast_dtype(config.precision, world.device)
+    build_optimisers(method.parameter_groups(), config.optimiser, method)  # complains of wrong settings
     table = Table("setting", "value", title="Configuration", title_justify="left")
     for name, value in flatten(to_json(config)).items():
         table.add_row(name, str(value))
@@ -38,32 +50,88 @@ def describe(
     for role, count in {**counts, "total": sum(counts.values())}.items():
         table.add_row(role, f"{count:,}")
     console.print(table)
-    console.print(
-        f"{data}: {len(pairs.train):,} training pairs, {len(pairs.val):,} held out. {loader.steps_per_epoch:,} steps an epoch of "
-        f"{config.batch_size} pairs, {total_steps:,} steps in all."
-    )
+    _print_steps(console, data, config, pairs)
+    few = min(SHOWN, len(pairs.train))
+    alone = World(0, 1, world.device)
+    loader = pair_loader(method, replace(config, workers=0), pairs.source, pairs.train, tokenizer, alone, few)
     loaded = next(loader.batches(0, 1))
+    _print_batch(console, loaded, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    picture = out / "first_batch.png"
+    Image.fromarray(_contact_sheet(loaded.batch)).save(picture)
+    console.print(f"Its pictures, a row a view: {picture}", soft_wrap=True)
+    _print_cost(console, step_cost(method, loaded.batch, config, world.size, autocast), config, world, autocast)
+
+
+def _print_steps(console: Console, data: str, config: TrainConfig, pairs: Data) -> None:
+    steps = len(pairs.train) // config.batch_size
+    console.print(
+        f"{data}: {len(pairs.train):,} training pairs, {len(pairs.val):,} held out. {steps:,} steps an epoch of {config.batch_size:,} "
+        f"pairs, {round(config.epochs * steps):,} steps in all."
+    )
+    if not steps:
+        console.print("[bold]Training would refuse: the data has fewer pairs than a batch.[/bold]")
+
+
+def _print_batch(console: Console, loaded: LoadedBatch, tokenizer: Tokenizer) -> None:
     batch = loaded.batch
+    console.print(f"The first {len(batch)} pairs of the first batch:")
     for name, view in batch.images.items():
         console.print(f"image view {name}: uint8 {list(view.pixels.shape)}")
     for name, text in batch.texts.items():
         console.print(
             f"text view {name}: {list(text.ids.shape)} token ids, {text.lengths.float().mean():.1f} tokens a caption"
         )
-        for row in range(min(SHOWN, len(batch))):
-            console.print(f"  {loader.tokenizer.decode(text.ids[row, : text.lengths[row]].tolist())}", markup=False)
+        for row in range(len(batch)):
+            console.print(f"  {tokenizer.decode(text.ids[row, : text.lengths[row]].tolist())}", markup=False)
     if loaded.bad:
-        console.print(
-            f"{len(loaded.bad)} samples of this batch cannot be used: {', '.join(sorted({e.reason for e in loaded.bad}))}."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    picture = out / "first_batch.png"
-    Image.fromarray(_contact_sheet(batch)).save(picture)
-    console.print(f"Its pictures, a row a view: {picture}", soft_wrap=True)
+        reasons = ", ".join(sorted({entry.reason for entry in loaded.bad}))
+        console.print(f"{len(loaded.bad)} samples cannot be used: {reasons}.")
+
+
+def _print_cost(
+    console: Console, cost: StepCost, config: TrainConfig, world: World, autocast: torch.dtype | None
+) -> None:
+    passes = ", ".join(f"{kind} {count:g}" for kind, count in cost.passes.items())
+    teachers = ", ".join(f"{kind} {count:g}" for kind, count in cost.target_passes.items())
+    console.print(f"Passes a step, for every pair: {passes}; teachers: {teachers or 'none'}.")
+    each = f"{config.batch_size // world.size:,} pairs"
+    where = f"each of {world.size} processes" if world.size > 1 else "one process"
+    precision = "fp32" if autocast is None else str(autocast).removeprefix("torch.")
+    tables = (
+        (
+            f"A step's operations ({each}, {where})",
+            "operations",
+            cost.flops,
+            1000,
+            ("", "k", "M", "G", "T", "P", "E"),
+            "FLOP",
+        ),
+        (
+            f"Memory of a device ({each}, {precision}, {where})",
+            "size",
+            cost.memory,
+            1024,
+            ("", "Ki", "Mi", "Gi", "Ti"),
+            "B",
+        ),
+    )
+    for title, column, parts, base, prefixes, unit in tables:
+        table = Table("estimated from two pairs", column, title=title, title_justify="left")
+        for name, value in {**parts, "total": sum(parts.values())}.items():
+            table.add_row(name, _scaled(value, base, prefixes) + unit)
+        console.print(table)
+    console.print("The working memory of single operations comes on top: allow a third more.")
+
+
+def _scaled(value: float, base: int, prefixes: Sequence[str]) -> str:
+    """12,345,678 -> "12.3 M"."""
+    power = 0
+    while value >= 999.5 and power + 1 < len(prefixes):
+        value, power = value / base, power + 1
+    return f"{value:,.3g} {prefixes[power]}" if value < 999.5 else f"{value:,.0f} {prefixes[power]}"
 
 
 def _contact_sheet(batch: Batch) -> np.ndarray:
-    rows = [
-        view.pixels[:SHOWN].permute(0, 2, 3, 1).numpy() for view in batch.images.values()
-    ]  # [pair, height, width, 3] each
+    rows = [view.pixels.permute(0, 2, 3, 1).numpy() for view in batch.images.values()]  # [pair, height, width, 3] each
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

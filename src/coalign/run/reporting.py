@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coalign import __version__
@@ -20,6 +22,8 @@ from coalign.errors import BadSample
 from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
 from coalign.method import Method
+from coalign.report import compare_page
+from coalign.report.compare_page import Comparison
 from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
@@ -42,8 +46,8 @@ def write_run_report(
     num_train: int,
 ) -> tuple[str, Path]:
     """Writes out/report.html. Returns its first sentence and its path."""
-    history = _rows(out / "metrics.jsonl")
-    bad = _rows(out / "bad_samples.jsonl")
+    history = read_rows(out / "metrics.jsonl")
+    bad = read_rows(out / "bad_samples.jsonl")
     speeds = [row["pairs_per_second"] for row in history if row.get("pairs_per_second")]
     groups = method.parameter_groups()
     summary = RunSummary(
@@ -112,6 +116,56 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
             console.print(f"left out: {count:,} samples ({reason})")
         if values.get("unlabelled"):
             console.print(f"left out: {values['unlabelled']:,} samples of none of the classes")
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """The tables of `compare`, for a terminal of 100 columns."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    groups = comparison.groups
+    several = any(len(group.runs) > 1 for group in groups)
+    table = _plain_table("run", "method", "seeds", "parameters", "steps", "pairs seen", "time")
+    for group in groups:
+        numbers = (f"{round(number):,}" for number in (group.parameters, group.steps, group.samples_seen))
+        seeds = ", ".join(map(str, group.seeds))
+        table.add_row(escape(group.name), group.method, seeds, *numbers, compare_page.time_text(group.seconds))
+    console.print(table)
+    common, own = compare_page.differing(groups)
+    if common:
+        table = _plain_table("what differs", *(escape(group.name) for group in groups))
+        for name in common:
+            words = (escape(compare_page.setting_text(group.settings, name)) for group in groups)
+            table.add_row(compare_page.setting_name(name), *words)
+        console.print(table)
+    if own:
+        console.print(f"{len(own):,} settings that not all methods have are in the report.")
+    columns = ["", "value", "over items", *(["over seeds"] if several else [])]
+    columns += ["difference", "over items", *(["over seeds"] if several else [])] if len(groups) > 1 else []
+    table = _plain_table(*columns)
+    for name, figure in groups[0].figures.items():
+        chance = None if figure.chance is None else f"[dim]{compare_page.value_text(figure, figure.chance)}[/dim]"
+        heading = f"[bold]{compare_page.title(name).replace('median rank', 'rank')}[/bold]"
+        table.add_row(heading, chance, "[dim]chance[/dim]" if chance else None)
+        for group in groups:
+            table.add_row(
+                *(
+                    escape(cell or "")
+                    for cell in compare_page.figure_cells(group, name, several, len(groups) > 1, False)
+                )
+            )
+    console.print(table)
+    what = "rank: the median; over items: 95 % bootstrap interval over the held-out items"
+    what += "; over seeds: 95 % t-interval over the runs" if several else ""
+    what += f"; differences are to {groups[0].name} on the same items" if len(groups) > 1 else ""
+    console.print(f"{what}.", markup=False)
+
+
+def _plain_table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    for position, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="left" if position == 0 else "right")
+    return table
 
 
 def _percent(value: float) -> str:
@@ -216,5 +270,6 @@ def _row(name: str, metric: Any, chance: float, kind: Any = "rate") -> MetricRow
     return MetricRow(name, metric.value, metric.low, metric.high, metric.n, chance, kind)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, none if it is absent."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []

@@ -33,6 +33,7 @@ from coalign.networks.towers import ImageTower
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.evaluate import captions_of, label_function
+from coalign.run.outcomes import HELD_OUT, write_outcomes
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.step import evaluate_loss
@@ -84,18 +85,19 @@ def train(
     method = runs.build_method(settings, tokenizer)
     _check_batch_norm(method, settings, world)
     method.to(world.device).to(memory_format=torch.channels_last)
-    loader = _loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size)
+    if dry_run:
+        from coalign.run.dry_run import describe
+
+        if world.is_first:
+            describe(console, data, out, settings, method, tokenizer, pairs, world)
+        return None
+    loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size)
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
     trainer = Trainer(
         method, settings, world, out,
         batches=loader.batches, num_pairs=len(pairs.train), total_steps=total_steps,
         interactive=world.is_first and sys.stdout.isatty(),
     )  # fmt: skip
-    if dry_run:
-        from coalign.run.dry_run import describe
-
-        describe(console, data, out, settings, method, loader, pairs, total_steps)
-        return None
     if settings.compile:
         for module in method.modules():
             if isinstance(module, ImageTower):  # a text tower packs its captions: another shape at every step
@@ -215,7 +217,7 @@ def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
             continue  # counted when training meets it
 
 
-def _loader(
+def pair_loader(
     method: Method,
     config: TrainConfig,
     source: Source,
@@ -224,6 +226,7 @@ def _loader(
     world: World,
     batch_size: int,
 ) -> PairLoader:
+    """The training pairs' or the validation pairs' batches, as the method wants them."""
     return PairLoader(
         source,
         indices,
@@ -292,7 +295,7 @@ def _validation(
     if len(pairs.val) < 2 or batch_size < 2:
         return None
     tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
-    losses = _loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size)
+    losses = pair_loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size)
     encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # of the first rank, decoded at the first validation
@@ -363,8 +366,11 @@ def _finish(
     verdict, report = write_run_report(
         data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
     )
+    write_outcomes(out, pairs.val_source, evaluations)
     results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
-    text = json.dumps({"run": asdict(result), **results}, indent=2, default=_plain) + "\n"
+    parameters = {role: sum(p.numel() for p in group) for role, group in method.parameter_groups().items()}
+    values = {"run": asdict(result), "parameters": parameters, **results}
+    text = json.dumps(values, indent=2, default=_plain) + "\n"
     runs.write_file(out / RESULTS, lambda path: path.write_text(text))  # last: it vouches for the report
     console.print(verdict)
     console.print(f"Report: {report}")
@@ -372,6 +378,8 @@ def _finish(
 
 def _reported(out: Path, step: int) -> bool:
     """Whether the results and the report of the run as it is after `step` are there."""
+    if not (out / HELD_OUT).exists():
+        return False
     try:
         return bool(json.loads((out / RESULTS).read_text())["run"]["step"] == step)
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from coalign.report.compare_page import (
+    Comparison,
+    Figure,
+    Group,
+    compare_page,
+    interval_text,
+    time_text,
+    title,
+    verdict,
+)
+
+R1, RANK = "retrieval.image_to_text.r1", "retrieval.image_to_text.median_rank"
+
+
+def group(
+    name: str, *, seeds: list[int], difference: float | None = None, over: tuple[float, float] | None = None
+) -> Group:
+    several = len(seeds) > 1
+    near = None if over is None else (over[0] / 2, over[1] / 2)
+    return Group(
+        name=name,
+        runs=[f"{name}-{seed}" for seed in seeds],
+        seeds=seeds,
+        method=name,
+        settings={"lr": 0.1, "steps.warm": None} if name == "clip" else {"lr": 0.2, "own": [1, 2]},
+        parameters=1_234_567,
+        steps=60,
+        samples_seen=15_360,
+        seconds=754.0,
+        figures={
+            R1: Figure(
+                "rate",
+                0.21,
+                (0.18, 0.24),
+                (0.15, 0.27) if several else None,
+                600,
+                0.002,
+                difference,
+                near if several else over,
+                over if several else None,
+            ),
+            RANK: Figure(
+                "rank", 8.5, (7.0, 10.0), None, 600, 320.0, -1.5 if difference else None, (-3.0, 0.0) if over else None
+            ),
+        },
+        validations=[
+            [
+                {"step": s, "samples": 256 * s, "seconds": 12.0 * s, "val/loss": 5 - s / 20, "mean_recall": s / 100}
+                for s in (20, 40, 60)
+            ]
+            for _ in seeds
+        ],
+    )
+
+
+def comparison(*, over: tuple[float, float] = (0.01, 0.05), seeds: list[int] | None = None) -> Comparison:
+    own = seeds or [0]
+    return Comparison(
+        [group("clip", seeds=own), group("other", seeds=own, difference=0.03, over=over)],
+        {"epochs": 30},
+        {"images": 600},
+    )
+
+
+def test_the_page_shows_everything(tmp_path):
+    compare_page(comparison(seeds=[0, 1, 2])).write(tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for words in (
+        "Image → text R@1 of clip is 21.0 % (95 % interval 15.0–27.0; chance 0.2 %)",
+        "other +3.0 (+1.0 to +5.0)",
+        "1,234,567",
+        "0, 1, 2",
+        "12.6 min",
+        "600 images",
+        "18.0–24.0",
+        "+0.5 to +2.5",
+        "−1.5",
+        "epochs",
+        '<td dir="auto">none</td>',  # a setting that is None, where the other method has none such
+        "1, 2",
+    ):
+        assert words in html, words
+    assert html.count("data:image/png;base64,") == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+
+
+def test_a_single_group_has_no_differences(tmp_path):
+    alone = Comparison([group("clip", seeds=[0, 1])], {}, {"images": 600})
+    page = compare_page(alone).html()
+    assert "difference to" not in page
+    assert page.count("data:image/png;base64,") == 2
+    assert verdict(alone) == "Image → text R@1 of clip is 21.0 % (95 % interval 15.0–27.0; chance 0.2 %)."
+
+
+@pytest.mark.parametrize(
+    ("over", "told"), [((0.01, 0.05), True), ((-0.05, -0.01), True), ((-0.01, 0.07), False), ((0.0, 0.06), False)]
+)
+def test_the_verdict_says_no_more_than_the_interval_allows(over, told):
+    assert ("cannot be told from none" not in verdict(comparison(over=over))) == told
+
+
+def test_the_verdict_takes_the_interval_over_seeds_where_there_is_one():
+    # over items it would be told: half as far from zero on both sides
+    several = comparison(over=(-0.01, 0.07), seeds=[0, 1])
+    assert "other +3.0 (−1.0 to +7.0, which cannot be told from none)" in verdict(several)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (R1, "Image → text R@1"),
+        ("retrieval.text_to_image.median_rank", "Text → image median rank"),
+        ("zero_shot.acc5", "Zero-shot top-5"),
+        ("zero_shot.mean_per_class_recall", "Zero-shot mean per class"),
+    ],
+)
+def test_titles(name, words):
+    assert title(name) == words
+
+
+def test_small_texts():
+    figure = Figure("rank", 7.25, (4.0, 1234.5), None, 9, None)
+    assert interval_text(figure, figure.over_items) == "4–1,234.5"
+    assert interval_text(figure, None) is None
+    assert (
+        interval_text(Figure("rate", 0.1, (-0.02, 0.2), None, 9, None), (-0.02, 0.2)) == "0.0–20.0"
+    )  # of a t-interval
+    assert [time_text(seconds) for seconds in (9.6, 600, 7200)] == ["10 s", "10.0 min", "2.0 h"]
+
+
+def test_the_page_imports_no_torch():
+    code = "import sys, coalign.report.compare_page; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

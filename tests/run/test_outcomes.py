@@ -1,0 +1,91 @@
+"""held_out.npz: what a run's figures are made of, and which items they are of."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from coalign.data.loader import image_batches
+from coalign.data.sources import open_source
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
+from coalign.run.evaluate import captions_of, label_function
+from coalign.run.outcomes import read_outcomes, write_outcomes
+from coalign.types import DualEncoder
+
+
+def encoder():
+    """Knows colours, a little wrongly."""
+    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+    def encode_text(texts):
+        colours = torch.tensor([next((c for n, c in tiny.COLOURS.items() if n in text), (9, 9, 9)) for text in texts])
+        return colours.float() @ weights.T + torch.tensor([[len(text)] for text in texts])
+
+    return DualEncoder(lambda pixels: pixels.float().mean((2, 3)) @ weights.T, encode_text, 32)
+
+
+def write(folder, data, indices, classes=("red", "green", "blue", "grey")):
+    source = open_source(str(data))
+    batches = list(image_batches(source, indices, 32))
+    labels = label_function(source, indices)
+    evaluations = {
+        "retrieval": retrieve(encoder(), batches, captions_of(source)),
+        "zero_shot": classify(encoder(), batches, labels.of_index, list(classes), ["a {} thing"]),
+    }
+    folder.mkdir()
+    write_outcomes(folder, source, evaluations)
+    return evaluations, *read_outcomes(folder)
+
+
+def test_the_figures_can_be_computed_again(tmp_path, pairs):
+    evaluations, items, outcomes = write(tmp_path / "run", pairs, np.arange(0, 60, 2))
+    retrieval, zero_shot = evaluations["retrieval"].result, evaluations["zero_shot"].result
+    for name, side in (("image_to_text", retrieval.image_to_text), ("text_to_image", retrieval.text_to_image)):
+        for k, metric in side.recall.items():
+            assert outcomes[f"retrieval.{name}.r{k}"].values.mean() == pytest.approx(metric.value)
+        ranks = outcomes[f"retrieval.{name}.median_rank"]
+        assert (ranks.kind, np.median(ranks.values)) == ("rank", side.median_rank.value)
+        assert ranks.clusters.tolist() == list(range(30))
+    found = outcomes["zero_shot.acc1"]
+    assert (found.kind, found.clusters) == ("rate", None)
+    assert found.values.mean() == pytest.approx(zero_shot.top1.value)
+    found = outcomes["zero_shot.mean_per_class_recall"]
+    assert found.kind == "class rate"
+    by_class = [found.values[found.clusters == label].mean() for label in range(4)]
+    assert by_class == pytest.approx(zero_shot.per_class)
+    assert set(items) == {"retrieval", "zero_shot"}
+    assert [len(set(hashes.tolist())) for hashes in items.values()] == [30, 30]
+
+
+def test_items_are_known_by_name_and_captions_and_classes(tmp_path, pairs):
+    indices = np.arange(12)
+    items = write(tmp_path / "one", pairs, indices)[1]
+    moved = shutil.copytree(pairs, tmp_path / "elsewhere")
+    again = write(tmp_path / "two", moved, indices)[1]
+    for task in items:
+        np.testing.assert_array_equal(items[task], again[task])
+    others = write(tmp_path / "three", pairs, indices + 1)[1]
+    assert items["retrieval"][1:].tolist() == others["retrieval"][:-1].tolist()
+    assert items["retrieval"][0] != others["retrieval"][0]
+    renamed = write(tmp_path / "four", pairs, indices, classes=("red", "green", "blue", "gray"))[1]
+    assert renamed["retrieval"].tolist() == items["retrieval"].tolist()
+    assert not set(renamed["zero_shot"].tolist()) & set(items["zero_shot"].tolist())
+
+
+def test_a_finished_run_without_the_file_gets_it_by_resuming(tmp_path, trained, pairs, model_file):
+    from coalign import cli
+
+    run = shutil.copytree(trained, tmp_path / "run")
+
+    results = json.loads((run / "results.json").read_text())
+    (run / "held_out.npz").unlink()
+    assert cli.main(tiny.train_args(pairs, run, model_file, resume="auto")) == 0
+    with np.load(trained / "held_out.npz") as expected, np.load(run / "held_out.npz") as found:
+        assert set(expected) == set(found)
+        for name in expected.files:
+            np.testing.assert_array_equal(expected[name], found[name])
+    assert json.loads((run / "results.json").read_text())["retrieval"] == results["retrieval"]
