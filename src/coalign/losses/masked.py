@@ -48,7 +48,8 @@ def masked_image_loss(
     row, position = masked.nonzero(as_tuple=True)  # [masked]
     predicted = at_least_float32(head(tokens[row, position]))
     with torch.autocast(predicted.device.type, enabled=False):
-        variance, mean = torch.var_mean(at_least_float32(patches[row, position]), dim=-1, keepdim=True)
-        wanted = (patches[row, position] - mean) * (variance + 1e-6).rsqrt()
-        losses = (predicted - wanted).square().mean(-1)
-    return losses.new_zeros(len(masked)).index_add(0, row, losses.to(predicted.dtype)), masked.sum(1)
+        pixels = patches[row, position].to(predicted.dtype)
+        centred = pixels - pixels.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / (pixels.shape[-1] - 1)
+        losses = (predicted - centred * (variance + 1e-6).rsqrt()).square().mean(-1)
+    return losses.new_zeros(len(masked)).index_add(0, row, losses), masked.sum(1)

@@ -17,6 +17,7 @@ METHODS = {
     "declip": ("coalign.methods.declip:DeCLIP", "coalign.recipes.declip:DeCLIPConfig"),
     "uniclip": ("coalign.methods.uniclip:UniCLIP", "coalign.recipes.uniclip:UniCLIPConfig"),
     "mcd": ("coalign.methods.mcd:MCD", "coalign.recipes.mcd:MCDConfig"),
+    "oner": ("coalign.methods.oner:OneR", "coalign.recipes.oner:OneRConfig"),
 }
 
 

@@ -56,9 +56,7 @@ class MCDConfig:
         if not 0 <= self.mlm_weight < math.inf:
             raise UserError(f"mlm_weight is {self.mlm_weight}, but must be a number of at least 0.")
         if not 0 < self.mask_p <= 1:
-            raise UserError(
-                f"mask_p is {self.mask_p}, but must be above 0 and at most 1; --no-mlm turns masking off."
-            )
+            raise UserError(f"mask_p is {self.mask_p}, but must be above 0 and at most 1; --no-mlm turns masking off.")
         for name, known in (("noisy_pairs", ("pairs", "texts")), ("norm", ("squared", "absolute"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, but must be {' or '.join(known)}.")

@@ -16,14 +16,23 @@ from coalign.config import TrainConfig
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.towers import ImageTower, TextTower
+from coalign.networks.unified import Tokens, UnifiedTower
 from coalign.training.distributed import RankGather, World
 from coalign.types import Batch, Features, StepInfo
+
+
+def _kind(tokens: Tokens) -> str:
+    """What a single tower sees."""
+    parts = {"image": tokens.patches, "text": tokens.words}
+    return " and ".join(name for name, part in parts.items() if part.shape[1])
+
 
 SLICE = 2  # samples that are measured
 # a call's arguments -> the kind of pass, and the samples that take it
 TOWERS: dict[type[nn.Module], Callable[..., tuple[str, int]]] = {
     ImageTower: lambda pixels: ("image", len(pixels)),
     TextTower: lambda ids, *_: ("text", len(ids)),
+    UnifiedTower: lambda tokens: (_kind(tokens), len(tokens.lengths)),
 }
 MIDWAY = StepInfo(step=500, total_steps=1000)  # where terms that start late or fade are on
 

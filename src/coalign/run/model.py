@@ -18,6 +18,7 @@ from coalign.errors import UserError
 from coalign.method import Method
 from coalign.methods import config_class, method_class
 from coalign.networks.towers import ImageTower, TowerSpec, model_config
+from coalign.networks.unified import UnifiedTower
 from coalign.training import checkpoint
 from coalign.types import DualEncoder
 
@@ -58,7 +59,12 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
 
 def image_size(method: Method) -> int:
     """Side in pixels of the images that the method's towers take."""
-    return next(module.image_size for module in method.modules() if isinstance(module, ImageTower))
+    return next(module.image_size for module in method.modules() if isinstance(module, (ImageTower, UnifiedTower)))
+
+
+def patch_grid(method: Method) -> tuple[int, int] | None:
+    """Rows and columns of the patches that the method masks, if its tower cuts images into patches itself."""
+    return next((module.patch_grid for module in method.modules() if isinstance(module, UnifiedTower)), None)
 
 
 def known_device(name: str | None) -> str | None:

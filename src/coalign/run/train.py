@@ -239,6 +239,7 @@ def pair_loader(
         workers=config.workers or 0,
         rank=world.rank,
         world_size=world.size,
+        patch_grid=runs.patch_grid(method),
     )
 
 

@@ -1,0 +1,288 @@
+"""One Transformer for images, for texts, and for both as one sequence: only the layers that make tokens know which is which (OneR)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import open_clip
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.model import CLIPVisionCfg
+from open_clip.transformer import Transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coalign.errors import UserError
+from coalign.networks.batch_norm import GlobalBatchNorm1d
+from coalign.networks.positions import sincos_1d, sincos_2d
+from coalign.networks.towers import TowerSpec, model_config
+from coalign.networks.transformer import pack, run_blocks
+
+Pooling = Literal["mean", "cls", "balanced"]
+HeadNorm = Literal["batch", "batch_apart", "layer"]
+
+
+class Tokens(NamedTuple):
+    """Input of the tower: the patches of an image, the words of a text, or both. Of what is absent there are zero tokens."""
+
+    patches: Tensor  # [batch, patch, width]
+    words: Tensor  # [batch, word, width]; what lies beyond `lengths` is padding
+    lengths: Tensor  # int64 [batch], words of each text, without start and end token
+
+
+class States(NamedTuple):
+    """Final hidden states of the tower, F(X)."""
+
+    cls: Tensor  # [batch, width]
+    patches: Tensor  # [batch, patch, width]
+    words: Tensor  # [batch, word, width], zero beyond `lengths`
+    lengths: Tensor  # int64 [batch]
+
+
+def join(image: Tokens, text: Tokens) -> Tokens:
+    """The patches of one and the words of the other, as one sequence."""
+    return Tokens(image.patches, text.words, text.lengths)
+
+
+def pool(states: States, pooling: Pooling) -> Float[Tensor, "batch width"]:
+    """One vector of a sequence: the mean of its tokens, [CLS] among them, or [CLS] alone. "balanced" is the mean too, but of a joint
+    sequence the mean of both parts' means, each with [CLS], so that the longer part has no more say."""
+    if pooling == "cls":
+        return states.cls
+    num_patches, lengths = states.patches.shape[1], states.lengths[:, None]
+    patches, words = states.patches.sum(1), states.words.sum(1)  # [batch, width]
+    if pooling == "balanced" and num_patches and states.words.shape[1]:
+        return ((states.cls + patches) / (1 + num_patches) + (states.cls + words) / (1 + lengths)) / 2
+    return (states.cls + patches + words) / (1 + num_patches + lengths)
+
+
+class UnifiedTower(nn.Module):
+    """Masked autoencoder's Transformer with a convolutional stem for patches and a table of words (OneR, "Implementation Details").
+
+    A sequence is [CLS], patches, words. Positions are fixed sinusoids: two-dimensional for patches, one-dimensional for words, none for
+    [CLS]. Patches count their place in units of the grid of `own_size`: at another size the table is interpolated, and the weights stay.
+    """
+
+    mean: Tensor
+    std: Tensor
+    patch_positions: Tensor  # [patch, width]
+    word_positions: Tensor  # [position, width]
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        vocab_size: int,
+        context_length: int,
+        patch_size: int,
+        own_size: int,
+        image_size: int,
+        masks_patches: bool,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.width = transformer, transformer.width
+        self.context_length, self.patch_size, self.image_size = context_length, patch_size, image_size
+        self.patch_grid = (image_size // patch_size, image_size // patch_size)  # rows, columns
+        self.stem = conv_stem(patch_size, self.width)
+        self.word_embedding = nn.Embedding(vocab_size, self.width)
+        self.word_norm = nn.LayerNorm(self.width)  # positions would drown words of BERT's standard deviation
+        self.cls = nn.Parameter(torch.randn(self.width) * 0.02)
+        self.mask_patch = nn.Parameter(torch.randn(self.width) * 0.02) if masks_patches else None
+        self.norm = nn.LayerNorm(self.width)
+        nn.init.normal_(self.word_embedding.weight, std=0.02)
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        tables = {
+            "mean": torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1) * 255,
+            "std": torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1) * 255,
+            "patch_positions": grid_positions(self.patch_grid[0], own_size // patch_size, self.width).float(),
+            "word_positions": sincos_1d(torch.arange(context_length), self.width).float(),
+        }
+        for name, table in tables.items():  # not in the state_dict, so that weights fit any size
+            self.register_buffer(name, table, persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Float[Tensor, "batch 3 height width"]:
+        """uint8 pixels [batch, 3, image_size, image_size], normalised as for every tower."""
+        height, width = pixels.shape[2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise UserError(
+                f"The images are {height} × {width} pixels, but this model takes {self.image_size} × {self.image_size}."
+            )
+        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+
+    def patch_pixels(self, pixels: Tensor) -> Float[Tensor, "batch patch values"]:
+        """The normalised pixels of every patch, in reading order: what masked image modelling predicts."""
+        x = self.normalise(pixels).unflatten(2, (-1, self.patch_size)).unflatten(4, (-1, self.patch_size))
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # from [batch, 3, row, y, column, x]
+
+    def embed_image(self, pixels: Tensor, masked: Bool[Tensor, "batch patch"] | None = None) -> Tokens:
+        """Where `masked`, a patch is the mask, and its pixels are zero for the stem, which sees over a patch's edge."""
+        x = self.normalise(pixels)
+        if masked is not None:
+            hidden = masked.unflatten(1, self.patch_grid)[:, None]  # [batch, 1, row, column]
+            hidden = hidden.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
+            x = x.masked_fill(hidden, 0)
+        patches = self.stem(x).flatten(2).transpose(1, 2)  # [batch, patch, width]
+        if masked is not None:
+            assert self.mask_patch is not None
+            patches = torch.where(masked[..., None], self.mask_patch.to(patches.dtype), patches)
+        patches = patches + self.patch_positions
+        lengths = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        return Tokens(patches, patches.new_zeros(len(pixels), 0, self.width), lengths)
+
+    def embed_text(self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"]) -> Tokens:
+        """Start and end token are left out: they would mark a sequence as a text. So word i is token i + 1."""
+        if ids.shape[1] > self.context_length:
+            raise UserError(
+                f"A text has {ids.shape[1]} tokens, but this model has positions for {self.context_length}; shorten it."
+            )
+        words = self.word_norm(self.word_embedding(ids[:, 1:-1]))
+        words = words + self.word_positions[: words.shape[1]]
+        return Tokens(words.new_zeros(len(ids), 0, self.width), words, (lengths - 2).clamp(min=0))
+
+    def forward(self, tokens: Tokens) -> States:
+        """F(X): self-attention over the whole sequence. Sequences are packed: an output depends on the own tokens alone."""
+        x, lengths = self._sequence(tokens)
+        batch, longest = x.shape[:2]
+        by_length = lengths.argsort(stable=True)
+        sorted_lengths = lengths[by_length]
+        valid = torch.arange(longest, device=x.device) < sorted_lengths[:, None]
+        row, position = valid.nonzero(as_tuple=True)
+        place = by_length[row] * longest + position  # of each packed token in [batch · longest]
+        packed = x.flatten(0, 1).index_select(0, place)
+        packed = self.norm(run_blocks(self.transformer, packed, pack(sorted_lengths.tolist(), x.device)))
+        x = packed.new_zeros(batch * longest, self.width).index_copy(0, place, packed)
+        return _states(x.unflatten(0, (batch, longest)), tokens)
+
+    def given(self, tokens: Tokens, context: Tokens) -> States:
+        """F(X|Y): at every layer the queries are X's, keys and values those of Y, which sees itself alone. F(X|X) is F(X)."""
+        x, lengths = self._sequence(tokens)
+        y, context_lengths = self._sequence(context)
+        valid = torch.arange(y.shape[1], device=y.device) < context_lengths[:, None]  # [batch, key]
+        for block in self.transformer.resblocks:
+            x, y = (z + attend(block.attn, block.ln_1(z), block.ln_1(y), valid) for z in (x, y))  # both from the same y
+            x, y = (z + block.mlp(block.ln_2(z)) for z in (x, y))
+        own = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return _states(self.norm(x).masked_fill(~own[..., None], 0), tokens)
+
+    def _sequence(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """[CLS], patches and words, [batch, token, width], and how many of them are no padding, [batch]."""
+        cls = self.cls.to(tokens.patches.dtype).expand(len(tokens.patches), 1, -1)
+        return torch.cat([cls, tokens.patches, tokens.words], dim=1), 1 + tokens.patches.shape[1] + tokens.lengths
+
+
+def _states(x: Tensor, tokens: Tokens) -> States:
+    cls, patches, words = x.split([1, tokens.patches.shape[1], tokens.words.shape[1]], dim=1)
+    return States(cls[:, 0], patches, words, tokens.lengths)
+
+
+def attend(
+    attention: nn.MultiheadAttention,
+    x: Float[Tensor, "batch query width"],
+    context: Float[Tensor, "batch key width"],
+    valid: Bool[Tensor, "batch key"],
+) -> Float[Tensor, "batch query width"]:
+    """f(X|Y) = softmax(Q_X K_Yᵀ / √d_k) V_Y of every head, projected (OneR, Eq. 8)."""
+    weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, x.shape[-1]
+    queries = F.linear(x, weight[:width], bias[:width])
+    keys, values = F.linear(context, weight[width:], bias[width:]).chunk(2, dim=-1)
+    q, k, v = (z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in (queries, keys, values))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def conv_stem(patch_size: int, width: int) -> nn.Sequential:
+    """Pixels -> patch embeddings by 3 × 3 convolutions of stride 2, which double their channels up to `width`, and one of 1 × 1 (Xiao et
+    al. 2021). With GroupNorm in place of BatchNorm: a sample's patches do not depend on the batch."""
+    halvings = patch_size.bit_length() - 1
+    channels = [3, *(width >> (halvings - 1 - k) for k in range(halvings))]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(channels):
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.GroupNorm(1, outputs), nn.ReLU()]
+    layers.append(nn.Conv2d(channels[-1], width, 1))
+    stem = nn.Sequential(*layers)
+    for layer in stem:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+    return stem
+
+
+def grid_positions(side: int, own_side: int, width: int) -> Float[Tensor, "patch width"]:
+    """The table of a grid of `side`² patches over an image that the model's own grid divides into `own_side`²: its sinusoids, read where
+    the centres of the patches lie in the own grid (what interpolating the own table approximates)."""
+    if side == own_side:
+        return sincos_2d(side, side, width)
+    centres = (torch.arange(side, dtype=torch.float64) + 0.5) * own_side / side - 0.5
+    column, row = (sincos_1d(at, width // 2) for at in (centres.repeat(side), centres.repeat_interleave(side)))
+    return torch.cat([column, row], dim=1)
+
+
+class ModalityBlindMLP(nn.Module):
+    """MoCo-v3's projector or predictor, for rows of several kinds ("image", "text", …): linear layers without bias, a normalisation after
+    each, without a learned scale after the last, and ReLU between.
+
+    norm: "batch" is one BatchNorm over the rows of all kinds and ranks; "batch_apart" gives each kind its own statistics, which tells the
+    kinds apart though all weights are shared; "layer" is LayerNorm.
+    """
+
+    def __init__(self, widths: Sequence[int], kinds: Sequence[str], norm: HeadNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.layers = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in pairwise(widths))
+        groups = {"batch": ["all"], "batch_apart": kinds, "layer": []}[norm]
+        self.statistics = nn.ModuleList(
+            nn.ModuleDict({group: GlobalBatchNorm1d(width, affine=False) for group in groups}) for width in widths[1:]
+        )
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(width)) for width in widths[1:-1])
+        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths[1:-1])
+
+    def forward(self, rows: dict[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """kind -> [batch, width], equally many of each, to kind -> [batch, last width]."""
+        x = torch.cat(list(rows.values()))
+        for number, layer in enumerate(self.layers):
+            x = self._normalise(layer(x), self.statistics[number], list(rows), gather)
+            if number < len(self.scales):
+                x = F.relu(x * self.scales[number] + self.shifts[number])
+        return dict(zip(rows, x.chunk(len(rows))))
+
+    def _normalise(
+        self, x: Tensor, statistics: nn.Module, kinds: list[str], gather: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        assert isinstance(statistics, nn.ModuleDict)
+        if self.norm == "layer":
+            return F.layer_norm(x, x.shape[-1:])
+        if self.norm == "batch":
+            return statistics["all"](x, gather)
+        return torch.cat([statistics[kind](part, gather) for kind, part in zip(kinds, x.chunk(len(kinds)))])
+
+
+def build_unified_tower(spec: TowerSpec, masks_patches: bool) -> UnifiedTower:
+    """The tower of a model with a plain ViT for an image tower: its width, layers, heads, patch and image size. The vocabulary and the
+    context are the spec's."""
+    if spec.pretrained:
+        raise UserError(f"The weights {spec.pretrained} are of two towers; a single tower is trained from scratch.")
+    vision = dict(model_config(spec.name)["vision_cfg"])
+    cfg = CLIPVisionCfg(**{name: value for name, value in vision.items() if name in CLIPVisionCfg.__annotations__})
+    if cfg.timm_model_name or not isinstance(cfg.layers, int):
+        raise UserError(
+            f"A single tower takes its shape from a plain ViT, which the model {spec.name} does not have; "
+            "use oner-tiny, oner-small, ViT-S-32 or ViT-B-16."
+        )
+    patch, own_size = cfg.patch_size, cfg.image_size
+    if not isinstance(own_size, int):
+        raise UserError(f"The model {spec.name} takes images that are not square; only square ones are supported.")
+    size = spec.image_size or own_size
+    if patch < 2 or patch & (patch - 1):
+        raise UserError(
+            f"A single tower halves images until a patch is a pixel, but the model {spec.name} has patches of {patch}."
+        )
+    if size % patch or own_size % patch:
+        raise UserError(f"Images of {size} pixels cannot be cut into the {patch}-pixel patches of {spec.name}.")
+    if cfg.width % max(4, patch // 2, cfg.head_width):
+        raise UserError(f"A single tower cannot have the width {cfg.width} of {spec.name}: its parts do not divide it.")
+    transformer = Transformer(cfg.width, cfg.layers, cfg.width // cfg.head_width, cfg.mlp_ratio)
+    return UnifiedTower(transformer, spec.vocab_size, spec.context_length, patch, own_size, size, masks_patches)
