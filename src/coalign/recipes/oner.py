@@ -99,7 +99,8 @@ def oner(num_pairs: int) -> TrainConfig:
     small = num_pairs < 100_000  # where the paper's head would cost more than the tower
     config = small_data(num_pairs, "oner", SMALL if small else replace(SMALL, head_hidden=4096))
     # `tiny` and `small` are ResNets: a single tower takes its shape from a ViT that costs as much
-    return replace(config, model=f"oner-{config.model}" if small else config.model)
+    model = f"oner-{config.model}" if small else config.model
+    return replace(config, model=model, optimiser=replace(config.optimiser, roles={}))  # τ is fixed: there is no scale
 
 
 def oner_cc3m(num_pairs: int) -> TrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from coalign.config import TrainConfig
-from coalign.optim import OptimiserConfig
+from coalign.optim import OptimiserConfig, RoleConfig
 
 
 def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
@@ -23,7 +23,14 @@ def small_data(num_pairs: int, method: str, method_config: Any) -> TrainConfig:
             batch_size=batch_size,
             batch_norm_group=min(32, batch_size),
             epochs=30,
-            optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=0.1, final_lr=1e-5),
+            optimiser=OptimiserConfig(
+                lr=1e-3,
+                weight_decay=0.2,
+                warmup_fraction=0.1,
+                final_lr=1e-5,
+                # nothing of its own, but named, so that --roles.scale.lr-multiplier can be given
+                roles={"scale": RoleConfig()},
+            ),
         )
     papers = num_pairs >= 1_000_000
     return TrainConfig(
