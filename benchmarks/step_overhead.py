@@ -146,6 +146,9 @@ def measure(name: str, model: Path, size: int, repeats: int) -> None:
     method.train()
     fill_queues(method)
     batch = make_batch(method.view_plan, size)
+    if not any(isinstance(module, ImageTower) for module in method.modules()):
+        print(f"{name}: has no image tower of its own, whose passes could be taken alone; not measured")
+        return
     bare, kinds = bare_step(method, batch)
     full = full_step(method, batch)
     times = [(timed(full), timed(bare)) for _ in range(1 + repeats)][1:]
