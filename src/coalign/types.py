@@ -93,7 +93,8 @@ class ViewPlan:
     images: Mapping[str, AugmentationPolicy]
     texts: Mapping[str, TextPolicy]
     patch_ranks: bool = False  # image views carry a random rank in [0, 1) per patch, which a mask ratio thresholds
-    tags: bool = False
+    tags: int = 0  # ids of the sample's tags, of a vocabulary of this many, the most frequent of the training data
+    captionless: bool = False  # samples without any caption are used, too: their text views hold no words
 
 
 # ---------------------------------------------------------------- what the data gives

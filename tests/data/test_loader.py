@@ -25,7 +25,8 @@ PLAN = ViewPlan(
     images={"weak": WEAK, "strong": STRONG},
     texts={"caption": TextPolicy(), "masked": TextPolicy("eda", mask_p=0.3)},
     patch_ranks=True,
-    tags=True,
+    tags=3,
+    captionless=True,
 )
 CLIP_PLAN = ViewPlan(images={"view": WEAK}, texts={"caption": TextPolicy()})
 WORDS = ["red", "blue", "green", "apple", "pear", "boat", "house", "tree", "small", "large", "old", "left", "top"]
@@ -280,7 +281,7 @@ def test_caption_ids_are_equal_exactly_where_captions_are(make):
 
 def test_a_sample_without_captions_is_used_where_the_plan_can(make):
     source = Pairs(8, no_captions={2, 5})
-    [loaded] = make(source).batches(0, 1)  # wants tags
+    [loaded] = make(source).batches(0, 1)
     batch = loaded.batch
     assert loaded.bad == []
     assert batch.has_caption.tolist() == [index not in (2, 5) for index in batch.indices.tolist()]
@@ -310,6 +311,24 @@ def test_stored_paraphrases_reach_the_view(make, tokenizer):
     for one, other, length in zip(batch.texts["as is"].ids, batch.texts["other"].ids, batch.texts["other"].lengths):
         seen.add((tokenizer.decode(one[:3].tolist()), tokenizer.decode(other[:length].tolist())))
     assert seen == {("one", "said otherwise"), ("two", "put differently")}
+
+
+@pytest.mark.parametrize("stored", [[], ["A"], ["A", "B"], ["A", "B", "C"], ["A", "A"]], ids=str)
+def test_views_get_different_paraphrases_where_there_are(make, tokenizer, stored):
+    class Paraphrased(Pairs):
+        def record(self, index: int) -> Record:
+            return Record(str(index), ("original",), facts={"paraphrases": {"original": [x.lower() for x in stored]}})
+
+    plan = ViewPlan(images={"view": WEAK}, texts={"q": TextPolicy("paraphrase"), "k": TextPolicy("paraphrase")})
+    [loaded] = make(Paraphrased(60), plan=plan, batch_size=60).batches(0, 1)
+    query, key = (
+        [tokenizer.decode(ids[:length].tolist()) for ids, length in zip(view.ids, view.lengths)]
+        for view in loaded.batch.texts.values()
+    )
+    known = {x.lower() for x in stored}
+    pool = known if len(known) >= 2 else known | {"original"}
+    pairs = set(zip(query, key))
+    assert pairs == {(one, other) for one in pool for other in pool if one != other or len(pool) == 1}
 
 
 # ---------------------------------------------------------------- bad samples

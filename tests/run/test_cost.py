@@ -39,6 +39,7 @@ PASSES = {
     "uniclip": ({"image": 3, "text": 1}, {}),
     "mcd": ({"image": 2, "text": 1}, {"image": 2}),
     "oner": ({"image": 1, "text": 1, "image and text": 1}, {"image": 1, "text": 1, "image and text": 1}),
+    "mct": ({"image": 1, "text": 1}, {"image": 1, "text": 1}),
 }
 
 

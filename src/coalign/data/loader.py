@@ -72,12 +72,13 @@ class PairLoader:
 
     `indices` are the source's samples that may be used; `batch_size` is the global batch, of which this rank loads its
     consecutive share. An epoch's last incomplete batch is dropped. A bad sample is replaced by one that depends on
-    (seed, epoch, sample, attempt) alone. A sample without captions is bad if the plan has texts and no tags.
+    (seed, epoch, sample, attempt) alone. A sample without captions is bad if the plan has texts and does not allow it.
 
     An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
     view from text/NAME; the caption, which all text views of a sample share, is drawn from "caption". `caption_ids` are
     equal where the chosen captions are equal character for character; a sample without any has an id of its own.
-    Stored paraphrases are looked up in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}.
+    Stored paraphrases are looked up in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}. Views that ask for one get
+    different ones; the caption itself stands in where there are too few. Who gets which is drawn from "paraphrases".
     """
 
     def __init__(
@@ -194,17 +195,32 @@ class PairLoader:
     ) -> tuple[list[tuple[list[int], list[int] | None]], int]:
         """(ids, labels) of the plan's text views, and the caption's id."""
         if not record.captions:
-            if self.plan.texts and not self.plan.tags:
+            if self.plan.texts and not self.plan.captionless:
                 raise BadSample("no caption")
             empty = self.tokenizer.encode("", self.context_length)
             return [(empty, None) for _ in self.plan.texts], stable_hash("no caption", index)
         caption = choose_caption(record.captions, draw("caption"))
-        paraphrases = record.facts.get("paraphrases", {}).get(caption, ())
+        paraphrases = self._paraphrases(record, caption, draw)
         views = [
-            text_view(caption, policy, draw(f"text/{name}"), self.tokenizer, self.context_length, paraphrases)
+            text_view(
+                caption, policy, draw(f"text/{name}"), self.tokenizer, self.context_length, paraphrases.get(name, ())
+            )
             for name, policy in self.plan.texts.items()
         ]
         return [(view.ids, view.labels) for view in views], stable_hash(caption)
+
+    def _paraphrases(
+        self, record: Record, caption: str, draw: Callable[[str], np.random.Generator]
+    ) -> dict[str, tuple[str]]:
+        """A paraphrase for each text view that asks for one, different ones as far as there are."""
+        views = [name for name, policy in self.plan.texts.items() if policy.kind == "paraphrase"]
+        if not views:
+            return {}
+        found = list(dict.fromkeys(record.facts.get("paraphrases", {}).get(caption, ())))
+        if len(found) < len(views) and caption not in found:
+            found.append(caption)
+        drawn = draw("paraphrases").permutation(len(found)).tolist()
+        return {name: (found[drawn[number % len(found)]],) for number, name in enumerate(views)}
 
     def _join(self, chunks: list[_Chunk]) -> Batch:
         rows = np.concatenate([chunk.rows for chunk in chunks])

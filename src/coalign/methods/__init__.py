@@ -18,6 +18,7 @@ METHODS = {
     "uniclip": ("coalign.methods.uniclip:UniCLIP", "coalign.recipes.uniclip:UniCLIPConfig"),
     "mcd": ("coalign.methods.mcd:MCD", "coalign.recipes.mcd:MCDConfig"),
     "oner": ("coalign.methods.oner:OneR", "coalign.recipes.oner:OneRConfig"),
+    "mct": ("coalign.methods.mct:MCT", "coalign.recipes.mct:MCTConfig"),
 }
 
 

@@ -191,7 +191,7 @@ _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _a
 
 def _typical(batch: Batch) -> Batch:
     """The samples whose captions are nearest to the mean length."""
-    lengths = torch.stack([view.lengths for view in batch.texts.values()]).float().sum(0)  # [batch]
+    lengths = sum((view.lengths.float() for view in batch.texts.values()), torch.zeros(len(batch)))  # [batch]
     rows = (lengths - lengths.mean()).abs().argsort(stable=True)[:SLICE]
     return batch[rows]  # type: ignore[index]
 

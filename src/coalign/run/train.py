@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from coalign.config import TrainConfig, flatten, to_json
-from coalign.data.loader import PairLoader, image_batches
+from coalign.data.loader import PairLoader, image_batches, tag_vocabulary
 from coalign.data.randomness import stable_hash
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
@@ -41,6 +41,7 @@ from coalign.training.trainer import Score, Trainer, TrainResult, autocast_dtype
 from coalign.types import Source, StepInfo
 
 RESULTS, REPORT = "results.json", "report.html"
+MAX_READ = 200_000  # training pairs that are read for a vocabulary, of words or of tags
 MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
 # what may differ when a run is resumed: it changes nothing that the run computes
 FREE_TO_CHANGE = {"workers", "save_every", "patience", "max_bad_fraction", "max_non_finite", "micro_batch", "evals"}
@@ -56,6 +57,10 @@ class Data:
     train: np.ndarray
     val_source: Source
     val: np.ndarray
+
+    def tag_ids(self, size: int) -> dict[str, int]:
+        """The most frequent tags of the training pairs and their ids, from the first pairs where there are very many."""
+        return tag_vocabulary(self.source, self.train[:MAX_READ], size) if size else {}
 
 
 def train(
@@ -86,12 +91,13 @@ def train(
     _check_batch_norm(method, settings, world)
     method.to(world.device).to(memory_format=torch.channels_last)
     if dry_run:
-        from coalign.run.dry_run import describe
-
         if world.is_first:
+            from coalign.run.dry_run import describe
+
             describe(console, data, out, settings, method, tokenizer, pairs, world)
         return None
-    loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size)
+    tags = pairs.tag_ids(method.view_plan.tags)
+    loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags)
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
     trainer = Trainer(
         method, settings, world, out,
@@ -99,12 +105,11 @@ def train(
         interactive=world.is_first and sys.stdout.isatty(),
     )  # fmt: skip
     if settings.compile:
-        for module in method.modules():
-            if isinstance(module, ImageTower):  # a text tower packs its captions: another shape at every step
-                module.compile()
+        for tower in (module for module in method.modules() if isinstance(module, ImageTower)):
+            tower.compile()  # a text tower packs its captions: another shape at every step
     saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val), _fingerprint(pairs))
     with _lock(out, world):
-        trainer.validate = _validation(method, settings, pairs, tokenizer, world)
+        trainer.validate = _validation(method, settings, pairs, tokenizer, world, tags)
         _prepare_folder(out, saved, tokenizer, world)  # once nothing in the settings can be wrong any more
         done = trainer.resume() if resume == "auto" else 0
         if world.is_first:
@@ -210,7 +215,7 @@ def _tokenizer(config: TrainConfig, pairs: Data, out: Path) -> Tokenizer:
 
 
 def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
-    for index in indices[:200_000].tolist():
+    for index in indices[:MAX_READ].tolist():
         try:
             yield from source.record(index).captions
         except BadSample:
@@ -225,6 +230,7 @@ def pair_loader(
     tokenizer: Tokenizer,
     world: World,
     batch_size: int,
+    tag_ids: Mapping[str, int],
 ) -> PairLoader:
     """The training pairs' or the validation pairs' batches, as the method wants them."""
     return PairLoader(
@@ -239,6 +245,7 @@ def pair_loader(
         workers=config.workers or 0,
         rank=world.rank,
         world_size=world.size,
+        tag_vocabulary=tag_ids,
         patch_grid=runs.patch_grid(method),
     )
 
@@ -289,14 +296,14 @@ def _fingerprint(pairs: Data) -> str:
 
 
 def _validation(
-    method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, world: World
+    method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, world: World, tag_ids: Mapping[str, int]
 ) -> Callable[[StepInfo], Score] | None:
     """Loss, retrieval, and zero-shot on the user's classes, over the first validation pairs in a fixed order. None if there are too few."""
     batch_size = min(config.batch_size, len(pairs.val)) // world.size * world.size
     if len(pairs.val) < 2 or batch_size < 2:
         return None
     tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
-    losses = pair_loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size)
+    losses = pair_loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids)
     encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # of the first rank, decoded at the first validation

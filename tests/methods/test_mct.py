@@ -1,0 +1,611 @@
+import json
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from test_step_equality import ALONE, STEP, assert_complete, assert_equal_steps, run_step
+from torch.nn import functional as F
+
+from coalign.config import TrainConfig
+from coalign.errors import UserError
+from coalign.methods.mct import MCT
+from coalign.networks.ema import momentum_for
+from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
+from coalign.optim import build_optimisers
+from coalign.recipes.mct import ABLATIONS, CHANGES, RECIPES, VIEW, MCTConfig, mct
+from coalign.training.distributed import RankGather, join_world
+from coalign.training.step import forward_backward, move_statistics
+from coalign.types import StepInfo, TextPolicy, ViewPlan
+
+GATHER = RankGather(ALONE)
+PAIRS, QUEUE, DIMS = 6, 10, {"intra": 5, "inter": 7}
+HAS_CAPTION = torch.tensor([True, True, False, True, False, True])
+TAGS = [[0, 1, 2, 3], [1, 2, 3], [2, 3, 5, 6], [], [], [7]]  # with captions and without, with tags and without
+
+
+def unit(*shape, seed):
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
+
+
+def padded(lists, width=4):
+    return torch.tensor([(tags + [-1] * width)[:width] for tags in lists])
+
+
+@pytest.fixture
+def new(tmp_path):
+    def new(model=TRANSFORMER, **changes):
+        settings = {"intra_dim": 5, "inter_dim": 7, "queue_size": QUEUE, "max_tags": 4, "margin_negatives": 25}
+        return build_method("mct", tmp_path, model, **settings | changes)
+
+    return new
+
+
+def mixed(batch):
+    """The batch with samples that have a caption, tags, both, or neither."""
+    has_caption = torch.arange(len(batch)) % 2 == 0
+    tags = None if batch.tags is None else batch.tags.masked_fill((torch.arange(len(batch)) % 4 < 2)[:, None], -1)
+    texts = {}
+    for name, view in batch.texts.items():
+        lengths = view.lengths.where(has_caption, 2)
+        texts[name] = replace(view, lengths=lengths)
+    return replace(batch, has_caption=has_caption, tags=tags, texts=texts)
+
+
+def embeds(method, heads, seed):
+    return {
+        head: unit(PAIRS, method._dim(head), seed=seed + number).requires_grad_() for number, head in enumerate(heads)
+    }
+
+
+def filled(method, rows=QUEUE):
+    """Queues that hold rows of the same samples and captions as the batch, and others'."""
+    for number, head in enumerate(method.key_heads):
+        values = {
+            "embeds": unit(rows, method._dim(head), seed=50 + number),
+            "indices": torch.arange(rows) + 3,
+            "caption_ids": (torch.arange(rows) + number) % 5,
+            "tags": padded(
+                [[0, 1, 2], [1, 2, 3, 4], [], [5, 6, 2, 3], [7, 8], [3], [0, 1, 2, 3], [9], [2, 3, 5], [6]][:rows]
+            ),
+        }
+        queue = method.queues[head]
+        queue.push(**{name: values[name] for name in queue.columns})
+    return method
+
+
+def inputs(method, seed=1):
+    features = embeds(method, method.query_heads, seed) | {
+        "indices": torch.arange(PAIRS),
+        "caption_ids": torch.tensor([0, 1, 70, 2, 71, 1]),
+        "has_caption": HAS_CAPTION,
+        "tags": padded(TAGS),
+    }
+    targets = {name: value.detach() for name, value in embeds(method, method.key_heads, seed + 20).items()}
+    return features, targets
+
+
+def objective(method, features, targets):
+    return {term.name: term for term in method.objective(features, targets, GATHER, STEP)}
+
+
+def loss_of(terms):
+    return sum(term.weight * term.total / term.count for term in terms.values())
+
+
+# ---------------------------------------------------------------- the equations
+
+
+def naive_loss(method, features, targets):
+    """Eq. 15 as loops over samples and slots."""
+    config = method.config
+
+    def negatives(name, i, queue):
+        captions = features["caption_ids"][i] == queue["caption_ids"] if name not in ("j_ii", "j_tag") else False
+        same = (features["indices"][i] == queue["indices"]) | captions
+        return [j for j in range(int(queue.num_pushed)) if not (config.multi_positive and same[j])]
+
+    def info_nce(name, i, positives=()):
+        query, key = method.terms[name]
+        queue = method.queues[key]
+        q, k = features[query][i], targets[key][i]
+        below = torch.exp(q @ k / config.temperature)
+        for j in negatives(name, i, queue):
+            below = below + torch.exp(q @ queue["embeds"][j] / config.temperature)
+        logs = [
+            torch.log(torch.exp(q @ p / config.temperature) / below)
+            for p in (k, *(queue["embeds"][j] for j in positives))
+        ]
+        return -sum(logs) / len(logs)
+
+    def hinges(name, i):
+        query, key = method.terms[name]
+        queue = method.queues[key]
+        q, k, slots = features[query][i], targets[key][i], negatives(name, i, queue)
+        return 25 / len(slots) * sum(torch.relu(0.2 - q @ k + q @ queue["embeds"][j]) for j in slots)
+
+    def epsilon(queue):
+        """The least at which at most a fiftieth of the slots shares more tags, unless one is given."""
+        filled = int(queue.filled.sum())
+        slots = [set(row) - {-1} for row in queue["tags"][:filled].tolist()]
+        common = [len(set(tags) & slot) for tags in TAGS if tags for slot in slots]
+        least = next(e for e in range(99) if sum(n > e for n in common) <= len(common) / 50)
+        return least if config.tag_threshold is None else config.tag_threshold
+
+    def sharing(i):
+        queue = method.queues[method.terms["j_tag"][1]]
+        threshold, own = epsilon(queue), set(TAGS[i])
+        return [
+            j for j in negatives("j_tag", i, queue) if len(own & (set(queue["tags"][j].tolist()) - {-1})) > threshold
+        ]
+
+    captioned = HAS_CAPTION.nonzero().flatten().tolist()
+    tagged = [i for i, tags in enumerate(TAGS) if tags]
+    means = {
+        "j_ii": lambda: sum(info_nce("j_ii", i) for i in range(PAIRS)) / PAIRS,
+        "j_tag": lambda: sum(info_nce("j_tag", i, sharing(i)) for i in tagged) / len(tagged),
+        "j_cc": lambda: 0.7 * sum(info_nce("j_cc", i) for i in captioned) / len(captioned),
+        "j_ic": lambda: 0.01 * sum(hinges("j_ic", i) for i in captioned) / len(captioned),
+        "j_ci": lambda: 0.01 * sum(hinges("j_ci", i) for i in captioned) / len(captioned),
+    }
+    if config.j_tag and not config.multi_positive and config.tag_threshold is not None:
+        assert [len(sharing(i)) for i in tagged] != [0] * len(tagged)
+    return sum(mean() for name, mean in means.items() if name in method.terms)
+
+
+SETTINGS = [
+    {},
+    {"multi_positive": True},
+    {"tag_threshold": 1},
+    {"tag_threshold": None},
+    {"heads": "unified", "intra_dim": 6, "inter_dim": 6},
+    *({name: False} for name in ("j_ii", "j_tag", "j_cc", "j_ic", "j_ci")),
+]
+
+
+@pytest.mark.parametrize("rows", [QUEUE, 7])
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_equals_the_equations_written_as_loops(new, changes, rows):
+    method = filled(new(**changes, text_weight=0.7, inter_weight=0.01), rows)
+    features, targets = inputs(method)
+    ours, theirs = loss_of(objective(method, features, targets)), naive_loss(method, features, targets)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    queries = [features[head] for head in method.query_heads]
+    for a, b in zip(torch.autograd.grad(ours, queries), torch.autograd.grad(theirs, queries)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_with_a_full_queue_the_margin_terms_are_the_papers_sums(new):
+    method = filled(new(margin_negatives=QUEUE))
+    features, targets = inputs(method)
+    terms = objective(method, features, targets)
+    for name in ("j_ic", "j_ci"):
+        query, key = method.terms[name]
+        total = 0.0
+        for i in HAS_CAPTION.nonzero().flatten():
+            q = features[query][i]
+            total = total + (0.2 - q @ targets[key][i] + method.queues[key]["embeds"] @ q).clamp(min=0).sum()
+        torch.testing.assert_close(terms[name].weight * terms[name].total, 1e-4 * total)
+
+
+def test_weights_and_counts_are_the_papers(new):
+    terms = objective(*((method := filled(new(margin_negatives=32_768))), *inputs(method)))
+    assert {name: (term.weight, term.count) for name, term in terms.items()} == {
+        "j_ii": (1.0, 6), "j_tag": (1.0, 4), "j_cc": (1.0, 4), "j_ic": (3.2768, 4), "j_ci": (3.2768, 4),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- queues
+
+
+def test_the_first_step_is_defined_and_changes_nothing(new):
+    method = new()
+    first = forward_backward(method, make_batch(method.view_plan, 8), STEP, ALONE)
+    assert first.loss == 0
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+    assert not method.scalars()["queue_fill"]
+    method.after_step(first.features, first.targets, GATHER, STEP)
+    second = forward_backward(method, make_batch(method.view_plan, 8, seed=1), STEP, ALONE)
+    assert min(second.terms.values()) > 0
+    assert all(p.grad.any() for p in method.parameters() if p.requires_grad)
+    assert method.scalars()["queue_fill"] == pytest.approx(0.8)
+
+
+def test_empty_slots_are_no_negatives(new):
+    method, smaller = filled(new(), rows=4), filled(new(queue_size=4), rows=4)
+    ours, theirs = (objective(each, *inputs(each)) for each in (method, smaller))
+    for name, term in ours.items():
+        torch.testing.assert_close(term.total, theirs[name].total)
+
+
+def test_what_enters_the_queues(new):
+    """Keys of all images, with their tags beside them; of the texts those of real captions."""
+    method = new()
+    batch = mixed(make_batch(method.view_plan, 8))
+    with torch.no_grad():
+        features, targets = method.encode(batch, STEP), method.encode_targets(batch, STEP)
+    method.after_step(features, targets, GATHER, STEP)
+    for head, queue in method.queues.items():
+        rows = batch.has_caption if head.startswith("text") else torch.ones(8, dtype=torch.bool)
+        count = int(rows.sum())
+        assert queue.filled.sum() == count
+        torch.testing.assert_close(queue["embeds"][:count], targets[head][rows])
+        assert torch.equal(queue["indices"][:count], batch.indices[rows])
+        assert torch.equal(queue["caption_ids"][:count], batch.caption_ids[rows])
+        assert ("tags" in queue.columns) == (head == "image_intra")
+    assert torch.equal(method.queues["image_intra"]["tags"][:8, :3], batch.tags)
+    assert (method.queues["image_intra"]["tags"][:8, 3] == -1).all()
+    assert {name for name in method.state_dict() if name.endswith("tags")} == {"queues.image_intra.tags"}
+
+
+def test_a_queue_larger_than_the_data_holds_nobodys_own_key_against_it(new):
+    """Four samples, again and again."""
+    batch, losses = None, {}
+    for multi_positive in (False, True):
+        method = new(queue_size=20, multi_positive=multi_positive)
+        batch = make_batch(method.view_plan, 4)
+        for _ in range(3):
+            result = forward_backward(method, batch, STEP, ALONE)
+            method.after_step(result.features, result.targets, GATHER, STEP)
+        for head, queue in method.queues.items():
+            assert queue.filled.sum() == 12, head
+        losses[multi_positive] = result
+    # each step but the first: the own key against itself from before, or not at all
+    assert losses[True].terms["j_ii"] < losses[False].terms["j_ii"]
+    method = new(queue_size=20, multi_positive=True)
+    one = batch[slice(0, 1)]
+    for _ in range(3):
+        result = forward_backward(method, one, STEP, ALONE)
+        method.after_step(result.features, result.targets, GATHER, STEP)
+    assert result.loss == pytest.approx(0, abs=1e-12)  # a single sample has no negatives
+
+
+def test_resumes_with_its_queues(new):
+    method, resumed = new(), new()
+    batch = mixed(make_batch(method.view_plan, 8))
+    run_step(method, batch, ALONE)
+    resumed.load_state_dict(method.state_dict())
+    assert_equal_steps(run_step(method, batch, ALONE), run_step(resumed, batch, ALONE))
+
+
+# ---------------------------------------------------------------- samples without captions, without tags
+
+
+def test_what_a_sample_lacks_has_no_influence(new):
+    method = new()
+    batch = mixed(make_batch(method.view_plan, 8))
+    one = run_step(method, batch, ALONE)
+    texts = {
+        name: replace(view, ids=torch.where(batch.has_caption[:, None], view.ids, view.ids.flip(0)))
+        for name, view in batch.texts.items()
+    }
+    assert_equal_steps(one, run_step(new(), replace(batch, texts=texts), ALONE))
+
+
+@pytest.mark.parametrize("lacking", ["captions", "tags", "both"])
+def test_whole_batches_without(new, lacking):
+    method = new()
+    batch = make_batch(method.view_plan, 8)
+    if lacking != "tags":
+        batch = replace(batch, has_caption=torch.zeros(8, dtype=torch.bool))
+    if lacking != "captions":
+        batch = replace(batch, tags=torch.full((8, 1), -1))
+    loss, gradients, _ = run_step(method, batch, ALONE)
+    assert loss > 0
+    assert any(name.startswith("text.") for name in gradients) == (lacking == "tags")
+    result = forward_backward(method, batch, STEP, ALONE)
+    off = {"captions": {"j_cc", "j_ic", "j_ci"}, "tags": {"j_tag"}, "both": {"j_cc", "j_ic", "j_ci", "j_tag"}}[lacking]
+    assert {name for name, value in result.terms.items() if value == 0} == off
+    assert all(value.isfinite() for value in method.scalars().values())
+
+
+def test_captions_alone_and_nothing_at_all_are_zero_not_undefined(new):
+    method = new(**CHANGES["inter-only"])
+    batch = replace(make_batch(method.view_plan, 4), has_caption=torch.zeros(4, dtype=torch.bool))
+    loss, gradients, _ = run_step(method, batch, ALONE)
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_a_vocabulary_of_one_tag_makes_j_tag_j_ii(new):
+    method = filled(new())
+    features, targets = inputs(method)
+    features["tags"] = torch.tensor([[0, -1, -1, -1]]).repeat(PAIRS, 1)
+    method.queues["image_intra"]["tags"].fill_(-1)[:, 0] = 0
+    terms = objective(method, features, targets)
+    torch.testing.assert_close(terms["j_tag"].total, terms["j_ii"].total)
+    assert method.scalars()["tag_positives"] == 0
+    method.config = replace(method.config, tag_threshold=0)  # now all images are the same
+    terms = objective(method, features, targets)
+    assert method.scalars()["tag_positives"] == 1
+    assert terms["j_tag"].total > terms["j_ii"].total
+
+
+def test_a_derived_threshold_makes_few_positives(new):
+    """Of 400 slots, 300 share one tag with everyone, 60 two, 32 three and 8 four."""
+    method = new(queue_size=500, tag_threshold=None)
+    features, targets = inputs(method)
+    features["tags"] = torch.arange(4).repeat(PAIRS, 1)
+    tags = torch.full((400, 4), -1)
+    for number, first in enumerate((400, 100, 40, 8)):
+        tags[:first, number] = number
+    none = torch.zeros(400, dtype=torch.long)
+    method.queues["image_intra"].push(embeds=unit(400, 5, seed=9), indices=none, caption_ids=none, tags=tags)
+    objective(method, features, targets)
+    assert method.scalars()["tag_threshold"] == 3  # more than two: 10 %; more than three: 2 %
+    assert method.scalars()["tag_positives"] == pytest.approx(0.02)
+    features["tags"][3:] = -1  # who has no tags is not asked
+    objective(method, features, targets)
+    assert method.scalars()["tag_threshold"] == 3
+
+
+def test_more_tags_than_count_leave_the_rarest_out(new):
+    method = new(max_tags=2)
+    batch = replace(make_batch(method.view_plan, 2), tags=torch.tensor([[1, 4, 9], [3, -1, -1]]))
+    assert method.encode(batch, STEP)["tags"].tolist() == [[1, 4], [3, -1]]
+
+
+@pytest.mark.parametrize("model", [TRANSFORMER, BATCH_NORM], ids=["transformer", "batch norm"])
+def test_slices_of_a_mixed_batch(new, model):
+    whole = run_step(method := new(model), batch := mixed(make_batch(method.view_plan, 8)), ALONE)
+    assert_equal_steps(whole, run_step(new(model), batch, ALONE, [slice(0, 2), slice(2, 8)]))
+
+
+MIXED = [{}, {"multi_positive": True, "heads": "unified", "intra_dim": 16, "tag_threshold": None}]
+
+
+def _worker(rank, port, folder):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    world, steps = join_world("cpu"), []
+    for changes in MIXED:
+        for kind in (mixed, captions_on_one_rank):
+            method = build_method("mct", folder / str(rank), BATCH_NORM, **changes)
+            own = slice(4 * rank, 4 * rank + 4)
+            steps.append(
+                run_step(method, kind(make_batch(method.view_plan, 8))[own], world, [slice(0, 2), slice(2, 4)])
+            )
+    torch.save(steps, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def captions_on_one_rank(batch):
+    first = torch.arange(len(batch)) < 4
+    return replace(batch, has_caption=first, tags=batch.tags.masked_fill(first[:, None], -1))
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_mixed_batch(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for number, (changes, kind) in enumerate((c, k) for c in MIXED for k in (mixed, captions_on_one_rank)):
+        method = build_method("mct", tmp_path, BATCH_NORM, **changes)
+        whole = run_step(method, kind(make_batch(method.view_plan, 8)), ALONE)
+        for rank in ranks:
+            assert_equal_steps(whole, rank[number])
+
+
+# ---------------------------------------------------------------- keys and momentum encoders
+
+
+def test_a_key_depends_on_its_own_image_alone(new):
+    """So BatchNorm's statistics of the batch, which its query has, cannot tell it from the queue's keys."""
+    method = new(BATCH_NORM).train()
+    batch = make_batch(method.view_plan, 8)
+    run_step(method, batch, ALONE)  # so that running statistics are not those of the start
+    others = replace(
+        batch,
+        images={
+            name: replace(view, pixels=torch.cat([view.pixels[:1], view.pixels[1:].flip(2)]))
+            for name, view in batch.images.items()
+        },
+    )
+    with torch.no_grad():
+        keys, changed = (method.encode_targets(each, STEP)["image_intra"][0] for each in (batch, others))
+        alone = method.encode_targets(batch[slice(0, 1)], STEP)["image_intra"][0]
+        queries, moved = (method.encode(each, STEP)["image_intra"][0] for each in (batch, others))
+    torch.testing.assert_close(keys, changed)
+    torch.testing.assert_close(keys, alone)
+    assert (queries - moved).norm() > 1e-3
+    assert not any(module.training for module in method.momentum_towers.modules())
+
+
+def test_momentum_encoders_follow(new):
+    method = new(BATCH_NORM, teacher_momentum=0.75)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    batch = make_batch(method.view_plan, 8)
+    for _ in range(2):
+        result = forward_backward(method, batch, STEP, ALONE)
+        with torch.no_grad():
+            for p in method.parameters():
+                if p.requires_grad:
+                    p += 0.1
+        move_statistics(method, ALONE, keep=True)
+        method.after_step(result.features, result.targets, GATHER, STEP)
+    after = method.state_dict()
+    followed = 0
+    for name, value in after.items():
+        online = name.replace("momentum_towers.", "").replace("momentum_heads", "heads")
+        if name != online and value.is_floating_point():
+            start = before[name]
+            if online in dict(method.named_parameters()):
+                expected = start + 0.1 * (0.25 + 0.4375)  # the steps that were made, each a quarter nearer
+                torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+                followed += 1
+            else:
+                assert not torch.equal(value, start)  # running statistics
+    assert followed > 10
+    assert method.scalars()["teacher_momentum"] == 0.75
+    method = new()
+    objective(method, *inputs(method))
+    assert method.scalars()["teacher_momentum"] == pytest.approx(0.9)
+    assert method._momentum(StepInfo(3, 46_000)) == method._momentum(StepInfo(9, 10**6)) == pytest.approx(0.999)
+
+
+def test_views_of_query_and_key_and_what_search_uses(new):
+    method = new()
+    plan = method.view_plan
+    assert plan.images == {"query": VIEW, "key": VIEW}
+    assert {name: policy.kind for name, policy in plan.texts.items()} == {"query": "paraphrase", "key": "paraphrase"}
+    assert plan.captionless
+    assert plan.tags == method.config.num_tags
+    batch = make_batch(plan, 4)
+    features = method.encode(batch, STEP)
+    text = batch.texts["query"]
+    torch.testing.assert_close(method.encode_image(batch.images["query"].pixels), features["image_inter"])
+    torch.testing.assert_close(method.encode_text(text.ids, text.lengths), features["text_inter"])
+    targets = method.encode_targets(batch, STEP)
+    torch.testing.assert_close(  # at first both encoders are the same
+        method.encode_image(batch.images["key"].pixels), targets["image_inter"]
+    )
+    for value in (*targets.values(), features["image_intra"], features["text_intra"]):
+        torch.testing.assert_close(value.norm(dim=-1), torch.ones(4, dtype=torch.float64))
+    assert {name: value.shape[1] for name, value in targets.items()} == {
+        f"{modality}_{space}": dim for modality in ("image", "text") for space, dim in DIMS.items()
+    }
+
+
+def test_learns_which_caption_is_of_which_picture(new):
+    """Eight plain colours, each with words of its own; queues of two batches. Chance is one in eight."""
+    method = new(queue_size=16, teacher_momentum=0.9, inter_weight=0.04, multi_positive=True, j_tag=False)
+    batch = make_batch(method.view_plan, 8)
+    colours = torch.arange(8)[:, None] * torch.tensor([29, 57, 91]) % 256
+    pixels = colours.to(torch.uint8)[:, :, None, None].expand(8, 3, 32, 32).contiguous()
+    images = {name: replace(view, pixels=pixels) for name, view in batch.images.items()}
+    ids = torch.stack([torch.full((8,), 48), 1 + torch.arange(8), 11 + torch.arange(8), torch.full((8,), 49)], 1)
+    texts = {name: replace(view, ids=ids, lengths=torch.full((8,), 4)) for name, view in batch.texts.items()}
+    batch = replace(batch, images=images, texts=texts, caption_ids=torch.arange(8))
+    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+
+    def right():
+        with torch.no_grad():
+            similarity = method.encode_image(pixels) @ method.encode_text(ids, texts["query"].lengths).T
+        return (similarity.argmax(1) == torch.arange(8)).double().mean()
+
+    chance = right()
+    for number in range(80):
+        optimiser.zero_grad()
+        result = forward_backward(method, batch, StepInfo(number, 80), ALONE)
+        optimiser.step()
+        method.after_step(result.features, result.targets, GATHER, StepInfo(number, 80))
+    assert chance <= 0.5
+    assert right() == 1
+    assert result.terms["j_ii"] < 0.5
+    assert all(value > 0.3 for name, value in method.scalars().items() if name.endswith("spread"))
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_builds_and_takes_a_step(tmp_path, name):
+    config = replace(ABLATIONS[name], queue_size=16, head_hidden=32)
+    (tmp_path / "m.json").write_text(json.dumps(TRANSFORMER))
+    torch.manual_seed(0)
+    method = MCT(config, TowerSpec(str(tmp_path / "m.json"), 50, 12)).double()
+    batch = mixed(make_batch(method.view_plan, 8))
+    step = run_step(method, batch, ALONE)
+    assert step[0] > 0
+    assert_complete(method, step)
+    trains_text = bool({"j_cc", "j_ci"} & set(config.terms))
+    assert any(name.startswith("text.") for name in step[1]) == trains_text
+    assert bool(batch.texts) == trains_text
+    assert (batch.tags is not None) == config.j_tag
+    optimisers = build_optimisers(method.parameter_groups(), RECIPES["mct-coco"](1).optimiser, method)
+    optimisers.step()
+    assert set(method.parameter_groups()) == {"image", "text"}
+    image, text = batch.images["query"].pixels, make_batch(ViewPlan({}, {"query": TextPolicy()}), 8).texts["query"]
+    assert method.encode_image(image).shape == method.encode_text(text.ids, text.lengths).shape == (8, config.inter_dim)
+
+
+def test_the_ablations_are_the_papers():
+    assert ABLATIONS["all"] == MCTConfig()
+    dims = {(row.heads, row.intra_dim, row.inter_dim) for name, row in ABLATIONS.items() if name[-1].isdigit()}
+    assert dims == {(heads, dim, dim) for heads in ("unified", "distinct") for dim in (128, 1024, 1152)}
+    terms = {name: row.terms for name, row in ABLATIONS.items()}
+    assert terms["j_ii"] == ("j_ii",)
+    assert terms["j_ii+j_tag"] == ("j_ii", "j_tag")
+    assert terms["inter-only"] == ("j_ic", "j_ci")
+    assert terms["captions"] == terms["unified-128"] == ("j_ii", "j_cc", "j_ic", "j_ci")
+
+
+def test_image_to_caption_alone_leaves_the_captions_as_they_are(new):
+    method = new(j_ii=False, j_tag=False, j_cc=False, j_ci=False)
+    step = run_step(method, make_batch(method.view_plan, 8), ALONE)
+    assert_complete(method, step)
+    assert not [name for name in step[1] if "text" in name]
+    assert (list(method.view_plan.images), list(method.view_plan.texts)) == (["query"], ["key"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"j_ii": False, "j_tag": False, "j_ic": False}, "Nothing trains the images"),
+        ({"heads": "unified"}, "intra_dim is 128 and inter_dim 1024; make them equal"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"queue_size": 0}, "queue_size is 0"),
+        ({"max_tags": 256}, "max_tags is 256"),
+        ({"tag_threshold": -1}, "tag_threshold is -1"),
+        ({"inter_weight": -1.0}, "inter_weight is -1.0"),
+        ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5"),
+        ({"heads": "both"}, "heads is 'both'"),
+        ({"text_attention": "none"}, "text_attention is 'none'"),
+    ],
+)
+def test_senseless_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        MCTConfig(**changes)
+
+
+def test_the_papers_settings():
+    coco, stock = (RECIPES[name](118_000) for name in ("mct-coco-sgd", "mct-stock"))
+    assert (coco.batch_size, coco.epochs, stock.epochs, coco.model) == (512, 200, 60, "MCT-RN50")
+    assert (coco.method_config.queue_size, stock.method_config.queue_size) == (32_768, 65_536)
+    assert stock.method_config.margin_negatives == 65_536
+    assert stock.method_config.num_tags == 18_157
+    image, text = (coco.optimiser.for_role(role) for role in ("image", "text"))
+    assert (image.kind, image.lr, image.momentum, image.weight_decay) == ("sgd", 0.03, 0.9, 1e-4)
+    assert (text.kind, text.lr, text.momentum, text.weight_decay) == ("sgd", 4e-5, 0.9, 1e-4)
+    assert RECIPES["mct-coco"](1).optimiser.for_role("text").kind == "adamw"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_train_its_parameters(new, name):
+    method = new()
+    optimisers = build_optimisers(method.parameter_groups(), RECIPES[name](5000).optimiser, method)
+    assert set(optimisers.set_lr(0, 10)) == {"image", "text"}
+
+
+@pytest.mark.parametrize("pairs", [2, 40, 1000, 7000, 60_000, 400_000, 20_000_000])
+def test_short_runs_have_short_queues(pairs):
+    config = mct(pairs)
+    assert isinstance(config, TrainConfig)
+    steps = config.epochs * (pairs // config.batch_size)
+    limit = 0.25 * config.batch_size / (1 - momentum_for(int(steps), 46, 0.001))
+    queue_size = config.method_config.queue_size
+    assert queue_size == pytest.approx(max(1, min(32_768, pairs // 4, limit)), abs=1)
+    assert config.method_config.multi_positive
+
+
+def test_resnet_50_and_bert_by_name():
+    with torch.device("meta"):
+        spec = TowerSpec("MCT-RN50", 49_408)
+        image, text = build_image_tower(spec), build_text_tower(spec, "bidirectional", "start")
+    assert sum(p.numel() for p in image.trunk.parameters()) == 23_508_032  # ResNet-50 without its classifier
+    assert (image.width, text.width) == (2048, 768)
+    blocks = sum(p.numel() for p in text.transformer.transformer.parameters())
+    assert blocks == 85_054_464  # the 12 layers of BERT-base
