@@ -1,4 +1,7 @@
+from dataclasses import fields
+
 import pytest
+from tyro._docstrings import get_field_docstring
 
 from coalign.errors import UserError
 from coalign.methods import METHODS, config_class
@@ -23,6 +26,16 @@ def test_small_data_defaults_follow_the_size():
         "ViT-S-32",
         "ViT-B-32",
     ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_has_a_help_of_its_own(method):
+    """A field's comment is its help: tyro reads it from above the field or from the end of its line, but not from within brackets, and
+    a field without one would get its neighbour's."""
+    config = config_class(method)
+    helps = {field.name: get_field_docstring(config, field.name, ()) for field in fields(config)}
+    assert all(helps.values()), helps
+    assert len(set(helps.values())) == len(helps), helps
 
 
 def test_misspelt_recipe():

@@ -59,7 +59,7 @@ def test_learning_curves_by_pairs_and_by_time():
     np.testing.assert_allclose(mean.get_xdata() * 60, [10, 20, 30])  # minutes, since the longest takes 1,000 seconds
     np.testing.assert_allclose(mean.get_ydata(), [3.5, 3.0, 2.5])
     assert len(figure.axes[0].lines) == 3 + 1  # a mean and two seeds, and a single run
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "pairs seen", "minutes"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["pairs seen", "minutes"] * 2
     drawn(figure)
 
 

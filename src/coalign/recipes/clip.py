@@ -20,7 +20,7 @@ class CLIPConfig:
     max_logit_scale: float = 100.0  # greatest 1/τ
     # pairs of a batch that share a caption are not each other's negatives; off is CLIP exactly
     multi_positive: bool = False
-    image_view: AugmentationPolicy = WEAK
+    image_view: AugmentationPolicy = WEAK  # how the image view is drawn
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:

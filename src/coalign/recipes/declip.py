@@ -26,28 +26,24 @@ class DeCLIPConfig:
     text_ss: bool = True  # L_TSS, masked language modelling
     neighbours: bool = True  # L_NNS, InfoNCE with the nearest neighbour of the text in a queue
     ss_weight: float = 0.2  # α of Eq. 2, of L_ISS and of L_TSS
-    multi_view_weight: float = (
-        0.2  # β of Eq. 2, of the sum of three pairs; the released code's weighting does without it
-    )
+    # β of Eq. 2, of the sum of three pairs; the released code's weighting does without it
+    multi_view_weight: float = 0.2
     neighbour_weight: float = 0.2  # γ of Eq. 2
     # "paper": Eq. 2, (1 - α - β - γ) · L_CLIP + β · the sum of three pairs; "released_code": one mean over the four pairs, with what the
     # other terms' weights leave of 1
     loss_weighting: Literal["paper", "released_code"] = "paper"
-    text_views: Literal["original_and_eda", "two_eda"] = (
-        "original_and_eda"  # the code's pair, or "two text views" of EDA as in §3.3
-    )
+    # the released code's pair, or "two text views" of EDA as in §3.3
+    text_views: Literal["original_and_eda", "two_eda"] = "original_and_eda"
     mask_p: float = 0.15  # share of the tokens that masked language modelling predicts
     # the masked caption's own feature is contrasted, as in Algorithm 1 and the code; off: a third text pass for the masked caption
     contrast_masked_text: bool = True
     # "paper": both image views with T's neighbour (§3.3); "algorithm_1": the second view alone; "released_code": both with the neighbours
     # of both text views, which both enter the queue
     neighbour_pairs: Literal["paper", "algorithm_1", "released_code"] = "paper"
-    neighbour_both_ways: bool = (
-        False  # L_NNS also from neighbour to image; the released code has image to neighbour alone
-    )
-    neighbour_not_own: bool = (
-        True  # a row of the same sample or with the same caption is no neighbour; off is the paper exactly
-    )
+    # L_NNS also from neighbour to image; the released code has image to neighbour alone
+    neighbour_both_ways: bool = False
+    # a row of the same sample or with the same caption is no neighbour; off is the paper exactly
+    neighbour_not_own: bool = True
     neighbour_random: bool = False  # control: a random row of the queue in place of the nearest
     neighbour_start: float = 0.1  # share of the run before L_NNS begins, in which the queue fills; the paper has none
     queue_size: int = 65_536  # rows of the text queue
@@ -58,7 +54,7 @@ class DeCLIPConfig:
     max_logit_scale: float = 100.0  # greatest 1/τ
     # pairs of a batch that share a caption (or a neighbour's) are not each other's negatives; off is DeCLIP exactly
     multi_positive: bool = False
-    image_view: AugmentationPolicy = VIEW
+    image_view: AugmentationPolicy = VIEW  # how both image views are drawn
 
     def __post_init__(self) -> None:
         def demand(condition: bool, name: str, what: str) -> None:

@@ -38,8 +38,8 @@ class MCDConfig:
     mask_p: float = 0.15  # share of a caption's tokens that are masked
     # the masked caption is the one that is contrasted; off: the caption as it is, at the cost of a second text pass
     contrast_masked_text: bool = True
-    image_view: AugmentationPolicy = WEAK
-    augmented_view: AugmentationPolicy = STRONG
+    image_view: AugmentationPolicy = WEAK  # how the original view is drawn
+    augmented_view: AugmentationPolicy = STRONG  # how the augmented view is drawn
 
     @property
     def distills(self) -> bool:

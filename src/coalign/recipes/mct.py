@@ -49,7 +49,7 @@ class MCTConfig:
     text_attention: Literal["bidirectional", "causal"] = "bidirectional"
     # keys of the same sample or with the same caption are no negatives; off is MCT exactly
     multi_positive: bool = False
-    image_view: AugmentationPolicy = VIEW
+    image_view: AugmentationPolicy = VIEW  # how the images of queries and keys are drawn
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -35,22 +35,18 @@ class OneRConfig:
     temperature: float = 0.2  # fixed temperature τ
     # what a sequence's feature is: the mean of its tokens, [CLS], or the mean with image and text of equal weight
     pooling: Literal["mean", "cls", "balanced"] = "mean"
-    teacher: Literal["ema", "none"] = (
-        "ema"  # what the right-hand side of a contrast comes from: none is the model itself
-    )
+    # what the right-hand side of a contrast comes from: the moving average, or with none the model itself
+    teacher: Literal["ema", "none"] = "ema"
     teacher_momentum: float | None = None  # fixed; None: 0.996, and less in runs of under 28,000 steps
     mlm: bool = True  # masked language modelling, on texts and on pairs as one sequence
-    mlm_weight: float = 1.0  # its weight
+    mlm_weight: float = 1.0  # weight of masked language modelling
     mask_p: float = 0.15  # share of a caption's tokens that are masked
     mim: bool = True  # masked image modelling, on images and on pairs as one sequence
-    mim_weight: float = 1.0  # its weight
-    mim_ratio: tuple[float, float] = (
-        0.1,
-        0.5,
-    )  # share of an image's patches that are masked, at the start and at the end
+    mim_weight: float = 1.0  # weight of masked image modelling
+    mim_ratio: tuple[float, float] = (0.1, 0.5)  # share of an image's patches that are masked: first and last
     # pairs of a batch that share a caption are not each other's negatives; off is OneR exactly
     multi_positive: bool = False
-    image_view: AugmentationPolicy = WEAK
+    image_view: AugmentationPolicy = WEAK  # how the image view is drawn
 
     @property
     def joint(self) -> bool:

@@ -24,8 +24,8 @@ class SLIPConfig:
     ssl_scale: float = 1.0  # weight of NT-Xent
     ssl_hidden: int = 4096  # width of the SSL head's two hidden layers
     ssl_dim: int = 256  # width of the SSL head's output
-    image_view: AugmentationPolicy = WEAK
-    ssl_view: AugmentationPolicy = STRONG
+    image_view: AugmentationPolicy = WEAK  # how CLIP's view is drawn
+    ssl_view: AugmentationPolicy = STRONG  # how NT-Xent's two views are drawn
 
     def __post_init__(self) -> None:
         for name in ("temperature", "ssl_temperature"):

@@ -31,8 +31,8 @@ class UniCLIPConfig:
     max_logit_scale: float = 100.0  # greatest 1/τ
     # pairs of a batch that share a caption are not each other's negatives; off is UniCLIP exactly
     multi_positive: bool = False
-    weak_view: AugmentationPolicy = WEAK
-    strong_view: AugmentationPolicy = STRONG
+    weak_view: AugmentationPolicy = WEAK  # how a "weak" view is drawn
+    strong_view: AugmentationPolicy = STRONG  # how a "strong" view is drawn
 
     def __post_init__(self) -> None:
         if not self.views:

@@ -87,8 +87,7 @@ def learning_curves(runs: Mapping[str, Validations]) -> Figure | None:
             if key != "val/loss":
                 axes.set_ylim(bottom=0)
                 axes.yaxis.set_major_formatter(percent_axis())
-            if row == len(kept) - 1:
-                axes.set_xlabel(label, fontsize=9, color=SOFT)
+            axes.set_xlabel(label, fontsize=9, color=SOFT)
     _legend(figure, figure.axes[0])
     return figure
 

@@ -213,8 +213,8 @@ def _results(page: Page, comparison: Comparison) -> None:
         f"All were evaluated on the same held-out items ({counted}). The interval over items is a 95 % bootstrap interval: it says how far "
         "other items of the same kind would move the figure. "
         + ("That over seeds is a 95 % t-interval over the runs of a group, on these items. " if several else "")
-        + "A difference is to the first of the list, paired: both are measured on the same drawn items, so that its interval is narrower "
-        "than the two figures' own suggest. Nothing is corrected for the number of comparisons.",
+        + "A difference is to the first of the list, paired: both are measured on the same drawn items, so that its interval is usually "
+        "narrower than the two figures' own suggest. Nothing is corrected for the number of comparisons.",
     )
     names = [name for name, figure in groups[0].figures.items() if figure.kind == "rate"]
     points = {g.name: [(g.figures[n].value, *_widest(g.figures[n])) for n in names] for g in groups}

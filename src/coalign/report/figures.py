@@ -91,6 +91,10 @@ def _panel(axes: Axes, panel: curves.Panel) -> None:
         axes.title.set_fontsize(9)
     if panel.percent:
         axes.set_ylim(bottom=0)
+        top = axes.get_ylim()[1]
+        ticks = axes.get_yticks()
+        axes.set_yticks(ticks[ticks <= min(top, 1.0)])  # none in the room for the legend
+        axes.set_ylim(0, top)
         axes.yaxis.set_major_formatter(percent_axis())
 
 
