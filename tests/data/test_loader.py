@@ -334,6 +334,20 @@ def test_views_get_different_paraphrases_where_there_are(make, tokenizer, stored
 # ---------------------------------------------------------------- bad samples
 
 
+@pytest.mark.parametrize(
+    "stored", ["said otherwise", ["said otherwise"], {"original": "said otherwise"}, {"original": [1]}]
+)
+def test_malformed_paraphrases_are_bad_samples(make, stored):
+    class Paraphrased(Pairs):
+        def record(self, index: int) -> Record:
+            return Record(str(index), ("original",), facts={"paraphrases": stored if index < 2 else None})
+
+    plan = ViewPlan(images={"view": WEAK}, texts={"q": TextPolicy("paraphrase")})
+    [loaded] = make(Paraphrased(20), plan=plan, batch_size=20).batches(0, 1)
+    assert {entry.reason for entry in loaded.bad} == {"malformed paraphrases"}
+    assert not {0, 1} & set(loaded.batch.indices.tolist())
+
+
 def test_bad_samples_are_replaced_and_reported(make):
     source = Pairs(no_record={3, 11}, no_image={0, 20})
     subject = make(source)

@@ -216,7 +216,11 @@ class PairLoader:
         views = [name for name, policy in self.plan.texts.items() if policy.kind == "paraphrase"]
         if not views:
             return {}
-        found = list(dict.fromkeys(record.facts.get("paraphrases", {}).get(caption, ())))
+        stored = record.facts.get("paraphrases") or {}
+        of_caption = stored.get(caption, []) if isinstance(stored, dict) else None
+        if not isinstance(of_caption, list) or not all(isinstance(one, str) for one in of_caption):
+            raise BadSample("malformed paraphrases", "they must be {caption: [paraphrase, …]}")
+        found = list(dict.fromkeys(of_caption))
         if len(found) < len(views) and caption not in found:
             found.append(caption)
         drawn = draw("paraphrases").permutation(len(found)).tolist()
