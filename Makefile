@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 # two methods see the same pairs as often, and are compared on the same held-out ones
-DEMO := --data scenes:4096 --image-size 32 --batch-size 64 --epochs 24 --evals 3
+DEMO := --data scenes:4096 --image-size 32 --batch-size 64 --epochs 16 --evals 3
 demo: $(STAMP)
 	@rm -rf runs/demo
 	@$(BIN)/coalign train --recipe clip $(DEMO) --out runs/demo/clip
