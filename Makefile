@@ -26,9 +26,8 @@ $(STAMP): pyproject.toml
 # two methods see the same pairs as often, and are compared on the same held-out ones
 DEMO := --data scenes:4096 --image-size 32 --batch-size 64 --epochs 16 --evals 3
 demo: $(STAMP)
-	@rm -rf runs/demo
-	@$(BIN)/coalign train --recipe clip $(DEMO) --out runs/demo/clip
-	@$(BIN)/coalign train --recipe mcd $(DEMO) --out runs/demo/mcd
+	@$(BIN)/coalign train --recipe clip $(DEMO) --out runs/demo/clip --resume auto
+	@$(BIN)/coalign train --recipe mcd $(DEMO) --out runs/demo/mcd --resume auto
 	@$(BIN)/coalign compare runs/demo/clip runs/demo/mcd --report runs/demo/compare.html
 
 test: $(STAMP)

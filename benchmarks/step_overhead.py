@@ -24,7 +24,7 @@ import torch
 from captions import CAPTIONS
 from torch import Tensor, nn
 
-from coalign.data.text_views import NOT_MASKED, text_view
+from coalign.data.text_views import text_view
 from coalign.data.tokenizer import load_tokenizer
 from coalign.method import Method
 from coalign.methods import METHODS, config_class, method_class
@@ -33,7 +33,7 @@ from coalign.networks.towers import ImageTower, TextTower, TowerSpec
 from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
-from coalign.types import Batch, ImageView, StepInfo, TextView, ViewPlan
+from coalign.types import NOT_MASKED, Batch, ImageView, StepInfo, TextView, ViewPlan
 
 TARGET, CONTEXT, SIDE, PATCH = 1.15, 77, 64, 16
 MODEL = {

@@ -83,10 +83,11 @@ def test_its_recipe_trains(copy, tmp_path):
 
 def test_the_example_is_formatted(copy):
     files = [path for path, kind, _ in BLOCKS if kind == "python" and path]
-    run(copy, "-m", "ruff", "check", *files)
-    run(copy, "-m", "ruff", "format", "--check", *files)
+    assert run(copy, "-m", "ruff", "check", *files) == "All checks passed!\n"
+    assert "already formatted" in run(copy, "-m", "ruff", "format", "--check", *files)
 
 
 @pytest.mark.slow
 def test_the_example_has_sound_types(copy):
-    run(copy, "-m", "mypy", *[path for path, _, _ in BLOCKS if path.startswith("src")])
+    output = run(copy, "-m", "mypy", *[path for path, _, _ in BLOCKS if path.startswith("src")])
+    assert output.startswith("Success: no issues found")

@@ -1,20 +1,18 @@
 """The gradient of a step depends on the global batch alone: whole, in unequal slices, or on two processes. Sweeps the registry."""
 
-import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from processes import on_two_processes
 
 from coalign.errors import UserError
 from coalign.methods import METHODS, config_class
 from coalign.methods.clip import CLIP
-from coalign.training.distributed import RankGather, World, join_world
+from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import StepInfo
 
@@ -95,37 +93,20 @@ def test_slices(tmp_path, name, model, changes):
     assert_equal_steps(whole, run_step(method, batch, ALONE, [slice(0, 4), slice(4, 6), slice(6, 8)]))
 
 
-def _worker(rank, port, folder, cases):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    world = join_world("cpu")
+def half_steps(world, folder, cases):
+    """A process's share of the step of every case."""
     steps = []
     for name, model, changes, cls, slices in cases:
-        method = build_method(name, folder / str(rank), MODELS[model], cls=cls, **changes)
-        half = make_batch(method.view_plan, BATCH)[slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)]
+        method = build_method(name, folder, MODELS[model], cls=cls, **changes)
+        half = make_batch(method.view_plan, BATCH)[slice(world.rank * BATCH // 2, (world.rank + 1) * BATCH // 2)]
         steps.append(run_step(method, half, world, slices))
-    torch.save(steps, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def on_two_processes(folder, cases):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(2):
-        (folder / str(rank)).mkdir()
-    multiprocessing.spawn(_worker, (port, folder, cases), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return steps
 
 
 def test_two_processes(tmp_path):
     cases = [(*case, None, slices) for case in CASES for slices in (None, [slice(0, 2), slice(2, 4)])]
     cases.append(("clip", "transformer", {}, WrongCount, None))
-    ranks = on_two_processes(tmp_path, cases)
+    ranks = on_two_processes(half_steps, tmp_path, cases)
     for number, (name, model, changes, cls, _) in enumerate(cases):
         method = build_method(name, tmp_path, MODELS[model], cls=cls, **changes)
         whole = run_step(method, make_batch(method.view_plan, BATCH), ALONE)

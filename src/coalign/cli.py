@@ -131,8 +131,11 @@ def eval_command(
         workers: loader processes
     """
     from coalign.run.evaluate import evaluate, write_json
+    from coalign.run.model import check_output
     from coalign.run.reporting import print_results
 
+    if json:
+        check_output(json)  # before the work
     results = evaluate(
         model,
         tasks,
@@ -161,8 +164,11 @@ def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = Non
     """
     from coalign.run.compare import compare
     from coalign.run.evaluate import write_json
+    from coalign.run.model import check_output
     from coalign.run.reporting import print_comparison
 
+    if json:
+        check_output(json)
     comparison = compare(runs, report)
     print_comparison(comparison)
     if json:

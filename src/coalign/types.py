@@ -97,6 +97,9 @@ class ViewPlan:
     captionless: bool = False  # samples without any caption are used, too: their text views hold no words
 
 
+NOT_MASKED = -100  # the label of a token that is not to be predicted
+
+
 # ---------------------------------------------------------------- what the data gives
 
 
@@ -145,7 +148,9 @@ class ImageView:
 class TextView:
     ids: Tensor  # int64 [batch, token], trimmed to the longest of the batch; what lies beyond a row's length is padding
     lengths: Tensor  # int64 [batch], start and end token included
-    labels: Tensor | None = None  # int64 [batch, token], the original id where a token was masked for MLM, else -100
+    labels: Tensor | None = (
+        None  # int64 [batch, token], the original id where a token was masked for MLM, else NOT_MASKED
+    )
 
 
 @dataclass

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from coalign.losses.masked import masked_language_loss
-from coalign.networks.masked_head import MaskedLanguageHead
+from coalign.networks.heads import MaskedLanguageHead
 
 
 def as_loops(tokens, labels, head):

@@ -1,14 +1,11 @@
 import math
-import os
-import socket
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from processes import on_two_processes
 from torch.nn import functional as F
 
 from coalign.errors import UserError
@@ -18,7 +15,7 @@ from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tow
 from coalign.optim import build_optimisers
 from coalign.recipes import recipe, recipes
 from coalign.recipes.declip import DeCLIPConfig
-from coalign.training.distributed import RankGather, World, join_world
+from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import StepInfo
 
@@ -375,31 +372,19 @@ def test_slices_change_nothing_while_neighbours_are_found(tmp_path, model, chang
 CHANGES = [{}, {**CODE, "multi_positive": True}, {"neighbour_both_ways": True, "neighbour_random": True}]
 
 
-def _worker(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    world = join_world("cpu")
+def half_runs(world, folder):
     results = []
     for changes in CHANGES:
-        method = build_method("declip", folder / str(rank), **SMALL, **changes)
-        batches = [make_batch(method.view_plan, 8, seed=seed) for seed in range(4)]
-        own = slice(4 * rank, 4 * rank + 4)
-        results.append(train(method, [batch[own] for batch in batches], world, first=1))
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+        method = build_method("declip", folder, **SMALL, **changes)
+        own = slice(4 * world.rank, 4 * world.rank + 4)
+        batches = [make_batch(method.view_plan, 8, seed=seed)[own] for seed in range(4)]
+        results.append(train(method, batches, world, first=1))
+    return results
 
 
 @pytest.mark.slow
 def test_two_processes_hold_the_gathered_queue_once_and_in_order(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-    multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = on_two_processes(half_runs, tmp_path)
     for number, changes in enumerate(CHANGES):
         method = build_method("declip", tmp_path, **SMALL, **changes)
         whole = train(method, [make_batch(method.view_plan, 8, seed=seed) for seed in range(4)], first=1)

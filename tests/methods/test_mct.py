@@ -1,13 +1,10 @@
 import json
-import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from processes import on_two_processes
 from test_step_equality import ALONE, STEP, assert_complete, assert_equal_steps, run_step
 from torch.nn import functional as F
 
@@ -18,7 +15,7 @@ from coalign.networks.ema import momentum_for
 from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
 from coalign.optim import build_optimisers
 from coalign.recipes.mct import ABLATIONS, CHANGES, RECIPES, VIEW, MCTConfig, mct
-from coalign.training.distributed import RankGather, join_world
+from coalign.training.distributed import RankGather
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import StepInfo, TextPolicy, ViewPlan
 
@@ -360,37 +357,24 @@ def test_slices_of_a_mixed_batch(new, model):
 MIXED = [{}, {"multi_positive": True, "heads": "unified", "intra_dim": 16, "tag_threshold": None}]
 
 
-def _worker(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    world, steps = join_world("cpu"), []
-    for changes in MIXED:
-        for kind in (mixed, captions_on_one_rank):
-            method = build_method("mct", folder / str(rank), BATCH_NORM, **changes)
-            own = slice(4 * rank, 4 * rank + 4)
-            steps.append(
-                run_step(method, kind(make_batch(method.view_plan, 8))[own], world, [slice(0, 2), slice(2, 4)])
-            )
-    torch.save(steps, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 def captions_on_one_rank(batch):
     first = torch.arange(len(batch)) < 4
     return replace(batch, has_caption=first, tags=batch.tags.masked_fill(first[:, None], -1))
 
 
+def half_steps_of_mixed_batches(world, folder):
+    steps = []
+    for changes in MIXED:
+        for kind in (mixed, captions_on_one_rank):
+            method = build_method("mct", folder, BATCH_NORM, **changes)
+            half = kind(make_batch(method.view_plan, 8))[4 * world.rank : 4 * world.rank + 4]
+            steps.append(run_step(method, half, world, [slice(0, 2), slice(2, 4)]))
+    return steps
+
+
 @pytest.mark.slow
 def test_two_processes_with_a_mixed_batch(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-    multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = on_two_processes(half_steps_of_mixed_batches, tmp_path)
     for number, (changes, kind) in enumerate((c, k) for c in MIXED for k in (mixed, captions_on_one_rank)):
         method = build_method("mct", tmp_path, BATCH_NORM, **changes)
         whole = run_step(method, kind(make_batch(method.view_plan, 8)), ALONE)

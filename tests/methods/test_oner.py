@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from builders import TRANSFORMER, build_method, make_batch
-from test_step_equality import ALONE, BATCH, STEP, assert_complete, assert_equal_steps, on_two_processes, run_step
+from processes import on_two_processes
+from test_step_equality import ALONE, BATCH, STEP, assert_complete, assert_equal_steps, half_steps, run_step
 from torch.nn import functional as F
 
 from coalign.config import TrainConfig
@@ -262,7 +263,7 @@ def test_slices_of_every_other_setting(tmp_path, changes):
 @pytest.mark.slow
 def test_every_other_setting_on_two_processes(tmp_path):
     cases = [("oner", "transformer", changes, None, [slice(0, 3), slice(3, 4)]) for changes in SETTINGS]
-    ranks = on_two_processes(tmp_path, cases)
+    ranks = on_two_processes(half_steps, tmp_path, cases)
     for number, changes in enumerate(SETTINGS):
         method = build(tmp_path, **changes)
         whole = run_step(method, make_batch(method.view_plan, BATCH), ALONE)

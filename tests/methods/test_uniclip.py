@@ -23,7 +23,7 @@ def loss(method, features):
 
 def random_features(method, pairs=4):
     g = torch.Generator().manual_seed(1)
-    embeds = torch.randn(pairs, len(method.domains), 5, generator=g).double()
+    embeds = torch.randn(pairs, len(method.similarity.domains), 5, generator=g).double()
     return {"embeds": F.normalize(embeds, dim=-1).requires_grad_(), "caption_ids": torch.tensor([3, 1, 3, 2])[:pairs]}
 
 
@@ -43,8 +43,8 @@ def naive(method, features):
 
     def s(i, j):
         d = kind(i, j) if config.domain_similarity else 0
-        b = 0.0 if method.offsets is None else method.offsets[d]
-        return torch.exp(method.log_logit_scales[d].exp() * ((z[i] * z[j]).sum() - b))
+        b = 0.0 if method.similarity.offsets is None else method.similarity.offsets[d]
+        return torch.exp(method.similarity.log_logit_scales[d].exp() * ((z[i] * z[j]).sum() - b))
 
     losses = []
     for i in members:
@@ -78,7 +78,7 @@ def test_objective_equals_the_paper_written_as_loops(tmp_path, name, own_similar
         "uniclip", tmp_path, views=("weak", "strong", "strong")[: views[0]], text_views=views[1], loss=name,
         domain_similarity=own_similarity, unified_supervision=unified, multi_positive=unified,
     )  # fmt: skip
-    values = [p for p in (method.log_logit_scales, method.offsets) if p is not None]
+    values = [p for p in (method.similarity.log_logit_scales, method.similarity.offsets) if p is not None]
     for value in values:
         torch.nn.init.uniform_(value, 0.5, 2.0)
     features = random_features(method)
@@ -94,8 +94,8 @@ def test_objective_equals_the_paper_written_as_loops(tmp_path, name, own_similar
 def with_given_offsets(method, offsets):
     """The gradient of three offsets that stand in for the method's own (or for the one that is shared)."""
     scales, _ = method.similarity()
-    chosen = offsets[method.domains if method.config.domain_similarity else torch.zeros_like(method.domains)]
-    method.similarity = lambda: (scales, chosen)
+    chosen = offsets[method.similarity.domains]
+    method.similarity.forward = lambda: (scales, chosen)
     return torch.autograd.grad(loss(method, random_features(method)), offsets)[0]
 
 
@@ -107,7 +107,7 @@ def with_given_offsets(method, offsets):
 def test_an_offset_that_cancels_is_not_trained(tmp_path, changes, name):
     """Eq. 15: whether shared, or of positives and negatives of the same combination, b has gradient zero."""
     method = build_method("uniclip", tmp_path, loss=name, **changes)
-    assert method.offsets is None
+    assert method.similarity.offsets is None
     assert not any("offset" in parameter for parameter, _ in method.named_parameters())
     offsets = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
     assert with_given_offsets(method, offsets).abs().max() < 1e-13
@@ -117,7 +117,7 @@ def test_offsets_of_domains_are_trained(tmp_path):
     method = build_method("uniclip", tmp_path)
     offsets = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
     assert with_given_offsets(method, offsets).abs().min() > 1e-3
-    assert any(p is method.offsets for p in method.parameter_groups()["scale"])
+    assert any(p is method.similarity.offsets for p in method.parameter_groups()["scale"])
 
 
 def test_scalars_and_the_clamp(tmp_path):
@@ -126,7 +126,7 @@ def test_scalars_and_the_clamp(tmp_path):
         {f"logit_scale{name}": 1 / 0.07 for name in ("", "_image_image", "_text_text")}
         | {f"offset_{name}": 0.0 for name in ("image_image", "image_text", "text_text")}
     )
-    method.log_logit_scales.data.copy_(torch.tensor([9.0, 2.0, -1.0]))
+    method.similarity.log_logit_scales.data.copy_(torch.tensor([9.0, 2.0, -1.0]))
     method.after_step({}, {}, GATHER, STEP)
     scales = method.scalars()
     assert scales["logit_scale_image_image"].item() == pytest.approx(100)

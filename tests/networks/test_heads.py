@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch.nn import functional as F
 
 from coalign.losses.contrastive import nt_xent
 from coalign.networks.batch_norm import GlobalBatchNorm1d
-from coalign.networks.heads import MLP, spread
+from coalign.networks.heads import MLP, MaskedLanguageHead, ModalityBlindMLP, spread
 
 
 def alone(tensor):
@@ -66,18 +68,78 @@ def test_one_row_and_half_precision():
     torch.testing.assert_close(half.float(), norm(x.bfloat16().float(), alone), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("last_norm", "norms", "learned"), [("none", 1, 2), ("plain", 2, 2), ("affine", 2, 4)])
-def test_the_last_norm(last_norm, norms, learned):
-    head = MLP([4, 6, 3], last_norm, bias=False)
-    assert len(head.norms) == norms
-    assert sum(p.numel() > 0 for norm in head.norms for p in norm.parameters()) == learned
-    out = head(torch.randn(32, 4), alone)
-    assert out.shape == (32, 3)
-    if last_norm != "none":
-        torch.testing.assert_close(out.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("last_norm", [False, True])
+def test_the_last_norm(last_norm):
+    torch.manual_seed(0)
+    head, norms = MLP([4, 6, 3], last_norm), [nn.BatchNorm1d(width) for width in (6, 3)]
+    x = torch.randn(32, 4)
+    expected = head.layers[1](norms[0](head.layers[0](x)).relu())
+    torch.testing.assert_close(head(x, alone), norms[1](expected) if last_norm else expected)
 
 
 def test_spread_is_one_on_a_sphere_and_zero_when_collapsed():
     torch.manual_seed(0)
     assert spread(torch.randn(4000, 32)).item() == pytest.approx(1, abs=0.02)
     assert spread(torch.ones(10, 32)).item() == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------- rows of several kinds
+
+
+def rows(*kinds):
+    return {
+        kind: torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) * (n + 1) + 3 * n
+        for n, kind in enumerate(kinds)
+    }
+
+
+def test_one_batch_norm_is_over_all_kinds_together():
+    """MoCo-v3's head, whose last norm learns nothing, on all rows as one batch."""
+    torch.manual_seed(0)
+    ours = ModalityBlindMLP([4, 16, 3], ["a", "b"], "batch").double()
+    first, last = ours.layers
+    theirs = nn.Sequential(first, nn.BatchNorm1d(16), nn.ReLU(), last, nn.BatchNorm1d(3, affine=False)).double()
+    given = rows("a", "b")
+    out = ours(given, alone)
+    torch.testing.assert_close(torch.cat([out["a"], out["b"]]), theirs(torch.cat(list(given.values()))))
+    assert (out["a"].mean(0) - out["b"].mean(0)).abs().max() > 0.1  # the kinds stay where they are
+
+
+def test_apart_each_kind_has_its_own_statistics_in_training_and_after():
+    torch.manual_seed(0)
+    head = ModalityBlindMLP([4, 16, 3], ["a", "b"], "batch_apart").double()
+    given = rows("a", "b")
+    out = head(given, alone)
+    for kind in given:
+        torch.testing.assert_close(out[kind], head({kind: given[kind]}, alone)[kind])
+        torch.testing.assert_close(out[kind].mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    for _ in range(200):
+        head(given, alone)
+        for module in head.modules():
+            if hasattr(module, "move_statistics"):
+                module.move_statistics(alone, keep=True)
+    head.eval()
+    for kind in given:
+        evaluated = head({kind: given[kind]}, alone)[kind]
+        assert F.cosine_similarity(evaluated, out[kind]).min() > 0.99
+
+
+def test_layer_norm_knows_no_batch():
+    torch.manual_seed(0)
+    head = ModalityBlindMLP([4, 16, 3], ["a", "b"], "layer").double()
+    given = rows("a", "b")
+    out = head(given, alone)
+    torch.testing.assert_close(head({"b": given["b"][2:3]}, alone)["b"], out["b"][2:3])
+    hidden = F.layer_norm(head.layers[0](given["a"]), (16,)).relu()
+    torch.testing.assert_close(out["a"], F.layer_norm(head.layers[1](hidden), (3,)))
+
+
+# ---------------------------------------------------------------- masked language modelling
+
+
+def test_masked_language_head_starts_near_chance_on_normalised_features():
+    torch.manual_seed(0)
+    head, tokens = MaskedLanguageHead(512, 2000), F.layer_norm(torch.randn(64, 512), (512,))
+    logits = head(tokens)
+    assert logits.shape == (64, 2000)
+    assert F.cross_entropy(logits, torch.randint(2000, (64,))).item() == pytest.approx(math.log(2000), abs=0.4)

@@ -7,10 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.networks.heads import MLP
 from coalign.networks.towers import TowerSpec
 from coalign.networks.unified import (
-    ModalityBlindMLP,
     States,
     attend,
     build_unified_tower,
@@ -214,61 +212,6 @@ def test_attention_over_a_concatenation_is_a_weighted_sum(x_length, y_length):
     alpha = x_length / (x_length + y_length)
     expected = alpha * sides[0].mean(0) + (1 - alpha) * sides[x_length].mean(0)  # Eqs. 18-20
     torch.testing.assert_close(both.mean(0), expected, rtol=1e-10, atol=1e-12)
-
-
-# ---------------------------------------------------------------- the head
-
-
-def alone(tensor):
-    return tensor
-
-
-def rows(*kinds):
-    return {
-        kind: torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) * (n + 1) + 3 * n
-        for n, kind in enumerate(kinds)
-    }
-
-
-def test_one_batch_norm_is_over_all_kinds_together():
-    """MoCo-v3's head (MLP with a last norm that learns nothing) on all rows as one batch."""
-    torch.manual_seed(0)
-    ours, theirs = ModalityBlindMLP([4, 16, 3], ["a", "b"], "batch").double(), MLP([4, 16, 3], "plain", False).double()
-    for mine, other in zip(ours.layers, theirs.layers):
-        other.weight.data = mine.weight.data
-    given = rows("a", "b")
-    out = ours(given, alone)
-    torch.testing.assert_close(torch.cat([out["a"], out["b"]]), theirs(torch.cat(list(given.values())), alone))
-    assert (out["a"].mean(0) - out["b"].mean(0)).abs().max() > 0.1  # the kinds stay where they are
-
-
-def test_apart_each_kind_has_its_own_statistics_in_training_and_after():
-    torch.manual_seed(0)
-    head = ModalityBlindMLP([4, 16, 3], ["a", "b"], "batch_apart").double()
-    given = rows("a", "b")
-    out = head(given, alone)
-    for kind in given:
-        torch.testing.assert_close(out[kind], head({kind: given[kind]}, alone)[kind])
-        torch.testing.assert_close(out[kind].mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
-    for _ in range(200):
-        head(given, alone)
-        for module in head.modules():
-            if hasattr(module, "move_statistics"):
-                module.move_statistics(alone, keep=True)
-    head.eval()
-    for kind in given:
-        evaluated = head({kind: given[kind]}, alone)[kind]
-        assert F.cosine_similarity(evaluated, out[kind]).min() > 0.99
-
-
-def test_layer_norm_knows_no_batch():
-    torch.manual_seed(0)
-    head = ModalityBlindMLP([4, 16, 3], ["a", "b"], "layer").double()
-    given = rows("a", "b")
-    out = head(given, alone)
-    torch.testing.assert_close(head({"b": given["b"][2:3]}, alone)["b"], out["b"][2:3])
-    hidden = F.layer_norm(head.layers[0](given["a"]), (16,)).relu()
-    torch.testing.assert_close(out["a"], F.layer_norm(head.layers[1](hidden), (3,)))
 
 
 # ---------------------------------------------------------------- what is refused

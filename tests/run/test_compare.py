@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from coalign import cli
 from coalign.config import flatten
 from coalign.errors import UserError
 from coalign.run.compare import compare
+from coalign.run.evaluate import write_json
 from coalign.run.outcomes import read_outcomes
 from coalign.run.reporting import print_comparison
 
@@ -239,7 +241,7 @@ def test_what_cannot_be_compared(tmp_path, capsys, two, pairs):
     np.savez(other / "held_out.npz")
     assert "held nothing out" in complaint(capsys, good, other)
     (two[1] / "results.json").write_text("{}")
-    assert "results.json cannot be read" in complaint(capsys, *two)
+    assert "results.json is not what a finished run writes" in complaint(capsys, *two)
 
 
 def test_other_classes_are_other_items(tmp_path):
@@ -250,3 +252,24 @@ def test_other_classes_are_other_items(tmp_path):
     np.savez(other / "held_out.npz", **{**arrays, "zero_shot.items": arrays["zero_shot.items"] + 1})
     with pytest.raises(UserError, match="among different classes"):
         compare([one, other])
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.json", "held_out.npz", "report.html", "metrics.jsonl"])
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_what_a_run_keeps_is_not_written_over(two, capsys, option, name):
+    one, other = two
+    (one / name).touch()
+    before = {path: path.read_bytes() for path in one.iterdir()}
+    assert cli.main(["compare", str(one), str(other), option, str(one / name)]) == 2
+    assert f"{one / name} belongs to the run in {one}; choose another name." in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in one.iterdir()} == before
+
+
+def test_figures_go_to_a_file_whole_or_to_a_device(tmp_path, capsys):
+    assert cli.main(["compare", "nothing", "else", "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder; name a file in it." in capsys.readouterr().err
+    write_json({"a": 1}, tmp_path / "out.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    device = Path("/dev/null")
+    write_json({"a": 1}, device)
+    assert device.is_char_device()

@@ -3,21 +3,19 @@
 import json
 import os
 import signal
-import socket
 from dataclasses import dataclass, replace
 
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from processes import on_two_processes
 
 from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.optim import OptimiserConfig
 from coalign.training import checkpoint
-from coalign.training.distributed import World, join_world
+from coalign.training.distributed import World
 from coalign.training.log import TIMINGS
 from coalign.training.trainer import Score, Trainer
 
@@ -405,13 +403,10 @@ def _settings():
     return config(evals=1, save_every=2, max_bad_fraction=1.0, optimiser=SGD)
 
 
-def _process(rank, port, folder, what):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
-    world = join_world("cpu")
-    for name in what:
-        method = build_method("clip", folder / str(rank)).float()
+def train_its_share(world, own_folder, folder):
+    rank = world.rank
+    for name in ("plain", "bad", "stop"):
+        method = build_method("clip", own_folder).float()
 
         def changed(step, loaded, name=name):
             if name == "bad" and rank == 1 and step == 2:
@@ -428,16 +423,10 @@ def _process(rank, port, folder, what):
         report = {"step": result.step, "ended": result.ended, "best": result.best_step}
         (folder / f"{name}-{rank}.json").write_text(json.dumps(report))
         torch.save(method.state_dict(), folder / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-    multiprocessing.spawn(_process, (port, tmp_path, ["plain", "bad", "stop"]), nprocs=2)
+    on_two_processes(train_its_share, tmp_path, tmp_path)
 
     def weights(name, rank):
         return torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)

@@ -14,9 +14,8 @@ import numpy as np
 
 from coalign.data.lexicon import synonyms
 from coalign.data.tokenizer import Tokenizer
-from coalign.types import TextPolicy
+from coalign.types import NOT_MASKED, TextPolicy
 
-NOT_MASKED = -100  # the label that a masked-language loss ignores
 DELETION_P = 0.1
 _EDGES = re.compile(r"^[\W_]+|[\W_]+$")  # punctuation around a word
 

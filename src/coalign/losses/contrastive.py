@@ -32,6 +32,21 @@ def info_nce(
         return F.cross_entropy(logits, positives, reduction="sum")
 
 
+def clip_loss(
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    gathered_images: Float[Tensor, "global_batch dim"],
+    gathered_texts: Float[Tensor, "global_batch dim"],
+    positives: Int[Tensor, " batch"],
+    logit_scale: Float[Tensor, 1] | float,
+    ignored: Bool[Tensor, "batch global_batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """CLIP's loss: the mean of `info_nce` from image to text and from text to image, of own rows against all columns."""
+    image_to_text = info_nce(images, gathered_texts, positives, logit_scale, ignored)
+    text_to_image = info_nce(texts, gathered_images, positives, logit_scale, ignored)
+    return (image_to_text + text_to_image) / 2
+
+
 def nt_xent(
     first: Float[Tensor, "batch dim"],
     second: Float[Tensor, "batch dim"],

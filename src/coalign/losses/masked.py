@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.losses.contrastive import at_least_float32
-
-NOT_MASKED = -100  # the label of a token that is not to be predicted
+from coalign.types import NOT_MASKED
 
 
 def masked_language_loss(

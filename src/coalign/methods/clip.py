@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import info_nce, same_caption
+from coalign.losses.contrastive import clip_loss, same_caption
 from coalign.method import Method
 from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
 from coalign.recipes.clip import CLIPConfig
@@ -41,10 +41,9 @@ class CLIP(Method):
         ignored = None
         if self.config.multi_positive:
             ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
-        logit_scale = self.log_logit_scale.exp()
-        image_to_text = info_nce(image_embeds, gather(text_embeds), positives, logit_scale, ignored)
-        text_to_image = info_nce(text_embeds, gather(image_embeds), positives, logit_scale, ignored)
-        return [LossTerm("clip", (image_to_text + text_to_image) / 2, count=len(image_embeds))]
+        every_image, every_text, logit_scale = gather(image_embeds), gather(text_embeds), self.log_logit_scale.exp()
+        loss = clip_loss(image_embeds, text_embeds, every_image, every_text, positives, logit_scale, ignored)
+        return [LossTerm("clip", loss, count=len(image_embeds))]
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:

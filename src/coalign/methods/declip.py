@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.losses.alignment import simsiam_loss
-from coalign.losses.contrastive import info_nce, same_caption
+from coalign.losses.contrastive import clip_loss, info_nce, same_caption
 from coalign.losses.masked import masked_language_loss
 from coalign.method import Method
-from coalign.networks.heads import MLP, spread
-from coalign.networks.masked_head import MaskedLanguageHead
+from coalign.networks.heads import MLP, MaskedLanguageHead, spread
 from coalign.networks.queue import FeatureQueue, nearest_neighbours
 from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
 from coalign.recipes.declip import DeCLIPConfig
@@ -46,7 +45,7 @@ class DeCLIP(Method):
         )
         dim, width = self.image.embed_dim, config.projector_width
         if config.image_ss:
-            self.projector = MLP([dim, width, width, width], last_norm="affine")
+            self.projector = MLP([dim, width, width, width], last_norm=True)
             self.predictor = MLP([width, config.predictor_width, width])
         if config.text_ss:
             self.mlm_head = MaskedLanguageHead(self.text.width, towers.vocab_size)
@@ -54,7 +53,7 @@ class DeCLIP(Method):
             none = torch.tensor(-1)
             self.queue = FeatureQueue(config.queue_size, embeds=torch.zeros(dim), indices=none, caption_ids=none)
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
-        self.seen: dict[str, Tensor] = {}  # of the last step, to look at; no part of the state
+        self.followed: dict[str, Tensor] = {}  # of the last step, to look at; no part of the state
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         images = [self.image.projection(self.image(batch.images[name].pixels)) for name in self.view_plan.images]
@@ -107,9 +106,8 @@ class DeCLIP(Method):
             ignored = same_caption(embeds["caption_ids"], gather(embeds["caption_ids"]), positives)
 
         def pair(image: int, text: int) -> Tensor:
-            image_to_text = info_nce(images[:, image], all_texts[:, text], positives, scale, ignored)
-            text_to_image = info_nce(texts[:, text], all_images[:, image], positives, scale, ignored)
-            return (image_to_text + text_to_image) / 2
+            one, other = images[:, image], texts[:, text]
+            return clip_loss(one, other, all_images[:, image], all_texts[:, text], positives, scale, ignored)
 
         if not self.config.multi_view:
             return pair(FIRST, FIRST), None
@@ -119,7 +117,7 @@ class DeCLIP(Method):
         """L_ISS = −½[cos(p, sg z̃) + cos(p̃, sg z)], each view through projector and predictor by itself."""
         z1, z2 = (self.projector(features["image_projected"][:, view], gather) for view in (FIRST, SECOND))
         p1, p2 = self.predictor(z1, gather), self.predictor(z2, gather)
-        self.seen["simsiam_std"] = spread(z1.detach())  # falls to 0 when the embeddings collapse
+        self.followed["simsiam_std"] = spread(z1.detach())  # falls to 0 when the embeddings collapse
         return simsiam_loss(p1, z1, p2, z2)
 
     def _neighbours(self, embeds: Features, gather: Gather, step: StepInfo) -> tuple[Tensor, Tensor]:
@@ -155,7 +153,7 @@ class DeCLIP(Method):
                     loss = (loss + info_nce(neighbours.embeds[rows], all_images, columns, scale, same)) / 2
                 total, count = total + loss, count + len(rows)
             if text == FIRST:
-                self.seen["neighbour_similarity"] = neighbours.similarity.sum() / max(1, len(rows))
+                self.followed["neighbour_similarity"] = neighbours.similarity.sum() / max(1, len(rows))
         return total, count
 
     @torch.no_grad()
@@ -169,7 +167,7 @@ class DeCLIP(Method):
 
     def scalars(self) -> dict[str, Tensor]:
         fill = {"queue_fill": self.queue.fill} if self.config.neighbours else {}
-        return {"logit_scale": self.log_logit_scale.detach().exp(), **fill, **self.seen}
+        return {"logit_scale": self.log_logit_scale.detach().exp(), **fill, **self.followed}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.image.projection(self.image(pixels)), dim=-1)

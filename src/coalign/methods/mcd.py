@@ -22,20 +22,18 @@ from coalign.losses.distillation import (
 from coalign.losses.masked import masked_language_loss
 from coalign.losses.multi_positive import balancing_weights, domain_combinations, domain_logits, mp_nce
 from coalign.method import Method
+from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.ema import cosine_momentum, ema_copy, momentum_for, move_ema
-from coalign.networks.masked_head import MaskedLanguageHead
+from coalign.networks.heads import MaskedLanguageHead
 from coalign.networks.towers import ImageTower, TowerSpec, build_image_tower, build_text_tower
 from coalign.recipes.mcd import MCDConfig
 from coalign.types import Batch, Features, Gather, ImageView, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 AUGMENTED, ORIGINAL, TEXT = 0, 1, 2  # the members of a pair: ṽ, v, t; what is left without ṽ is a slice
-COMBINATIONS = ("image_image", "image_text", "text_text")  # in the order of `domain_combinations`
 
 
 class MCD(Method):
     """L = (1−λ)·L_con(v, ṽ, t) + λ·[L_con(v, t) + L_distill] + β·L_MLM (Eq. 13), where λ rises from 0 to 1 over the run."""
-
-    domains: Tensor  # [view, view]
 
     def __init__(self, config: MCDConfig, towers: TowerSpec) -> None:
         super().__init__()
@@ -56,12 +54,11 @@ class MCD(Method):
         self.mlm_head = MaskedLanguageHead(self.text.width, towers.vocab_size) if config.mlm else None
 
         # UniCLIP's τ_D and b_D, of every combination D of image and text; with one τ, b would cancel
-        num_similarities = len(COMBINATIONS) if config.domain_similarity else 1
-        self.log_logit_scales = nn.Parameter(torch.full([num_similarities], math.log(1 / config.temperature)))
-        self.offsets = nn.Parameter(torch.zeros(num_similarities)) if config.domain_similarity else None
-        combinations = domain_combinations(num_images=2, num_texts=1)
-        self.register_buffer(
-            "domains", combinations if config.domain_similarity else combinations * 0, persistent=False
+        self.similarity = DomainSimilarity(
+            domain_combinations(num_images=2, num_texts=1),
+            config.temperature,
+            shared=not config.domain_similarity,
+            offsets=config.domain_similarity,
         )
         self.followed: dict[str, Tensor] = {}  # of the last step, to look at; no part of the state
 
@@ -116,9 +113,7 @@ class MCD(Method):
         self, embeds: Tensor, gathered: Tensor, positives: Tensor, ignored: Tensor | None, progress: float
     ) -> list[LossTerm]:
         """Contrast (§4.2): L_con(v, ṽ, t), MP-NCE on all members (Eq. 5), and L_con(v, t), which ṽ has left."""
-        logit_scales = self.log_logit_scales.exp()[self.domains]
-        offsets = torch.zeros_like(logit_scales) if self.offsets is None else self.offsets[self.domains]
-        logits = domain_logits(embeds, gathered, logit_scales, offsets)  # [batch, view, global_batch, view]
+        logits = domain_logits(embeds, gathered, *self.similarity())  # [batch, view, global_batch, view]
         # Σ w over a pair's members is 3: the mean of Eq. 12 of UniCLIP times (V + U)²/3
         count = 3 * len(embeds)
         total = mp_nce(logits, positives, balancing_weights(num_images=2, num_texts=1), ignored)
@@ -166,19 +161,14 @@ class MCD(Method):
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.log_logit_scales.clamp_(0, math.log(self.config.max_logit_scale))
+        self.similarity.clamp_(self.config.max_logit_scale)
         if self.teacher is not None:  # Eq. 12
             move_ema(self.teacher, self.image, self._momentum(step))
 
     def scalars(self) -> dict[str, Tensor]:
         """1/τ and b, by combination if there are several (`logit_scale` alone is image-text), λ, the teacher's momentum, and the mean of
         log D_S(v_i, t_i) − log D_T(v_i, t_i)."""
-        scales = self.log_logit_scales.detach().exp()
-        if self.offsets is None:
-            return {"logit_scale": scales[0], **self.followed}
-        names = ("logit_scale_image_image", "logit_scale", "logit_scale_text_text")
-        offsets = {f"offset_{name}": offset for name, offset in zip(COMBINATIONS, self.offsets.detach())}
-        return {**dict(zip(names, scales)), **offsets, **self.followed}
+        return {**self.similarity.scalars(), **self.followed}
 
     def _embed(self, tower: ImageTower, views: Sequence[ImageView]) -> tuple[Tensor, ...]:
         """Every view's embeds [batch, dim], normalised, in one pass."""
@@ -197,7 +187,7 @@ class MCD(Method):
         return {
             "image": list(self.image.parameters()),
             "text": [*self.text.parameters(), *mlm_head],
-            "scale": [self.log_logit_scales, *([] if self.offsets is None else [self.offsets])],
+            "scale": list(self.similarity.parameters()),
         }
 
 

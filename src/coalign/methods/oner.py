@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.losses.contrastive import info_nce, same_caption
-from coalign.losses.masked import NOT_MASKED, masked_image_loss, masked_language_loss
+from coalign.losses.masked import masked_image_loss, masked_language_loss
 from coalign.method import Method
 from coalign.networks.ema import ema_copy, momentum_for, move_ema
-from coalign.networks.masked_head import MaskedLanguageHead
+from coalign.networks.heads import MaskedLanguageHead, ModalityBlindMLP
 from coalign.networks.towers import TowerSpec
-from coalign.networks.unified import ModalityBlindMLP, States, Tokens, UnifiedTower, build_unified_tower, join, pool
+from coalign.networks.unified import States, Tokens, UnifiedTower, build_unified_tower, join, pool
 from coalign.recipes.oner import OneRConfig
-from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
+from coalign.types import NOT_MASKED, Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 # Table 2: the two sides of each contrast. mixed = (F(I) + F(T))/2, joint = F(I,T), crossed = (F(I|T) + F(T|I))/2.
 CONTRASTS = {

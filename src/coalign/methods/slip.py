@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import info_nce, nt_xent, same_caption
+from coalign.losses.contrastive import clip_loss, nt_xent, same_caption
 from coalign.method import Method
 from coalign.networks.heads import MLP, spread
 from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
@@ -31,7 +31,7 @@ class SLIP(Method):
         self.text = build_text_tower(towers, attention="causal", pooling="end")
         self.ssl_head = MLP([self.image.width, config.ssl_hidden, config.ssl_hidden, config.ssl_dim])
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
-        self.ssl_features_std = torch.zeros(())  # to look at, no part of the state
+        self.followed: dict[str, Tensor] = {}  # of the last step, to look at; no part of the state
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         caption = batch.texts["caption"]
@@ -57,10 +57,8 @@ class SLIP(Method):
         ignored = None
         if self.config.multi_positive:
             ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
-        logit_scale = self.log_logit_scale.exp()
-        image_to_text = info_nce(image_embeds, gather(text_embeds), positives, logit_scale, ignored)
-        text_to_image = info_nce(text_embeds, gather(image_embeds), positives, logit_scale, ignored)
-        return (image_to_text + text_to_image) / 2
+        every_image, every_text, logit_scale = gather(image_embeds), gather(text_embeds), self.log_logit_scale.exp()
+        return clip_loss(image_embeds, text_embeds, every_image, every_text, positives, logit_scale, ignored)
 
     def _ssl(self, features: Features, gather: Gather) -> Tensor:
         first, second = (
@@ -74,10 +72,10 @@ class SLIP(Method):
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
         self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
-        self.ssl_features_std = spread(features["ssl_1_features"])
+        self.followed = {"ssl_features_std": spread(features["ssl_1_features"])}
 
     def scalars(self) -> dict[str, Tensor]:
-        return {"logit_scale": self.log_logit_scale.detach().exp(), "ssl_features_std": self.ssl_features_std}
+        return {"logit_scale": self.log_logit_scale.detach().exp(), **self.followed}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.image.projection(self.image(pixels)), dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,18 +19,17 @@ from coalign.losses.multi_positive import (
 )
 from coalign.method import Method
 from coalign.networks.augmentation_encoder import AugmentationEncoder, build_head
+from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
 from coalign.recipes.uniclip import UniCLIPConfig
 from coalign.types import AugmentationParams, Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
-COMBINATIONS = ("image_image", "image_text", "text_text")  # in the order of `domain_combinations`
 LOSSES = {"supcon": sup_con, "mil-nce": mil_nce}  # all others are MP-NCE with other weights
 
 
 class UniCLIP(Method):
     """V image views and U text views of a pair in one space, every one a positive of every other and of itself."""
 
-    domains: Tensor  # [view, view]
     positive_weights: Tensor  # [view, view]
 
     def __init__(self, config: UniCLIPConfig, towers: TowerSpec) -> None:
@@ -54,17 +52,18 @@ class UniCLIP(Method):
 
         # τ_D and b_D (Eq. 16). Where all negatives of a positive share one b, it cancels (Eq. 15), and is not trained.
         num_images, num_texts = len(config.views), config.text_views
-        num_similarities = len(COMBINATIONS) if config.domain_similarity else 1
-        self.log_logit_scales = nn.Parameter(torch.full([num_similarities], math.log(1 / config.temperature)))
-        trained = config.domain_similarity and config.unified_supervision
-        self.offsets = nn.Parameter(torch.zeros(num_similarities)) if trained else None
-        self.register_buffer("domains", domain_combinations(num_images, num_texts), persistent=False)
+        self.similarity = DomainSimilarity(
+            domain_combinations(num_images, num_texts),
+            config.temperature,
+            shared=not config.domain_similarity,
+            offsets=config.domain_similarity and config.unified_supervision,
+        )
 
         # Separated supervision is one loss for each combination of the anchor's domain with the others'.
         every, images, texts = slice(None), slice(0, num_images), slice(num_images, None)
         separated = [(anchors, others) for anchors in (images, texts) for others in (images, texts)]
         self.blocks = [(every, every)] if config.unified_supervision else separated
-        weights = torch.ones(len(self.domains), len(self.domains), dtype=torch.float64)
+        weights = torch.ones(2 * [num_images + num_texts], dtype=torch.float64)
         if config.loss == "mp-nce":
             weights = balancing_weights(num_images, num_texts)
         elif config.loss != "mp-nce-unweighted":
@@ -99,26 +98,12 @@ class UniCLIP(Method):
                 total = total + mp_nce(block, positives, weights, ignored)
         return [LossTerm(self.config.loss.replace("-", "_"), total, count=len(embeds) * self.terms_per_pair)]
 
-    def similarity(self) -> tuple[Tensor, Tensor]:
-        """1/τ_D and b_D of every two views, [view, view] each."""
-        combinations = self.domains if self.config.domain_similarity else torch.zeros_like(self.domains)
-        logit_scales = self.log_logit_scales.exp()[combinations]
-        return logit_scales, torch.zeros_like(logit_scales) if self.offsets is None else self.offsets[combinations]
-
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.log_logit_scales.clamp_(0, math.log(self.config.max_logit_scale))
+        self.similarity.clamp_(self.config.max_logit_scale)
 
     def scalars(self) -> dict[str, Tensor]:
-        """Every 1/τ_D and b_D; `logit_scale` alone is that of image and text, as in other methods, or the shared one."""
-        scales = self.log_logit_scales.detach().exp()
-        if len(scales) == 1:
-            return {"logit_scale": scales[0]}
-        names = ["logit_scale_image_image", "logit_scale", "logit_scale_text_text"]
-        scalars = dict(zip(names, scales))
-        if self.offsets is not None:
-            scalars |= {f"offset_{name}": offset for name, offset in zip(COMBINATIONS, self.offsets.detach())}
-        return scalars
+        return self.similarity.scalars()
 
     def project_image(self, features: Tensor, params: Tensor) -> Tensor:
         """z = g_I(f_I(A(x)), f_A(A)), normalised: features [batch, width], params [batch, 11] -> [batch, dim]."""
@@ -134,11 +119,10 @@ class UniCLIP(Method):
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         aware = [] if self.augmentation is None else list(self.augmentation.parameters())
-        offsets = [] if self.offsets is None else [self.offsets]
         return {
             "image": [*self.image.parameters(), *self.head.parameters(), *aware],
             "text": list(self.text.parameters()),
-            "scale": [self.log_logit_scales, *offsets],
+            "scale": list(self.similarity.parameters()),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 
 import torch
@@ -9,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NUM_PARAMS = 11  # AugmentationParams.vector()
+from coalign.types import AugmentationParams
+
+NUM_PARAMS = len(fields(AugmentationParams))  # of a view: 11
 
 
 class AugmentationEncoder(nn.Sequential):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.networks.batch_norm import GlobalBatchNorm1d
 from coalign.networks.positions import sincos_1d, sincos_2d
 from coalign.networks.towers import TowerSpec, model_config
 from coalign.networks.transformer import pack, run_blocks
 
 Pooling = Literal["mean", "cls", "balanced"]
-HeadNorm = Literal["batch", "batch_apart", "layer"]
 
 
 class Tokens(NamedTuple):
@@ -219,45 +216,6 @@ def grid_positions(side: int, own_side: int, width: int) -> Float[Tensor, "patch
     centres = (torch.arange(side, dtype=torch.float64) + 0.5) * own_side / side - 0.5
     column, row = (sincos_1d(at, width // 2) for at in (centres.repeat(side), centres.repeat_interleave(side)))
     return torch.cat([column, row], dim=1)
-
-
-class ModalityBlindMLP(nn.Module):
-    """MoCo-v3's projector or predictor, for rows of several kinds ("image", "text", …): linear layers without bias, a normalisation after
-    each, without a learned scale after the last, and ReLU between.
-
-    norm: "batch" is one BatchNorm over the rows of all kinds and ranks; "batch_apart" gives each kind its own statistics, which tells the
-    kinds apart though all weights are shared; "layer" is LayerNorm.
-    """
-
-    def __init__(self, widths: Sequence[int], kinds: Sequence[str], norm: HeadNorm) -> None:
-        super().__init__()
-        self.norm = norm
-        self.layers = nn.ModuleList(nn.Linear(*pair, bias=False) for pair in pairwise(widths))
-        groups = {"batch": ["all"], "batch_apart": kinds, "layer": []}[norm]
-        self.statistics = nn.ModuleList(
-            nn.ModuleDict({group: GlobalBatchNorm1d(width, affine=False) for group in groups}) for width in widths[1:]
-        )
-        self.scales = nn.ParameterList(nn.Parameter(torch.ones(width)) for width in widths[1:-1])
-        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths[1:-1])
-
-    def forward(self, rows: dict[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """kind -> [batch, width], equally many of each, to kind -> [batch, last width]."""
-        x = torch.cat(list(rows.values()))
-        for number, layer in enumerate(self.layers):
-            x = self._normalise(layer(x), self.statistics[number], list(rows), gather)
-            if number < len(self.scales):
-                x = F.relu(x * self.scales[number] + self.shifts[number])
-        return dict(zip(rows, x.chunk(len(rows))))
-
-    def _normalise(
-        self, x: Tensor, statistics: nn.Module, kinds: list[str], gather: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        assert isinstance(statistics, nn.ModuleDict)
-        if self.norm == "layer":
-            return F.layer_norm(x, x.shape[-1:])
-        if self.norm == "batch":
-            return statistics["all"](x, gather)
-        return torch.cat([statistics[kind](part, gather) for kind, part in zip(kinds, x.chunk(len(kinds)))])
 
 
 def build_unified_tower(spec: TowerSpec, masks_patches: bool) -> UnifiedTower:

@@ -16,10 +16,10 @@ from coalign.errors import UserError
 from coalign.evaluation import metrics
 from coalign.evaluation.metrics import Metric
 from coalign.report.compare_page import Comparison, Figure, Group, compare_page
-from coalign.run.model import SavedConfig, read_config
+from coalign.run.model import RESULTS, SavedConfig, check_output, read_config
 from coalign.run.outcomes import Outcome, read_outcomes
 from coalign.run.reporting import read_rows
-from coalign.run.train import FREE_TO_CHANGE, RESULTS
+from coalign.run.train import FREE_TO_CHANGE
 
 # Runs that differ in nothing else are of one group. Patience decides where a run ends.
 NO_DIFFERENCE = FREE_TO_CHANGE - {"patience"} | {"seed"}
@@ -49,6 +49,8 @@ def compare(runs: Sequence[str | Path], report: str | Path | None = None) -> Com
     classes) are left out. With `report`, writes a page to this HTML file. UserError for folders that are no finished runs, for a run
     that comes twice, and for runs that held out different pairs.
     """
+    if report is not None:
+        check_output(Path(report))
     folders = [Path(run) for run in runs]
     if len(folders) < 2:
         raise UserError("There is nothing to compare; give two runs or more, such as runs/clip runs/slip.")
@@ -94,7 +96,8 @@ def _read(folder: Path, name: str) -> Finished:
         results = json.loads((folder / RESULTS).read_text())
         parameters, ran = sum(results["parameters"].values()), results["run"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / RESULTS} cannot be read: {' '.join(str(error).split())}.") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{folder / RESULTS} is not what a finished run writes: {reason}.") from error
     flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
     settings = {key: value for key, value in flat.items() if key not in NO_DIFFERENCE}
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)

@@ -18,7 +18,7 @@ from coalign.errors import BadSample, UserError
 from coalign.evaluation.prompts import read_classes, templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
-from coalign.run.model import Run, load
+from coalign.run.model import Run, check_output, load, write_file
 from coalign.types import Source
 
 TASKS = ("retrieval", "zeroshot")
@@ -166,7 +166,12 @@ def label_function(
 
 
 def write_json(results: dict[str, Any], path: Path) -> None:
+    check_output(path)
+    text = json.dumps(results, indent=2, default=str) + "\n"
     try:
-        path.write_text(json.dumps(results, indent=2, default=str) + "\n")
+        if path.exists() and not path.is_file():  # such as /dev/stdout
+            path.write_text(text)
+        else:
+            write_file(path, lambda temporary: temporary.write_text(text))
     except OSError as error:
         raise UserError(f"The results could not be written to {path}: {error.strerror}.") from error

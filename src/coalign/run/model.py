@@ -22,7 +22,14 @@ from coalign.networks.unified import UnifiedTower
 from coalign.training import checkpoint
 from coalign.types import DualEncoder
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, RESULTS, REPORT, HELD_OUT = (
+    "config.json",
+    "tokenizer.json",
+    "results.json",
+    "report.html",
+    "held_out.npz",
+)
+KEPT = {CONFIG, TOKENIZER, RESULTS, REPORT, HELD_OUT, "metrics.jsonl", "bad_samples.jsonl"}  # by a run, for good
 
 
 @dataclass
@@ -142,10 +149,21 @@ def write_config(folder: Path, saved: SavedConfig) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """A file of a run that is there whole or not at all."""
+    """A file that is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a disk that was full
+
+
+def check_output(path: Path) -> None:
+    """UserError for a place where figures or a page must not be written: a folder, or what a run keeps."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it.")
+    if path.name in KEPT and (path.parent / CONFIG).exists():
+        raise UserError(f"{path} belongs to the run in {path.parent}; choose another name.")
 
 
 def read_config(folder: Path) -> SavedConfig:

@@ -13,10 +13,8 @@ import numpy as np
 from coalign.data.randomness import stable_hash
 from coalign.errors import BadSample, UserError
 from coalign.evaluation.embed import Evaluation
-from coalign.run.model import write_file
+from coalign.run.model import HELD_OUT, write_file
 from coalign.types import Source
-
-HELD_OUT = "held_out.npz"
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,13 @@ from coalign.networks.towers import ImageTower
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.evaluate import captions_of, label_function
-from coalign.run.outcomes import HELD_OUT, write_outcomes
+from coalign.run.outcomes import write_outcomes
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import Score, Trainer, TrainResult, autocast_dtype
 from coalign.types import Source, StepInfo
 
-RESULTS, REPORT = "results.json", "report.html"
 MAX_READ = 200_000  # training pairs that are read for a vocabulary, of words or of tags
 MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
 # what may differ when a run is resumed: it changes nothing that the run computes
@@ -118,7 +117,7 @@ def train(
         if world.is_first and result.ended == "interrupted":
             console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
         elif world.is_first and result.step == done and _reported(out, done):
-            console.print(f"The run was complete already. Report: {out / REPORT}")
+            console.print(f"The run was complete already. Report: {out / runs.REPORT}")
         elif world.is_first:
             _finish(console, data, out, settings, method, tokenizer, pairs, result)
     world.barrier()
@@ -379,17 +378,17 @@ def _finish(
     parameters = {role: sum(p.numel() for p in group) for role, group in method.parameter_groups().items()}
     values = {"run": asdict(result), "parameters": parameters, **results}
     text = json.dumps(values, indent=2, default=_plain) + "\n"
-    runs.write_file(out / RESULTS, lambda path: path.write_text(text))  # last: it vouches for the report
+    runs.write_file(out / runs.RESULTS, lambda path: path.write_text(text))  # last: it vouches for the report
     console.print(verdict)
     console.print(f"Report: {report}")
 
 
 def _reported(out: Path, step: int) -> bool:
     """Whether the results and the report of the run as it is after `step` are there."""
-    if not (out / HELD_OUT).exists():
+    if not (out / runs.HELD_OUT).exists():
         return False
     try:
-        return bool(json.loads((out / RESULTS).read_text())["run"]["step"] == step)
+        return bool(json.loads((out / runs.RESULTS).read_text())["run"]["step"] == step)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

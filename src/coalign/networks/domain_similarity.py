@@ -1,0 +1,47 @@
+"""UniCLIP's similarity, which has its own temperature and offset for every combination of image and text."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+COMBINATIONS = ("image_image", "image_text", "text_text")  # D, in the order of `domain_combinations`
+
+
+class DomainSimilarity(nn.Module):
+    """1/τ_D and b_D of s_ij = exp((cos(z_i, z_j) − b_D) / τ_D) (UniCLIP, Eq. 16), learned; 1/τ in log-space.
+
+    `domains` [view, view] says which combination two views are. With `shared` there is one τ; without `offsets` b is zero and no
+    parameter, as where it cancels (Eq. 15).
+    """
+
+    domains: Tensor
+
+    def __init__(self, domains: Int[Tensor, "view view"], temperature: float, shared: bool, offsets: bool) -> None:
+        super().__init__()
+        self.register_buffer("domains", domains * 0 if shared else domains, persistent=False)
+        number = 1 if shared else len(COMBINATIONS)
+        self.log_logit_scales = nn.Parameter(torch.full([number], math.log(1 / temperature)))
+        self.offsets = nn.Parameter(torch.zeros(number)) if offsets else None
+
+    def forward(self) -> tuple[Float[Tensor, "view view"], Float[Tensor, "view view"]]:
+        """1/τ_D and b_D of every two views."""
+        logit_scales = self.log_logit_scales.exp()[self.domains]
+        return logit_scales, torch.zeros_like(logit_scales) if self.offsets is None else self.offsets[self.domains]
+
+    @torch.no_grad()
+    def clamp_(self, max_logit_scale: float) -> None:
+        """Keeps every 1/τ between 1 and `max_logit_scale`."""
+        self.log_logit_scales.clamp_(0, math.log(max_logit_scale))
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Every 1/τ_D and b_D; `logit_scale` alone is that of image and text, as in other methods, or the shared one."""
+        scales = self.log_logit_scales.detach().exp()
+        names = ("logit_scale_image_image", "logit_scale", "logit_scale_text_text")
+        scalars = {"logit_scale": scales[0]} if len(scales) == 1 else dict(zip(names, scales))
+        if self.offsets is not None:
+            scalars |= {f"offset_{name}": offset for name, offset in zip(COMBINATIONS, self.offsets.detach())}
+        return scalars
