@@ -2,14 +2,14 @@
 
 A step is forward, loss, backward, optimiser, clamp of the scale. open_clip's is its own `train_one_epoch` over a loader of one batch
 (captions padded to 77 tokens, images already normalised to floats, AdamW as its `main` builds it); ours is what the trainer does
-(captions as they are, uint8 images normalised in the step, gradient norm, fused AdamW). Both train from the same weights, taking turns,
-and must find the same losses in their first steps, the optimiser's steps included; the first is not timed. The ratio is that of
-neighbouring steps.
+(captions as they are, uint8 images normalised in the step, gradient norm, fused AdamW, freed memory kept). Each trains in a process of
+its own, from the same weights, taking turns, and must find the same losses in the first steps, the optimiser's steps included; the first
+is not timed. The ratio is that of neighbouring steps.
 
 On one thread (the default) processor time is measured, so that other programs disturb little; on more, time on the wall. A processor
 without AMX or AVX512-BF16 emulates bf16: look at fp32 there.
 
-Run: python benchmarks/step_clip.py [--data DATA] [--precision bf16] [--threads 1] [--repeats 5] [--memory]
+Run: python benchmarks/step_clip.py [--data DATA] [--precision bf16] [--threads 1] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import argparse
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +31,7 @@ import torch
 from captions import CAPTIONS
 from open_clip_train import params, train
 from open_clip_train.distributed import init_distributed_device
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coalign.data.sources import open_source
@@ -36,6 +40,7 @@ from coalign.methods.clip import CLIP
 from coalign.networks.towers import TowerSpec
 from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
 from coalign.recipes.clip import CLIPConfig
+from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
 from coalign.training.trainer import autocast_dtype
@@ -145,9 +150,8 @@ def our_step(batch: Batch, precision: str) -> tuple[Step, CLIP]:
 
 
 @torch.no_grad()
-def copy_weights(peer: torch.nn.Module, method: CLIP) -> None:
+def copy_weights(theirs: dict[str, Tensor], method: CLIP) -> None:
     """Puts open_clip's weights into our model."""
-    theirs = peer.state_dict()
     visual = {name.removeprefix("visual."): value for name, value in theirs.items() if name.startswith("visual.")}
     method.image.projection.weight.copy_(visual.pop("proj").T)
     method.image.trunk.load_state_dict(visual)
@@ -160,27 +164,64 @@ def copy_weights(peer: torch.nn.Module, method: CLIP) -> None:
 # ---------------------------------------------------------------- measuring
 
 
-def compare(captions: list[str], precision: str, repeats: int) -> None:
-    """Prints both sides' losses, speed, and the ratio."""
+class Side:
+    """One side in a process of its own, since the allocator's settings are a process's; it takes a step when it is told to."""
+
+    def __init__(self, name: str, captions: list[str], precision: str, weights: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        arguments = (name, captions, precision, weights, torch.get_num_threads(), other)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        self.pipe.recv()  # it is ready
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of one step, and its loss."""
+        self.pipe.send("step")
+        return self.pipe.recv()
+
+    def close(self) -> float:
+        """Ends it. Gigabytes that it held at most."""
+        self.pipe.send("end")
+        return self.pipe.recv()
+
+
+def serve(name: str, captions: list[str], precision: str, weights: Path, threads: int, pipe: Connection) -> None:
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     batch = make_batch(captions)
-    peer, peer_model = peer_step(captions, batch, precision)
-    ours, our_model = our_step(batch, precision)
-    copy_weights(peer_model, our_model)
-    losses, times = [], []
-    for _ in range(1 + repeats):
-        (their_time, their_loss), (our_time, our_loss) = timed(peer), timed(ours)
-        times.append((their_time, our_time))
-        losses.append((their_loss, our_loss))
+    if name == "open_clip":
+        step, model = peer_step(captions, batch, precision)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
+    else:
+        keep_freed_memory()  # as the trainer does
+        step, method = our_step(batch, precision)
+        copy_weights(load_file(weights), method)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        pipe.send(timed(step))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def compare(captions: list[str], precision: str, repeats: int) -> None:
+    """Prints both sides' losses, speed, peak memory, and the ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        peer, ours = (
+            Side(name, captions, precision, Path(folder) / "weights.safetensors") for name in ("open_clip", "coalign")
+        )
+        turns = [(peer.step(), ours.step()) for _ in range(1 + repeats)]
+        memory = peer.close(), ours.close()
+    losses = [(theirs[1], mine[1]) for theirs, mine in turns]
+    times = [(theirs[0], mine[0]) for theirs, mine in turns[1:]]
     compared = ", ".join(f"{a:.5f} | {b:.5f}" for a, b in losses[:LOSS_STEPS])
     print(f"{precision}\n  losses     {compared}")
     worst = max(abs(theirs / mine - 1) for theirs, mine in losses[:LOSS_STEPS])
     assert worst < LOSS_TOLERANCE[precision], f"the losses differ by {worst:.1e}"
-    for name, values in zip(("open_clip", "coalign"), zip(*times[1:])):
-        print(f"  {name:10s} {len(captions) / statistics.median(values):6.2f} pairs/s")
-    ratios = sorted(theirs / mine for theirs, mine in times[1:])
+    for name, values, peak in zip(("open_clip", "coalign"), zip(*times), memory):
+        print(f"  {name:10s} {len(captions) / statistics.median(values):6.2f} pairs/s, peak memory {peak:.2f} GB")
+    ratios = sorted(theirs / mine for theirs, mine in times)
     spread = f"from {ratios[0]:.2f} to {ratios[-1]:.2f}; {repeats} pairs of steps; target at least 1.5"
-    print(f"  RATIO {statistics.median(ratios):.2f} ({spread})", flush=True)
+    print(f"  RATIO {statistics.median(ratios):.2f} ({spread}); of memory {memory[0] / memory[1]:.2f}", flush=True)
 
 
 def timed(step: Step) -> tuple[float, float]:
@@ -191,15 +232,6 @@ def timed(step: Step) -> tuple[float, float]:
     return clock() - start, loss
 
 
-def peak_memory(side: str, captions: list[str], precision: str) -> float:
-    """Gigabytes that a fresh process holds at most in two steps of one side."""
-    torch.manual_seed(0)
-    batch = make_batch(captions)
-    step = (our_step(batch, precision) if side == "coalign" else peer_step(captions, batch, precision))[0]
-    step(), step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="take captions from here (anything `coalign train` takes); default: built in")
@@ -207,9 +239,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=list(PRECISIONS), help="default: one after the other")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--memory", action="store_true", help="measure the peak memory as well, in processes of their own"
-    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size, tokenizer = options.batch_size, load_tokenizer("clip")
@@ -220,11 +249,6 @@ def main() -> None:
         f"{MODEL}, batch {size}, threads {options.threads}; captions of {average:.1f} tokens, the longest {max(lengths)}"
     )
     chosen = [options.precision] if options.precision else list(PRECISIONS)
-    if options.memory:  # first: a process inherits the peak of the one that started it
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            for precision in chosen:
-                both = [pool.apply(peak_memory, (side, captions, precision)) for side in ("open_clip", "coalign")]
-                print(f"{precision}: peak memory {both[0]:.2f} GB | {both[1]:.2f} GB, RATIO {both[0] / both[1]:.2f}")
     for precision in chosen:
         compare(captions, precision, options.repeats)
 

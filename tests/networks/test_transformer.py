@@ -55,3 +55,22 @@ def test_length_groups(lengths):
         assert (max(own), sum(own)) == (group.longest, group.num_tokens)
         assert group.longest <= max(2 * own[0], own[min(15, group.size - 1)])
         first += group.size
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bfloat16_attention_on_a_cpu_is_computed_in_float32(causal):
+    """The result is the float32 attention of the same numbers, rounded once, and so are the gradients."""
+    torch.manual_seed(0)
+    lengths = [3, 5, 5]
+    packing = pack(lengths, torch.device("cpu"))
+    inputs = [torch.randn(sum(lengths), 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = packing.attend(*inputs, heads=2, causal=causal)
+    wanted = packing.attend(*exact, heads=2, causal=causal)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.bfloat16())
+    found.backward(torch.ones_like(found))
+    wanted.backward(torch.ones_like(wanted))
+    for x, y in zip(inputs, exact):
+        assert torch.equal(x.grad, y.grad.bfloat16())

@@ -17,6 +17,7 @@ from coalign.errors import UserError
 from coalign.method import Method
 from coalign.optim import build_optimisers, clip_gradients
 from coalign.training import checkpoint
+from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
 from coalign.training.log import BadSampleLog, NonFiniteGuard, RunLog, StopSignal
 from coalign.training.step import StepResult, forward_backward, move_statistics
@@ -109,6 +110,8 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Trains to the end, or until a signal or early stopping. Every way out but a crash leaves a checkpoint to go on from."""
+        if self.world.device.type == "cpu":
+            keep_freed_memory()
         state, start = self.progress.state, self.progress.step
         first = self.world.is_first
         self._guard = NonFiniteGuard(
