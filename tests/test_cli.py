@@ -63,6 +63,7 @@ OPTIONS = {
     "max-logit-scale multi-positive",
     "eval": "tasks weights split classes label prompts json device workers",
     "compare": "report json",
+    "reproduce": "data out seeds jobs arms",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",
     "data check": "report limit",

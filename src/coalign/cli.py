@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from coalign import __version__
+from coalign import __version__, commands
 from coalign.config import TrainConfig
 from coalign.errors import UserError
-from coalign.recipes import recipe, recipes
+from coalign.recipes import recipe
 
 NOMINAL_PAIRS = 10_000  # help shows a recipe's settings for data of this size
 # Exit code after Ctrl-C, and of training that a signal ended: what follows in a script must not start.
@@ -99,186 +99,6 @@ def _given(args: Sequence[str], option: str) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- the other commands
-
-
-def eval_command(
-    model: Positional[str],
-    tasks: tuple[str, ...],
-    weights: str = "last",
-    split: str | None = None,
-    classes: Path | None = None,
-    label: str | None = None,
-    prompts: str = "default",
-    json: Path | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-) -> None:
-    """Evaluate a trained model: zero-shot classification and image-text retrieval, with 95 % bootstrap intervals.
-
-    Example: coalign eval runs/clip --tasks retrieval:data/openclipart zeroshot:data/openclipart --json out.json
-
-    Args:
-        model: the folder of a run
-        tasks: one or more of retrieval:DATA and zeroshot:DATA, where DATA is anything that `coalign train --data` takes
-        weights: the checkpoint: last or best
-        split: train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)
-        classes: text file with your classes, one a line: `name`, or `label = name`
-        label: the column or fact that holds an image's class (default: label, class, category or folder)
-        prompts: prompt templates: default, imagenet, a data set's name (cifar10, food101, …), or a text file with {} for the class
-        json: write the figures to this file
-        device: cpu, cuda or cuda:N
-        workers: loader processes
-    """
-    from coalign.run.evaluate import evaluate, write_json
-    from coalign.run.model import check_output
-    from coalign.run.reporting import print_results
-
-    if json:
-        check_output(json)  # before the work
-    results = evaluate(
-        model,
-        tasks,
-        weights=weights,
-        split=split,
-        classes=classes,
-        label=label,
-        prompts=prompts,
-        device=device,
-        workers=workers,
-    )
-    print_results(results)
-    if json:
-        write_json(results, json)
-
-
-def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
-    """Compare finished runs side by side on the same held-out pairs, with paired differences to the first.
-
-    Runs that differ in their seed alone become one line. Example: coalign compare runs/clip runs/slip --report compare.html
-
-    Args:
-        runs: the folders of two or more runs
-        report: write a page with figures to this HTML file
-        json: write the figures to this file
-    """
-    from coalign.run.compare import compare
-    from coalign.run.evaluate import write_json
-    from coalign.run.model import check_output
-    from coalign.run.reporting import print_comparison
-
-    if json:
-        check_output(json)
-    comparison = compare(runs, report)
-    print_comparison(comparison)
-    if json:
-        write_json(comparison.to_json(), json)
-    if report:
-        print(f"Report: {report}")
-
-
-def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
-    """Write the scenes data set: pictures drawn by code, with captions, tags and exact ground truth.
-    Training needs no copy of it: --data scenes:8192.
-
-    Args:
-        out: the new folder
-        size: side of the pictures in pixels
-        train: training pairs; validation, test, held-out combinations and shifted nuisance have 2,000 each
-        seed: another seed is another data set
-        swap: share of the training captions that are swapped between pictures (noise, flagged)
-    """
-    from coalign.run.data import write_scenes
-
-    write_scenes(out, size, train, seed, swap)
-
-
-def openclipart_command(
-    out: Path, download: bool = False, from_: Annotated[Path | None, arg(name="from")] = None, max_side: int = 256
-) -> None:
-    """Prepare Open Clip Art: about 6,900 real, noisy public-domain pairs from Debian's packages openclipart-png and openclipart-svg.
-
-    Args:
-        out: the new folder
-        download: fetch the two packages with apt-get into a temporary folder (needs a Debian or Ubuntu system, not root)
-        from_: read an installed or unpacked copy below this root instead, such as /
-        max_side: longest side of the pictures that are written, in pixels
-    """
-    from coalign.run.data import prepare_openclipart
-
-    prepare_openclipart(out, download, from_, max_side)
-
-
-def check_command(data: Positional[str], report: Path | None = None, limit: int | None = None) -> None:
-    """Say what is in a data set before it is trained on: broken files, sizes, captions, duplicates, languages, tags.
-
-    Args:
-        data: anything that `coalign train --data` takes
-        report: write a page with figures and a gallery to this HTML file
-        limit: look at this many samples, drawn at random (default: all)
-    """
-    from coalign.run.data import check_data
-
-    check_data(data, report, limit)
-
-
-def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chinese: bool = False) -> None:
-    """Apply DeCLIP's data rules and write the kept pairs: no damaged images, no empty captions, an English-word ratio of at least 0.8, more
-    than one part of speech. What is dropped, and why, is listed in dropped.jsonl.
-
-    Args:
-        data: anything that `coalign train --data` takes
-        out: the new folder
-        min_side: also drop images whose shorter side is below this many pixels (web data)
-        drop_chinese: also drop captions in Chinese (web data)
-    """
-    from coalign.run.data import curate_data
-
-    curate_data(data, out, min_side, drop_chinese)
-
-
-def queries_command(data: Positional[str], out: Path) -> None:
-    """Build the list of search queries of DeCLIP's Appendix C: the data's tags and words with their WordNet synonyms.
-
-    Args:
-        data: anything that `coalign train --data` takes
-        out: the text file to write, one query a line
-    """
-    from coalign.run.data import write_queries
-
-    write_queries(data, out)
-
-
-def tokenizer_command(data: Positional[str], out: Path, vocab_size: int = 8192) -> None:
-    """Train a small byte-pair vocabulary on the training captions; use it by `coalign train --tokenizer FILE`.
-
-    Args:
-        data: anything that `coalign train --data` takes
-        out: the JSON file to write
-        vocab_size: entries of the vocabulary
-    """
-    from coalign.run.data import train_tokenizer
-
-    train_tokenizer(data, out, vocab_size)
-
-
-def models_command(contains: Positional[str] = "") -> None:
-    """List the names that `coalign train --model` takes.
-
-    Args:
-        contains: only names with this in them
-    """
-    from coalign.networks.towers import model_names
-
-    print("\n".join(name for name in model_names() if contains.lower() in name.lower()))
-
-
-def recipes_command() -> None:
-    """List the recipes: named settings for `coalign train --recipe`."""
-    for name, make in sorted(recipes().items()):
-        print(f"{name:16} {' '.join((make.__doc__ or '').split())}")
-
-
 # ---------------------------------------------------------------- dispatch
 
 
@@ -320,16 +140,17 @@ COMMANDS = {
     "train": Command(
         "Train a model on image-text pairs, evaluate it on held-out ones, and write a report.", train_command
     ),
-    "eval": _plain(eval_command, "eval"),
-    "compare": _plain(compare_command, "compare"),
-    "data openclipart": _plain(openclipart_command, "data openclipart"),
-    "data scenes": _plain(scenes_command, "data scenes"),
-    "data check": _plain(check_command, "data check"),
-    "data curate": _plain(curate_command, "data curate"),
-    "data queries": _plain(queries_command, "data queries"),
-    "data tokenizer": _plain(tokenizer_command, "data tokenizer"),
-    "models": _plain(models_command, "models"),
-    "recipes": _plain(recipes_command, "recipes"),
+    "eval": _plain(commands.eval_command, "eval"),
+    "compare": _plain(commands.compare_command, "compare"),
+    "reproduce": _plain(commands.reproduce_command, "reproduce"),
+    "data openclipart": _plain(commands.openclipart_command, "data openclipart"),
+    "data scenes": _plain(commands.scenes_command, "data scenes"),
+    "data check": _plain(commands.check_command, "data check"),
+    "data curate": _plain(commands.curate_command, "data curate"),
+    "data queries": _plain(commands.queries_command, "data queries"),
+    "data tokenizer": _plain(commands.tokenizer_command, "data tokenizer"),
+    "models": _plain(commands.models_command, "models"),
+    "recipes": _plain(commands.recipes_command, "recipes"),
 }
 
 

@@ -113,6 +113,17 @@ class Record:
     facts: Mapping[str, Any] = field(default_factory=dict)  # ground truth or provenance, e.g. {"style": "etiquette"}
 
 
+@dataclass(frozen=True)
+class Foil:
+    """A two-way choice for one sample: a caption that is true of its image, and one that is false in one kind of fact."""
+
+    index: int  # of the sample in its source
+    kind: str  # what the false caption is wrong about
+    how: str  # how it was made: "replace", "swap" or "add"
+    true: str
+    false: str
+
+
 class Source(Protocol):
     """Addressable image-text pairs. Everything raised for a single sample is `BadSample`; everything raised at opening is `UserError`."""
 

@@ -248,3 +248,31 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_scenes(tmp_path / "out", "5", progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_foils_of_all_kinds_are_of_the_images_asked_for() -> None:
+    source = open_scenes("100")
+    few = source.splits["val"][:200]
+    found = source.foils(few, per_kind=400)
+    assert {foil.kind for foil in found} == set(KINDS)
+    assert {foil.index for foil in found} <= set(few.tolist())
+    everything = source.foils(source.splits["val"], per_kind=400)
+    assert len(everything) == 400 * len(KINDS)
+    assert set(found) == {foil for foil in everything if foil.index in set(few.tolist())}
+
+
+def test_a_picture_of_one_object_has_a_label() -> None:
+    source = open_scenes("300")
+    for index in range(300):
+        facts = source.record(index).facts
+        one = facts["objects"][0]
+        assert facts.get("label") == (f"{one['colour']} {one['shape']}" if len(facts["objects"]) == 1 else None)
+
+
+def test_a_picture_is_drawn_once_and_cannot_be_changed() -> None:
+    source = open_scenes("10")
+    picture = source.image(3)
+    assert source.image(3) is picture
+    with pytest.raises(ValueError, match="read-only"):
+        picture[0] = 0
+    np.testing.assert_array_equal(open_scenes("10").image(3), picture)

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import and_
 from pathlib import Path
@@ -37,20 +36,12 @@ from coalign.data.scene_drawing import draw, masks
 from coalign.data.scene_foils import foils
 from coalign.data.scene_layout import COLOURS, SHAPES, SPLITS, Draws, Scene, make_scene
 from coalign.errors import UserError
-from coalign.types import AugmentationParams, Record
+from coalign.types import AugmentationParams, Foil, Record
 
 TRAIN_SIZE = 8000
 EVALUATION_SIZE = 2000  # images in each split but train
 NUM_CAPTIONS = 4
-
-
-@dataclass(frozen=True)
-class FoilItem:
-    index: int  # of the image in its source
-    kind: str
-    how: str
-    true: str
-    false: str
+MAX_KEPT = 256 << 20  # bytes of pictures that a source keeps once they are drawn: the second time they cost nothing
 
 
 class Scenes:
@@ -67,6 +58,7 @@ class Scenes:
         self, train: int = TRAIN_SIZE, *, seed: int = 0, size: int = 64, swap: float = 0.0, split: str | None = None
     ) -> None:
         self.seed, self.size, self.swap = seed, size, swap
+        self._drawn: dict[int, np.ndarray] = {}
         self.splits: dict[str, np.ndarray] = {}
         start = 0
         for name in SPLITS if split is None else (split,):
@@ -94,7 +86,13 @@ class Scenes:
         return make_scene(self.seed, *self._locate(index))
 
     def image(self, index: int) -> np.ndarray:
-        return draw(self.scene(index), self.size)
+        picture = self._drawn.get(index)
+        if picture is None:
+            picture = draw(self.scene(index), self.size)
+            picture.setflags(write=False)
+            if (len(self._drawn) + 1) * picture.nbytes <= MAX_KEPT:
+                self._drawn[index] = picture
+        return picture
 
     def masks(self, index: int) -> np.ndarray:
         """Where each object is, bool [objects, size, size], in the order of `Record.facts["objects"]`."""
@@ -102,17 +100,21 @@ class Scenes:
 
     def record(self, index: int) -> Record:
         """`facts`: the picture's `objects` (boxes are left, top, right, bottom in fractions of the frame), for every
-        caption the list of facts it states (`captions`), and whether the captions were `swapped`."""
+        caption the list of facts it states (`captions`), whether the captions were `swapped`, and of one object alone a
+        `label`, such as "pink heart"."""
         split, number = self._locate(index)
         swapped = split == "train" and stable_hash(self.seed, "swap", number // 2) / 2**63 < self.swap
         texts, stated, tags = _told(self.seed, split, number ^ swapped)
-        facts = {
+        objects = _objects(make_scene(self.seed, split, number))
+        facts: dict[str, Any] = {
             "split": split,
             "number": number,
-            "objects": _objects(make_scene(self.seed, split, number)),
+            "objects": objects,
             "captions": [[fact._asdict() for fact in caption] for caption in stated],
             "swapped": swapped,
         }
+        if len(objects) == 1:
+            facts["label"] = "{colour} {shape}".format(**objects[0])
         return Record(f"{split}-{number:06d}", texts, tags, facts)
 
     def truth_after_view(self, index: int, params: AugmentationParams) -> list[list[bool]]:
@@ -122,20 +124,27 @@ class Scenes:
 
     # ------------------------------------------------------------ evaluation
 
-    def foil_items(self, split: str, kind: str, n: int = 2000) -> list[FoilItem]:
+    def foil_items(self, split: str, kind: str, n: int = 2000) -> list[Foil]:
         """Two-way choices between a true caption and its foil of one kind; images come again until there are n."""
         if kind not in KINDS:
             raise UserError(f"There are no foils of the kind {kind!r}; choose one of {', '.join(KINDS)}.")
-        items: dict[FoilItem, None] = {}
+        items: dict[Foil, None] = {}
         rows = self._rows(split)
         for turn in range(64):
             for index in map(int, rows):
                 made = foils(self.scene(index), kind, self._generator(split, index - rows[0], turn, f"foils/{kind}"))
                 if made is not None:
-                    items[FoilItem(index, kind, made[2], *made[:2])] = None
+                    items[Foil(index, kind, made[2], *made[:2])] = None
                 if len(items) == n:
                     return list(items)
         raise UserError(f"The {len(rows)} scenes of {split!r} give {len(items)} foils of the kind {kind}, not {n}.")
+
+    def foils(self, indices: np.ndarray, per_kind: int = 500) -> list[Foil]:
+        """Foils of every kind for the images of one split, as many of each."""
+        split, _ = self._locate(int(indices[0]))
+        wanted = set(indices.tolist())
+        kinds = (self.foil_items(split, kind, per_kind) for kind in KINDS)
+        return [foil for items in kinds for foil in items if foil.index in wanted]
 
     def retrieval_pool(self, split: str, size: int = 500) -> tuple[np.ndarray, list[str]]:
         """Indices of `size` images and a caption of each that fits none of the other images of the pool."""

@@ -112,6 +112,8 @@ def title(name: str) -> str:
     """ "retrieval.image_to_text.r5" -> "Image → text R@5"."""
     task, _, rest = name.partition(".")
     words = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class", "median_rank": "median rank"}
+    if task == "foils":
+        return f"Foils: {'all kinds' if rest == 'mean_per_kind' else rest.removesuffix('.accuracy').replace('_', ' ')}"
     side, _, last = rest.rpartition(".")
     last = words.get(last, f"R@{last[1:]}" if last[1:].isdigit() else last)
     where = side.replace("_to_", " → ").capitalize() if side else task.replace("_", "-").capitalize()

@@ -42,12 +42,14 @@ class Finished:
     validations: list[dict[str, float]]
 
 
-def compare(runs: Sequence[str | Path], report: str | Path | None = None) -> Comparison:
+def compare(
+    runs: Sequence[str | Path], report: str | Path | None = None, groups: Sequence[str] | None = None
+) -> Comparison:
     """The figures of finished runs with intervals, and their differences to the first run's on the same items.
 
-    Runs that differ in their seed alone become one group, whose figures are means. Figures that some runs lack (zero-shot without
-    classes) are left out. With `report`, writes a page to this HTML file. UserError for folders that are no finished runs, for a run
-    that comes twice, and for runs that held out different pairs.
+    Runs that differ in their seed alone become one group, whose figures are means; or those that `groups`, a name for each run,
+    calls the same. Figures that some runs lack (zero-shot without classes) are left out. With `report`, writes a page to this HTML
+    file. UserError for folders that are no finished runs, for a run that comes twice, and for runs that held out different pairs.
     """
     if report is not None:
         check_output(Path(report))
@@ -63,20 +65,21 @@ def compare(runs: Sequence[str | Path], report: str | Path | None = None) -> Com
     for run in finished[1:]:
         _check_same_items(finished[0], run)
     grouped: dict[str, list[Finished]] = {}
-    for run in finished:
-        grouped.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
+    for run, key in zip(finished, groups or [json.dumps(run.settings, sort_keys=True) for run in finished]):
+        grouped.setdefault(key, []).append(run)
     members = list(grouped.values())
     for group in members:
         _check_seeds(group)
     different = _different([group[0].settings for group in members])
     figures = [name for name in finished[0].outcomes if all(name in run.outcomes for run in finished)]
-    groups = [
+    names = list(grouped) if groups else _group_names(members)
+    found = [
         _group(name, group, members[0] if number else None, different, figures)
-        for number, (name, group) in enumerate(zip(_group_names(members), members))
+        for number, (name, group) in enumerate(zip(names, members))
     ]
     shared = {name: value for name, value in finished[0].settings.items() if name not in different}
     counts = {name: finished[0].results["retrieval"][name] for name in HELD_OUT_COUNTS}
-    comparison = Comparison(groups, shared, counts)
+    comparison = Comparison(found, shared, counts)
     if report is not None:
         compare_page(comparison).write(Path(report))
     return comparison
@@ -99,6 +102,8 @@ def _read(folder: Path, name: str) -> Finished:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{folder / RESULTS} is not what a finished run writes: {reason}.") from error
     flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
+    if flat["classes"]:
+        flat["classes"] = Path(flat["classes"]).name
     settings = {key: value for key, value in flat.items() if key not in NO_DIFFERENCE}
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
     return Finished(
@@ -137,6 +142,8 @@ def _check_same_items(first: Finished, other: Finished) -> None:
             what = "were evaluated on different held-out pairs"
             if task == "zero_shot":
                 what = "classified different images, or among different classes"
+            elif task == "foils":
+                what = "chose between different captions"
             raise UserError(
                 f"{first.name} and {other.name} {what}, so that their figures cannot be compared; "
                 "evaluate both on the same data with `coalign eval`."
@@ -256,7 +263,7 @@ def _bootstrap(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> Me
 
 def _chance(results: dict[str, Any], name: str) -> float | None:
     task, *path = name.split(".")
-    if task == "zero_shot":
+    if task != "retrieval":
         return None if path == ["acc5"] else float(results[task]["chance"])
     side, figure = path
     return float(results[task][side][figure]["chance"])

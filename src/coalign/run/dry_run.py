@@ -18,7 +18,7 @@ from coalign.data.tokenizer import Tokenizer
 from coalign.method import Method
 from coalign.optim import build_optimisers
 from coalign.run.cost import StepCost, step_cost
-from coalign.run.train import Data, pair_loader
+from coalign.run.pairs import Data, pair_loader
 from coalign.training.distributed import World
 from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch

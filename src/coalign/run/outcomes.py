@@ -31,7 +31,7 @@ def write_outcomes(folder: Path, source: Source, evaluations: Mapping[str, Evalu
     arrays: dict[str, np.ndarray] = {}
     for task, evaluation in evaluations.items():
         arrays |= {f"{task}.{name}": values for name, values in evaluation.result.outcomes().items()}
-        classes: Sequence[str] = evaluation.texts if task == "zero_shot" else ()
+        classes: Sequence[str] = () if task == "retrieval" else evaluation.texts
         hashes = [_item(source, index, classes) for index in evaluation.images.indices]
         arrays[f"{task}.items"] = np.array(hashes, dtype=np.int64)
 
@@ -67,7 +67,7 @@ def read_outcomes(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Outcom
 
 def _outcome(name: str, values: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Outcome:
     where, _, figure = name.rpartition(".")
-    if figure == "mean_per_class_recall":
+    if figure in ("mean_per_class_recall", "mean_per_kind"):
         return Outcome("class rate", values, arrays[f"{where}.classes"])
     return Outcome("rank" if figure == "median_rank" else "rate", values, arrays.get(f"{where}.clusters"))
 

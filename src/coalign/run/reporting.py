@@ -77,6 +77,10 @@ def write_run_report(
             *(_row(name, metric, zero_shot.chance) for name, metric in metrics.items()),
         ]
         summary.confusion, summary.classnames = zero_shot.confusion, zero_shot.classnames
+    if "foils" in evaluations:
+        foils = evaluations["foils"].result
+        named = {"true or false caption": foils.overall, **{f"… of {kind}": m for kind, m in foils.by_kind.items()}}
+        summary.metrics = [*summary.metrics, *(_row(name, metric, 0.5) for name, metric in named.items())]
     path = out / "report.html"
     run_page(summary).write(path)
     return verdict(summary), path

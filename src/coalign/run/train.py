@@ -6,9 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,49 +17,28 @@ import torch
 from rich.console import Console
 
 from coalign.config import TrainConfig, flatten, to_json
-from coalign.data.loader import PairLoader, image_batches, tag_vocabulary
 from coalign.data.randomness import stable_hash
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.embed import Evaluation
-from coalign.evaluation.prompts import templates
-from coalign.evaluation.retrieval import retrieve
-from coalign.evaluation.zero_shot import classify
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.towers import ImageTower
 from coalign.recipes import recipe
 from coalign.run import model as runs
-from coalign.run.evaluate import captions_of, label_function
+from coalign.run.held_out import evaluate_held_out, validation
 from coalign.run.outcomes import write_outcomes
+from coalign.run.pairs import MAX_READ, Data, pair_loader
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
-from coalign.training.step import evaluate_loss
-from coalign.training.trainer import Score, Trainer, TrainResult, autocast_dtype
-from coalign.types import Source, StepInfo
+from coalign.training.trainer import Trainer, TrainResult
+from coalign.types import Source
 
-MAX_READ = 200_000  # training pairs that are read for a vocabulary, of words or of tags
-MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
 # what may differ when a run is resumed: it changes nothing that the run computes
 FREE_TO_CHANGE = {"workers", "save_every", "patience", "max_bad_fraction", "max_non_finite", "micro_batch", "evals"}
 
 Settle = Callable[[int], TrainConfig]  # number of training pairs -> configuration
-
-
-@dataclass
-class Data:
-    """Training and validation pairs."""
-
-    source: Source
-    train: np.ndarray
-    val_source: Source
-    val: np.ndarray
-
-    def tag_ids(self, size: int) -> dict[str, int]:
-        """The most frequent tags of the training pairs and their ids, from the first pairs where there are very many."""
-        return tag_vocabulary(self.source, self.train[:MAX_READ], size) if size else {}
 
 
 def train(
@@ -108,7 +87,7 @@ def train(
             tower.compile()  # a text tower packs its captions: another shape at every step
     saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val), _fingerprint(pairs))
     with _lock(out, world):
-        trainer.validate = _validation(method, settings, pairs, tokenizer, world, tags)
+        trainer.validate = validation(method, settings, pairs, tokenizer, world, tags)
         _prepare_folder(out, saved, tokenizer, world)  # once nothing in the settings can be wrong any more
         done = trainer.resume() if resume == "auto" else 0
         if world.is_first:
@@ -221,34 +200,6 @@ def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
             continue  # counted when training meets it
 
 
-def pair_loader(
-    method: Method,
-    config: TrainConfig,
-    source: Source,
-    indices: np.ndarray,
-    tokenizer: Tokenizer,
-    world: World,
-    batch_size: int,
-    tag_ids: Mapping[str, int],
-) -> PairLoader:
-    """The training pairs' or the validation pairs' batches, as the method wants them."""
-    return PairLoader(
-        source,
-        indices,
-        method.view_plan,
-        tokenizer,
-        image_size=runs.image_size(method),
-        context_length=config.context_length,
-        batch_size=batch_size,
-        seed=config.seed,
-        workers=config.workers or 0,
-        rank=world.rank,
-        world_size=world.size,
-        tag_vocabulary=tag_ids,
-        patch_grid=runs.patch_grid(method),
-    )
-
-
 def _lock(out: Path, world: World) -> RunLock | Any:
     return RunLock(out) if world.is_first else nullcontext()  # it makes the folder, too
 
@@ -291,46 +242,6 @@ def _fingerprint(pairs: Data) -> str:
     return f"{stable_hash(*seen):016x}"
 
 
-# ---------------------------------------------------------------- validation during training
-
-
-def _validation(
-    method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, world: World, tag_ids: Mapping[str, int]
-) -> Callable[[StepInfo], Score] | None:
-    """Loss, retrieval, and zero-shot on the user's classes, over the first validation pairs in a fixed order. None if there are too few."""
-    batch_size = min(config.batch_size, len(pairs.val)) // world.size * world.size
-    if len(pairs.val) < 2 or batch_size < 2:
-        return None
-    tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
-    losses = pair_loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids)
-    encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
-    autocast = autocast_dtype(config.precision, world.device)
-    images: list[Any] = []  # of the first rank, decoded at the first validation
-    labels = label_function(pairs.val_source, tracked, config.classes) if config.classes else None
-
-    def validate(step: StepInfo) -> Score:
-        total = 0.0
-        for loaded in losses.batches(0, losses.steps_per_epoch):
-            total += evaluate_loss(method, loaded.batch.to(world.device), step, world, autocast)
-        values = {"val/loss": total / losses.steps_per_epoch}
-        recalls: list[float] = []
-        if world.is_first:
-            if not images:
-                size = encoder.image_size
-                images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
-            result = retrieve(encoder, images, captions_of(pairs.val_source)).result
-            for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
-                recalls += [metric.value for metric in side.recall.values()]
-                values |= {f"val/{name}_r{k}": metric.value for k, metric in side.recall.items()}
-            if labels is not None:
-                zero_shot = classify(encoder, images, labels.of_index, labels.classnames, templates("default")).result
-                values |= {"val/zero_shot_acc1": zero_shot.top1.value}
-        score = sum(recalls) / max(1, len(recalls))
-        return Score(values, world.broadcast(score))
-
-    return validate
-
-
 # ---------------------------------------------------------------- the end
 
 
@@ -360,16 +271,7 @@ def _finish(
     # not at the top: it loads the plotting library, which training can start without
     from coalign.run.reporting import write_run_report
 
-    evaluations: dict[str, Evaluation] = {}
-    if len(pairs.val) >= 2:
-        encoder = runs.dual_encoder(method, tokenizer, config.context_length, out.name)
-        batches = list(image_batches(pairs.val_source, pairs.val, encoder.image_size, workers=config.workers or 0))
-        evaluations["retrieval"] = retrieve(encoder, batches, captions_of(pairs.val_source))
-        if config.classes:
-            labels = label_function(pairs.val_source, pairs.val, config.classes)
-            evaluations["zero_shot"] = classify(
-                encoder, batches, labels.of_index, labels.classnames, templates("default")
-            )
+    evaluations = evaluate_held_out(method, config, pairs, tokenizer, out.name)
     verdict, report = write_run_report(
         data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
     )

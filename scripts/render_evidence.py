@@ -1,0 +1,117 @@
+"""Writes docs/evidence.md and its figures from the tables of experiments in results/.
+
+Each table is what `coalign reproduce` left as table.json, under the table's name. Nothing in docs/evidence.md is written by hand.
+
+Run: python scripts/render_evidence.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coalign.report.compare_figures import points
+from coalign.report.compare_page import title
+
+ROOT = Path(__file__).parents[1]
+INTRODUCTION = """# Evidence
+
+Made by `python scripts/render_evidence.py` from the files in [results](../results), each of which holds all figures, intervals and settings
+of one table. A table is trained again by `coalign reproduce NAME --data DATA --out FOLDER`.
+
+A figure is the mean over seeds. **±** is half of the 95 % t-interval over seeds: how far other seeds would move it. Differences have two
+95 % intervals: over held-out items (paired bootstrap) and over seeds (Welch's t). A claim *holds*, or *does not hold*, where both lie on
+one side of zero; else these runs do not decide it. Nothing is corrected for the number of comparisons.
+"""
+
+
+def main() -> None:
+    parts = [INTRODUCTION]
+    for path in sorted((ROOT / "results").glob("*.json")):
+        values = json.loads(path.read_text())
+        if "table" in values:
+            parts += section(path, values)
+    (ROOT / "docs/evidence.md").write_text("\n".join(parts))
+
+
+def section(path: Path, values: dict[str, Any]) -> list[str]:
+    groups, name = values["groups"], values["table"]
+    figures = [figure for figure in groups[0]["figures"] if groups[0]["figures"][figure]["kind"] == "rate"]
+    shown = columns(figures)
+    lines = [f"## {values['title']}", ""]
+    held_out = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in values["held_out"].items())
+    seeds = len(groups[0]["seeds"])
+    lines += [f"`{name}`: {seeds} seeds; held out: {held_out}. All figures: [{path.name}](../results/{path.name}).", ""]
+    header = ["", "pairs seen", "time", *map(title, shown)]
+    rows = [["chance", "", "", *(percent(groups[0]["figures"][figure]["chance"]) for figure in shown)]]
+    for group in groups:
+        cost = f"{group['seconds'] / groups[0]['seconds']:.2f} ×"
+        rows.append(
+            [group["name"], f"{round(group['samples_seen']):,}", cost, *(value(group["figures"][f]) for f in shown)]
+        )
+    lines += markdown(header, rows)
+    lines += [f"\n![{values['title']}, with intervals]({name}.png)\n"]
+    triples = {g["name"]: [interval(g["figures"][f]) for f in shown] for g in groups}
+    chance = [groups[0]["figures"][f]["chance"] for f in shown]
+    points([title(f) for f in shown], triples, chance).savefig(ROOT / f"docs/{name}.png", dpi=110)
+    lines += [
+        f"Differences to {groups[0]['name']}, in points of per cent, with their intervals over items; over seeds:",
+        "",
+    ]
+    rows = [[group["name"], *(difference(group["figures"][f]) for f in shown)] for group in groups[1:]]
+    lines += markdown(["", *map(title, shown)], rows)
+    if values["claims"]:
+        rows = [
+            [
+                claim["claim"],
+                title(claim["figure"]),
+                signed(claim["difference"]),
+                span(claim["over_items"]),
+                span(claim["over_seeds"]),
+                f"**{claim['verdict']}**",
+            ]
+            for claim in values["claims"]
+        ]
+        lines += ["", "The papers' order, step by step:", ""]
+        lines += markdown(["claim", "figure", "difference", "over items", "over seeds", ""], rows)
+    return [*lines, ""]
+
+
+def columns(figures: list[str]) -> list[str]:
+    """What fits a page: R@1 and R@10 of both directions, zero-shot, and the foils."""
+    return [figure for figure in figures if figure.endswith((".r1", ".r10", ".acc1")) or figure.startswith("foils.")]
+
+
+def interval(figure: dict[str, Any]) -> tuple[float, float, float]:
+    return (figure["value"], *(figure["over_seeds"] or figure["over_items"]))
+
+
+def value(figure: dict[str, Any]) -> str:
+    middle, _, high = interval(figure)
+    return f"{100 * middle:.1f} ± {100 * (high - middle):.1f}"
+
+
+def difference(figure: dict[str, Any]) -> str:
+    return f"{signed(figure['difference'])} ({span(figure['difference_over_items'])}; {span(figure['difference_over_seeds'])})"
+
+
+def signed(number: float) -> str:
+    return f"{100 * number:+.1f}".replace("-", "−")
+
+
+def span(edges: list[float] | None) -> str:
+    return "–" if edges is None else f"{signed(edges[0])} to {signed(edges[1])}"
+
+
+def percent(rate: float | None) -> str:
+    return "" if rate is None else f"{100 * rate:.2g}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The commands but `train`: a function each, whose signature makes the options and whose docstring makes the help. Torch is imported when
+one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from coalign.recipes import recipes
+
+
+def eval_command(
+    model: Positional[str],
+    tasks: tuple[str, ...],
+    weights: str = "last",
+    split: str | None = None,
+    classes: Path | None = None,
+    label: str | None = None,
+    prompts: str = "default",
+    json: Path | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> None:
+    """Evaluate a trained model: zero-shot classification and image-text retrieval, with 95 % bootstrap intervals.
+
+    Example: coalign eval runs/clip --tasks retrieval:data/openclipart zeroshot:data/openclipart --json out.json
+
+    Args:
+        model: the folder of a run
+        tasks: one or more of retrieval:DATA and zeroshot:DATA, where DATA is anything that `coalign train --data` takes
+        weights: the checkpoint: last or best
+        split: train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)
+        classes: text file with your classes, one a line: `name`, or `label = name`
+        label: the column or fact that holds an image's class (default: label, class, category or folder)
+        prompts: prompt templates: default, imagenet, a data set's name (cifar10, food101, …), or a text file with {} for the class
+        json: write the figures to this file
+        device: cpu, cuda or cuda:N
+        workers: loader processes
+    """
+    from coalign.run.evaluate import evaluate, write_json
+    from coalign.run.model import check_output
+    from coalign.run.reporting import print_results
+
+    if json:
+        check_output(json)  # before the work
+    results = evaluate(
+        model,
+        tasks,
+        weights=weights,
+        split=split,
+        classes=classes,
+        label=label,
+        prompts=prompts,
+        device=device,
+        workers=workers,
+    )
+    print_results(results)
+    if json:
+        write_json(results, json)
+
+
+def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
+    """Compare finished runs side by side on the same held-out pairs, with paired differences to the first.
+
+    Runs that differ in their seed alone become one line. Example: coalign compare runs/clip runs/slip --report compare.html
+
+    Args:
+        runs: the folders of two or more runs
+        report: write a page with figures to this HTML file
+        json: write the figures to this file
+    """
+    from coalign.run.compare import compare
+    from coalign.run.evaluate import write_json
+    from coalign.run.model import check_output
+    from coalign.run.reporting import print_comparison
+
+    if json:
+        check_output(json)
+    comparison = compare(runs, report)
+    print_comparison(comparison)
+    if json:
+        write_json(comparison.to_json(), json)
+    if report:
+        print(f"Report: {report}")
+
+
+def reproduce_command(
+    table: Positional[str],
+    data: str,
+    out: Path,
+    seeds: int = 3,
+    jobs: int = 1,
+    arms: tuple[str, ...] = (),
+) -> None:
+    """Train every arm of a table of experiments with several seeds, and compare them. Stopped, it goes on where it was.
+
+    Example: coalign reproduce two-towers-scenes --data scenes:8192 --out runs/two-towers --jobs 2
+
+    Args:
+        table: the table's name; a wrong one lists them
+        data: anything that `coalign train --data` takes
+        out: the folder of the runs, of table.json and of table.html
+        seeds: each arm is trained with seeds 0, 1, … (as many)
+        jobs: trials at once, each on its share of the cores
+        arms: train only these (default: all)
+    """
+    from coalign.run.reporting import print_comparison
+    from coalign.run.reproduce import reproduce
+
+    comparison = reproduce(table, data, out, seeds=seeds, jobs=jobs, arms=arms)
+    if comparison is not None:
+        print_comparison(comparison)
+        print(f"Report: {out / 'table.html'}")
+
+
+def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
+    """Write the scenes data set: pictures drawn by code, with captions, tags and exact ground truth.
+    Training needs no copy of it: --data scenes:8192.
+
+    Args:
+        out: the new folder
+        size: side of the pictures in pixels
+        train: training pairs; validation, test, held-out combinations and shifted nuisance have 2,000 each
+        seed: another seed is another data set
+        swap: share of the training captions that are swapped between pictures (noise, flagged)
+    """
+    from coalign.run.data import write_scenes
+
+    write_scenes(out, size, train, seed, swap)
+
+
+def openclipart_command(
+    out: Path, download: bool = False, from_: Annotated[Path | None, arg(name="from")] = None, max_side: int = 256
+) -> None:
+    """Prepare Open Clip Art: about 6,900 real, noisy public-domain pairs from Debian's packages openclipart-png and openclipart-svg.
+
+    Args:
+        out: the new folder
+        download: fetch the two packages with apt-get into a temporary folder (needs a Debian or Ubuntu system, not root)
+        from_: read an installed or unpacked copy below this root instead, such as /
+        max_side: longest side of the pictures that are written, in pixels
+    """
+    from coalign.run.data import prepare_openclipart
+
+    prepare_openclipart(out, download, from_, max_side)
+
+
+def check_command(data: Positional[str], report: Path | None = None, limit: int | None = None) -> None:
+    """Say what is in a data set before it is trained on: broken files, sizes, captions, duplicates, languages, tags.
+
+    Args:
+        data: anything that `coalign train --data` takes
+        report: write a page with figures and a gallery to this HTML file
+        limit: look at this many samples, drawn at random (default: all)
+    """
+    from coalign.run.data import check_data
+
+    check_data(data, report, limit)
+
+
+def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chinese: bool = False) -> None:
+    """Apply DeCLIP's data rules and write the kept pairs: no damaged images, no empty captions, an English-word ratio of at least 0.8, more
+    than one part of speech. What is dropped, and why, is listed in dropped.jsonl.
+
+    Args:
+        data: anything that `coalign train --data` takes
+        out: the new folder
+        min_side: also drop images whose shorter side is below this many pixels (web data)
+        drop_chinese: also drop captions in Chinese (web data)
+    """
+    from coalign.run.data import curate_data
+
+    curate_data(data, out, min_side, drop_chinese)
+
+
+def queries_command(data: Positional[str], out: Path) -> None:
+    """Build the list of search queries of DeCLIP's Appendix C: the data's tags and words with their WordNet synonyms.
+
+    Args:
+        data: anything that `coalign train --data` takes
+        out: the text file to write, one query a line
+    """
+    from coalign.run.data import write_queries
+
+    write_queries(data, out)
+
+
+def tokenizer_command(data: Positional[str], out: Path, vocab_size: int = 8192) -> None:
+    """Train a small byte-pair vocabulary on the training captions; use it by `coalign train --tokenizer FILE`.
+
+    Args:
+        data: anything that `coalign train --data` takes
+        out: the JSON file to write
+        vocab_size: entries of the vocabulary
+    """
+    from coalign.run.data import train_tokenizer
+
+    train_tokenizer(data, out, vocab_size)
+
+
+def models_command(contains: Positional[str] = "") -> None:
+    """List the names that `coalign train --model` takes.
+
+    Args:
+        contains: only names with this in them
+    """
+    from coalign.networks.towers import model_names
+
+    print("\n".join(name for name in model_names() if contains.lower() in name.lower()))
+
+
+def recipes_command() -> None:
+    """List the recipes: named settings for `coalign train --recipe`."""
+    for name, make in sorted(recipes().items()):
+        print(f"{name:16} {' '.join((make.__doc__ or '').split())}")

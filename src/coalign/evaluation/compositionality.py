@@ -1,0 +1,70 @@
+"""Two-way choices: does an image lie nearer to its true caption than to a false one that differs in one thing (SugarCrepe's question)?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coalign.errors import UserError
+from coalign.evaluation import metrics
+from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts
+from coalign.evaluation.metrics import TIE, Metric
+from coalign.types import DualEncoder, Foil
+
+
+@dataclass
+class CompositionalityResult:
+    """Accuracies are fractions; a tie counts one half, so that chance is 1/2."""
+
+    overall: Metric  # the mean of the kinds' accuracies
+    by_kind: dict[str, Metric]
+    correct: np.ndarray  # float64 [item]: 1, 0, or 1/2 for a tie
+    kinds: np.ndarray  # int64 [item], the position in `by_kind`
+    images: np.ndarray  # int64 [item], the image's index: the bootstrap draws an image with all of its items
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": "compositionality",
+            "accuracy": self.overall.to_json(),
+            "by_kind": {kind: metric.to_json() for kind, metric in self.by_kind.items()},
+            "chance": 0.5,
+        }
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """What the accuracies are means of, item by item; each kind's after its name."""
+        found = {"mean_per_kind": self.correct, "classes": self.kinds}
+        for number, kind in enumerate(self.by_kind):
+            rows = self.kinds == number
+            found |= {f"{kind}.accuracy": self.correct[rows], f"{kind}.clusters": self.images[rows]}
+        return found
+
+
+def choose_captions(
+    model: DualEncoder, images: ImageEmbeds, foils: Sequence[Foil], batch_size: int = 256
+) -> Evaluation:
+    """Scores the foils whose images could be read. UserError if there are none."""
+    row = {index: number for number, index in enumerate(images.indices)}
+    foils = [foil for foil in foils if foil.index in row]
+    if not foils:
+        raise UserError("There is nothing to choose between: no image with a false caption could be read.")
+    true, false = (
+        embed_texts(model, [getattr(foil, side) for foil in foils], batch_size) for side in ("true", "false")
+    )
+    embeds = images.embeds[[row[foil.index] for foil in foils]]
+    margins = ((embeds * true).sum(1) - (embeds * false).sum(1)).double().numpy()  # [item]
+    correct = np.where(np.abs(margins) <= TIE, 0.5, margins > 0)
+    names = list(dict.fromkeys(foil.kind for foil in foils))
+    kinds = np.array([names.index(foil.kind) for foil in foils])
+    owners = np.array([foil.index for foil in foils])
+    result = CompositionalityResult(
+        overall=metrics.mean_per_class(correct, kinds),
+        by_kind={name: metrics.mean(correct[kinds == k], owners[kinds == k]) for k, name in enumerate(names)},
+        correct=correct,
+        kinds=kinds,
+        images=owners,
+    )
+    texts = [text for foil in foils for text in (foil.true, foil.false)]
+    return Evaluation(result, images, texts, true)

@@ -1,0 +1,85 @@
+"""What a run is evaluated on: its held-out pairs, a part of them during training, all of them at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from coalign.config import TrainConfig
+from coalign.data.loader import image_batches
+from coalign.data.scenes import Scenes
+from coalign.data.tokenizer import Tokenizer
+from coalign.evaluation.compositionality import choose_captions
+from coalign.evaluation.embed import Evaluation
+from coalign.evaluation.prompts import templates
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
+from coalign.method import Method
+from coalign.run import model as runs
+from coalign.run.evaluate import captions_of, label_function
+from coalign.run.pairs import Data, pair_loader
+from coalign.training.distributed import World
+from coalign.training.step import evaluate_loss
+from coalign.training.trainer import Score, autocast_dtype
+from coalign.types import StepInfo
+
+MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
+
+
+def validation(
+    method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, world: World, tag_ids: Mapping[str, int]
+) -> Callable[[StepInfo], Score] | None:
+    """Loss, retrieval, and zero-shot on the user's classes, over the first validation pairs in a fixed order. None if there are too few."""
+    batch_size = min(config.batch_size, len(pairs.val)) // world.size * world.size
+    if len(pairs.val) < 2 or batch_size < 2:
+        return None
+    tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
+    losses = pair_loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids)
+    encoder = runs.dual_encoder(method, tokenizer, config.context_length, "validation")
+    autocast = autocast_dtype(config.precision, world.device)
+    images: list[Any] = []  # of the first rank, decoded at the first validation
+    labels = label_function(pairs.val_source, tracked, config.classes) if config.classes else None
+
+    def validate(step: StepInfo) -> Score:
+        total = 0.0
+        for loaded in losses.batches(0, losses.steps_per_epoch):
+            total += evaluate_loss(method, loaded.batch.to(world.device), step, world, autocast)
+        values = {"val/loss": total / losses.steps_per_epoch}
+        recalls: list[float] = []
+        if world.is_first:
+            if not images:
+                size = encoder.image_size
+                images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
+            result = retrieve(encoder, images, captions_of(pairs.val_source)).result
+            for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
+                recalls += [metric.value for metric in side.recall.values()]
+                values |= {f"val/{name}_r{k}": metric.value for k, metric in side.recall.items()}
+            if labels is not None:
+                zero_shot = classify(encoder, images, labels.of_index, labels.classnames, templates("default")).result
+                values |= {"val/zero_shot_acc1": zero_shot.top1.value}
+        score = sum(recalls) / max(1, len(recalls))
+        return Score(values, world.broadcast(score))
+
+    return validate
+
+
+def evaluate_held_out(
+    method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, name: str
+) -> dict[str, Evaluation]:
+    """Retrieval among all held-out pairs; scenes' foils; zero-shot on the user's classes. Empty with less than two pairs."""
+    evaluations: dict[str, Evaluation] = {}
+    if len(pairs.val) >= 2:
+        encoder = runs.dual_encoder(method, tokenizer, config.context_length, name)
+        batches = list(image_batches(pairs.val_source, pairs.val, encoder.image_size, workers=config.workers or 0))
+        evaluations["retrieval"] = retrieve(encoder, batches, captions_of(pairs.val_source))
+        if isinstance(pairs.val_source, Scenes):
+            foils = pairs.val_source.foils(pairs.val)
+            evaluations["foils"] = choose_captions(encoder, evaluations["retrieval"].images, foils)
+        if config.classes:
+            labels = label_function(pairs.val_source, pairs.val, config.classes)
+            evaluations["zero_shot"] = classify(
+                encoder, batches, labels.of_index, labels.classnames, templates("default")
+            )
+    return evaluations

@@ -1,0 +1,163 @@
+"""reproduce(): a table of experiments, trial by trial, and its comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from coalign import __version__
+from coalign.config import TrainConfig
+from coalign.errors import UserError
+from coalign.recipes.tables import Table, table
+from coalign.report.compare_page import Comparison
+
+CLASSES = "classes.txt"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed."""
+
+    table: str
+    arm: str
+    seed: int
+    data: str
+    out: Path  # the table's folder
+
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.arm.replace(' ', '-').replace(',', '').replace(chr(39), '')}-seed{self.seed}"
+
+
+def reproduce(
+    name: str, data: str, out: str | Path, *, seeds: int = 3, jobs: int = 1, arms: Sequence[str] = ()
+) -> Comparison | None:
+    """Trains every arm of a table with seeds 0 … seeds - 1 in the folder `out`, then compares them: out/table.json, out/table.html.
+
+    What is finished stays; what was stopped goes on. `jobs` trials run at once, each on its share of the cores. `arms` are those to
+    train (default: all); the comparison is of what is there, and None where that is less than two runs. A trial that fails stops no
+    other; UserError at the end names it.
+    """
+    sweep, out = table(name), Path(out)
+    if unknown := [arm for arm in arms if arm not in sweep.arms]:
+        raise UserError(f"The table {name} has no arm {unknown[0]!r}; there are {', '.join(map(repr, sweep.arms))}.")
+    if seeds < 1 or jobs < 1:
+        raise UserError(f"--seeds is {seeds} and --jobs {jobs}, but both must be at least 1.")
+    out.mkdir(parents=True, exist_ok=True)
+    if sweep.classes:
+        (out / CLASSES).write_text("\n".join(sweep.classes) + "\n")
+    trials = [Trial(name, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
+    console = Console(highlight=False, soft_wrap=True)
+    failures = _run([trial for trial in trials if not _finished(trial)], jobs, console)
+    done = [Trial(name, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
+    done = [trial for trial in done if _finished(trial)]
+    comparison = _compare(sweep, done) if len(done) > 1 else None
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}. Their logs are beside them in {out}."
+        )
+    return comparison
+
+
+def _finished(trial: Trial) -> bool:
+    return (trial.folder / "results.json").exists()
+
+
+def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
+    """Runs the trials in processes of their own; what failed, and why."""
+    failures: list[str] = []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1)
+        with pool:
+            running = {pool.submit(_train, trial, threads): trial for trial in trials}
+            for number, future in enumerate(as_completed(running), 1):
+                trial, error = running[future], future.exception()
+                if error is not None:
+                    failures.append(f"{trial.folder.name} ({error})")
+                what = "done" if error is None else f"failed: {error}"
+                console.print(f"{number} of {len(trials)}: {trial.arm}, seed {trial.seed}: {what}")
+    return failures
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _train(trial: Trial, threads: int) -> None:
+    """One trial, in a process of its own; what it prints goes into a file beside its folder."""
+    from coalign.run.train import train
+
+    sweep = table(trial.table)
+
+    def settle(num_pairs: int) -> TrainConfig:
+        config = sweep.config(trial.arm, trial.seed, num_pairs)
+        classes = trial.out / CLASSES if sweep.classes else None
+        # with a core to itself a trial loads its own data: another process would only take turns with it
+        return replace(config, classes=classes, workers=0 if threads == 1 else None)
+
+    log = trial.folder.with_name(f"{trial.folder.name}.log")
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        result = train(trial.data, trial.folder, settle, resume="auto")
+    if result is not None and result.ended == "interrupted":
+        raise UserError("stopped; call it again to go on")
+
+
+def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
+    from coalign.run.compare import compare
+
+    out = trials[0].out
+    comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
+    trained = {trial.arm for trial in trials}
+    steps = [(lower, higher) for lower, higher in pairwise(sweep.order) if {lower, higher} <= trained]
+    values: dict[str, Any] = {
+        "table": trials[0].table,
+        "title": sweep.title,
+        "version": __version__,
+        "arms": {name: asdict(arm) for name, arm in sweep.arms.items()},
+        "claims": [_claim(sweep.headline, lower, higher, trials) for lower, higher in steps],
+        **comparison.to_json(),
+    }
+    (out / "table.json").write_text(json.dumps(values, indent=1, default=str) + "\n")
+    return comparison
+
+
+def _claim(headline: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Whether `higher` is better than `lower`: it is, or it is not, where the intervals over items and over seeds both say so."""
+    from coalign.run.compare import compare
+
+    chosen = [trial for arm in (lower, higher) for trial in trials if trial.arm == arm]
+    figure = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].figures[headline]
+    intervals = [figure.difference_over_items, figure.difference_over_seeds]
+    known = [interval for interval in intervals if interval is not None]
+    verdict = "undecided"
+    if len(known) == len(intervals):
+        verdict = "holds" if all(low > 0 for low, _ in known) else verdict
+        verdict = "does not hold" if all(high < 0 for _, high in known) else verdict
+    return {
+        "claim": f"{higher} is better than {lower}",
+        "figure": headline,
+        "difference": figure.difference,
+        "over_items": figure.difference_over_items,
+        "over_seeds": figure.difference_over_seeds,
+        "verdict": verdict,
+    }

@@ -1,0 +1,37 @@
+import dataclasses
+
+import pytest
+
+from coalign.config import flatten, to_json
+from coalign.errors import UserError
+from coalign.recipes.tables import STEP_COST, TABLES, table
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_arms_of_a_table_differ_in_what_they_declare_alone(name):
+    sweep = TABLES[name]
+    first = flatten(to_json(sweep.config(next(iter(sweep.arms)), 0, 6000)))
+    for arm, row in sweep.arms.items():
+        config = sweep.config(arm, 3, 6000)
+        settings = flatten(to_json(config))
+        differ = {key for key in first.keys() & settings.keys() if first[key] != settings[key]}
+        allowed = {"method", "seed", *(["epochs"] if row.epochs != 1 else [])}
+        allowed |= {"optimiser.roles.image.lr"} if row.image_lr else set()
+        allowed |= {key for key in differ if key.startswith("method_config.")}
+        assert differ <= allowed
+        assert (config.seed, config.epochs) == (3, sweep.epochs * row.epochs)
+        for field, value in row.changes.items():
+            assert getattr(config.method_config, field) == value
+        dataclasses.replace(config.method_config)  # its own checks pass
+
+
+def test_equal_time_is_equal_epochs_over_what_a_step_costs():
+    sweep = TABLES["two-towers-openclipart"]
+    for name, cost in STEP_COST.items():
+        if name != "clip":
+            assert sweep.arms[f"{name}, CLIP's time"].epochs * cost == pytest.approx(1)
+
+
+def test_an_unknown_table_is_answered_with_the_known():
+    with pytest.raises(UserError, match="two-towers-scenes"):
+        table("two-towers-scene")

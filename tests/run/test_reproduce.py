@@ -1,0 +1,108 @@
+"""A table of experiments: its trials run in processes of their own, fail alone, go on after a stop, and are compared by arm."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from coalign import cli
+from coalign.errors import UserError
+from coalign.recipes import tables
+from coalign.recipes.tables import Arm, Table
+from coalign.run import reproduce as module
+from coalign.run.reproduce import Trial, reproduce
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A table of two arms, whose trials are run in this process with a tiny model; what was trained is listed."""
+    model, ran = str(tiny.write_model(tmp_path / "model")), []
+    tiny.write_pairs(tmp_path / "photos", 96)
+    sweep = Table(
+        "a test",
+        {"one": Arm("clip"), "other, longer": Arm("clip", {"multi_positive": False}, epochs=2)},
+        epochs=1,
+        batch_size=16,
+        image_size=32,
+        val_fraction=0.2,
+        classes=("red", "green = grass"),
+    )
+    original = Table.config
+
+    def config(self, arm, seed, num_pairs):
+        return replace(original(self, arm, seed, num_pairs), model=model, context_length=12, evals=1)
+
+    def run(trials, jobs, console):
+        failures = []
+        for trial in trials:
+            ran.append((trial.arm, trial.seed))
+            try:
+                module._train(trial, 1)
+            except UserError as error:
+                failures.append(f"{trial.folder.name} ({error})")
+        return failures
+
+    monkeypatch.setattr(Table, "config", config)
+    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.chdir(tmp_path)
+    return ran
+
+
+def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["reproduce", "test", "--data", str(tmp_path / "photos"), "--out", str(out), "--seeds", "2"]
+    assert cli.main(command) == 0
+    assert small == [("one", 0), ("other, longer", 0), ("one", 1), ("other, longer", 1)]
+    assert "other, longer" in capsys.readouterr().out
+    assert (tmp_path / "out/table.html").exists()
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    assert [(group["name"], group["seeds"]) for group in values["groups"]] == [
+        ("one", [0, 1]),
+        ("other, longer", [0, 1]),
+    ]
+    first, longer = values["groups"]
+    assert longer["steps"] == 2 * first["steps"]
+    assert "zero_shot.acc1" in longer["figures"]
+    assert longer["figures"]["retrieval.image_to_text.r1"]["difference_over_seeds"] is not None
+    text = json.dumps(values)  # where it was run is nobody else's business
+    assert str(out) not in text
+    assert str(tmp_path / "photos") not in text
+
+    assert cli.main(command) == 0
+    assert len(small) == 4  # finished trials stay
+
+
+def test_a_trial_that_fails_stops_no_other(small, tmp_path):
+    folder = Trial("test", "one", 0, "photos", tmp_path / "out").folder
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    with pytest.raises(UserError, match=r"1 of 4 trials failed: one-seed0 \(.* is a file"):
+        reproduce("test", "photos", "out", seeds=2)
+    assert len(small) == 4
+    assert len(json.loads((tmp_path / "out/table.json").read_text())["groups"]) == 2
+
+
+def test_wrong_words_are_answered(small, capsys):
+    for words, said in (
+        (["nothing"], "There is no table named"),
+        (["test", "--arms", "thing"], "has no arm 'thing'"),
+        (["test", "--jobs", "0"], "must be at least 1"),
+    ):
+        assert cli.main(["reproduce", *words, "--data", "photos", "--out", "out"]) == 2
+        assert said in capsys.readouterr().err
+    assert small == []
+
+
+@pytest.mark.slow
+def test_trials_run_in_processes_of_their_own(tmp_path):
+    """The real thing at its smallest: two seeds of one arm at once, on few scenes."""
+    with pytest.raises(UserError, match=r"1 of 1 trials failed: .*fewer than --batch-size"):
+        reproduce("two-towers-scenes", "scenes:100", tmp_path, seeds=1, arms=["clip"])
+    comparison = reproduce("two-towers-scenes", "scenes:128", tmp_path, seeds=2, jobs=2, arms=["clip"])
+    assert comparison is not None
+    (group,) = comparison.groups
+    assert group.seeds == [0, 1]
+    assert group.figures["foils.mean_per_kind"].chance == 0.5
+    assert {"foils.colour.accuracy", "zero_shot.acc1"} <= group.figures.keys()
