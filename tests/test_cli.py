@@ -63,6 +63,7 @@ OPTIONS = {
     "max-logit-scale multi-positive",
     "eval": "tasks weights split classes label prompts json device workers",
     "compare": "report json",
+    "localize": "image text out device",
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",

@@ -142,6 +142,7 @@ COMMANDS = {
     ),
     "eval": _plain(commands.eval_command, "eval"),
     "compare": _plain(commands.compare_command, "compare"),
+    "localize": _plain(commands.localize_command, "localize"),
     "reproduce": _plain(commands.reproduce_command, "reproduce"),
     "data openclipart": _plain(commands.openclipart_command, "data openclipart"),
     "data scenes": _plain(commands.scenes_command, "data scenes"),

@@ -23,13 +23,14 @@ def eval_command(
     device: str = "cpu",
     workers: int = 0,
 ) -> None:
-    """Evaluate a trained model: zero-shot classification and image-text retrieval, with 95 % bootstrap intervals.
+    """Evaluate a trained model: image-text retrieval, zero-shot classification and more, with 95 % bootstrap intervals.
 
     Example: coalign eval runs/clip --tasks retrieval:data/openclipart zeroshot:data/openclipart --json out.json
 
     Args:
         model: the folder of a run
-        tasks: one or more of retrieval:DATA and zeroshot:DATA, where DATA is anything that `coalign train --data` takes
+        tasks: one or more of retrieval:DATA and zeroshot:DATA, where DATA is anything that `coalign train --data` takes; and on scenes
+            foils:scenes (true or false captions, by kind) and localization:scenes (maps against the objects' masks)
         weights: the checkpoint: last or best
         split: train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)
         classes: text file with your classes, one a line: `name`, or `label = name`
@@ -84,6 +85,26 @@ def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = Non
         write_json(comparison.to_json(), json)
     if report:
         print(f"Report: {report}")
+
+
+def localize_command(
+    runs: Positional[tuple[str, ...]], image: Path, text: tuple[str, ...], out: Path, device: str = "cpu"
+) -> None:
+    """Draw where an image shows what a text names: OneR by the similarity of its patches, two-tower models by Grad-CAM.
+
+    Example: coalign localize runs/oner runs/clip --image photo.jpg --text "a red apple" "a table" --out map.png
+
+    Args:
+        runs: the folders of one or more runs, a row each
+        image: an image file
+        text: one or more texts, a column each
+        out: the picture to write: .png, .jpg, .pdf or .svg
+        device: cpu, cuda or cuda:N
+    """
+    from coalign.run.localize import localize
+
+    localize(runs, image, text, out, device)
+    print(out)
 
 
 def reproduce_command(

@@ -224,6 +224,10 @@ class Gather(Protocol):
 # ---------------------------------------------------------------- what evaluation needs
 
 
+# uint8 pixels [batch, 3, side, side] and a text for each -> how much each place of the image has to do with it, [batch, row, column]
+Localizer = Callable[["Tensor", Sequence[str]], "Tensor"]
+
+
 @dataclass
 class DualEncoder:
     """Anything that embeds images and texts in one space, as two callables: ours, another library's, or a test's.

@@ -215,6 +215,11 @@ class OneR(Method):
         """The hidden states of a text's tokens, [batch, token, width]; zero at start and end token, which are left out, and padding."""
         return F.pad(self.tower(self.tower.embed_text(ids, lengths)).words, (0, 0, 1, 1))
 
+    def localize(self, pixels: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Cosines of every patch with the mean token of its image's text, [batch, row, column] ("Zero-shot Localization")."""
+        text = self.token_features(ids, lengths).sum(1)  # the cosine does not see the mean's divisor
+        return F.cosine_similarity(self.patch_features(pixels), text[:, None, None], dim=-1)
+
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         tower = self.tower
         mask_patch = [] if tower.mask_patch is None else [tower.mask_patch]

@@ -108,18 +108,27 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
                         f"{shown(entry['low'])} – {shown(entry['high'])}",
                         shown(entry["chance"]),
                     )
+        for metric, entry in values.items():
+            if metric in ("accuracy", "pointing", "iou") or metric.startswith(("pointing_", "iou_")):
+                shown_chance = _percent(values["chance"]) if "chance" in values else ""
+                table.add_row(metric.replace("_", " "), *_cells(entry), shown_chance)
+        for kind, entry in values.get("by_kind", {}).items():
+            table.add_row(f"accuracy, {kind.replace('_', ' ')}", *_cells(entry), _percent(values["chance"]))
         for metric, label in (("acc1", "top-1"), ("acc5", "top-5"), ("mean_per_class_recall", "mean per class")):
             if metric in values.get("intervals", {}):
                 entry = values["intervals"][metric]
                 chance = _percent(values["chance"]) if metric != "acc5" else ""
-                table.add_row(
-                    label, _percent(entry["value"]), f"{_percent(entry['low'])} – {_percent(entry['high'])}", chance
-                )
+                table.add_row(label, *_cells(entry), chance)
         console.print(table)
         for reason, count in values["unreadable"].items():
             console.print(f"left out: {count:,} samples ({reason})")
         if values.get("unlabelled"):
             console.print(f"left out: {values['unlabelled']:,} samples of none of the classes")
+
+
+def _cells(entry: Mapping[str, float]) -> tuple[str, str]:
+    """A rate and its interval."""
+    return _percent(entry["value"]), f"{_percent(entry['low'])} – {_percent(entry['high'])}"
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

@@ -1,0 +1,44 @@
+"""Pictures of maps over images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from coalign.report.figures import INK, SOFT, WIDTH, new_figure
+
+# from nothing to opaque orange: the image stays visible below
+_HEAT = LinearSegmentedColormap.from_list(
+    "heat", [(0.82, 0.47, 0.18, 0.0), (0.82, 0.47, 0.18, 0.45), (0.71, 0.17, 0.11, 0.9)]
+)
+
+
+def map_grid(
+    images: Sequence[np.ndarray], maps: np.ndarray, texts: Sequence[Sequence[str]], names: Sequence[str]
+) -> Figure:
+    """A row for each image, uint8 [side, side, 3], and after the image a picture for each of its maps [row, column, side, side], each
+    scaled from its least to its greatest value, below the text that was looked for. `names` stand left of the rows."""
+    rows, columns = maps.shape[:2]
+    size = min(2.2, WIDTH / (columns + 1))
+    figure = new_figure(size * (columns + 1), (size + 0.3) * rows)
+    for row, (image, own, words, name) in enumerate(zip(images, maps, texts, names)):
+        grey = (
+            np.repeat(image.mean(2, keepdims=True), 3, 2) * 0.75 + 64
+        )  # pale, so that the map's colour is the map's alone
+        for column in range(columns + 1):
+            axes = figure.add_subplot(rows, columns + 1, row * (columns + 1) + column + 1)
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if column == 0:
+                axes.imshow(image)
+                axes.set_ylabel(name, fontsize=9, color=INK)
+                continue
+            heat = own[column - 1]
+            axes.imshow(grey.clip(0, 255).astype(np.uint8))
+            axes.imshow((heat - heat.min()) / max(float(np.ptp(heat)), 1e-12), cmap=_HEAT, vmin=0, vmax=1)
+            axes.set_title(words[column - 1], fontsize=9, color=SOFT, parse_math=False, wrap=True)
+    return figure

@@ -1,0 +1,114 @@
+"""localize(): maps of where an image shows what a text names, for any run; and their score on scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalign.data.image_views import make_views
+from coalign.data.randomness import generator
+from coalign.data.scene_drawing import masks
+from coalign.data.scenes import Scenes
+from coalign.errors import BadSample, UserError
+from coalign.evaluation.localization import Query, upsample
+from coalign.method import Method
+from coalign.methods.oner import OneR
+from coalign.networks.grad_cam import grad_cam
+from coalign.networks.towers import ImageTower
+from coalign.run.model import Run, image_size, load
+from coalign.types import EVALUATION, Localizer
+
+
+def localizer(run: Run) -> tuple[Localizer, str]:
+    """What makes maps of this run's model, and how: one tower compares patches with the text (OneR), two towers take Grad-CAM."""
+    method, device = run.method.eval(), next(run.method.parameters()).device
+
+    def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids, lengths = run.tokenizer(texts, run.config.context_length)
+        return ids.to(device), lengths.to(device)
+
+    if isinstance(method, OneR):
+        compare_patches = torch.no_grad()(method.localize)
+        return lambda pixels, texts: compare_patches(pixels.to(device), *tokens(texts)), "patch similarity"
+    tower = _image_tower(method)
+
+    def grad_cam_maps(pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        with torch.no_grad():
+            embeds = method.encode_text(*tokens(texts))
+        return grad_cam(tower, method.encode_image, pixels.to(device), embeds)
+
+    return grad_cam_maps, "Grad-CAM"
+
+
+def _image_tower(method: Method) -> ImageTower:
+    return next(module for module in method.modules() if isinstance(module, ImageTower))
+
+
+def localize(
+    runs: Sequence[str | Path], image: str | Path, texts: Sequence[str], out: str | Path, device: str = "cpu"
+) -> np.ndarray:
+    """Writes a picture of the maps of each run (a row) and text (a column) over the image's central square. Returns the maps,
+    float32 [run, text, side, side]. UserError for what cannot be read."""
+    from coalign.report.maps import map_grid
+
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError('There is nothing to look for; give --text, such as --text "a red apple".')
+    out = Path(out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise UserError(f"{out} is no picture's name; end it in .png, .jpg, .pdf or .svg.")
+    loaded = [load(run, device=device) for run in runs]
+    side = max(image_size(run.method) for run in loaded)
+    shown = _view(image, side)
+    maps, names = [], []
+    for run in loaded:
+        make, how = localizer(run)
+        pixels = _view(image, image_size(run.method))
+        own = make(pixels.expand(len(texts), -1, -1, -1), list(texts))
+        maps.append(upsample(own.cpu(), side).numpy())
+        names.append(f"{run.path.name}, {how}")
+    picture = shown[0].permute(1, 2, 0).numpy()
+    figure = map_grid([picture] * len(loaded), np.stack(maps), [list(texts)] * len(loaded), names)
+    try:
+        figure.savefig(out, dpi=160)
+    except OSError as error:
+        raise UserError(f"The picture could not be written to {out}: {error.strerror}.") from error
+    return np.stack(maps)
+
+
+def _view(image: str | Path, side: int) -> Tensor:
+    """The evaluation view of a file, uint8 [1, 3, side, side]."""
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f"The image {image} could not be read: {error.strerror}.") from error
+    try:
+        view = make_views(data, {"evaluation": EVALUATION}, lambda _: generator(0, 0, 0, 0, "localize"), side)
+    except BadSample as bad:
+        raise UserError(
+            f"The image {image} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
+        ) from bad
+    return view["evaluation"][0][None]
+
+
+def scene_queries(source: Scenes, indices: np.ndarray, side: int) -> list[Query]:
+    """Every object of the pictures that its colour and shape name alone; the other text is that of another object of the picture, or, where
+    there is none, of the next picture's."""
+    queries: list[Query] = []
+    names = {int(index): [_name(item) for item in source.record(int(index)).facts["objects"]] for index in indices}
+    order = list(names)
+    for position, index in enumerate(order):
+        own, where = names[index], masks(source.scene(index), side)
+        following = names[order[(position + 1) % len(order)]]
+        for number, name in enumerate(own):
+            others = [other for other in (*own, *following) if other != name]
+            if own.count(name) == 1 and others:
+                queries.append(Query(index, name, others[0], where[number]))
+    return queries
+
+
+def _name(item: dict[str, str]) -> str:
+    return f"a {item['colour']} {item['shape']}"
