@@ -1,4 +1,6 @@
-"""The two exceptions that are meant to be read by people."""
+"""The exceptions that are meant to be read by people."""
+
+from typing import Any
 
 
 class UserError(Exception):
@@ -15,3 +17,14 @@ class BadSample(Exception):
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:  # crosses process borders in loader workers
         return BadSample, (self.reason, self.detail)
+
+
+class NoCaption(BadSample):
+    """A sample that has no caption, or an empty one. `record` is what else is known of it, for methods that take an image alone."""
+
+    def __init__(self, reason: str, detail: str, record: Any) -> None:
+        super().__init__(reason, detail)
+        self.record = record
+
+    def __reduce__(self) -> Any:
+        return NoCaption, (self.reason, self.detail, self.record)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import pickle
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,8 +16,9 @@ from coalign.data.image_views import make_views
 from coalign.data.loader import BadEntry, LoadedBatch, PairLoader, image_batches, tag_vocabulary
 from coalign.data.order import order
 from coalign.data.randomness import generator
+from coalign.data.sources import open_source
 from coalign.data.tokenizer import Tokenizer, load_tokenizer
-from coalign.errors import BadSample, UserError
+from coalign.errors import BadSample, NoCaption, UserError
 from coalign.types import EVALUATION, STRONG, WEAK, Batch, Record, TextPolicy, ViewPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -75,7 +78,7 @@ def make(tokenizer):
         source = source or Pairs()
         settings = {"image_size": SIZE, "context_length": CONTEXT, "batch_size": 8, "seed": 7} | changes
         if plan.tags:
-            settings["tag_vocabulary"] = {"red": 0, "boat": 1, "tree": 2}
+            settings.setdefault("tag_vocabulary", {"red": 0, "boat": 1, "tree": 2})
         if plan.patch_ranks:
             settings["patch_grid"] = (2, 3)
         return PairLoader(source, np.arange(len(source)) if indices is None else indices, plan, tokenizer, **settings)
@@ -466,3 +469,33 @@ def test_tag_vocabulary_ranks_by_frequency_then_name():
 
     assert tag_vocabulary(Tagged(), [0, 1, 2, 3, 4], 3) == {"c": 0, "a": 1, "b": 2}
     assert tag_vocabulary(Tagged(), [3], 3) == {"d": 0}
+
+
+def test_files_without_a_caption_are_used_by_methods_that_take_an_image_alone(make, tmp_path):
+    """Real files: a table whose captions are there, empty and absent. Their tags count, their pictures are shown."""
+    rows = []
+    for number, caption in enumerate(["a cat", "", None, "a dog", "  ", "a cow"]):
+        Image.fromarray(np.full((8, 8, 3), 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": caption, "tags": [f"tag {number}", "animal"]})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(tmp_path / "pairs.jsonl"))
+    vocabulary = tag_vocabulary(source, range(6), 10)
+    assert set(vocabulary) == {"animal", *(f"tag {number}" for number in range(6))}
+
+    plan = ViewPlan(images={"a": WEAK}, texts={"text": TextPolicy()}, tags=10, captionless=True)
+    [loaded] = make(source, plan=plan, indices=np.arange(6), batch_size=6, tag_vocabulary=vocabulary).batches(0, 1)
+    batch = loaded.batch
+    assert loaded.bad == []
+    assert sorted(batch.indices.tolist()) == list(range(6))
+    for index, has, tags, pixels in zip(batch.indices.tolist(), batch.has_caption, batch.tags, batch.images["a"].pixels):
+        assert bool(has) == (index in (0, 3, 5))
+        assert {vocabulary["animal"], vocabulary[f"tag {index}"]} == set(tags.tolist()) - {-1}
+        assert pixels.float().mean().item() == pytest.approx(40 * index, abs=1)
+
+    [loaded] = make(source, plan=CLIP_PLAN, indices=np.arange(6), batch_size=6).batches(0, 1)
+    assert {entry.reason for entry in loaded.bad} == {"empty caption", "no caption"}
+
+
+def test_a_sample_without_caption_crosses_to_a_worker_and_back():
+    bad = pickle.loads(pickle.dumps(NoCaption("no caption", "there", Record("key", (), ("tag",)))))
+    assert (str(bad), bad.reason, bad.record.tags) == ("no caption: there", "no caption", ("tag",))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from coalign.data.curate import clean_caption
-from coalign.errors import BadSample, UserError
+from coalign.errors import BadSample, NoCaption, UserError
 from coalign.types import Record, Source
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff"})
@@ -135,6 +135,20 @@ def _json_strings(text: str) -> list[str] | None:
     except (ValueError, RecursionError):
         return None
     return items if isinstance(items, list) and all(isinstance(item, str) for item in items) else None
+
+
+def captioned(
+    key: str, raws: Iterable[bytes], where: str, tags: tuple[str, ...] = (), facts: Mapping[str, Any] | None = None
+) -> Record:
+    """A record with the usable captions. Raises BadSample only where none is left, with the first one's reason: NoCaption
+    if there was none, or an empty one."""
+    facts = facts or {}
+    try:
+        return Record(key, clean_captions(raws, where), tags, facts)
+    except BadSample as bad:
+        if bad.reason in ("no caption", "empty caption"):
+            raise NoCaption(bad.reason, bad.detail, Record(key, (), tags, facts)) from None
+        raise
 
 
 def clean_captions(raws: Iterable[bytes], where: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from coalign.data.common import (
     Problems,
     Splits,
     canonical_split,
-    clean_captions,
+    captioned,
     is_image_name,
     printable,
     read_image_file,
@@ -76,18 +76,17 @@ class FolderSource:
     def record(self, index: int) -> Record:
         relative = os.fsdecode(self._paths[index])
         folder, name = os.path.split(relative)
+        where = relative
         if self._has_text is None:
-            captions = clean_captions([os.fsencode(caption_from_name(name))], relative)
+            raws = [os.fsencode(caption_from_name(name))]
         elif not self._has_text[index]:
-            raise BadSample("no caption", f"{printable(relative)} has no .txt beside it")
+            raws, where = [], f"{printable(relative)} has no .txt beside it"
         else:
-            captions = clean_captions(
-                text_lines(_read_text(os.path.splitext(self.image_path(index))[0] + ".txt")), relative
-            )
+            raws = text_lines(_read_text(os.path.splitext(self.image_path(index))[0] + ".txt"))
         if self.splits is not None:
             folder = folder.partition(os.sep)[2]
         key = printable(relative.replace(os.sep, "/"))
-        return Record(key, captions, facts={"folder": printable(folder.replace(os.sep, "/"))} if folder else {})
+        return captioned(key, raws, where, facts={"folder": printable(folder.replace(os.sep, "/"))} if folder else {})
 
     def image_path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._paths[index]))

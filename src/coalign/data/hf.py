@@ -13,7 +13,7 @@ from coalign.data.common import (
     Splits,
     canonical_split,
     caption_values,
-    clean_captions,
+    captioned,
     read_image_file,
     tag_values,
 )
@@ -55,10 +55,10 @@ class HFSource:
         part, row_number = self._locate(index)
         row = self._texts[part][row_number]
         key = f"{self._names[part]}/{row_number}"
-        captions = clean_captions([raw for name in self.columns.captions for raw in caption_values(row[name])], key)
+        raws = [raw for name in self.columns.captions for raw in caption_values(row[name])]
         tags = tag_values(row[self.columns.tags]) if self.columns.tags else ()
         used = (self.columns.image, self.columns.tags, self.columns.split, *self.columns.captions)
-        return Record(key, captions, tags, {name: value for name, value in row.items() if name not in used})
+        return captioned(key, raws, key, tags, {name: value for name, value in row.items() if name not in used})
 
     def image(self, index: int) -> bytes:
         part, row_number = self._locate(index)

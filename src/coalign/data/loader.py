@@ -24,7 +24,7 @@ from coalign.data.randomness import generator, stable_hash
 from coalign.data.text_views import choose_caption, text_view
 from coalign.data.tokenizer import Tokenizer
 from coalign.data.workers import fetch_all
-from coalign.errors import BadSample, UserError
+from coalign.errors import BadSample, NoCaption, UserError
 from coalign.types import EVALUATION, AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
 
 CHUNK = 64  # samples that a worker fetches at a time; more where a batch would otherwise be in more than MAX_CHUNKS
@@ -150,7 +150,7 @@ class PairLoader:
         for attempt in range(MAX_ATTEMPTS + 1):
             key = f"{self.source.name}[{candidate}]"  # until the record names itself
             try:
-                record = self.source.record(candidate)
+                record = self._record(candidate)
                 key = record.key
                 chunk.tags.append(self._sample(record, pixels, row, candidate, epoch, occurrence=attempt))
                 chunk.bad += tried
@@ -164,6 +164,14 @@ class PairLoader:
                 raise
             candidate = int(self.indices[stable_hash(self.seed, epoch, index, attempt) % len(self.indices)])
         raise UserError(_unusable(self.source.name, tried))
+
+    def _record(self, index: int) -> Record:
+        try:
+            return self.source.record(index)
+        except NoCaption as bad:
+            if not self.plan.captionless and self.plan.texts:
+                raise
+            return bad.record
 
     def _sample(
         self, record: Record, pixels: np.ndarray, row: np.void, index: int, epoch: int, occurrence: int
@@ -360,10 +368,14 @@ def _key(source: Source, index: int) -> str:
 
 
 def tag_vocabulary(source: Source, indices: Sequence[int] | np.ndarray, size: int) -> dict[str, int]:
-    """The `size` most frequent tags and their ids, most frequent first, ties by alphabet. Bad samples count nothing."""
+    """The `size` most frequent tags and their ids, most frequent first, ties by alphabet. Bad samples count nothing, unless they lack a
+    caption alone."""
     counts: Counter[str] = Counter()
     for index in np.asarray(indices).tolist():
         with suppress(BadSample):
-            counts.update(set(source.record(index).tags))
+            try:
+                counts.update(set(source.record(index).tags))
+            except NoCaption as bad:
+                counts.update(set(bad.record.tags))
     ranked = sorted(counts, key=lambda tag: (-counts[tag], tag))
     return {tag: number for number, tag in enumerate(ranked[:size])}

@@ -24,7 +24,7 @@ from coalign.data.common import (
     Problems,
     Splits,
     canonical_split,
-    clean_captions,
+    captioned,
     hash64,
     printable,
     splits_by_name,
@@ -93,7 +93,7 @@ class ShardSource:
             for field, value in fields.items()
             if isinstance(value, (str, int, float)) and field not in TEXT_FIELDS
         }
-        return Record(key, clean_captions(raws, key), tags, facts)
+        return captioned(key, raws, key, tags, facts)
 
     def image(self, index: int) -> bytes:
         shard, (image, _, _) = self._locate(index)

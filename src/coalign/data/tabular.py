@@ -17,7 +17,7 @@ from coalign.data.common import (
     Problems,
     Splits,
     caption_values,
-    clean_captions,
+    captioned,
     printable,
     read_image_file,
     splits_by_name,
@@ -90,8 +90,7 @@ class TableSource:
 
     def record(self, index: int) -> Record:
         row = self._row(index)
-        captions = clean_captions(caption_values(row["captions"]), row["key"])
-        return Record(row["key"], captions, tuple(row["tags"]), row["facts"])
+        return captioned(row["key"], caption_values(row["captions"]), row["key"], tuple(row["tags"]), row["facts"])
 
     def image_path(self, index: int) -> str:
         return os.path.join(self.folder, self._row(index)["image"])
