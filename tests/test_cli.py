@@ -69,6 +69,7 @@ OPTIONS = {
     "data openclipart": "out download from max-side",
     "data check": "report limit",
     "data curate": "out min-side drop-chinese",
+    "data paraphrase": "out apertium marian device",
     "data queries": "out",
     "data tokenizer": "out vocab-size",
     "models": "",

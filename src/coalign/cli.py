@@ -148,6 +148,7 @@ COMMANDS = {
     "data scenes": _plain(commands.scenes_command, "data scenes"),
     "data check": _plain(commands.check_command, "data check"),
     "data curate": _plain(commands.curate_command, "data curate"),
+    "data paraphrase": _plain(commands.paraphrase_command, "data paraphrase"),
     "data queries": _plain(commands.queries_command, "data queries"),
     "data tokenizer": _plain(commands.tokenizer_command, "data tokenizer"),
     "models": _plain(commands.models_command, "models"),

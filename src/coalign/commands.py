@@ -196,6 +196,28 @@ def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chi
     curate_data(data, out, min_side, drop_chinese)
 
 
+def paraphrase_command(
+    data: Positional[str],
+    out: Path,
+    apertium: tuple[str, ...] = (),
+    marian: tuple[str, ...] = (),
+    device: str = "cpu",
+) -> None:
+    """Write a copy of the data with paraphrases of its English captions, made by translating them there and back; MCT uses them as views.
+    Paraphrases that came back spoiled are left out, and counted.
+
+    Args:
+        data: anything that `coalign train --data` takes
+        out: the new folder
+        apertium: languages to go by, such as spa, with the program apertium (Debian's apertium and apertium-eng-spa)
+        marian: Marian models to go by, there and back, such as Helsinki-NLP/opus-mt-en-de Helsinki-NLP/opus-mt-de-en, or their folders
+        device: where Marian models run: cpu, cuda or cuda:N
+    """
+    from coalign.run.data import write_paraphrases
+
+    write_paraphrases(data, out, apertium, marian, device)
+
+
 def queries_command(data: Positional[str], out: Path) -> None:
     """Build the list of search queries of DeCLIP's Appendix C: the data's tags and words with their WordNet synonyms.
 

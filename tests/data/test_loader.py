@@ -487,7 +487,9 @@ def test_files_without_a_caption_are_used_by_methods_that_take_an_image_alone(ma
     batch = loaded.batch
     assert loaded.bad == []
     assert sorted(batch.indices.tolist()) == list(range(6))
-    for index, has, tags, pixels in zip(batch.indices.tolist(), batch.has_caption, batch.tags, batch.images["a"].pixels):
+    for index, has, tags, pixels in zip(
+        batch.indices.tolist(), batch.has_caption, batch.tags, batch.images["a"].pixels
+    ):
         assert bool(has) == (index in (0, 3, 5))
         assert {vocabulary["animal"], vocabulary[f"tag {index}"]} == set(tags.tolist()) - {-1}
         assert pixels.float().mean().item() == pytest.approx(40 * index, abs=1)

@@ -3,17 +3,15 @@ App. C)."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coalign.data.lexicon import base_forms, is_english, likely_parts_of_speech, synonyms, words_of
+from coalign.data.writing import write_json_lines, write_rows
 from coalign.errors import BadSample, UserError
 from coalign.types import Source
 
@@ -23,14 +21,6 @@ if TYPE_CHECKING:
 MAX_CAPTION_LENGTH = 10_000  # characters; a context of 77 tokens holds a few hundred
 PARTS_OF_SPEECH = {"n": "nouns", "v": "verbs", "a": "adjectives", "r": "adverbs", "f": "function words"}
 _CHINESE = re.compile("[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_SIGNATURES = {
-    "jpg": rb"\xff\xd8",
-    "png": rb"\x89PNG",
-    "gif": rb"GIF8",
-    "webp": rb"RIFF....WEBP",
-    "bmp": rb"BM",
-    "tif": rb"II\*\0|MM\0\*",
-}
 
 
 # ---------------------------------------------------------------- single captions
@@ -188,72 +178,12 @@ def _check_size(width: int, height: int, rules: CurationRules) -> None:
 
 
 def write_curated(source: Source, report: CurationReport, out: str | Path) -> Path:
-    """Writes what is left as `metadata.jsonl` (image, captions, tags, and split and facts where there are any) and
-    the rest as `dropped.jsonl`.
-
-    Images that are files are named by their absolute path; others (members of archives, drawn ones) are written below
-    `images/`. Gives the path of metadata.jsonl. Raises UserError where `out` holds something already, and BadSample
-    for an image that cannot be read.
-    """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"The folder {out} is not empty: name a new one for the curated data.")
-        _write_json_lines(folder / "dropped.jsonl", (_plain(drop) for drop in report.dropped))
-        _write_json_lines(folder / "metadata.jsonl", _rows(source, report, folder))
-    except OSError as error:
-        raise UserError(f"The curated data cannot be written to {out}: {error.strerror or error}.") from None
-    return folder / "metadata.jsonl"
-
-
-def _rows(source: Source, report: CurationReport, folder: Path) -> Iterable[dict[str, Any]]:
-    splits = {
-        int(index): name for name, indices in (getattr(source, "splits", None) or {}).items() for index in indices
-    }
-    image_path: Callable[[int], str] | None = getattr(source, "image_path", None)
-    for index, captions in report.kept.items():
-        record = source.record(index)
-        if image_path is not None:
-            image = os.path.abspath(image_path(index))
-        else:
-            image = _write_image(source.image(index), folder, index)
-        row: dict[str, Any] = {"image": image, "captions": captions, "tags": record.tags}
-        if index in splits:
-            row["split"] = splits[index]
-        if record.facts:
-            row["facts"] = dict(record.facts)
-        yield row
-
-
-def _write_image(image: bytes | np.ndarray, folder: Path, index: int) -> str:
-    """The encoded file as it is, pixels as PNG; a thousand images a folder. Gives the path relative to `folder`."""
-    if isinstance(image, bytes):
-        data = image
-    else:
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        data = buffer.getvalue()
-    kind = next((kind for kind, start in _SIGNATURES.items() if re.match(start, data, re.DOTALL)), "image")
-    path = Path("images", f"{index // 1000:05d}", f"{index:08d}.{kind}")
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    (folder / path).write_bytes(data)
-    return path.as_posix()
-
-
-def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One object a line; the file appears when it is complete."""
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        for row in rows:
-            try:
-                line = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
-            except UnicodeEncodeError:  # a file name that is no UTF-8: escapes bring it back as it was
-                line = json.dumps(row, default=str).encode()
-            file.write(line + b"\n")
-    unfinished.replace(path)
+    """Writes what is left as a folder (see `writing.write_rows`) and the rest as its `dropped.jsonl`. Gives the path of metadata.jsonl.
+    Raises UserError where `out` holds something already, and BadSample for an image that cannot be read."""
+    kept = ((index, replace(source.record(index), captions=captions)) for index, captions in report.kept.items())
+    path = write_rows(source, kept, out)
+    write_json_lines(path.with_name("dropped.jsonl"), map(_plain, report.dropped))
+    return path
 
 
 def _plain(drop: Dropped) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from coalign.data import curate, openclipart, scenes
+from coalign.data import curate, openclipart, paraphrase, scenes
 from coalign.data.check import check, gallery_images
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
@@ -93,6 +93,33 @@ def write_queries(data: str, out: Path) -> None:
     console.print(f"{out}: {len(queries):,} queries from {len(tags):,} tags or nouns")
     if unread:
         console.print(f"left out: {_counted(dict(unread))}")
+
+
+def write_paraphrases(data: str, out: Path, pivots: Sequence[str], marian: Sequence[str], device: str) -> None:
+    if not pivots and not marian:
+        raise UserError(
+            "There is no translator; give --apertium spa, or --marian with two models, such as Helsinki-NLP/opus-mt-en-de "
+            "Helsinki-NLP/opus-mt-de-en."
+        )
+    if len(marian) % 2:
+        raise UserError(f"--marian takes pairs of models, there and back, and was given {len(marian)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; name a new one.")  # before the work
+    translators = [(paraphrase.apertium(f"eng-{pivot}"), paraphrase.apertium(f"{pivot}-eng")) for pivot in pivots]
+    translators += [
+        (paraphrase.marian(there, device), paraphrase.marian(back, device))
+        for there, back in zip(marian[::2], marian[1::2])
+    ]
+    source = open_source(data)
+    found = paraphrase.paraphrase(captions(source, np.arange(len(source))), translators)
+    _, unread = paraphrase.write_paraphrased(source, found, out)
+    console = _console()
+    kept = sum(map(len, found.of_caption.values()))
+    console.print(f"{out}: {kept:,} paraphrases of {len(found.of_caption):,} different captions")
+    if found.left_out:
+        console.print(f"left out: {_counted(dict(found.left_out.most_common()))}")
+    if unread:
+        console.print(f"samples left out: {_counted(dict(unread))}")
 
 
 def train_tokenizer(data: str, out: Path, vocab_size: int) -> None:
