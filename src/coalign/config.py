@@ -24,6 +24,8 @@ class TrainConfig:
     """Towers: an open_clip model name, a JSON file in open_clip's form, `timm:TRUNK`, or one of ours (`small`)."""
     pretrained: str | None = None
     """Start from these weights: an open_clip tag, a safetensors file of an open_clip model, or `timm` for a timm trunk's own."""
+    init_from: Path | None = None
+    """Start from the weights of this run's folder, of the same method and model; the image size may be another one."""
     image_size: int | None = None
     """Side of the square input in pixels (default: the model's own)."""
     context_length: int = 77

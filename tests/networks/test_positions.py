@@ -1,6 +1,6 @@
 import torch
 
-from coalign.networks.positions import sincos_2d
+from coalign.networks.positions import resize_positions, sincos_2d
 
 
 def test_equals_mae(oracles):
@@ -17,3 +17,18 @@ def test_equals_mocov3_with_its_column_major_order(oracles):
         theirs = oracle[f"mocov3_sincos.out.{name}"][0, 1:]  # without the row of the class token
         ours = sincos_2d(rows, columns, 16).view(rows, columns, 16).transpose(0, 1).reshape(-1, 16)
         torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-6)
+
+
+def test_a_learned_table_is_read_between_its_patches():
+    """A table whose values rise along a row and along a column rises as steadily on a finer grid, and its class token stays."""
+    side = torch.arange(4, dtype=torch.float64)
+    grid = torch.stack([side.repeat(4), side.repeat_interleave(4)], dim=1)  # [16, 2]: column, row
+    table = torch.cat([torch.tensor([[7.0, 8.0]], dtype=torch.float64), grid])
+    finer = resize_positions(table, 1 + 64)
+    assert finer[0].tolist() == [7, 8]
+    columns = finer[1:, 0].view(8, 8)
+    torch.testing.assert_close(columns, columns[:1].expand(8, 8))
+    inner = columns[0, 2:6]  # away from the border, where there is nothing beyond
+    torch.testing.assert_close(inner.diff(), torch.full((3,), 0.5, dtype=torch.float64), atol=0.05, rtol=0)
+    torch.testing.assert_close(finer[1:, 1].view(8, 8).T, columns)
+    assert resize_positions(table, 17) is table

@@ -490,3 +490,52 @@ def test_settings_are_checked():
     for name, value in (("epochs", math.nan), ("max_grad_norm", 0.0), ("context_length", 2), ("val_fraction", 1.0)):
         with pytest.raises(UserError, match=name.replace("_", "-")):
             module._check_settings(replace(config, **{name: value}))
+
+
+# ---------------------------------------------------------------- a second stage
+
+
+@pytest.mark.parametrize("method", ["clip", "mct", "oner"])
+def test_a_second_stage_starts_from_the_first_ones_weights_at_another_size(method, tmp_path, pairs, model_file):
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = {"recipe": method, "epochs": 1, "evals": 1}
+    assert go(pairs, first, model_file, **common) == 0
+    assert (
+        go(
+            pairs,
+            second,
+            model_file,
+            **common,
+            init_from=first,
+            image_size=64,
+            lr=0,
+            start_lr=0,
+            final_lr=0,
+            weight_decay=0,
+        )
+        == 0
+    )
+    before, after = (runs.load(folder).method.state_dict() for folder in (first, second))
+    assert before.keys() == after.keys()
+    trained = [name for name, p in runs.load(second).method.named_parameters() if p.requires_grad]
+    for name in trained:
+        if name.endswith("trunk.positional_embedding"):
+            assert after[name].shape == (1 + 16, before[name].shape[1])
+            assert torch.equal(after[name][0], before[name][0])
+        else:
+            assert torch.equal(before[name], after[name]), name
+    assert runs.image_size(runs.load(second).method) == 64
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+
+
+def test_a_first_stage_that_does_not_fit_is_named(tmp_path, pairs, model_file, capsys):
+    first = tmp_path / "first"
+    assert go(pairs, first, model_file, epochs=1, evals=1) == 0
+    capsys.readouterr()
+    assert "is a run with the method clip, but this one has slip" in refused(
+        capsys, pairs, tmp_path / "slip", model_file, recipe="slip", init_from=first
+    )
+    assert "does not exist" in refused(capsys, pairs, tmp_path / "x", model_file, init_from=tmp_path / "absent")
+    assert "do not fit these settings" in refused(
+        capsys, pairs, tmp_path / "y", model_file, init_from=first, context_length=20
+    )

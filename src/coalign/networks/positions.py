@@ -1,9 +1,10 @@
-"""Fixed sinusoidal position tables."""
+"""Position tables: fixed sinusoids, and learned ones at another image size."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
@@ -22,3 +23,15 @@ def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
     column = sincos_1d(torch.arange(columns).repeat(rows), dim // 2)
     row = sincos_1d(torch.arange(rows).repeat_interleave(columns), dim // 2)
     return torch.cat([column, row], dim=1)
+
+
+def resize_positions(table: Tensor, length: int) -> Tensor:
+    """A learned table of a class token and a square grid of patches, [1 + old², dim], for another grid: [length, dim]. Bicubic, as ViTs are
+    fine-tuned at a higher resolution (Dosovitskiy et al. 2021, §3.2)."""
+    if len(table) == length:
+        return table
+    cls, grid = table[:1], table[1:]
+    old, new = round(len(grid) ** 0.5), round((length - 1) ** 0.5)
+    planes = grid.T.unflatten(1, (old, old))[None].float()  # [1, dim, row, column]
+    planes = F.interpolate(planes, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([cls, planes[0].flatten(1).T.to(table.dtype)])

@@ -118,7 +118,12 @@ def oner_cc3m(num_pairs: int) -> TrainConfig:
     )
 
 
-RECIPES = {"oner": oner, "oner-cc3m": oner_cc3m}
+def oner_cc3m_384(num_pairs: int) -> TrainConfig:
+    """OneR's second stage: 5 more epochs at 384 pixels; give the first stage's run by --init-from (its learning rate is not stated)."""
+    return replace(oner_cc3m(num_pairs), epochs=5, image_size=384)
+
+
+RECIPES = {"oner": oner, "oner-cc3m": oner_cc3m, "oner-cc3m-384": oner_cc3m_384}
 
 
 # ---------------------------------------------------------------- the ablations

@@ -17,6 +17,8 @@ from coalign.data.tokenizer import Tokenizer, load_tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
 from coalign.methods import config_class, method_class
+from coalign.networks.positions import resize_positions
+from coalign.networks.queue import FeatureQueue
 from coalign.networks.towers import ImageTower, TowerSpec, model_config
 from coalign.networks.unified import UnifiedTower
 from coalign.training import checkpoint
@@ -107,6 +109,33 @@ def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
             raise
         reason = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
         raise UserError(f"No model can be built from {config.model} ({' '.join(reason.split())}).") from error
+
+
+def initialise(method: Method, config: TrainConfig) -> None:
+    """Puts the last weights of the run `config.init_from` into the method: OneR's second stage at a larger resolution, for instance.
+
+    A ViT's learned positions are interpolated; queues start empty. UserError where the rest does not fit.
+    """
+    folder = Path(config.init_from or "")
+    earlier = read_config(folder).config
+    for name in ("method", "model"):
+        was, wanted = getattr(earlier, name), getattr(config, name)
+        if was != wanted:
+            raise UserError(
+                f"--init-from {folder} is a run with the {name} {was}, but this one has {wanted}; choose the same."
+            )
+    own, found = method.state_dict(), checkpoint.load(folder / "last").model
+    queues = tuple(f"{name}." for name, module in method.named_modules() if isinstance(module, FeatureQueue))
+    found |= {name: value for name, value in own.items() if queues and name.startswith(queues)}
+    for name in found.keys() & own.keys():
+        if name.endswith("trunk.positional_embedding"):
+            found[name] = resize_positions(found[name], len(own[name]))
+    try:
+        method.load_state_dict(found)
+    except RuntimeError as error:
+        raise UserError(
+            f"The weights of --init-from {folder} do not fit these settings: {str(error).splitlines()[-1].strip()}"
+        ) from error
 
 
 def load(path: str | Path, weights: str = "last", device: str | torch.device = "cpu") -> Run:

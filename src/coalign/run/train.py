@@ -66,6 +66,8 @@ def train(
     settings = _settle_workers(settings, world)
     tokenizer = _tokenizer(settings, pairs, out)
     method = runs.build_method(settings, tokenizer)
+    if settings.init_from:
+        runs.initialise(method, settings)
     _check_batch_norm(method, settings, world)
     method.to(world.device).to(memory_format=torch.channels_last)
     if dry_run:
@@ -187,6 +189,9 @@ def _tokenizer(config: TrainConfig, pairs: Data, out: Path) -> Tokenizer:
     """The run's own when it is resumed; else as configured. Trained on the training captions, it is the same on every rank."""
     if (out / runs.TOKENIZER).exists():
         return load_tokenizer(out / runs.TOKENIZER)
+    if config.init_from:
+        runs.read_config(config.init_from)  # says what is wrong with the folder
+        return load_tokenizer(config.init_from / runs.TOKENIZER)
     if config.tokenizer != "captions":
         return load_tokenizer(config.tokenizer)
     return train_bpe(_captions(pairs.source, pairs.train), runs.default_tokens(config.model))
