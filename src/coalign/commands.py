@@ -29,8 +29,9 @@ def eval_command(
 
     Args:
         model: the folder of a run
-        tasks: one or more of retrieval:DATA and zeroshot:DATA, where DATA is anything that `coalign train --data` takes; and on scenes
-            foils:scenes (true or false captions, by kind) and localization:scenes (maps against the objects' masks)
+        tasks: one or more of retrieval:DATA and zeroshot:DATA, where DATA is anything that `coalign train --data` takes; on scenes also
+            foils:scenes (true or false captions, by kind) and localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA
+            (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text names)
         weights: the checkpoint: last or best
         split: train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)
         classes: text file with your classes, one a line: `name`, or `label = name`

@@ -226,6 +226,8 @@ class Gather(Protocol):
 
 # uint8 pixels [batch, 3, side, side] and a text for each -> how much each place of the image has to do with it, [batch, row, column]
 Localizer = Callable[["Tensor", Sequence[str]], "Tensor"]
+# uint8 pixels [batch, 3, side, side] and a text for each, as one input -> embeds [batch, dim] in the space of images and texts
+JointEncoder = Callable[["Tensor", Sequence[str]], "Tensor"]
 
 
 @dataclass

@@ -15,7 +15,8 @@ from coalign.data.scenes import open_scenes
 from coalign.errors import UserError
 from coalign.recipes import recipe
 from coalign.run.evaluate import evaluate
-from coalign.run.localize import localize, scene_queries
+from coalign.run.localize import localize
+from coalign.run.scene_tasks import guided_queries, scene_queries
 from coalign.run.train import train
 
 
@@ -115,3 +116,24 @@ def test_scenes_are_scored_and_other_data_refused(oner, trained, tmp_path, capsy
     tiny.write_pairs(tmp_path / "photos", 16)
     with pytest.raises(UserError, match="only scenes"):
         evaluate(str(trained), [f"foils:{tmp_path / 'photos'}"])
+
+
+def test_guides_name_one_object_of_pictures_whose_objects_differ_in_size():
+    source = open_scenes("80", "train")
+    queries = guided_queries(source, np.arange(80))
+    assert len(queries) > 40
+    for query in queries:
+        objects = source.record(query.index).facts["objects"]
+        (named,) = [item for item in objects if query.guide == f"a {item['colour']} {item['shape']}"]
+        assert query.answers[query.right] == f"a {named['size']} object"
+        assert len({item["size"] for item in objects}) > 1
+
+
+def test_guidance_is_asked_of_a_model_with_one_tower(oner, trained, tmp_path, capsys):
+    tasks = ["guided:scenes:32,size=32", "bootstrap:scenes:32,size=32"]
+    assert cli.main(["eval", str(oner), "--tasks", *tasks]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("guided") >= 2
+    assert "difference" in shown
+    assert cli.main(["eval", str(trained), "--tasks", tasks[0]]) == 2
+    assert "is a model of two towers" in capsys.readouterr().err

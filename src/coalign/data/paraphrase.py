@@ -67,7 +67,7 @@ def marian(model: str, device: str = "cpu") -> Translator:
         raise UserError(f'The translator {model} needs the extra "hf": pip install "coalign[hf]".') from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        network = MarianMTModel.from_pretrained(model).eval().to(device)  # type: ignore[arg-type]
+        network = MarianMTModel.from_pretrained(model).eval().to(device)
     except Exception as error:  # the hub's client has many: no network, no such file, not a Marian model
         raise UserError(f"The translator {model} could not be loaded: {str(error).splitlines()[0]}") from error
 

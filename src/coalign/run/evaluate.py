@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from coalign.data.loader import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.compositionality import choose_captions
-from coalign.evaluation.embed import embed_images
-from coalign.evaluation.localization import localize
+from coalign.evaluation.guidance import bootstrapped_guidance
 from coalign.evaluation.prompts import read_classes, templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run.model import Run, check_output, load, write_file
+from coalign.run.scene_tasks import SCENE_TASKS
 from coalign.types import Source
 
-TASKS = ("retrieval", "zeroshot", "foils", "localization")
+TASKS = ("retrieval", "zeroshot", "bootstrap", *SCENE_TASKS)
 LABEL_FACTS = ("label", "class", "category", "folder")  # looked for in this order
 
 
@@ -53,11 +51,13 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
-    A task is `retrieval:DATA` or `zeroshot:DATA`, or on scenes `foils:scenes`, two-way choices between a true and a false caption, and
-    `localization:scenes`, maps against the objects' masks. `split`: train, val, test, … or all; by default the pairs that the run held
-    out where DATA is what it was trained on, else DATA's own test or val split, else all of it. Classes are the values of the fact
-    `label` (default: the first of label, class, category, folder that the data have), or those of the file `classes`. UserError for
-    the rest.
+    A task is `retrieval:DATA`, `zeroshot:DATA` or, for a model that takes image and text together, `bootstrap:DATA`, zero-shot with its
+    own first answers beside the image. On scenes also `foils:`, two-way choices between a true and a false caption, `localization:`,
+    maps against the objects' masks, and `guided:`, the size of the object that a text beside the image names.
+
+    `split`: train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own
+    test or val split, else all of it. Classes are the values of the fact `label` (default: the first of label, class, category, folder
+    that the data have), or those of the file `classes`. UserError for the rest.
     """
     if not tasks:
         raise UserError(
@@ -70,16 +70,21 @@ def evaluate(
     for task, (kind, data) in zip(tasks, kinds):
         source = open_source(data)
         name, indices = select_split(source, data, run, split)
-        if kind in ("foils", "localization"):
+        if kind in SCENE_TASKS:
             if not isinstance(source, Scenes):
                 raise UserError(f"{task} needs data that know what their pictures show; only scenes:… do.")
-            evaluate_scenes = _foils if kind == "foils" else _localization
             samples = {"data": data, "split": name, "samples": len(indices), "unreadable": {}}
-            results[task] = {**samples, **evaluate_scenes(run, source, indices)}
+            results[task] = {**samples, **SCENE_TASKS[kind](run, source, indices)}
             continue
-        labels = label_function(source, indices, classes, label) if kind == "zeroshot" else None
+        labels = label_function(source, indices, classes, label) if kind != "retrieval" else None
         wanted = indices if labels is None else np.array(sorted(labels.of_index), dtype=np.int64)
         batches = image_batches(source, wanted, encoder.image_size, workers=workers)
+        if labels is not None and kind == "bootstrap":
+            guided = bootstrapped_guidance(
+                encoder, run.joint_encoder(), list(batches), labels.of_index, labels.classnames, templates(prompts)
+            )
+            results[task] = {"data": data, "split": name, "samples": len(indices), "unreadable": {}, **guided.to_json()}
+            continue
         if labels is None:
             evaluation = retrieve(encoder, batches, captions_of(source))
         else:
@@ -94,24 +99,6 @@ def evaluate(
             **evaluation.result.to_json(),
         }
     return results
-
-
-def _foils(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    encoder = run.encoder()
-    images = embed_images(encoder, image_batches(source, indices, encoder.image_size))
-    return choose_captions(encoder, images, source.foils(indices, per_kind=2000)).result.to_json()
-
-
-def _localization(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    from coalign.run.localize import localizer, scene_queries
-
-    side = run.encoder().image_size
-    views: dict[int, Tensor] = {}
-    for batch, pixels, _ in image_batches(source, indices, side):
-        views |= dict(zip(batch, pixels))
-    make, how = localizer(run)
-    result = localize(make, lambda index: views[index], scene_queries(source, indices, side))
-    return {**result.to_json(), "maps": how}
 
 
 def _parse_task(task: str) -> tuple[str, str]:

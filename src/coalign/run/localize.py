@@ -1,4 +1,4 @@
-"""localize(): maps of where an image shows what a text names, for any run; and their score on scenes."""
+"""localize(): maps of where an image shows what a text names, for any run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from coalign.data.image_views import make_views
 from coalign.data.randomness import generator
-from coalign.data.scene_drawing import masks
-from coalign.data.scenes import Scenes
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.localization import Query, upsample
+from coalign.evaluation.localization import upsample
 from coalign.method import Method
 from coalign.methods.oner import OneR
 from coalign.networks.grad_cam import grad_cam
@@ -92,23 +90,3 @@ def _view(image: str | Path, side: int) -> Tensor:
             f"The image {image} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
         ) from bad
     return view["evaluation"][0][None]
-
-
-def scene_queries(source: Scenes, indices: np.ndarray, side: int) -> list[Query]:
-    """Every object of the pictures that its colour and shape name alone; the other text is that of another object of the picture, or, where
-    there is none, of the next picture's."""
-    queries: list[Query] = []
-    names = {int(index): [_name(item) for item in source.record(int(index)).facts["objects"]] for index in indices}
-    order = list(names)
-    for position, index in enumerate(order):
-        own, where = names[index], masks(source.scene(index), side)
-        following = names[order[(position + 1) % len(order)]]
-        for number, name in enumerate(own):
-            others = [other for other in (*own, *following) if other != name]
-            if own.count(name) == 1 and others:
-                queries.append(Query(index, name, others[0], where[number]))
-    return queries
-
-
-def _name(item: dict[str, str]) -> str:
-    return f"a {item['colour']} {item['shape']}"

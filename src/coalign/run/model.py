@@ -17,12 +17,13 @@ from coalign.data.tokenizer import Tokenizer, load_tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
 from coalign.methods import config_class, method_class
+from coalign.methods.oner import OneR
 from coalign.networks.positions import resize_positions
 from coalign.networks.queue import FeatureQueue
 from coalign.networks.towers import ImageTower, TowerSpec, model_config
 from coalign.networks.unified import UnifiedTower
 from coalign.training import checkpoint
-from coalign.types import DualEncoder
+from coalign.types import DualEncoder, JointEncoder
 
 CONFIG, TOKENIZER, RESULTS, REPORT, HELD_OUT = (
     "config.json",
@@ -47,6 +48,22 @@ class Run:
 
     def encoder(self) -> DualEncoder:
         return dual_encoder(self.method, self.tokenizer, self.config.context_length, self.path.name)
+
+    def joint_encoder(self) -> JointEncoder:
+        """Image and text as one input. UserError for a model of two towers."""
+        method = self.method
+        if not isinstance(method, OneR):
+            raise UserError(
+                f"{self.path} is a model of two towers, which has no input of image and text together; OneR has."
+            )
+        device = next(method.parameters()).device
+
+        def encode_joint(pixels: Tensor, texts: Sequence[str]) -> Tensor:
+            method.eval()
+            ids, lengths = self.tokenizer(list(texts), self.config.context_length)
+            return method.encode_joint(pixels.to(device), ids.to(device), lengths.to(device))
+
+        return encode_joint
 
 
 def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name: str) -> DualEncoder:

@@ -109,7 +109,9 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
                         shown(entry["chance"]),
                     )
         for metric, entry in values.items():
-            if metric in ("accuracy", "pointing", "iou") or metric.startswith(("pointing_", "iou_")):
+            if metric in ("accuracy", "pointing", "iou", "plain", "guided", "difference") or metric.startswith(
+                ("pointing_", "iou_")
+            ):
                 shown_chance = _percent(values["chance"]) if "chance" in values else ""
                 table.add_row(metric.replace("_", " "), *_cells(entry), shown_chance)
         for kind, entry in values.get("by_kind", {}).items():
