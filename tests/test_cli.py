@@ -64,6 +64,7 @@ OPTIONS = {
     "eval": "tasks weights split classes label prompts json device workers",
     "compare": "report json",
     "localize": "image text out device",
+    "space": "data out pairs device",
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",

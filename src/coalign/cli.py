@@ -143,6 +143,7 @@ COMMANDS = {
     "eval": _plain(commands.eval_command, "eval"),
     "compare": _plain(commands.compare_command, "compare"),
     "localize": _plain(commands.localize_command, "localize"),
+    "space": _plain(commands.space_command, "space"),
     "reproduce": _plain(commands.reproduce_command, "reproduce"),
     "data openclipart": _plain(commands.openclipart_command, "data openclipart"),
     "data scenes": _plain(commands.scenes_command, "data scenes"),

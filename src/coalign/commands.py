@@ -108,6 +108,25 @@ def localize_command(
     print(out)
 
 
+def space_command(run: Positional[str], data: str, out: Path, pairs: int = 300, device: str = "cpu") -> None:
+    """Draw images and captions in the space of a model, before and after its training (t-SNE); of OneR also both together.
+
+    Example: coalign space runs/oner --data scenes:8192 --out space.png
+
+    Args:
+        run: the folder of a run
+        data: anything that `coalign train --data` takes; of what the run was trained on, the pairs that it held out
+        out: the picture to write: .png, .jpg, .pdf or .svg
+        pairs: how many pairs to draw
+        device: cpu, cuda or cuda:N
+    """
+    from coalign.run.space import space
+
+    for name, gap in space(run, data, out, pairs, device).items():
+        print(f"{name}: the centroids of images and captions are {gap:.2f} apart")
+    print(out)
+
+
 def reproduce_command(
     table: Positional[str],
     data: str,

@@ -85,7 +85,7 @@ def test_what_is_wrong_is_said(oner, tmp_path):
     with pytest.raises(UserError, match="no picture's name"):
         localize([oner], image, ["a heart"], tmp_path / "map.txt")
     Image.fromarray(open_scenes("8").image(0)).save(image)
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="there is no folder"):
         localize([oner], image, ["a heart"], tmp_path / "absent" / "map.png")
 
 

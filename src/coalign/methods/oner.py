@@ -201,9 +201,14 @@ class OneR(Method):
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self._embed("text", self.tower.embed_text(ids, lengths))
 
+    @property
+    def has_joint(self) -> bool:
+        """Whether the head can take an image and a text together: not one that tells images from texts."""
+        return self.config.heads == "one" and (self.config.head_norm != "batch_apart" or "joint" in self.kinds)
+
     def encode_joint(self, pixels: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
         """Image and text as one sequence -> normalised embeds [batch, dim]."""
-        if self.config.heads == "two" or (self.config.head_norm == "batch_apart" and "joint" not in self.kinds):
+        if not self.has_joint:
             raise UserError("This model's head tells images from texts, so it has no embedding of both together.")
         return self._embed("joint", join(self.tower.embed_image(pixels), self.tower.embed_text(ids, lengths)))
 

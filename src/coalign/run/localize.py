@@ -18,6 +18,7 @@ from coalign.methods.oner import OneR
 from coalign.networks.grad_cam import grad_cam
 from coalign.networks.towers import ImageTower
 from coalign.run.model import Run, image_size, load
+from coalign.run.pictures import check_picture, save_picture
 from coalign.types import EVALUATION, Localizer
 
 
@@ -55,9 +56,7 @@ def localize(
 
     if not texts or not all(text.strip() for text in texts):
         raise UserError('There is nothing to look for; give --text, such as --text "a red apple".')
-    out = Path(out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        raise UserError(f"{out} is no picture's name; end it in .png, .jpg, .pdf or .svg.")
+    out = check_picture(out)
     loaded = [load(run, device=device) for run in runs]
     side = max(image_size(run.method) for run in loaded)
     shown = _view(image, side)
@@ -69,11 +68,7 @@ def localize(
         maps.append(upsample(own.cpu(), side).numpy())
         names.append(f"{run.path.name}, {how}")
     picture = shown[0].permute(1, 2, 0).numpy()
-    figure = map_grid([picture] * len(loaded), np.stack(maps), [list(texts)] * len(loaded), names)
-    try:
-        figure.savefig(out, dpi=160)
-    except OSError as error:
-        raise UserError(f"The picture could not be written to {out}: {error.strerror}.") from error
+    save_picture(map_grid([picture] * len(loaded), np.stack(maps), [list(texts)] * len(loaded), names), out)
     return np.stack(maps)
 
 
