@@ -13,7 +13,7 @@ import coalign.recipes.clip
 from coalign import cli
 from coalign.evaluation.retrieval import RetrievalResult
 from coalign.report.compare_page import Comparison
-from coalign.run import compare, data, evaluate, reporting, train
+from coalign.run import compare, data, evaluate, localize, reporting, reproduce, space, train
 from coalign.types import DualEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +53,10 @@ def small(monkeypatch, folder):
 @pytest.mark.slow
 def test_python(small, folder, capsys):
     assert len(PYTHON) == 3
-    spaces = [{"__name__": "readme"} for _ in PYTHON]
-    for code, space in zip(PYTHON, spaces):
-        exec(compile(code, "README.md", "exec"), space)
-    first, _, last = spaces
+    namespaces = [{"__name__": "readme"} for _ in PYTHON]
+    for code, names in zip(PYTHON, namespaces):
+        exec(compile(code, "README.md", "exec"), names)
+    first, _, last = namespaces
     assert first["embeds"].shape == (2, 16)
     assert isinstance(first["encoder"], DualEncoder)
     assert first["results"]["retrieval:photos"]["split"] == "val"
@@ -81,6 +81,7 @@ def called(monkeypatch):
         "check_data",
         "curate_data",
         "write_queries",
+        "write_paraphrases",
         "train_tokenizer",
     ):
         monkeypatch.setattr(data, name, record)
@@ -90,8 +91,11 @@ def called(monkeypatch):
         (evaluate, "write_json"),
         (reporting, "print_results"),
         (reporting, "print_comparison"),
+        (reproduce, "reproduce"),
+        (localize, "localize"),
     ):
         monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(space, "space", lambda *args: calls.append(args) or {})
     monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
     return calls
 
