@@ -43,6 +43,10 @@ class Method(nn.Module, ABC):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """uint8 [batch, 3, size, size], the evaluation view -> normalised embeds [batch, dim]."""
 
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The evaluation view -> the image encoder's output before any projection, [batch, width]: what probes look at."""
+        return self.image(pixels)  # type: ignore[operator]
+
     @abstractmethod
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Token ids [batch, token] and their lengths [batch] -> normalised embeds [batch, dim]."""

@@ -236,6 +236,7 @@ class DualEncoder:
 
     encode_image: uint8 pixels [batch, 3, size, size] (evaluation view, not normalised) -> float [batch, dim]
     encode_text: sequence of strings -> float [batch, dim]
+    image_features: the same pixels -> float [batch, width], the image encoder's output before its projection; probes need it.
     Embeddings need not be normalised; evaluation normalises. `logit_scale` multiplies cosines where probabilities are shown.
     """
 
@@ -244,3 +245,4 @@ class DualEncoder:
     image_size: int
     name: str = "model"
     logit_scale: float = 100.0
+    image_features: Callable[[Tensor], Tensor] | None = None

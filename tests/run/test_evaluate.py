@@ -251,3 +251,40 @@ def test_a_run_can_be_moved_and_needs_no_data_of_its_own(trained, four, tmp_path
     moved = shutil.copytree(trained, tmp_path / "moved")
     results = evaluate(str(moved), [f"retrieval:{four}"])
     assert results == evaluate(str(trained), [f"retrieval:{four}"])
+
+
+# ---------------------------------------------------------------- probes
+
+
+def test_a_probe_learns_from_what_is_not_asked_of_it(trained, tmp_path, capsys):
+    """Pictures of four colours in folders of their names: any features tell them apart. The test part is untouched until the end."""
+    data = tiny.write_pairs(tmp_path / "photos", 120)
+    source = open_source(str(data))
+    asked = assign_splits(source, 0.3)[0]["val"]
+    folder = tmp_path / "split"
+    for index in range(len(source)):
+        part = "test" if index in asked else "train"
+        target = folder / part / source.record(index).facts["folder"]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source.image_path(index), target)
+    task = f"probe:{folder}"
+    assert cli.main(["eval", str(trained), "--tasks", task, "--json", str(tmp_path / "out.json")]) == 0
+    assert "mean per class" in capsys.readouterr().out
+    values = json.loads((tmp_path / "out.json").read_text())[task]
+    assert (values["split"], values["samples"]) == ("test", len(asked))
+    assert values["intervals"]["acc1"]["n"] == len(asked)
+    assert values["acc1"] > 0.9
+    assert values["chance"] == 0.25
+
+
+def test_a_probe_without_anything_to_learn_from(trained, four):
+    with pytest.raises(UserError, match="the train part has no labelled image"):
+        evaluate(str(trained), [f"probe:{four}"], split="all")
+
+
+def test_features_are_those_before_the_projection(run):
+    encoder = run.encoder()
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = encoder.image_features(pixels)
+    projected = torch.nn.functional.normalize(run.method.image.projection(features), dim=-1)
+    torch.testing.assert_close(projected, encoder.encode_image(pixels))

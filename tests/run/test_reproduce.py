@@ -1,6 +1,11 @@
 """A table of experiments: its trials run in processes of their own, fail alone, go on after a stop, and are compared by arm."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -106,3 +111,23 @@ def test_trials_run_in_processes_of_their_own(tmp_path):
     assert group.seeds == [0, 1]
     assert group.figures["foils.mean_per_kind"].chance == 0.5
     assert {"foils.colour.accuracy", "zero_shot.acc1"} <= group.figures.keys()
+
+
+@pytest.mark.slow
+def test_stopped_by_ctrl_c_it_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, "-m", "coalign.cli", "reproduce", "two-towers-scenes", "--data", "scenes:512"]
+    command += ["--out", str(tmp_path), "--seeds", "1", "--jobs", "1", "--arms", "clip", "mcd"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "clip-seed0.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "step 1/" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert "Traceback" not in said
+    assert (tmp_path / "clip-seed0/last").is_dir()
+    assert not (tmp_path / "mcd-seed0").exists()  # the second trial was not begun
+    comparison = reproduce("two-towers-scenes", "scenes:512", tmp_path, seeds=1, arms=["clip", "mcd"])
+    assert "going on at step" in log.read_text()
+    assert [group.name for group in comparison.groups] == ["clip", "mcd"]

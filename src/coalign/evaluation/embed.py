@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,16 +33,33 @@ class Evaluation:
     text_embeds: Tensor  # float32 [text, dim]
 
 
-@torch.no_grad()
 def embed_images(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:
     """Embeds the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `data.loader.image_batches`."""
+    return _encode_images(model, model.encode_image, batches, F.normalize)
+
+
+def image_features(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:
+    """The same of the image encoder's output before its projection, as it is: float32 [image, width]. UserError for a model that does not
+    give it."""
+    if model.image_features is None:
+        raise UserError(f"{model.name} does not give its image features, which a probe needs.")
+    return _encode_images(model, model.image_features, batches, lambda features: features)
+
+
+@torch.no_grad()
+def _encode_images(
+    model: DualEncoder,
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
+    finish: Callable[[Tensor], Tensor],
+) -> ImageEmbeds:
     parts: list[Tensor] = []
     indices: list[int] = []
     bad: list[Any] = []
     for batch_indices, pixels, batch_bad in batches:
         bad.extend(batch_bad)
         if len(batch_indices):
-            parts.append(_normalised(model.encode_image(pixels), len(batch_indices), f"{model.name}: image"))
+            parts.append(finish(_checked(encode(pixels), len(batch_indices), f"{model.name}: image")))
             indices.extend(batch_indices)
     if not parts:
         raise UserError(f"There is nothing to evaluate: the data gave no readable image ({len(bad)} bad).")
@@ -58,17 +75,17 @@ def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 256)
     parts = []
     for start in range(0, len(distinct), batch_size):
         batch = distinct[start : start + batch_size]
-        parts.append(_normalised(model.encode_text(batch), len(batch), f"{model.name}: text"))
+        parts.append(F.normalize(_checked(model.encode_text(batch), len(batch), f"{model.name}: text")))
     row = {text: i for i, text in enumerate(distinct)}
     return torch.cat(parts)[[row[text] for text in texts]]
 
 
-def _normalised(embeds: Tensor, rows: int, what: str) -> Tensor:
+def _checked(embeds: Tensor, rows: int, what: str) -> Tensor:
     if embeds.ndim != 2 or len(embeds) != rows:
         raise ValueError(f"{what} encoder gave shape {tuple(embeds.shape)} for {rows} inputs; [batch, dim] is expected")
     embeds = embeds.detach().float().cpu()
     require_finite(embeds, what)
-    return F.normalize(embeds, dim=-1)
+    return embeds
 
 
 def require_finite(embeds: Tensor, what: str) -> None:

@@ -198,6 +198,9 @@ class OneR(Method):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self._embed("image", self.tower.embed_image(pixels))
 
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return pool(self.tower(self.tower.embed_image(pixels)), self.config.pooling)
+
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self._embed("text", self.tower.embed_text(ids, lengths))
 

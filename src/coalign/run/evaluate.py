@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from coalign.data.loader import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import BadSample, UserError
+from coalign.evaluation.embed import image_features
 from coalign.evaluation.guidance import bootstrapped_guidance
+from coalign.evaluation.linear_probe import linear_probe
 from coalign.evaluation.prompts import read_classes, templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
@@ -24,7 +27,6 @@ from coalign.run.model import Run, check_output, load, write_file
 from coalign.run.scene_tasks import SCENE_TASKS
 from coalign.types import Source
 
-TASKS = ("retrieval", "zeroshot", "bootstrap", *SCENE_TASKS)
 LABEL_FACTS = ("label", "class", "category", "folder")  # looked for in this order
 
 
@@ -51,9 +53,10 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
-    A task is `retrieval:DATA`, `zeroshot:DATA` or, for a model that takes image and text together, `bootstrap:DATA`, zero-shot with its
-    own first answers beside the image. On scenes also `foils:`, two-way choices between a true and a false caption, `localization:`,
-    maps against the objects' masks, and `guided:`, the size of the object that a text beside the image names.
+    A task is `retrieval:DATA`, `zeroshot:DATA`, `probe:DATA`, a linear classifier on frozen image features, or, for a model that takes
+    image and text together, `bootstrap:DATA`, zero-shot with its own first answers beside the image. On scenes also `foils:`, two-way
+    choices between a true and a false caption, `localization:`, maps against the objects' masks, and `guided:`, the size of the object
+    that a text beside the image names.
 
     `split`: train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own
     test or val split, else all of it. Classes are the values of the fact `label` (default: the first of label, class, category, folder
@@ -65,40 +68,99 @@ def evaluate(
         )
     kinds = [_parse_task(task) for task in tasks]
     run = load(model, weights, device) if isinstance(model, str) else model
-    encoder = run.encoder()
     results: dict[str, dict[str, Any]] = {}
     for task, (kind, data) in zip(tasks, kinds):
         source = open_source(data)
         name, indices = select_split(source, data, run, split)
+        asked = Question(run, source, indices, classes, label, prompts, workers)
         if kind in SCENE_TASKS:
             if not isinstance(source, Scenes):
                 raise UserError(f"{task} needs data that know what their pictures show; only scenes:… do.")
-            samples = {"data": data, "split": name, "samples": len(indices), "unreadable": {}}
-            results[task] = {**samples, **SCENE_TASKS[kind](run, source, indices)}
-            continue
-        labels = label_function(source, indices, classes, label) if kind != "retrieval" else None
-        wanted = indices if labels is None else np.array(sorted(labels.of_index), dtype=np.int64)
-        batches = image_batches(source, wanted, encoder.image_size, workers=workers)
-        if labels is not None and kind == "bootstrap":
-            guided = bootstrapped_guidance(
-                encoder, run.joint_encoder(), list(batches), labels.of_index, labels.classnames, templates(prompts)
-            )
-            results[task] = {"data": data, "split": name, "samples": len(indices), "unreadable": {}, **guided.to_json()}
-            continue
-        if labels is None:
-            evaluation = retrieve(encoder, batches, captions_of(source))
+            figures = {"unreadable": {}, **SCENE_TASKS[kind](run, source, indices)}
         else:
-            evaluation = classify(encoder, batches, labels.of_index, labels.classnames, templates(prompts))
-        bad = Counter(entry.reason for entry in evaluation.images.bad)
-        results[task] = {
-            "data": data,
-            "split": name,
-            "samples": len(indices),
-            "unreadable": dict(bad),
-            **({} if labels is None else {"unlabelled": labels.unlabelled}),
-            **evaluation.result.to_json(),
-        }
+            figures = TASKS_OF_ANY_DATA[kind](asked)
+        results[task] = {"data": data, "split": name, "samples": len(indices), **figures}
     return results
+
+
+@dataclass
+class Question:
+    """What a task is asked of: a run, and samples of a source with, for some tasks, their classes."""
+
+    run: Run
+    source: Source
+    indices: np.ndarray
+    classes: Path | None
+    label: str | None
+    prompts: str
+    workers: int
+
+    def labels(self, indices: np.ndarray | None = None) -> Labels:
+        return label_function(self.source, self.indices if indices is None else indices, self.classes, self.label)
+
+    def batches(self, indices: Iterable[int]) -> Generator[tuple[list[int], Tensor, list[Any]], None, None]:
+        chosen = np.array(list(indices), dtype=np.int64)
+        return image_batches(self.source, chosen, self.run.encoder().image_size, workers=self.workers)
+
+
+def _retrieval(asked: Question) -> dict[str, Any]:
+    evaluation = retrieve(asked.run.encoder(), asked.batches(asked.indices), captions_of(asked.source))
+    return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json()}
+
+
+def _zero_shot(asked: Question) -> dict[str, Any]:
+    labels = asked.labels()
+    batches = asked.batches(sorted(labels.of_index))
+    names, prompts = labels.classnames, templates(asked.prompts)
+    evaluation = classify(asked.run.encoder(), batches, labels.of_index, names, prompts)
+    figures = evaluation.result.to_json()
+    return {"unreadable": _counted(evaluation.images.bad), "unlabelled": labels.unlabelled, **figures}
+
+
+def _bootstrap(asked: Question) -> dict[str, Any]:
+    encode_joint = asked.run.joint_encoder()  # first: it says if there is none
+    labels = asked.labels()
+    batches = list(asked.batches(sorted(labels.of_index)))
+    names, prompts = labels.classnames, templates(asked.prompts)
+    result = bootstrapped_guidance(asked.run.encoder(), encode_joint, batches, labels.of_index, names, prompts)
+    bad = [entry for _, _, found in batches for entry in found]
+    return {"unreadable": _counted(bad), "unlabelled": labels.unlabelled, **result.to_json()}
+
+
+def _probe(asked: Question) -> dict[str, Any]:
+    """The asked samples are the test part; what the probe learns from is the source's train part, or what was not asked for."""
+    own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
+    rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
+    labels = asked.labels(np.concatenate([asked.indices, rest, own.get("val", rest[:0])]))
+    bad: list[Any] = []
+
+    def part(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = [index for index in indices.tolist() if index in labels.of_index]
+        if not chosen:
+            return np.empty((0, 1)), np.empty(0, np.int64)
+        features = image_features(asked.run.encoder(), asked.batches(chosen))
+        bad.extend(features.bad)
+        return features.embeds.numpy(), np.array([labels.of_index[index] for index in features.indices])
+
+    val = np.setdiff1d(own.get("val", rest[:0]), asked.indices)
+    if not len(val):  # a fifth of what it learns from
+        shuffled = np.random.default_rng(0).permutation(rest)
+        val, rest = np.split(shuffled, [len(shuffled) // 5])
+    result = linear_probe(part(rest), part(val), part(asked.indices), len(labels.classnames))
+    return {"unreadable": _counted(bad), **result.to_json()}
+
+
+TASKS_OF_ANY_DATA: Mapping[str, Callable[[Question], dict[str, Any]]] = {
+    "retrieval": _retrieval,
+    "zeroshot": _zero_shot,
+    "bootstrap": _bootstrap,
+    "probe": _probe,
+}
+TASKS = (*TASKS_OF_ANY_DATA, *SCENE_TASKS)
+
+
+def _counted(bad: Iterable[Any]) -> dict[str, int]:
+    return dict(Counter(entry.reason for entry in bad))
 
 
 def _parse_task(task: str) -> tuple[str, str]:

@@ -79,8 +79,12 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         ids, lengths = tokenizer(texts, context_length)
         return method.encode_text(ids.to(device), lengths.to(device))
 
-    scale = method.scalars().get("logit_scale")
-    return DualEncoder(encode_image, encode_text, image_size(method), name, 100.0 if scale is None else float(scale))
+    def image_features(pixels: Tensor) -> Tensor:
+        method.eval()
+        return method.image_features(pixels.to(device))
+
+    scale = method.scalars().get("logit_scale", 100.0)
+    return DualEncoder(encode_image, encode_text, image_size(method), name, float(scale), image_features)
 
 
 def image_size(method: Method) -> int:

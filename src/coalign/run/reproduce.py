@@ -79,7 +79,7 @@ def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
         pool = ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1)
-        with pool:
+        try:
             running = {pool.submit(_train, trial, threads): trial for trial in trials}
             for number, future in enumerate(as_completed(running), 1):
                 trial, error = running[future], future.exception()
@@ -87,6 +87,8 @@ def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
                     failures.append(f"{trial.folder.name} ({error})")
                 what = "done" if error is None else f"failed: {error}"
                 console.print(f"{number} of {len(trials)}: {trial.arm}, seed {trial.seed}: {what}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, which those that run have heard as well, no other starts
     return failures
 
 

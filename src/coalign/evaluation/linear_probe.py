@@ -1,0 +1,110 @@
+"""Linear probe: logistic regression on frozen features, its penalty found by a parametric binary search (DeCLIP, App. D)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coalign.errors import UserError
+from coalign.evaluation import metrics
+from coalign.evaluation.metrics import Metric
+
+LEAST, STEPS, A_DECADE = -6.0, 96, 8  # λ from 1e-6 to 1e6, eight steps a decade
+_FIRST = 16  # steps between the first candidates: two decades
+MAX_ITERATIONS = 1000  # of L-BFGS
+
+
+@dataclass
+class ProbeResult:
+    """Rates are fractions of the test items."""
+
+    top1: Metric
+    mean_per_class: Metric  # over the classes that occur
+    penalty: float  # λ
+    searched: dict[float, float]  # λ -> accuracy on the validation part
+    correct: np.ndarray  # float64 [item]
+    labels: np.ndarray  # int64 [item]
+    num_classes: int
+
+    def to_json(self) -> dict[str, Any]:
+        intervals = {"acc1": self.top1.to_json(), "mean_per_class_recall": self.mean_per_class.to_json()}
+        return {
+            "task": "linear_probe",
+            "acc1": self.top1.value,
+            "mean_per_class_recall": self.mean_per_class.value,
+            "chance": 1 / self.num_classes,
+            "penalty": self.penalty,
+            "intervals": intervals,
+        }
+
+
+def penalty_of(step: int) -> float:
+    """λ of a step of the grid, 0 … 96."""
+    return 10 ** (LEAST + step / A_DECADE)
+
+
+def search_penalty(score: Callable[[float], float]) -> dict[float, float]:
+    """λ -> score of those that were tried: 1e-6, 1e-4, …, 1e6, then ever nearer to the best, to eight steps a decade. Of equal scores the
+    greatest λ counts, the simplest model."""
+    tried: dict[int, float] = {}
+
+    def best() -> int:
+        return max(tried, key=lambda step: (tried[step], step))
+
+    wanted = list(range(0, STEPS + 1, _FIRST))
+    distance = _FIRST
+    while True:
+        tried |= {step: score(penalty_of(step)) for step in wanted if step not in tried}
+        if distance == 1:
+            return {penalty_of(step): tried[step] for step in sorted(tried)}
+        distance //= 2
+        wanted = [step for step in (best() - distance, best() + distance) if 0 <= step <= STEPS]
+
+
+def best_penalty(searched: dict[float, float]) -> float:
+    return max(searched, key=lambda penalty: (searched[penalty], penalty))
+
+
+def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> Any:
+    """scikit-learn's logistic regression by L-BFGS: Σ cross-entropy + λ/2 ‖W‖². features [item, dim], labels int [item]."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol's limit of iterations, not a fault
+        return model.fit(features, labels)
+
+
+Part = tuple[np.ndarray, np.ndarray]  # features [item, dim] and labels int64 [item]
+
+
+def linear_probe(train: Part, val: Part, test: Part, num_classes: int, seed: int = 0) -> ProbeResult:
+    """Finds λ on `val`, fits once more on `train` and `val` together, and measures on `test`. UserError where a part is empty or there is
+    one class alone."""
+    for name, (features, labels) in (("train", train), ("validation", val), ("test", test)):
+        if not len(labels):
+            raise UserError(f"There is nothing to probe: the {name} part has no labelled image.")
+        if not np.isfinite(features).all():
+            raise UserError(
+                f"The {name} part's features are not finite; the weights are broken or the precision is too low."
+            )
+    if len(np.unique(train[1])) < 2:
+        raise UserError("A probe needs at least two classes among the training images, and there is one alone.")
+    searched = search_penalty(lambda penalty: float((fit(*train, penalty).predict(val[0]) == val[1]).mean()))
+    penalty = best_penalty(searched)
+    both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
+    correct = (fit(*both, penalty).predict(test[0]) == test[1]).astype(float)
+    return ProbeResult(
+        top1=metrics.mean(correct, seed=seed),
+        mean_per_class=metrics.mean_per_class(correct, test[1], seed=seed),
+        penalty=penalty,
+        searched=searched,
+        correct=correct,
+        labels=test[1],
+        num_classes=num_classes,
+    )

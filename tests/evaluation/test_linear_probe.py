@@ -1,0 +1,76 @@
+"""The probe against the exhaustive sweep that it stands for, on scikit-learn's digits."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from coalign.errors import UserError
+from coalign.evaluation.linear_probe import best_penalty, fit, linear_probe, penalty_of, search_penalty
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Few training images, so that the penalty matters."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    features = (images / 16).astype(np.float32)[order]
+    return [(features[a:b], labels[order][a:b]) for a, b in ((0, 150), (150, 400), (400, 1797))]
+
+
+@pytest.mark.parametrize("peak", [0, 7, 40, 50, 91, 96])
+def test_the_search_finds_a_single_peak_in_few_steps(peak):
+    tried = []
+
+    def score(penalty):
+        tried.append(penalty)
+        return -abs(np.log10(penalty) - np.log10(penalty_of(peak)))
+
+    searched = search_penalty(score)
+    assert best_penalty(searched) == pytest.approx(penalty_of(peak))
+    assert len(tried) == len(set(tried)) <= 15
+    assert {penalty_of(step) for step in range(0, 97, 16)} <= set(tried)
+
+
+def test_of_equal_scores_the_strongest_penalty_is_taken():
+    assert best_penalty(search_penalty(lambda penalty: 1.0)) == pytest.approx(1e6)
+
+
+def test_the_grid_has_eight_steps_a_decade_from_1e_6_to_1e6():
+    assert penalty_of(0) == pytest.approx(1e-6)
+    assert penalty_of(96) == pytest.approx(1e6)
+    assert penalty_of(48 + 8) == pytest.approx(10)
+
+
+@pytest.mark.slow
+def test_as_good_as_the_exhaustive_sweep(digits):
+    train, val, test = digits
+    result = linear_probe(train, val, test, 10)
+    scores = {step: (fit(*train, penalty_of(step)).predict(val[0]) == val[1]).mean() for step in range(97)}
+    best = max(scores, key=lambda step: (scores[step], step))
+    both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
+    exhaustive = (fit(*both, penalty_of(best)).predict(test[0]) == test[1]).mean()
+    error = np.sqrt(exhaustive * (1 - exhaustive) / len(test[1]))
+    assert abs(result.top1.value - exhaustive) <= error
+    assert result.top1.value > 0.9
+
+
+def test_the_penalty_is_that_of_the_objective():
+    """At the minimum the gradient of Σ cross-entropy + λ/2 ‖W‖² is zero."""
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(60, 4)), generator.integers(3, size=60)
+    model = fit(features, labels, 2.0)
+    logits = features @ model.coef_.T + model.intercept_
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    gradient = (odds / odds.sum(1, keepdims=True) - np.eye(3)[labels]).T @ features + 2.0 * model.coef_
+    assert np.abs(gradient).max() < 0.02
+
+
+def test_what_cannot_be_probed_is_said(digits):
+    train, val, test = digits
+    empty = (train[0][:0], train[1][:0])
+    with pytest.raises(UserError, match="the validation part has no labelled image"):
+        linear_probe(train, empty, test, 10)
+    with pytest.raises(UserError, match="at least two classes"):
+        linear_probe((train[0][:3], np.zeros(3, int)), val, test, 10)
+    with pytest.raises(UserError, match="test part's features are not finite"):
+        linear_probe(train, val, (test[0] * np.nan, test[1]), 10)
