@@ -47,4 +47,5 @@ bench: $(STAMP)
 	@$(BIN)/python benchmarks/step_clip.py
 	@$(BIN)/python benchmarks/step_overhead.py
 	@$(BIN)/python benchmarks/queue_lookup.py
+	@$(BIN)/python benchmarks/linear_probe.py
 	@test -z "$(DATA)" || $(BIN)/python benchmarks/startup.py "$(DATA)"

@@ -126,6 +126,7 @@ def _train(trial: Trial, threads: int) -> None:
 
 def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
     from coalign.run.compare import compare
+    from coalign.run.model import write_file
 
     out = trials[0].out
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
@@ -139,7 +140,8 @@ def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
         "claims": [_claim(sweep.headline, lower, higher, trials) for lower, higher in steps],
         **comparison.to_json(),
     }
-    (out / "table.json").write_text(json.dumps(values, indent=1, default=str) + "\n")
+    text = json.dumps(values, indent=1, default=str) + "\n"
+    write_file(out / "table.json", lambda path: path.write_text(text))
     return comparison
 
 
