@@ -19,6 +19,13 @@ class BadSample(Exception):
         return BadSample, (self.reason, self.detail)
 
 
+class NoImage(BadSample):
+    """A sample that has no image at all, for methods that take a text alone."""
+
+    def __reduce__(self) -> Any:
+        return NoImage, (self.reason, self.detail)
+
+
 class NoCaption(BadSample):
     """A sample that has no caption, or an empty one. `record` is what else is known of it, for methods that take an image alone."""
 

@@ -95,6 +95,7 @@ class ViewPlan:
     patch_ranks: bool = False  # image views carry a random rank in [0, 1) per patch, which a mask ratio thresholds
     tags: int = 0  # ids of the sample's tags, of a vocabulary of this many, the most frequent of the training data
     captionless: bool = False  # samples without any caption are used, too: their text views hold no words
+    imageless: bool = False  # samples without an image are used, too: their image views are black
 
 
 NOT_MASKED = -100  # the label of a token that is not to be predicted
@@ -172,6 +173,7 @@ class Batch:
     caption_ids: Tensor  # int64 [batch], equal exactly where the captions are equal (63-bit hash)
     has_caption: Tensor  # bool [batch]
     tags: Tensor | None = None  # int64 [batch, max_tags], tag ids, padded with -1
+    has_image: Tensor | None = None  # bool [batch]; None: every sample has one
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -501,3 +501,21 @@ def test_files_without_a_caption_are_used_by_methods_that_take_an_image_alone(ma
 def test_a_sample_without_caption_crosses_to_a_worker_and_back():
     bad = pickle.loads(pickle.dumps(NoCaption("no caption", "there", Record("key", (), ("tag",)))))
     assert (str(bad), bad.reason, bad.record.tags) == ("no caption: there", "no caption", ("tag",))
+
+
+def test_texts_without_an_image_are_used_by_methods_that_take_a_text_alone(make, tmp_path):
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "caption": "a cat"}, {"image": None, "caption": "a dog"}, {"caption": "a cow"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(tmp_path / "pairs.jsonl"))
+    assert [source.record(index).captions for index in range(3)] == [("a cat",), ("a dog",), ("a cow",)]
+    plan = ViewPlan(images={"a": WEAK}, texts={"text": TextPolicy()}, imageless=True)
+    [loaded] = make(source, plan=plan, indices=np.arange(3), batch_size=3).batches(0, 1)
+    batch = loaded.batch
+    assert loaded.bad == []
+    for index, has, pixels in zip(batch.indices.tolist(), batch.has_image, batch.images["a"].pixels):
+        assert bool(has) == (index == 0)
+        assert pixels.float().mean().item() == (200 if has else 0)
+    [loaded] = make(source, plan=CLIP_PLAN, indices=np.arange(3), batch_size=3).batches(0, 1)
+    assert {entry.reason for entry in loaded.bad} == {"no image path"}
+    assert loaded.batch.has_image is None

@@ -89,7 +89,7 @@ def features_of(seed):
     g = torch.Generator().manual_seed(seed)
     names = {f"{kind}_features" for kind in KINDS}
     values = {n: torch.randn(PAIRS, WIDTH, dtype=torch.float64, generator=g).requires_grad_() for n in sorted(names)}
-    return {**values, "caption_ids": torch.tensor([1, 2, 3, 2, 4])}
+    return {**values, "caption_ids": torch.tensor([1, 2, 3, 2, 4]), "paired": torch.ones(PAIRS, dtype=torch.bool)}
 
 
 def naive_losses(method, features, targets, same=None):
@@ -149,7 +149,8 @@ def test_itc_is_mocov3s_loss_but_its_factor(oracles, tmp_path, name):
     get = {key: oracle[f"{name}.in.{key}"] for key in ("q1", "q2", "k1", "k2")}
     queries = {kind: get[key].requires_grad_() for kind, key in (("image_features", "q1"), ("text_features", "q2"))}
     targets = {"image_features": get["k1"], "text_features": get["k2"]}
-    (term,) = method.objective({**queries, "caption_ids": torch.arange(8)}, targets, GATHER, START)
+    others = {"caption_ids": torch.arange(8), "paired": torch.ones(8, dtype=torch.bool)}
+    (term,) = method.objective({**queries, **others}, targets, GATHER, START)
     loss = 4 * tau * term.total / term.count  # 2τ a term, and their sum instead of their mean
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"])
@@ -216,6 +217,29 @@ def test_masked_losses_are_means_over_what_is_masked(tmp_path):
         for t in method.objective(method.encode(batch, STEP), method.encode_targets(batch, STEP), GATHER, STEP)
     }
     assert weights == {"itc": 1, "cmc": 1, "mlm_text": 0.5, "mlm_joint": 0.5, "mim_image": 0.5, "mim_joint": 0.5}
+
+
+def test_texts_without_an_image_take_part_in_their_masked_loss_alone(tmp_path):
+    """Beside two such texts the pairs' own terms are those of the pairs by themselves, and the texts' masked words count among all."""
+    kept = torch.tensor([0, 2, 3, 5, 6, 7])
+    method = build(tmp_path)
+    batch = with_mask_tokens(make_batch(method.view_plan, BATCH))
+    batch.has_image = torch.zeros(BATCH, dtype=torch.bool).index_fill(0, kept, True)
+    mixed = forward_backward(method, batch, STEP, ALONE)
+    pairs = forward_backward(build(tmp_path), batch[kept], STEP, ALONE)
+    assert mixed.terms.keys() == pairs.terms.keys()
+    for name in mixed.terms.keys() - {"mlm_text"}:
+        assert mixed.terms[name] == pytest.approx(pairs.terms[name]), name
+    assert mixed.terms["mlm_text"] != pytest.approx(pairs.terms["mlm_text"])
+    batch.has_image = None
+    everything = forward_backward(build(tmp_path), batch, STEP, ALONE)
+    assert mixed.terms["mlm_text"] == pytest.approx(everything.terms["mlm_text"])
+
+    batch.has_image = torch.zeros(BATCH, dtype=torch.bool)  # texts alone
+    alone = forward_backward(method, batch, STEP, ALONE)
+    assert alone.terms["mlm_text"] == pytest.approx(everything.terms["mlm_text"])
+    assert alone.loss == pytest.approx(0.5 * alone.terms["mlm_text"])
+    assert all(torch.isfinite(value).all() for value in method.state_dict().values())
 
 
 def test_the_share_of_masked_patches_rises_over_the_run(tmp_path):

@@ -24,7 +24,7 @@ from coalign.data.randomness import generator, stable_hash
 from coalign.data.text_views import choose_caption, text_view
 from coalign.data.tokenizer import Tokenizer
 from coalign.data.workers import fetch_all
-from coalign.errors import BadSample, NoCaption, UserError
+from coalign.errors import BadSample, NoCaption, NoImage, UserError
 from coalign.types import EVALUATION, AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
 
 CHUNK = 64  # samples that a worker fetches at a time; more where a batch would otherwise be in more than MAX_CHUNKS
@@ -173,6 +173,14 @@ class PairLoader:
                 raise
             return bad.record
 
+    def _image(self, index: int) -> bytes | np.ndarray | None:
+        try:
+            return self.source.image(index)
+        except NoImage:
+            if not self.plan.imageless:
+                raise
+            return None
+
     def _sample(
         self, record: Record, pixels: np.ndarray, row: np.void, index: int, epoch: int, occurrence: int
     ) -> list[int]:
@@ -182,12 +190,17 @@ class PairLoader:
             return generator(self.seed, epoch, index, occurrence, name)
 
         texts, caption_id = self._texts(record, index, draw)
-        images = make_views(self.source.image(index), self.plan.images, draw, self.image_size)
+        image = self._image(index)
 
         row["index"], row["caption_id"], row["has_caption"] = index, caption_id, bool(record.captions)
-        for view, (image, params) in enumerate(images[name] for name in self.plan.images):
-            pixels[view] = image.numpy()
-            row["params"][view] = params.vector()
+        row["has_image"], row["params"] = image is not None, 0
+        if image is None:
+            pixels[:] = 0
+        else:
+            views = make_views(image, self.plan.images, draw, self.image_size)
+            for view, (made, params) in enumerate(views[name] for name in self.plan.images):
+                pixels[view] = made.numpy()
+                row["params"][view] = params.vector()
         for view, (ids, labels) in enumerate(texts):
             row["lengths"][view] = len(ids)
             row["ids"][view, : len(ids)] = ids
@@ -259,6 +272,7 @@ class PairLoader:
             caption_ids=_tensor(rows["caption_id"]),
             has_caption=_tensor(rows["has_caption"], np.bool_),
             tags=_padded(tags) if self.plan.tags else None,
+            has_image=_tensor(rows["has_image"], np.bool_) if self.plan.imageless else None,
         )
 
 
@@ -276,6 +290,7 @@ def _row_type(plan: ViewPlan, context_length: int, patch_grid: tuple[int, int] |
         ("index", np.int64),
         ("caption_id", np.int64),
         ("has_caption", np.bool_),
+        ("has_image", np.bool_),
         ("params", np.float32, (images, _PARAMS)),
         ("lengths", np.int32, (texts,)),
         ("ids", np.int32, (texts, context_length)),

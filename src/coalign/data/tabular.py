@@ -23,7 +23,7 @@ from coalign.data.common import (
     splits_by_name,
     tag_values,
 )
-from coalign.errors import BadSample, UserError
+from coalign.errors import BadSample, NoImage, UserError
 from coalign.types import Record
 
 _IMAGE_COLUMNS = (
@@ -93,7 +93,10 @@ class TableSource:
         return captioned(row["key"], caption_values(row["captions"]), row["key"], tuple(row["tags"]), row["facts"])
 
     def image_path(self, index: int) -> str:
-        return os.path.join(self.folder, self._row(index)["image"])
+        row = self._row(index)
+        if not row["image"]:
+            raise NoImage("no image path", row["key"])
+        return os.path.join(self.folder, row["image"])
 
     def image(self, index: int) -> bytes:
         return read_image_file(self.image_path(index))
@@ -106,7 +109,7 @@ class TableSource:
 
     def _some_images(self) -> list[str]:
         rows = [json.loads(self._rows[index]) for index in range(min(10, len(self)))]
-        return [row["image"] for row in rows if "image" in row]
+        return [row["image"] for row in rows if row.get("image")]
 
 
 def _pack(rows: Iterable[tuple[str, Row]], columns: Columns) -> tuple[PackedStrings, list[str]]:
@@ -115,15 +118,17 @@ def _pack(rows: Iterable[tuple[str, Row]], columns: Columns) -> tuple[PackedStri
     splits: list[str] = []
     seen: dict[str, int] = {}
     for where, row in rows:
-        image = None if isinstance(row, BadSample) else row.get(columns.image)
-        if not isinstance(image, str) or not image.strip():
-            bad = row if isinstance(row, BadSample) else BadSample("no image path", where)
-            packed.append(json.dumps({"bad": [bad.reason, bad.detail]}).encode())
+        if isinstance(row, BadSample):
+            packed.append(json.dumps({"bad": [row.reason, row.detail]}).encode())
             splits.append("")
             continue
-        assert not isinstance(row, BadSample)
-        image = image.strip()
+        image = row.get(columns.image)
+        image = image.strip() if isinstance(image, str) else ""
         captions = [row[name] for name in columns.captions if row.get(name) is not None]
+        if not image:  # words alone, which some methods take
+            packed.append(json.dumps(_normalised("", captions, row, columns) | {"key": where}, default=_plain).encode())
+            splits.append("")
+            continue
         if (first := seen.setdefault(image, len(packed))) < len(packed):
             merged = json.loads(packed[first])
             merged["captions"] += captions

@@ -7,12 +7,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coalign.errors import UserError
+from coalign.errors import NoImage, UserError
 from coalign.types import Record, Source
 
 _SIGNATURES = {
@@ -49,10 +50,12 @@ def _rows(source: Source, samples: Iterable[tuple[int, Record]], folder: Path) -
     }
     image_path: Callable[[int], str] | None = getattr(source, "image_path", None)
     for index, record in samples:
-        if image_path is not None:
-            image = os.path.abspath(image_path(index))
-        else:
-            image = _write_image(source.image(index), folder, index)
+        image = None
+        with suppress(NoImage):
+            if image_path is not None:
+                image = os.path.abspath(image_path(index))
+            else:
+                image = _write_image(source.image(index), folder, index)
         row: dict[str, Any] = {"image": image, "captions": record.captions, "tags": record.tags}
         if index in splits:
             row["split"] = splits[index]

@@ -37,7 +37,10 @@ class OneR(Method):
         self.config = config
         mask_p = config.mask_p if config.mlm else 0.0
         self.view_plan = ViewPlan(
-            images={"image": config.image_view}, texts={"caption": TextPolicy(mask_p=mask_p)}, patch_ranks=config.mim
+            images={"image": config.image_view},
+            texts={"caption": TextPolicy(mask_p=mask_p)},
+            patch_ranks=config.mim,
+            imageless=True,
         )
         sides = (side for loss in config.losses for side in CONTRASTS[loss])
         self.kinds = list(dict.fromkeys(sides))  # what passes the head, each once
@@ -65,8 +68,10 @@ class OneR(Method):
         self.followed: dict[str, Tensor] = {}  # of the last step, to look at; no part of the state
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
-        """Contrastive and masked losses share one pass of each of the three inputs, all of them masked."""
+        """Contrastive and masked losses share one pass of each of the three inputs, all of them masked. A text without an image (Table 4)
+        takes part in its own masked loss alone."""
         view, caption = batch.images["image"], batch.texts["caption"]
+        paired = batch.has_caption if batch.has_image is None else batch.has_image  # [batch]
         masked_patches = None
         if self.config.mim:
             assert view.patch_ranks is not None
@@ -79,15 +84,16 @@ class OneR(Method):
             assert caption.labels is not None
             labels = caption.labels[:, 1:-1]  # those of the words
             for kind in ("text", "joint"):
-                losses = masked_language_loss(states[kind].words, labels, self.mlm_head)
-                features[f"mlm_{kind}_total"], features[f"mlm_{kind}_count"] = losses  # [batch] each
+                total, count = masked_language_loss(states[kind].words, labels, self.mlm_head)  # [batch] each
+                counts = paired if kind == "joint" else torch.ones_like(paired)
+                features[f"mlm_{kind}_total"], features[f"mlm_{kind}_count"] = total * counts, count * counts
         if self.mim_head is not None:
             assert masked_patches is not None
             pixels = self.tower.patch_pixels(view.pixels)
             for kind in ("image", "joint"):
-                losses = masked_image_loss(states[kind].patches, masked_patches, pixels, self.mim_head)
-                features[f"mim_{kind}_total"], features[f"mim_{kind}_count"] = losses
-        features["caption_ids"] = batch.caption_ids
+                total, count = masked_image_loss(states[kind].patches, masked_patches, pixels, self.mim_head)
+                features[f"mim_{kind}_total"], features[f"mim_{kind}_count"] = total * paired, count * paired
+        features["caption_ids"], features["paired"] = batch.caption_ids, paired
         return features
 
     def encode_targets(self, batch: Batch, step: StepInfo) -> Features:
@@ -118,18 +124,22 @@ class OneR(Method):
         return {f"{kind}_features": value for kind, value in pooled.items()}, states
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
-        config = self.config
-        count, positives = len(features["caption_ids"]), gather.own_rows(features["caption_ids"])
-        projected = self._project(self.projectors, self._rows(features), gather)
+        config, paired, ids = self.config, features["paired"], features["caption_ids"]
+        pairs = paired.nonzero().squeeze(1)  # rows of pairs; keys of others are zero, and left out
+        count, positives = len(pairs), gather.own_rows(ids)[pairs]
+        projected = self._project(self.projectors, self._rows(features, pairs), gather)
         predicted = projected if self.predictor is None else self.predictor(projected, gather)
         queries = {kind: F.normalize(x, dim=-1) for kind, x in predicted.items()}
         if self.momentum_projectors is not None:
             with torch.no_grad():
-                projected = self._project(self.momentum_projectors, self._rows(targets), gather)
-        keys = {kind: gather(F.normalize(x, dim=-1)) for kind, x in projected.items()}
-        ignored = None
+                projected = self._project(self.momentum_projectors, self._rows(targets, pairs), gather)
+        keys = {}
+        for kind, x in projected.items():
+            key = F.normalize(x, dim=-1)
+            keys[kind] = gather(key.new_zeros(len(paired), key.shape[1]).index_copy(0, pairs, key))
+        ignored = ~gather(paired).expand(count, -1)  # [pair, global_batch]
         if config.multi_positive:
-            ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
+            ignored = ignored | same_caption(ids[pairs], gather(ids), positives)
 
         terms = []
         for loss in config.losses:  # ctr(A, B) = (NCE(A, B) + NCE(B, A))/2, Eqs. 1-4
@@ -144,14 +154,15 @@ class OneR(Method):
             for kind in inputs if getattr(config, name) else ():
                 total, masked = (features[f"{name}_{kind}_{part}"].sum() for part in ("total", "count"))
                 terms.append(LossTerm(f"{name}_{kind}", total, masked, weight / len(inputs)))
-        self._follow(features, step)
+        self._follow(features, pairs, step)
         return terms
 
-    def _rows(self, features: Features) -> dict[str, Tensor]:
-        """Of every kind that is contrasted the features, [batch, width]. Mixing comes before the projection."""
-        rows = {kind: features[f"{kind}_features"] for kind in self.kinds if kind != "mixed"}
+    def _rows(self, features: Features, pairs: Tensor) -> dict[str, Tensor]:
+        """Of every kind that is contrasted the features of the rows `pairs`, [pair, width]. Mixing comes before the projection."""
+        rows = {kind: features[f"{kind}_features"][pairs] for kind in self.kinds if kind != "mixed"}
         if "mixed" in self.kinds:
-            rows["mixed"] = (features["image_features"] + features["text_features"]) / 2
+            image, text = (features[f"{kind}_features"][pairs] for kind in ("image", "text"))
+            rows["mixed"] = (image + text) / 2
         return rows
 
     def _project(
@@ -176,8 +187,8 @@ class OneR(Method):
             move_ema(self.momentum_projectors, self.projectors, self._momentum(step))
 
     @torch.no_grad()
-    def _follow(self, features: Features, step: StepInfo) -> None:
-        image, text = (F.normalize(features[f"{kind}_features"].float(), dim=-1) for kind in ("image", "text"))
+    def _follow(self, features: Features, pairs: Tensor, step: StepInfo) -> None:
+        image, text = (F.normalize(features[f"{kind}_features"][pairs].float(), dim=-1) for kind in ("image", "text"))
         self.followed = {"modality_gap": (image.mean(0) - text.mean(0)).norm()}
         if self.config.teacher == "ema":
             self.followed["teacher_momentum"] = torch.tensor(self._momentum(step))
@@ -274,6 +285,8 @@ def _alone(tensor: Tensor) -> Tensor:
 #   layer predicts its pixels, normalised by patch, by mean squared error [c, MAE].
 # - Masked losses have weight 1 each, the mean over the two inputs that have such tokens [i]; the joint sequence is masked in all rows of
 #   the tables, also where it is not contrasted [p: "for all three input types", "included in all ablation models"].
+# - Extra training on texts alone (Table 4): rows without an image in the ordinary data, in the same batches as the pairs; of such a text
+#   the masked words alone count, since it has nothing to be contrasted with [i].
 # - No strong augmentation [p]: SLIP's base view, a crop of 50-100 % without flip [i].
 # - Retrieval and zero-shot use the online projector, localisation hidden states [i]. ITC alone leaves both modalities apart there, though
 #   its loss falls: the predictor learns to turn either one's projection into the other's. A mixture's own has to stay as it is, so that

@@ -65,17 +65,16 @@ class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
         self.pending = []
 
     def forward(self, input: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
-        """[batch, num_features], with the ranks' `gather` -> the same shape. Every rank must hold equally many rows."""
+        """[batch, num_features], with the ranks' `gather` -> the same shape."""
         if not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        rank_sums = gather(x.sum(0, keepdim=True))  # [rank, num_features]
-        rows = len(x) * len(rank_sums)
-        mean = rank_sums.sum(0) / rows
+        rows = gather(x.new_tensor([len(x)])).sum()  # of all ranks, which may hold unequally many
+        mean = gather(x.sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
         x = x - mean
-        variance = gather(x.square().sum(0, keepdim=True)).sum(0) / rows
-        if torch.is_grad_enabled():
-            self.pending.append(torch.stack([mean, variance * rows / max(1, rows - 1)]).detach())
+        variance = gather(x.square().sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
+        if torch.is_grad_enabled() and rows:
+            self.pending.append(torch.stack([mean, variance * rows / (rows - 1).clamp(min=1)]).detach())
         x = x * (variance + self.eps).rsqrt()
         if self.affine:
             x = x * self.weight + self.bias

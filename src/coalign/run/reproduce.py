@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,9 @@ from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.recipes.tables import Table, table
 from coalign.report.compare_page import Comparison
+from coalign.run.compare import compare
+from coalign.run.model import RESULTS, write_file
+from coalign.run.train import train
 
 CLASSES = "classes.txt"
 
@@ -70,7 +74,7 @@ def reproduce(
 
 
 def _finished(trial: Trial) -> bool:
-    return (trial.folder / "results.json").exists()
+    return (trial.folder / RESULTS).exists()
 
 
 def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
@@ -107,8 +111,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def _train(trial: Trial, threads: int) -> None:
     """One trial, in a process of its own; what it prints goes into a file beside its folder."""
-    from coalign.run.train import train
-
     sweep = table(trial.table)
 
     def settle(num_pairs: int) -> TrainConfig:
@@ -119,15 +121,16 @@ def _train(trial: Trial, threads: int) -> None:
 
     log = trial.folder.with_name(f"{trial.folder.name}.log")
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        result = train(trial.data, trial.folder, settle, resume="auto")
+        try:
+            result = train(trial.data, trial.folder, settle, resume="auto")
+        except Exception as error:
+            print(error) if isinstance(error, UserError) else traceback.print_exc()
+            raise
     if result is not None and result.ended == "interrupted":
         raise UserError("stopped; call it again to go on")
 
 
 def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
-    from coalign.run.compare import compare
-    from coalign.run.model import write_file
-
     out = trials[0].out
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
     trained = {trial.arm for trial in trials}
@@ -147,8 +150,6 @@ def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
 
 def _claim(headline: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[str, Any]:
     """Whether `higher` is better than `lower`: it is, or it is not, where the intervals over items and over seeds both say so."""
-    from coalign.run.compare import compare
-
     chosen = [trial for arm in (lower, higher) for trial in trials if trial.arm == arm]
     figure = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].figures[headline]
     intervals = [figure.difference_over_items, figure.difference_over_seeds]
