@@ -98,29 +98,31 @@ def full_step(method: Method, batch: Batch) -> Callable[[], None]:
 
 def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[str]]:
     """The towers' calls of one step, alone; and what they are."""
-    calls: list[tuple[nn.Module, tuple[Tensor, ...], bool]] = []
+    calls: list[tuple[nn.Module, tuple[Tensor, ...], dict[str, bool], bool]] = []
 
-    def record(tower: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        calls.append((tower, arguments, torch.is_grad_enabled()))
+    def record(tower: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, bool]) -> None:
+        calls.append((tower, arguments, options, torch.is_grad_enabled()))
 
     towers = [module for module in method.modules() if isinstance(module, (ImageTower, TextTower))]
-    hooks = [tower.register_forward_pre_hook(record) for tower in towers]
+    hooks = [tower.register_forward_pre_hook(record, with_kwargs=True) for tower in towers]
     info = StepInfo(500, 1000)
     method.encode(batch, info)
     with torch.no_grad():
         method.encode_targets(batch, info)
     for hook in hooks:
         hook.remove()
-    trained = {id(p): p for tower, _, grad in calls if grad for p in tower.parameters()}
+    trained = {id(p): p for tower, _, _, grad in calls if grad for p in tower.parameters()}
     optimisers = build_optimisers({"towers": list(trained.values())}, OptimiserConfig())
 
     def step() -> None:
         sums = []
-        for tower, arguments, grad in calls:
+        for tower, arguments, options, grad in calls:
             with torch.set_grad_enabled(grad):
-                features = tower(*arguments)
+                features = tower(*arguments, **options)
                 pooled = features if isinstance(features, Tensor) else features.pooled
                 sums.append(tower.projection(pooled).sum())  # type: ignore[operator]
+                if not isinstance(features, Tensor) and features.tokens is not None:
+                    sums.append(features.tokens.sum())  # a masked language model's pass ends in every token
         torch.stack([total for total in sums if total.requires_grad]).sum().backward()
         assert torch.isfinite(clip_gradients(optimisers.parameters(), None))
         optimisers.step()
@@ -128,7 +130,7 @@ def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[st
 
     kinds = [
         f"{'trained' if grad else 'teacher'} {'image' if isinstance(tower, ImageTower) else 'text'} × {len(inputs[0])}"
-        for tower, inputs, grad in calls
+        for tower, inputs, _, grad in calls
     ]
     return step, kinds
 

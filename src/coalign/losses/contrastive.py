@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SLOTS_AT_ONCE = 8192  # of a queue, which are compared together: 16 MB with a batch of 512
+SUMMED_AT_ONCE = 1024  # slots whose keys are added up by one product
 
 
 def info_nce(
@@ -153,7 +154,10 @@ def tag_info_nce(
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys, queue = (at_least_float32(x) for x in (queries, keys, queue))
         shared = positives.to(queue.dtype)
-        mean_key = (keys + shared @ queue) / (1 + shared.sum(1, keepdim=True))
+        # in parts: some processors' kernels add up a long sum one by one, whose rounding 1/τ makes visible
+        parts = zip(shared.split(SUMMED_AT_ONCE, dim=1), queue.split(SUMMED_AT_ONCE))
+        of_slots = torch.stack([part @ slots for part, slots in parts]).sum(0)
+        mean_key = (keys + of_slots) / (1 + shared.sum(1, keepdim=True))
         return info_nce + (queries * (keys - mean_key)).sum(1) / temperature
 
 

@@ -65,11 +65,7 @@ def train(
     pairs, settings = _open_data(data, settle, world)
     settings = _settle_workers(settings, world)
     tokenizer = _tokenizer(settings, pairs, out)
-    method = runs.build_method(settings, tokenizer)
-    if settings.init_from:
-        runs.initialise(method, settings)
-    _check_batch_norm(method, settings, world)
-    method.to(world.device).to(memory_format=torch.channels_last)
+    method = _method(settings, tokenizer, world)
     if dry_run:
         if world.is_first:
             from coalign.run.dry_run import describe
@@ -165,6 +161,15 @@ def _check_settings(config: TrainConfig) -> None:
     for name, (holds, what) in demands.items():
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but must be {what}.")
+
+
+def _method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
+    """The method as training starts with it, on its device."""
+    method = runs.build_method(config, tokenizer)
+    if config.init_from:
+        runs.initialise(method, config)
+    _check_batch_norm(method, config, world)
+    return method.to(world.device).to(memory_format=torch.channels_last)
 
 
 def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:
