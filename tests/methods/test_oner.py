@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import TRANSFORMER, build_method, make_batch
 from processes import on_two_processes
-from test_step_equality import ALONE, BATCH, STEP, assert_complete, assert_equal_steps, half_steps, run_step
+from test_step_equality import ALONE, BATCH, STEP, assert_complete, assert_equal_steps, batch_for, half_steps, run_step
 from torch.nn import functional as F
 
 from coalign.config import TrainConfig
@@ -290,7 +290,7 @@ def test_every_other_setting_on_two_processes(tmp_path):
     ranks = on_two_processes(half_steps, tmp_path, cases)
     for number, changes in enumerate(SETTINGS):
         method = build(tmp_path, **changes)
-        whole = run_step(method, make_batch(method.view_plan, BATCH), ALONE)
+        whole = run_step(method, batch_for(method), ALONE)
         for rank in ranks:
             assert_equal_steps(whole, rank[number])
 

@@ -7,10 +7,11 @@ import json
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,12 @@ def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
     failures: list[str] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
-        pool = ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1)
+        # not a pool of processes, which hands a trial out before the one ahead of it is done, and cannot take it back
+        pool = ThreadPoolExecutor(jobs)
         try:
-            running = {pool.submit(_train, trial, threads): trial for trial in trials}
+            running = {pool.submit(_in_a_process, trial, threads): trial for trial in trials}
             for number, future in enumerate(as_completed(running), 1):
-                trial, error = running[future], future.exception()
+                trial, error = running[future], future.result()
                 if error is not None:
                     failures.append(f"{trial.folder.name} ({error})")
                 what = "done" if error is None else f"failed: {error}"
@@ -94,6 +96,32 @@ def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, which those that run have heard as well, no other starts
     return failures
+
+
+def _in_a_process(trial: Trial, threads: int) -> str | None:
+    """Runs one trial to its end. What went wrong, if anything did."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(trial, threads, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return f"its process ended with code {process.exitcode}"
+    finally:
+        process.join()
+
+
+def _report(trial: Trial, threads: int, sender: Connection) -> None:
+    """In the trial's process: trains, and tells what went wrong."""
+    try:
+        _train(trial, threads)
+    except (Exception, KeyboardInterrupt) as error:
+        sender.send(str(error) or type(error).__name__)
+    else:
+        sender.send(None)
 
 
 @contextlib.contextmanager
