@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, where the C library is glibc.
 
     By default glibc maps every large block anew and gives it back when it is freed, so that each step's activations fault in page by
-    page: a third to a half of the time of a small model's step.
+    page: about a third of the time of a small model's step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
