@@ -14,7 +14,7 @@ import time
 import numpy as np
 from sklearn.datasets import load_digits
 
-from coalign.evaluation.linear_probe import STEPS, Part, best_penalty, fit, linear_probe, penalty_of
+from coalign.evaluation.linear_probe import STEPS, Part, best_penalty, fit, linear_probe, penalty_of, validation_score
 
 TARGET = 5.0
 
@@ -24,7 +24,7 @@ def exhaustive(train: Part, val: Part, test: Part) -> float:
     scores = {}
     for step in range(STEPS + 1):
         penalty = penalty_of(step)
-        scores[penalty] = float((fit(*train, penalty).predict(val[0]) == val[1]).mean())
+        scores[penalty] = validation_score(train, val, penalty)
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     return float((fit(*both, best_penalty(scores)).predict(test[0]) == test[1]).mean())
 

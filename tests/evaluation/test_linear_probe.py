@@ -5,7 +5,14 @@ import pytest
 from sklearn.datasets import load_digits
 
 from coalign.errors import UserError
-from coalign.evaluation.linear_probe import best_penalty, fit, linear_probe, penalty_of, search_penalty
+from coalign.evaluation.linear_probe import (
+    best_penalty,
+    fit,
+    linear_probe,
+    penalty_of,
+    search_penalty,
+    validation_score,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def test_the_search_finds_a_single_peak_in_few_steps(peak):
 
     def score(penalty):
         tried.append(penalty)
-        return -abs(np.log10(penalty) - np.log10(penalty_of(peak)))
+        return 0.5, -abs(np.log10(penalty) - np.log10(penalty_of(peak)))
 
     searched = search_penalty(score)
     assert best_penalty(searched) == pytest.approx(penalty_of(peak))
@@ -31,8 +38,13 @@ def test_the_search_finds_a_single_peak_in_few_steps(peak):
     assert {penalty_of(step) for step in range(0, 97, 16)} <= set(tried)
 
 
-def test_of_equal_scores_the_strongest_penalty_is_taken():
-    assert best_penalty(search_penalty(lambda penalty: 1.0)) == pytest.approx(1e6)
+def test_accuracy_comes_first_and_likelihood_tells_equal_accuracies_apart(digits):
+    assert best_penalty({1.0: (0.9, -5.0), 2.0: (0.9, -1.0), 3.0: (0.8, 0.0)}) == 2.0
+    train, val, _ = digits
+    accuracy, likelihood = validation_score(train, val, 1.0)
+    odds = fit(*train, 1.0).predict_proba(val[0])
+    assert accuracy == (odds.argmax(1) == val[1]).mean()
+    assert likelihood == pytest.approx(np.log(odds[np.arange(len(val[1])), val[1]]).mean())
 
 
 def test_the_grid_has_eight_steps_a_decade_from_1e_6_to_1e6():
@@ -45,8 +57,8 @@ def test_the_grid_has_eight_steps_a_decade_from_1e_6_to_1e6():
 def test_as_good_as_the_exhaustive_sweep(digits):
     train, val, test = digits
     result = linear_probe(train, val, test, 10)
-    scores = {step: (fit(*train, penalty_of(step)).predict(val[0]) == val[1]).mean() for step in range(97)}
-    best = max(scores, key=lambda step: (scores[step], step))
+    scores = {step: validation_score(train, val, penalty_of(step)) for step in range(97)}
+    best = max(scores, key=lambda step: scores[step])
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     exhaustive = (fit(*both, penalty_of(best)).predict(test[0]) == test[1]).mean()
     error = np.sqrt(exhaustive * (1 - exhaustive) / len(test[1]))

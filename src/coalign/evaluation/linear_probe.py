@@ -18,6 +18,10 @@ _FIRST = 16  # steps between the first candidates: two decades
 MAX_ITERATIONS = 1000  # of L-BFGS
 
 
+Score = tuple[float, float]  # accuracy, and mean log-likelihood
+Part = tuple[np.ndarray, np.ndarray]  # features [item, dim] and labels int64 [item]
+
+
 @dataclass
 class ProbeResult:
     """Rates are fractions of the test items."""
@@ -25,7 +29,7 @@ class ProbeResult:
     top1: Metric
     mean_per_class: Metric  # over the classes that occur
     penalty: float  # λ
-    searched: dict[float, float]  # λ -> accuracy on the validation part
+    searched: dict[float, Score]  # λ -> what it is chosen by, on the validation part
     correct: np.ndarray  # float64 [item]
     labels: np.ndarray  # int64 [item]
     num_classes: int
@@ -47,13 +51,12 @@ def penalty_of(step: int) -> float:
     return 10 ** (LEAST + step / A_DECADE)
 
 
-def search_penalty(score: Callable[[float], float]) -> dict[float, float]:
-    """λ -> score of those that were tried: 1e-6, 1e-4, …, 1e6, then ever nearer to the best, to eight steps a decade. Of equal scores the
-    greatest λ counts, the simplest model."""
-    tried: dict[int, float] = {}
+def search_penalty(score: Callable[[float], Score]) -> dict[float, Score]:
+    """λ -> score of those that were tried: 1e-6, 1e-4, …, 1e6, then ever nearer to the best, to eight steps a decade."""
+    tried: dict[int, Score] = {}
 
     def best() -> int:
-        return max(tried, key=lambda step: (tried[step], step))
+        return max(tried, key=lambda step: tried[step])
 
     wanted = list(range(0, STEPS + 1, _FIRST))
     distance = _FIRST
@@ -65,8 +68,20 @@ def search_penalty(score: Callable[[float], float]) -> dict[float, float]:
         wanted = [step for step in (best() - distance, best() + distance) if 0 <= step <= STEPS]
 
 
-def best_penalty(searched: dict[float, float]) -> float:
-    return max(searched, key=lambda penalty: (searched[penalty], penalty))
+def best_penalty(searched: dict[float, Score]) -> float:
+    return max(searched, key=lambda penalty: searched[penalty])
+
+
+def validation_score(train: Part, val: Part, penalty: float) -> Score:
+    """Accuracy, and among equal ones the log-likelihood: accuracy is flat over decades of λ, at whose ends the model is worse."""
+    from sklearn.metrics import log_loss
+
+    model = fit(*train, penalty)
+    known = np.isin(val[1], model.classes_)  # a class that only the validation part has is wrong, and has no likelihood
+    accuracy = float((model.predict(val[0]) == val[1]).mean())
+    if not known.any():
+        return accuracy, 0.0
+    return accuracy, -float(log_loss(val[1][known], model.predict_proba(val[0][known]), labels=model.classes_))
 
 
 def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> Any:
@@ -78,9 +93,6 @@ def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol's limit of iterations, not a fault
         return model.fit(features, labels)
-
-
-Part = tuple[np.ndarray, np.ndarray]  # features [item, dim] and labels int64 [item]
 
 
 def linear_probe(train: Part, val: Part, test: Part, num_classes: int, seed: int = 0) -> ProbeResult:
@@ -95,7 +107,7 @@ def linear_probe(train: Part, val: Part, test: Part, num_classes: int, seed: int
             )
     if len(np.unique(train[1])) < 2:
         raise UserError("A probe needs at least two classes among the training images, and there is one alone.")
-    searched = search_penalty(lambda penalty: float((fit(*train, penalty).predict(val[0]) == val[1]).mean()))
+    searched = search_penalty(lambda penalty: validation_score(train, val, penalty))
     penalty = best_penalty(searched)
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     correct = (fit(*both, penalty).predict(test[0]) == test[1]).astype(float)
