@@ -75,6 +75,8 @@ def test_one_picture_for_models_of_both_kinds(oner, trained, tmp_path, capsys):
 
 def test_what_is_wrong_is_said(oner, tmp_path):
     image, out = tmp_path / "image.png", tmp_path / "map.png"
+    with pytest.raises(UserError, match="There is no model to ask"):
+        localize([], image, ["a heart"], out)
     with pytest.raises(UserError, match="could not be read"):
         localize([oner], image, ["a heart"], out)
     image.write_text("<html>")

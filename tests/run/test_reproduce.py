@@ -89,7 +89,7 @@ def test_a_trial_that_fails_stops_no_other(small, tmp_path):
     assert len(json.loads((tmp_path / "out/table.json").read_text())["groups"]) == 2
 
 
-def test_wrong_words_are_answered(small, capsys):
+def test_wrong_words_are_answered(small, tmp_path, capsys):
     for words, said in (
         (["nothing"], "There is no table named"),
         (["test", "--arms", "thing"], "has no arm 'thing'"),
@@ -97,6 +97,9 @@ def test_wrong_words_are_answered(small, capsys):
     ):
         assert cli.main(["reproduce", *words, "--data", "photos", "--out", "out"]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["reproduce", "test", "--data", "photos", "--out", "file"]) == 2
+    assert "cannot be written to file" in capsys.readouterr().err
     assert small == []
 
 

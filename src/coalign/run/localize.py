@@ -54,6 +54,8 @@ def localize(
     float32 [run, text, side, side]. UserError for what cannot be read."""
     from coalign.report.maps import map_grid
 
+    if not runs:
+        raise UserError("There is no model to ask; give a run's folder, such as runs/oner.")
     if not texts or not all(text.strip() for text in texts):
         raise UserError('There is nothing to look for; give --text, such as --text "a red apple".')
     out = check_picture(out)

@@ -58,9 +58,12 @@ def reproduce(
         raise UserError(f"The table {name} has no arm {unknown[0]!r}; there are {', '.join(map(repr, sweep.arms))}.")
     if seeds < 1 or jobs < 1:
         raise UserError(f"--seeds is {seeds} and --jobs {jobs}, but both must be at least 1.")
-    out.mkdir(parents=True, exist_ok=True)
-    if sweep.classes:
-        (out / CLASSES).write_text("\n".join(sweep.classes) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if sweep.classes:
+            (out / CLASSES).write_text("\n".join(sweep.classes) + "\n")
+    except OSError as error:
+        raise UserError(f"The table cannot be written to {out}: {error.strerror}; choose another --out.") from error
     trials = [Trial(name, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
     console = Console(highlight=False, soft_wrap=True)
     failures = _run([trial for trial in trials if not _finished(trial)], jobs, console)
