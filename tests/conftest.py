@@ -1,6 +1,7 @@
 """Shape annotations of losses and networks are checked at run time, and nothing may reach for the network."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +43,24 @@ def trained(tmp_path_factory, pairs, model_file):
     out = tmp_path_factory.mktemp("runs") / "run"
     assert cli.main(tiny.train_args(pairs, out, model_file)) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def oner(tmp_path_factory):
+    """A OneR run of one step on scenes."""
+    from coalign.recipes import recipe
+    from coalign.run.train import train
+
+    folder = tmp_path_factory.mktemp("oner")
+    model = str(tiny.write_model(folder / "model"))
+
+    def settle(num_pairs):
+        config = replace(recipe("oner")(num_pairs), model=model, context_length=24, batch_size=16, workers=0, evals=0)
+        small = replace(config.method_config, head_hidden=16, head_dim=16)
+        return replace(config, method_config=small, epochs=1 / 2)
+
+    train("scenes:32,size=32", folder / "run", settle)
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -60,11 +60,12 @@ OPTIONS = {
     "train": "data out recipe resume dry-run device model pretrained init-from image-size context-length tokenizer batch-size "
     "micro-batch epochs optimiser lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
-    "max-non-finite temperature max-logit-scale multi-positive",
+    "max-non-finite probe temperature max-logit-scale multi-positive",
     "eval": "tasks weights split classes label prompts json device workers",
     "compare": "report json",
     "localize": "image text out device",
     "space": "data out pairs device",
+    "search": "data text image top split report device workers",
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",

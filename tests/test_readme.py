@@ -13,7 +13,8 @@ import coalign.recipes.clip
 from coalign import cli
 from coalign.evaluation.retrieval import RetrievalResult
 from coalign.report.compare_page import Comparison
-from coalign.run import compare, data, evaluate, localize, reporting, reproduce, space, train
+from coalign.run import compare, data, evaluate, localize, reporting, reproduce, search, space, train
+from coalign.run.search import Answers
 from coalign.types import DualEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,9 @@ def called(monkeypatch):
     ):
         monkeypatch.setattr(module, name, record)
     monkeypatch.setattr(space, "space", lambda *args: calls.append(args) or {})
+    monkeypatch.setattr(
+        search, "search", lambda *args, **options: calls.append((args, options)) or Answers("text", [], 0, 0)
+    )
     monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
     return calls
 

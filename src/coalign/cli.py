@@ -144,6 +144,7 @@ COMMANDS = {
     "compare": _plain(commands.compare_command, "compare"),
     "localize": _plain(commands.localize_command, "localize"),
     "space": _plain(commands.space_command, "space"),
+    "search": _plain(commands.search_command, "search"),
     "reproduce": _plain(commands.reproduce_command, "reproduce"),
     "data openclipart": _plain(commands.openclipart_command, "data openclipart"),
     "data scenes": _plain(commands.scenes_command, "data scenes"),

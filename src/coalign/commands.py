@@ -128,6 +128,44 @@ def space_command(run: Positional[str], data: str, out: Path, pairs: int = 300, 
     print(out)
 
 
+def search_command(
+    run: Positional[str],
+    data: str,
+    text: str | None = None,
+    image: Path | None = None,
+    top: int = 10,
+    split: str = "all",
+    report: Path | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> None:
+    """Find the images that are nearest to a text, to an image, or to both together: OneR takes both as one sequence, of a model of two
+    towers the embeddings are added.
+
+    Example: coalign search runs/oner --data data/openclipart --image apple.png --text "green" --report found.html
+
+    Args:
+        run: the folder of a run
+        data: what to search: anything that `coalign train --data` takes
+        text: what the images shall show
+        image: an image file like which they shall be
+        top: how many images to show
+        split: train, val, test, … or all
+        report: write a page with the pictures to this HTML file
+        device: cpu, cuda or cuda:N
+        workers: loader processes
+    """
+    from coalign.run.search import search
+
+    answers = search(run, data, text, image, top=top, split=split, report=report, device=device, workers=workers)
+    for number, hit in enumerate(answers.hits, 1):
+        print(f"{number:3}  {hit.score:.3f}  {hit.key}  {' / '.join(hit.captions)[:100]}")
+    left_out = f"; {answers.unreadable:,} could not be read" if answers.unreadable else ""
+    print(f"{answers.searched:,} images searched{left_out}")
+    if report:
+        print(f"Report: {report}")
+
+
 def reproduce_command(
     table: Positional[str],
     data: str,

@@ -58,6 +58,8 @@ class TrainConfig:
     """Validate on this data instead."""
     classes: Path | None = None
     """Your own classes, one a line: their zero-shot accuracy is followed during training (images whose tags or folder name one)."""
+    probe: bool = False
+    """At the end, also tell `classes` apart by a linear classifier on frozen image features, which learns from the training pairs."""
     evals: int = 10
     """Validations during the run, evenly spaced; the last one is at its end."""
     patience: int | None = None

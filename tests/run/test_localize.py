@@ -1,7 +1,5 @@
 """localize(): a picture of what a run looks at, and the queries that scenes give."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import tiny
@@ -13,26 +11,9 @@ from torch.nn import functional as F
 from coalign import cli
 from coalign.data.scenes import open_scenes
 from coalign.errors import UserError
-from coalign.recipes import recipe
 from coalign.run.evaluate import evaluate
 from coalign.run.localize import localize
 from coalign.run.scene_tasks import guided_queries, scene_queries
-from coalign.run.train import train
-
-
-@pytest.fixture(scope="module")
-def oner(tmp_path_factory):
-    """A OneR run of one step on scenes."""
-    folder = tmp_path_factory.mktemp("oner")
-    model = str(tiny.write_model(folder / "model"))
-
-    def settle(num_pairs):
-        config = replace(recipe("oner")(num_pairs), model=model, context_length=24, batch_size=16, workers=0, evals=0)
-        small = replace(config.method_config, head_hidden=16, head_dim=16)
-        return replace(config, method_config=small, epochs=1 / 2)
-
-    train("scenes:32,size=32", folder / "run", settle)
-    return folder / "run"
 
 
 def test_patches_are_compared_with_the_mean_token(tmp_path):

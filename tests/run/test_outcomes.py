@@ -50,6 +50,10 @@ def test_the_figures_can_be_computed_again(tmp_path, pairs):
         ranks = outcomes[f"retrieval.{name}.median_rank"]
         assert (ranks.kind, np.median(ranks.values)) == ("rank", side.median_rank.value)
         assert ranks.clusters.tolist() == list(range(30))
+    images, texts = evaluations["retrieval"].images.embeds.numpy(), evaluations["retrieval"].text_embeds.numpy()
+    gap = outcomes["retrieval.modality_gap"]
+    assert (gap.kind, gap.clusters) == ("distance", None)
+    assert gap.values.tolist() == [pytest.approx(np.linalg.norm(images.mean(0) - texts.mean(0)), rel=1e-5)]
     found = outcomes["zero_shot.acc1"]
     assert (found.kind, found.clusters) == ("rate", None)
     assert found.values.mean() == pytest.approx(zero_shot.top1.value)

@@ -16,6 +16,7 @@ from coalign.errors import UserError
 from coalign.recipes import tables
 from coalign.recipes.tables import Arm, Table
 from coalign.run import reproduce as module
+from coalign.run.evaluate import evaluate
 from coalign.run.reproduce import Trial, reproduce
 
 
@@ -32,6 +33,7 @@ def small(monkeypatch, tmp_path):
         image_size=32,
         val_fraction=0.2,
         classes=("red", "green = grass"),
+        probe=True,
     )
     original = Table.config
 
@@ -70,6 +72,15 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
     first, longer = values["groups"]
     assert longer["steps"] == 2 * first["steps"]
     assert "zero_shot.acc1" in longer["figures"]
+    gaps = [
+        json.loads((out / f"one-seed{seed}/results.json").read_text())["retrieval"]["modality_gap"] for seed in (0, 1)
+    ]
+    gap = first["figures"]["retrieval.modality_gap"]
+    assert (gap["kind"], gap["over_items"], gap["value"]) == ("distance", None, pytest.approx(sum(gaps) / 2))
+    again = evaluate(str(out / "one-seed0"), [f"probe:{tmp_path / 'photos'}"], classes=out / "classes.txt")
+    probed = json.loads((out / "one-seed0/results.json").read_text())["probe"]
+    assert probed["acc1"] == again[f"probe:{tmp_path / 'photos'}"]["acc1"] > 0.5
+    assert 0 < first["figures"]["probe.acc1"]["value"] <= 1
     assert longer["figures"]["retrieval.image_to_text.r1"]["difference_over_seeds"] is not None
     text = json.dumps(values)  # where it was run is nobody else's business
     assert str(out) not in text

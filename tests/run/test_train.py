@@ -487,7 +487,13 @@ def test_weights_of_another_model(copy, pairs, model_file, capsys):
 def test_settings_are_checked():
     config = recipe("clip")(5000)
     module._check_settings(config)
-    for name, value in (("epochs", math.nan), ("max_grad_norm", 0.0), ("context_length", 2), ("val_fraction", 1.0)):
+    for name, value in (
+        ("epochs", math.nan),
+        ("max_grad_norm", 0.0),
+        ("context_length", 2),
+        ("val_fraction", 1.0),
+        ("probe", True),
+    ):
         with pytest.raises(UserError, match=name.replace("_", "-")):
             module._check_settings(replace(config, **{name: value}))
 

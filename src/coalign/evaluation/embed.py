@@ -27,10 +27,10 @@ class ImageEmbeds:
 class Evaluation:
     """A task's result with the embeddings that it was made from."""
 
-    result: Any  # RetrievalResult or ZeroShotResult
+    result: Any  # RetrievalResult, ZeroShotResult, …
     images: ImageEmbeds
     texts: list[str]  # captions, or class names
-    text_embeds: Tensor  # float32 [text, dim]
+    text_embeds: Tensor | None = None  # float32 [text, dim]; None: the task has no use for them
 
 
 def embed_images(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:

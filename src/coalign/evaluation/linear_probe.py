@@ -45,6 +45,10 @@ class ProbeResult:
             "intervals": intervals,
         }
 
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """What the figures are means of, item by item, and the items' classes."""
+        return {"acc1": self.correct, "mean_per_class_recall": self.correct, "classes": self.labels}
+
 
 def penalty_of(step: int) -> float:
     """λ of a step of the grid, 0 … 96."""

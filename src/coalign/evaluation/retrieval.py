@@ -59,6 +59,7 @@ class RetrievalResult:
     num_texts: int
     num_distinct_texts: int  # fewer than the texts: equal captions count as right for every image that has them
     num_captionless: int  # images that are candidates but ask nothing
+    modality_gap: float  # distance of the centroids of images and captions, 0 … 2 (Liang et al. 2022)
 
     def to_json(self) -> dict[str, Any]:
         """Both directions; the recalls also under CLIP_benchmark's names (`image_retrieval` finds images by text)."""
@@ -72,11 +73,13 @@ class RetrievalResult:
             "captions": self.num_texts,
             "distinct_captions": self.num_distinct_texts,
             "images_without_caption": self.num_captionless,
+            "modality_gap": self.modality_gap,
         }
 
     def outcomes(self) -> dict[str, np.ndarray]:
         sides = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
-        return {f"{name}.{key}": values for name, side in sides.items() for key, values in side.outcomes().items()}
+        found = {f"{name}.{key}": values for name, side in sides.items() for key, values in side.outcomes().items()}
+        return {**found, "modality_gap": np.array([self.modality_gap])}
 
 
 @dataclass
@@ -141,6 +144,7 @@ def retrieval(
         num_texts=num_texts,
         num_distinct_texts=num_ids,
         num_captionless=num_images - len(asking),
+        modality_gap=float((image_embeds.mean(0) - text_embeds.mean(0)).norm()),
     )
 
 

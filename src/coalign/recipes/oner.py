@@ -128,7 +128,7 @@ RECIPES = {"oner": oner, "oner-cc3m": oner_cc3m, "oner-cc3m-384": oner_cc3m_384}
 
 # ---------------------------------------------------------------- the ablations
 
-_CHANGES: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "1-itc": {"losses": ("itc",)},
     "1-itc-two-heads": {"losses": ("itc",), "heads": "two"},
     "1-itc-xmc": {"losses": ("itc", "xmc")},
@@ -140,4 +140,4 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "e-no-teacher": {"teacher": "none"},
 }
 # Every row of Table 1 (Table 6 has the same), of Table 7 and the two statements of Appendix E, on small data.
-ABLATIONS = {name: replace(SMALL, **changes) for name, changes in _CHANGES.items()}
+ABLATIONS = {name: replace(SMALL, **changes) for name, changes in CHANGES.items()}

@@ -18,9 +18,9 @@ Interval = tuple[float, float]
 class Figure:
     """One figure of a group of runs. Intervals are 95 %: over the held-out items (bootstrap) and over seeds (t)."""
 
-    kind: Literal["rate", "rank"]
+    kind: Literal["rate", "rank", "distance"]
     value: float  # the mean over the group's runs
-    over_items: Interval
+    over_items: Interval | None  # None: a distance, which is of all items together
     over_seeds: Interval | None  # None: a single run
     n: int  # items
     chance: float | None
@@ -102,7 +102,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _widest(figure: Figure) -> Interval:
-    return figure.over_seeds or figure.over_items
+    return figure.over_seeds or figure.over_items or (figure.value, figure.value)
 
 
 # ---------------------------------------------------------------- words
@@ -114,6 +114,8 @@ def title(name: str) -> str:
     words = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class", "median_rank": "median rank"}
     if task == "foils":
         return f"Foils: {'all kinds' if rest == 'mean_per_kind' else rest.removesuffix('.accuracy').replace('_', ' ')}"
+    if rest == "modality_gap":
+        return "Modality gap"
     side, _, last = rest.rpartition(".")
     last = words.get(last, f"R@{last[1:]}" if last[1:].isdigit() else last)
     where = side.replace("_to_", " → ").capitalize() if side else task.replace("_", "-").capitalize()
@@ -122,6 +124,8 @@ def title(name: str) -> str:
 
 def value_text(figure: Figure, value: float | None = None) -> str:
     value = figure.value if value is None else value
+    if figure.kind == "distance":
+        return f"{value:.2f}"
     return percent(value) if figure.kind == "rate" else f"{value:,.1f}".removesuffix(".0")
 
 
@@ -133,10 +137,10 @@ def interval_text(figure: Figure, interval: Interval | None) -> str | None:
 
 
 def difference_text(figure: Figure, interval: Interval | None = None) -> str | None:
-    """The difference to the first group, or its interval, in points of per cent or in ranks."""
-    scale = 100 if figure.kind == "rate" else 1
+    """The difference to the first group, or its interval, in points of per cent, in ranks, or of a distance."""
+    scale, digits = (100 if figure.kind == "rate" else 1), (2 if figure.kind == "distance" else 1)
     values = [figure.difference] if interval is None else interval
-    shown = [f"{scale * value:+.1f}".replace("-", "−") for value in values if value is not None]
+    shown = [f"{scale * value:+.{digits}f}".replace("-", "−") for value in values if value is not None]
     return " to ".join(shown) if shown else None
 
 
@@ -248,7 +252,10 @@ def _figures_table(page: Page, groups: Sequence[Group], several: bool) -> None:
         for position, group in enumerate(groups):
             rows.append((title(name) if position == 0 else "", *figure_cells(group, name, several, len(groups) > 1)))
     page.table(
-        columns, rows, "Differences of rates are in points of per cent; a median rank is the better the smaller."
+        columns,
+        rows,
+        "Differences of rates are in points of per cent; a median rank is the better the smaller. The modality gap is the distance between "
+        "the centroids of images and captions, 0 to 2.",
     )
 
 

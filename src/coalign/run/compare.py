@@ -214,25 +214,24 @@ def _group(
 
 def _figure(name: str, runs: Sequence[Finished], first: Sequence[Finished] | None) -> Figure:
     outcomes = [run.outcomes[name] for run in runs]
-    metric = _bootstrap(outcomes)
-    values = [_value(outcome) for outcome in outcomes]
+    others = [] if first is None else [run.outcomes[name] for run in first]
+    values, other_values = ([_value(outcome) for outcome in side] for side in (outcomes, others))
+    kind = outcomes[0].kind
     figure = Figure(
-        kind="rank" if outcomes[0].kind == "rank" else "rate",
-        value=metric.value,
-        over_items=(metric.low, metric.high),
+        kind="rate" if kind == "class rate" else kind,
+        value=float(np.mean(values)),
+        over_items=_over_items(outcomes),
         over_seeds=metrics.over_runs(values),
-        n=metric.n,
+        n=len(outcomes[0].values),
         chance=_chance(runs[0].results, name),
     )
-    if first is None:
+    if not others:
         return figure
-    others = [run.outcomes[name] for run in first]
-    difference = _bootstrap(outcomes, others)
     return replace(
         figure,
-        difference=difference.value,
-        difference_over_items=(difference.low, difference.high),
-        difference_over_seeds=metrics.over_runs(values, [_value(outcome) for outcome in others]),
+        difference=float(np.mean(values) - np.mean(other_values)),
+        difference_over_items=_over_items(outcomes, others),
+        difference_over_seeds=metrics.over_runs(values, other_values),
     )
 
 
@@ -245,6 +244,14 @@ def _value(outcome: Outcome) -> float:
         num_classes = int(outcome.clusters.max()) + 1
         return float(np.nanmean(metrics.per_class(outcome.values, outcome.clusters, num_classes)))
     return float(outcome.values.mean())
+
+
+def _over_items(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> tuple[float, float] | None:
+    """The bootstrap interval; None for what is of all items together."""
+    if outcomes[0].kind == "distance":
+        return None
+    metric = _bootstrap(outcomes, minus)
+    return metric.low, metric.high
 
 
 def _bootstrap(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> Metric:
@@ -265,5 +272,7 @@ def _chance(results: dict[str, Any], name: str) -> float | None:
     task, *path = name.split(".")
     if task != "retrieval":
         return None if path == ["acc5"] else float(results[task]["chance"])
+    if path == ["modality_gap"]:
+        return None
     side, figure = path
     return float(results[task][side][figure]["chance"])

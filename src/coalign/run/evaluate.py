@@ -17,13 +17,12 @@ from coalign.data.scenes import Scenes
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.embed import image_features
 from coalign.evaluation.guidance import bootstrapped_guidance
-from coalign.evaluation.linear_probe import linear_probe
 from coalign.evaluation.prompts import read_classes, templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run.model import Run, check_output, load, write_file
+from coalign.run.probe import Labelled, probe
 from coalign.run.scene_tasks import SCENE_TASKS
 from coalign.types import Source
 
@@ -131,23 +130,14 @@ def _probe(asked: Question) -> dict[str, Any]:
     """The asked samples are the test part; what the probe learns from is the source's train part, or what was not asked for."""
     own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
     rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
-    labels = asked.labels(np.concatenate([asked.indices, rest, own.get("val", rest[:0])]))
-    bad: list[Any] = []
-
-    def part(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chosen = [index for index in indices.tolist() if index in labels.of_index]
-        if not chosen:
-            return np.empty((0, 1)), np.empty(0, np.int64)
-        features = image_features(asked.run.encoder(), asked.batches(chosen))
-        bad.extend(features.bad)
-        return features.embeds.numpy(), np.array([labels.of_index[index] for index in features.indices])
-
     val = np.setdiff1d(own.get("val", rest[:0]), asked.indices)
-    if not len(val):  # a fifth of what it learns from
-        shuffled = np.random.default_rng(0).permutation(rest)
-        val, rest = np.split(shuffled, [len(shuffled) // 5])
-    result = linear_probe(part(rest), part(val), part(asked.indices), len(labels.classnames))
-    return {"unreadable": _counted(bad), **result.to_json()}
+    labels = asked.labels(np.concatenate([asked.indices, rest, val]))
+    found = Labelled(asked.source, labels.of_index)
+    train, held_out, test = (found.among(indices) for indices in (rest, val, asked.indices))
+    evaluation = probe(
+        asked.run.encoder(), train, held_out if len(val) else None, test, labels.classnames, asked.workers
+    )
+    return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json()}
 
 
 TASKS_OF_ANY_DATA: Mapping[str, Callable[[Question], dict[str, Any]]] = {

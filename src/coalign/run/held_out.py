@@ -20,6 +20,7 @@ from coalign.method import Method
 from coalign.run import model as runs
 from coalign.run.evaluate import captions_of, label_function
 from coalign.run.pairs import Data, pair_loader
+from coalign.run.probe import Labelled, probe
 from coalign.training.distributed import World
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import Score, autocast_dtype
@@ -41,6 +42,8 @@ def validation(
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # of the first rank, decoded at the first validation
     labels = label_function(pairs.val_source, tracked, config.classes) if config.classes else None
+    if config.probe:
+        label_function(pairs.source, pairs.train, config.classes)  # says so before the training if there are none
 
     def validate(step: StepInfo) -> Score:
         total = 0.0
@@ -68,7 +71,8 @@ def validation(
 def evaluate_held_out(
     method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, name: str
 ) -> dict[str, Evaluation]:
-    """Retrieval among all held-out pairs; scenes' foils; zero-shot on the user's classes. Empty with less than two pairs."""
+    """Retrieval among all held-out pairs; scenes' foils; on the user's classes zero-shot and a probe that learns from the training pairs.
+    Empty with less than two pairs."""
     evaluations: dict[str, Evaluation] = {}
     if len(pairs.val) >= 2:
         encoder = runs.dual_encoder(method, tokenizer, config.context_length, name)
@@ -82,4 +86,8 @@ def evaluate_held_out(
             evaluations["zero_shot"] = classify(
                 encoder, batches, labels.of_index, labels.classnames, templates("default")
             )
+            if config.probe:
+                train = label_function(pairs.source, pairs.train, config.classes)
+                learnt, test = Labelled(pairs.source, train.of_index), Labelled(pairs.val_source, labels.of_index)
+                evaluations["probe"] = probe(encoder, learnt, None, test, labels.classnames, config.workers or 0)
     return evaluations

@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalign.data.image_views import make_views
-from coalign.data.randomness import generator
-from coalign.errors import BadSample, UserError
+from coalign.errors import UserError
 from coalign.evaluation.localization import upsample
 from coalign.method import Method
 from coalign.methods.oner import OneR
 from coalign.networks.grad_cam import grad_cam
 from coalign.networks.towers import ImageTower
 from coalign.run.model import Run, image_size, load
-from coalign.run.pictures import check_picture, save_picture
-from coalign.types import EVALUATION, Localizer
+from coalign.run.pictures import check_picture, read_picture, save_picture
+from coalign.types import Localizer
 
 
 def localizer(run: Run) -> tuple[Localizer, str]:
@@ -61,29 +59,14 @@ def localize(
     out = check_picture(out)
     loaded = [load(run, device=device) for run in runs]
     side = max(image_size(run.method) for run in loaded)
-    shown = _view(image, side)
+    shown = read_picture(image, side)
     maps, names = [], []
     for run in loaded:
         make, how = localizer(run)
-        pixels = _view(image, image_size(run.method))
+        pixels = read_picture(image, image_size(run.method))
         own = make(pixels.expand(len(texts), -1, -1, -1), list(texts))
         maps.append(upsample(own.cpu(), side).numpy())
         names.append(f"{run.path.name}, {how}")
     picture = shown[0].permute(1, 2, 0).numpy()
     save_picture(map_grid([picture] * len(loaded), np.stack(maps), [list(texts)] * len(loaded), names), out)
     return np.stack(maps)
-
-
-def _view(image: str | Path, side: int) -> Tensor:
-    """The evaluation view of a file, uint8 [1, 3, side, side]."""
-    try:
-        data = Path(image).read_bytes()
-    except OSError as error:
-        raise UserError(f"The image {image} could not be read: {error.strerror}.") from error
-    try:
-        view = make_views(data, {"evaluation": EVALUATION}, lambda _: generator(0, 0, 0, 0, "localize"), side)
-    except BadSample as bad:
-        raise UserError(
-            f"The image {image} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
-        ) from bad
-    return view["evaluation"][0][None]

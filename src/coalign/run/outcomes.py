@@ -21,7 +21,8 @@ from coalign.types import Source
 class Outcome:
     """One figure of one run, item by item."""
 
-    kind: Literal["rate", "class rate", "rank"]  # its figure is the mean, the mean of the classes' means, or the median
+    # its figure is the mean, the mean of the classes' means, the median, or, of a distance, the one value, which is of no item
+    kind: Literal["rate", "class rate", "rank", "distance"]
     values: np.ndarray  # float64 [item]
     clusters: np.ndarray | None  # int64 [item]: what the bootstrap draws together; of a class rate, the classes
 
@@ -69,6 +70,8 @@ def _outcome(name: str, values: np.ndarray, arrays: Mapping[str, np.ndarray]) ->
     where, _, figure = name.rpartition(".")
     if figure in ("mean_per_class_recall", "mean_per_kind"):
         return Outcome("class rate", values, arrays[f"{where}.classes"])
+    if figure == "modality_gap":
+        return Outcome("distance", values, None)
     return Outcome("rank" if figure == "median_rank" else "rate", values, arrays.get(f"{where}.clusters"))
 
 

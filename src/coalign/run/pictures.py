@@ -1,16 +1,48 @@
-"""Pictures that a command leaves where it is told to."""
+"""Pictures that a command is given, and those that it leaves where it is told to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coalign.errors import UserError
+import numpy as np
+from torch import Tensor
+
+from coalign.data.image_views import make_views
+from coalign.data.randomness import generator
+from coalign.errors import BadSample, UserError
+from coalign.types import EVALUATION, Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _KINDS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+_THUMBNAIL = 128  # pixels
+
+
+def read_picture(path: str | Path, side: int) -> Tensor:
+    """The evaluation view of a file, uint8 [1, 3, side, side]. UserError for what is no picture."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"The image {path} could not be read: {error.strerror}.") from error
+    try:
+        return evaluation_view(data, side)[None]
+    except BadSample as bad:
+        raise UserError(
+            f"The image {path} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
+        ) from bad
+
+
+def evaluation_view(image: bytes | np.ndarray, side: int) -> Tensor:
+    """uint8 [3, side, side]. BadSample for what is no picture."""
+    views = make_views(image, {"evaluation": EVALUATION}, lambda _: generator(0, 0, 0, 0, "picture"), side)
+    return views["evaluation"][0]
+
+
+def thumbnail(source: Source, index: int) -> np.ndarray:
+    """A sample's picture for a page, uint8 [height, width, 3]."""
+    return evaluation_view(source.image(index), _THUMBNAIL).permute(1, 2, 0).numpy()
 
 
 def check_picture(path: str | Path) -> Path:

@@ -16,8 +16,6 @@ from rich.table import Table
 
 from coalign import __version__
 from coalign.config import TrainConfig, to_json
-from coalign.data.image_views import make_views
-from coalign.data.randomness import generator
 from coalign.errors import BadSample
 from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
@@ -27,11 +25,11 @@ from coalign.report.compare_page import Comparison
 from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
+from coalign.run.pictures import thumbnail
 from coalign.training.log import duration
 from coalign.training.trainer import TrainResult
-from coalign.types import EVALUATION, Source
+from coalign.types import Source
 
-THUMBNAIL = 128  # pixels
 QUERIES, SHOWN, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
 
 
@@ -77,6 +75,9 @@ def write_run_report(
             *(_row(name, metric, zero_shot.chance) for name, metric in metrics.items()),
         ]
         summary.confusion, summary.classnames = zero_shot.confusion, zero_shot.classnames
+    if "probe" in evaluations:
+        found = evaluations["probe"].result
+        summary.metrics = [*summary.metrics, _row("linear probe top-1", found.top1, 1 / found.num_classes)]
     if "foils" in evaluations:
         foils = evaluations["foils"].result
         named = {"true or false caption": foils.overall, **{f"… of {kind}": m for kind, m in foils.by_kind.items()}}
@@ -108,6 +109,7 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
                         f"{shown(entry['low'])} – {shown(entry['high'])}",
                         shown(entry["chance"]),
                     )
+            table.add_row("modality gap (0 to 2)", f"{values['modality_gap']:.2f}")
         for metric, entry in values.items():
             if metric in ("accuracy", "pointing", "iou", "plain", "guided", "difference") or metric.startswith(
                 ("pointing_", "iou_")
@@ -209,6 +211,7 @@ def _add_retrieval(summary: RunSummary, evaluation: Evaluation, source: Source) 
         first_text.setdefault(row, text_row)
     pairs = [(row, first_text[row]) for row in rng.permutation(len(indices)).tolist() if row in first_text]
     rows, text_rows = (torch.tensor(column) for column in zip(*pairs))
+    assert evaluation.text_embeds is not None
     images, captions = evaluation.images.embeds[rows], evaluation.text_embeds[text_rows]
     n = min(PAIRS_IN_MATRIX, len(rows))
     summary.cosines = (captions[:n] @ images[:n].T).numpy()
@@ -240,11 +243,7 @@ class _Thumbnails:
                 continue
 
     def pixels(self, row: int) -> np.ndarray:
-        index = int(self.indices[row])
-        views = make_views(
-            self.source.image(index), {"thumbnail": EVALUATION}, lambda view: generator(0, 0, index, 0, view), THUMBNAIL
-        )
-        return views["thumbnail"][0].permute(1, 2, 0).numpy()
+        return thumbnail(self.source, int(self.indices[row]))
 
     def cell(self, row: int, is_image: bool, good: bool | None = None, score: float | None = None) -> GalleryCell:
         """An image with its first caption, or a caption alone."""
@@ -265,6 +264,7 @@ def _nearest_misses(view: _Thumbnails, evaluation: Evaluation, count: int = 4) -
     """Image queries whose right caption lost by the smallest margin."""
     side: Direction = evaluation.result.image_to_text
     owner = torch.tensor(view.owner)
+    assert evaluation.text_embeds is not None
     missed = []
     for i in np.flatnonzero(~side.top_right[:, 0] & (side.ranks > 1)).tolist():
         row = int(side.queries[i])

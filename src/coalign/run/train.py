@@ -143,6 +143,8 @@ def _splits(data: str, source: Source, val_fraction: float) -> dict[str, np.ndar
 
 def _check_settings(config: TrainConfig) -> None:
     """UserError for a number that makes no sense; the optimiser checks its own."""
+    if config.probe and not config.classes:
+        raise UserError("--probe needs classes to tell apart; give them with --classes FILE.")
     demands = {
         "epochs": (config.epochs > 0, "more than 0"),
         "context_length": (config.context_length >= 3, "at least 3: start, a token and end"),
