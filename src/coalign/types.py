@@ -95,7 +95,7 @@ class ViewPlan:
     patch_ranks: bool = False  # image views carry a random rank in [0, 1) per patch, which a mask ratio thresholds
     tags: int = 0  # ids of the sample's tags, of a vocabulary of this many, the most frequent of the training data
     captionless: bool = False  # samples without any caption are used, too: their text views hold no words
-    imageless: bool = False  # samples without an image are used, too: their image views are black
+    imageless: bool = False  # samples without an image are used, too: their image views are another sample's
 
 
 NOT_MASKED = -100  # the label of a token that is not to be predicted

@@ -506,6 +506,7 @@ def test_a_sample_without_caption_crosses_to_a_worker_and_back():
 def test_texts_without_an_image_are_used_by_methods_that_take_a_text_alone(make, tmp_path):
     Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "caption": "a cat"}, {"image": None, "caption": "a dog"}, {"caption": "a cow"}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(str(tmp_path / "pairs.jsonl"))
     assert [source.record(index).captions for index in range(3)] == [("a cat",), ("a dog",), ("a cow",)]
@@ -515,7 +516,11 @@ def test_texts_without_an_image_are_used_by_methods_that_take_a_text_alone(make,
     assert loaded.bad == []
     for index, has, pixels in zip(batch.indices.tolist(), batch.has_image, batch.images["a"].pixels):
         assert bool(has) == (index == 0)
-        assert pixels.float().mean().item() == (200 if has else 0)
+        assert pixels.float().mean().item() == 200  # another sample's, where there is none
+    texts = open_source(str(tmp_path / "texts.jsonl"))
+    [loaded] = make(texts, plan=plan, indices=np.arange(2), batch_size=2).batches(0, 1)
+    assert not loaded.batch.has_image.any()
+    assert not loaded.batch.images["a"].pixels.any()  # nobody's
     [loaded] = make(source, plan=CLIP_PLAN, indices=np.arange(3), batch_size=3).batches(0, 1)
     assert {entry.reason for entry in loaded.bad} == {"no image path"}
     assert loaded.batch.has_image is None

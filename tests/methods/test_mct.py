@@ -22,6 +22,7 @@ from coalign.types import StepInfo, TextPolicy, ViewPlan
 GATHER = RankGather(ALONE)
 PAIRS, QUEUE, DIMS = 6, 10, {"intra": 5, "inter": 7}
 HAS_CAPTION = torch.tensor([True, True, False, True, False, True])
+HAS_IMAGE = torch.tensor([True, True, True, True, True, False])
 TAGS = [[0, 1, 2, 3], [1, 2, 3], [2, 3, 5, 6], [], [], [7]]  # with captions and without, with tags and without
 
 
@@ -44,14 +45,15 @@ def new(tmp_path):
 
 
 def mixed(batch):
-    """The batch with samples that have a caption, tags, both, or neither."""
+    """The batch with samples that have a caption, tags, both, or neither, and the last one no image."""
     has_caption = torch.arange(len(batch)) % 2 == 0
+    has_caption[-1], has_image = True, torch.arange(len(batch)) < len(batch) - 1
     tags = None if batch.tags is None else batch.tags.masked_fill((torch.arange(len(batch)) % 4 < 2)[:, None], -1)
     texts = {}
     for name, view in batch.texts.items():
         lengths = view.lengths.where(has_caption, 2)
         texts[name] = replace(view, lengths=lengths)
-    return replace(batch, has_caption=has_caption, tags=tags, texts=texts)
+    return replace(batch, has_caption=has_caption, has_image=has_image, tags=tags, texts=texts)
 
 
 def embeds(method, heads, seed):
@@ -81,6 +83,7 @@ def inputs(method, seed=1):
         "indices": torch.arange(PAIRS),
         "caption_ids": torch.tensor([0, 1, 70, 2, 71, 1]),
         "has_caption": HAS_CAPTION,
+        "has_image": HAS_IMAGE,
         "tags": padded(TAGS),
     }
     targets = {name: value.detach() for name, value in embeds(method, method.key_heads, seed + 20).items()}
@@ -130,7 +133,7 @@ def naive_loss(method, features, targets):
         """The least at which at most a fiftieth of the slots shares more tags, unless one is given."""
         filled = int(queue.filled.sum())
         slots = [set(row) - {-1} for row in queue["tags"][:filled].tolist()]
-        common = [len(set(tags) & slot) for tags in TAGS if tags for slot in slots]
+        common = [len(set(TAGS[i]) & slot) for i in tagged for slot in slots]
         least = next(e for e in range(99) if sum(n > e for n in common) <= len(common) / 50)
         return least if config.tag_threshold is None else config.tag_threshold
 
@@ -141,14 +144,14 @@ def naive_loss(method, features, targets):
             j for j in negatives("j_tag", i, queue) if len(own & (set(queue["tags"][j].tolist()) - {-1})) > threshold
         ]
 
-    captioned = HAS_CAPTION.nonzero().flatten().tolist()
-    tagged = [i for i, tags in enumerate(TAGS) if tags]
+    imaged, captioned = (has.nonzero().flatten().tolist() for has in (HAS_IMAGE, HAS_CAPTION))
+    tagged, paired = [i for i in imaged if TAGS[i]], [i for i in imaged if i in captioned]
     means = {
-        "j_ii": lambda: sum(info_nce("j_ii", i) for i in range(PAIRS)) / PAIRS,
+        "j_ii": lambda: sum(info_nce("j_ii", i) for i in imaged) / len(imaged),
         "j_tag": lambda: sum(info_nce("j_tag", i, sharing(i)) for i in tagged) / len(tagged),
         "j_cc": lambda: 0.7 * sum(info_nce("j_cc", i) for i in captioned) / len(captioned),
-        "j_ic": lambda: 0.01 * sum(hinges("j_ic", i) for i in captioned) / len(captioned),
-        "j_ci": lambda: 0.01 * sum(hinges("j_ci", i) for i in captioned) / len(captioned),
+        "j_ic": lambda: 0.01 * sum(hinges("j_ic", i) for i in paired) / len(paired),
+        "j_ci": lambda: 0.01 * sum(hinges("j_ci", i) for i in paired) / len(paired),
     }
     if config.j_tag and not config.multi_positive and config.tag_threshold is not None:
         assert [len(sharing(i)) for i in tagged] != [0] * len(tagged)
@@ -184,7 +187,7 @@ def test_with_a_full_queue_the_margin_terms_are_the_papers_sums(new):
     for name in ("j_ic", "j_ci"):
         query, key = method.terms[name]
         total = 0.0
-        for i in HAS_CAPTION.nonzero().flatten():
+        for i in (HAS_CAPTION & HAS_IMAGE).nonzero().flatten():
             q = features[query][i]
             total = total + (0.2 - q @ targets[key][i] + method.queues[key]["embeds"] @ q).clamp(min=0).sum()
         torch.testing.assert_close(terms[name].weight * terms[name].total, 1e-4 * total)
@@ -193,7 +196,7 @@ def test_with_a_full_queue_the_margin_terms_are_the_papers_sums(new):
 def test_weights_and_counts_are_the_papers(new):
     terms = objective(*((method := filled(new(margin_negatives=32_768))), *inputs(method)))
     assert {name: (term.weight, term.count) for name, term in terms.items()} == {
-        "j_ii": (1.0, 6), "j_tag": (1.0, 4), "j_cc": (1.0, 4), "j_ic": (3.2768, 4), "j_ci": (3.2768, 4),
+        "j_ii": (1.0, 5), "j_tag": (1.0, 3), "j_cc": (1.0, 4), "j_ic": (3.2768, 3), "j_ci": (3.2768, 3),
     }  # fmt: skip
 
 
@@ -222,22 +225,22 @@ def test_empty_slots_are_no_negatives(new):
 
 
 def test_what_enters_the_queues(new):
-    """Keys of all images, with their tags beside them; of the texts those of real captions."""
+    """Keys of real images, with their tags beside them; of the texts those of real captions."""
     method = new()
     batch = mixed(make_batch(method.view_plan, 8))
     with torch.no_grad():
         features, targets = method.encode(batch, STEP), method.encode_targets(batch, STEP)
     method.after_step(features, targets, GATHER, STEP)
     for head, queue in method.queues.items():
-        rows = batch.has_caption if head.startswith("text") else torch.ones(8, dtype=torch.bool)
+        rows = batch.has_caption if head.startswith("text") else batch.has_image
         count = int(rows.sum())
         assert queue.filled.sum() == count
         torch.testing.assert_close(queue["embeds"][:count], targets[head][rows])
         assert torch.equal(queue["indices"][:count], batch.indices[rows])
         assert torch.equal(queue["caption_ids"][:count], batch.caption_ids[rows])
         assert ("tags" in queue.columns) == (head == "image_intra")
-    assert torch.equal(method.queues["image_intra"]["tags"][:8, :3], batch.tags)
-    assert (method.queues["image_intra"]["tags"][:8, 3] == -1).all()
+    assert torch.equal(method.queues["image_intra"]["tags"][:7, :3], batch.tags[:7])
+    assert (method.queues["image_intra"]["tags"][:7, 3] == -1).all()
     assert {name for name in method.state_dict() if name.endswith("tags")} == {"queues.image_intra.tags"}
 
 
@@ -282,7 +285,23 @@ def test_what_a_sample_lacks_has_no_influence(new):
         name: replace(view, ids=torch.where(batch.has_caption[:, None], view.ids, view.ids.flip(0)))
         for name, view in batch.texts.items()
     }
-    assert_equal_steps(one, run_step(new(), replace(batch, texts=texts), ALONE))
+    images = {
+        name: replace(view, pixels=torch.where(batch.has_image[:, None, None, None], view.pixels, 255 - view.pixels))
+        for name, view in batch.images.items()
+    }
+    assert_equal_steps(one, run_step(new(), replace(batch, texts=texts, images=images), ALONE))
+
+
+def test_texts_alone_are_contrasted_with_their_paraphrases(new):
+    method = new()
+    batch = replace(make_batch(method.view_plan, 8), has_image=torch.zeros(8, dtype=torch.bool))
+    _, gradients, _ = run_step(method, batch, ALONE)
+    assert any(gradient.any() for name, gradient in gradients.items() if name.startswith("text."))
+    assert not any(gradient.any() for name, gradient in gradients.items() if name.startswith("image."))
+    result = forward_backward(method, batch, STEP, ALONE)
+    assert {name for name, value in result.terms.items() if value} == {"j_cc"}
+    assert all(value.isfinite() for value in method.scalars().values())
+    assert {method.queues[name].filled.sum().item() for name in method.queues if name.startswith("image")} == {0}
 
 
 @pytest.mark.parametrize("lacking", ["captions", "tags", "both"])

@@ -181,6 +181,14 @@ class PairLoader:
                 raise
             return None
 
+    def _other_image(self, index: int, epoch: int) -> bytes | np.ndarray | None:
+        """Another sample's, so that statistics of a batch stay those of images; None where as many have none as are tried."""
+        for attempt in range(MAX_ATTEMPTS):
+            number = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
+            with suppress(BadSample):
+                return self.source.image(int(self.indices[number]))
+        return None
+
     def _sample(
         self, record: Record, pixels: np.ndarray, row: np.void, index: int, epoch: int, occurrence: int
     ) -> list[int]:
@@ -194,6 +202,8 @@ class PairLoader:
 
         row["index"], row["caption_id"], row["has_caption"] = index, caption_id, bool(record.captions)
         row["has_image"], row["params"] = image is not None, 0
+        if image is None and self.plan.images:
+            image = self._other_image(index, epoch)
         if image is None:
             pixels[:] = 0
         else:

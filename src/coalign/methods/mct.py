@@ -79,7 +79,9 @@ class MCT(Method):
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         """q (Eqs. 1, 6, 9 and 12), [batch, dim] by head."""
         features = _embed(batch, "query", self.query_heads, self.towers, self.heads)
+        has_image = torch.ones_like(batch.has_caption) if batch.has_image is None else batch.has_image
         features |= {name: getattr(batch, name) for name in ("indices", "caption_ids", "has_caption")}  # [batch]
+        features["has_image"] = has_image
         if self.config.j_tag:
             assert batch.tags is not None
             tags = batch.tags[:, : self.config.max_tags]
@@ -92,18 +94,23 @@ class MCT(Method):
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         """Own queries against own keys and the queues, which are the same on every rank: no features are gathered here."""
-        config, has_caption = self.config, features["has_caption"]
-        every, captioned = torch.arange(len(has_caption), device=has_caption.device), has_caption.nonzero().squeeze(1)
+        config, has_image, has_caption = self.config, features["has_image"], features["has_caption"]
+        imaged, captioned, paired = (
+            rows.nonzero().squeeze(1) for rows in (has_image, has_caption, has_image & has_caption)
+        )
         self.followed = {"teacher_momentum": torch.tensor(self._momentum(step))}
         terms = []
         if config.j_ii or config.j_tag:
-            queries, keys, queue, ignored = self._compared("j_ii" if config.j_ii else "j_tag", every, features, targets)
-            losses = queue_info_nce(queries, keys, queue, config.temperature, ignored)  # [batch]
+            queries, keys, queue, ignored = self._compared(
+                "j_ii" if config.j_ii else "j_tag", imaged, features, targets
+            )
+            losses = queue_info_nce(queries, keys, queue, config.temperature, ignored)  # [row]
             if config.j_ii:  # Eq. 3
                 terms.append(LossTerm("j_ii", losses.sum(), len(losses)))
             if config.j_tag:  # Eqs. 4 and 5, of those that have tags
-                tagged = (features["tags"] >= 0).any(1).nonzero().squeeze(1)
-                positives = self._positives(features["tags"][tagged], ignored[tagged], gather)
+                tags = features["tags"][imaged]
+                tagged = (tags >= 0).any(1).nonzero().squeeze(1)
+                positives = self._positives(tags[tagged], ignored[tagged], gather)
                 losses = tag_info_nce(
                     losses[tagged], queries[tagged], keys[tagged], queue, config.temperature, positives
                 )
@@ -114,11 +121,11 @@ class MCT(Method):
             terms.append(LossTerm("j_cc", losses.sum(), len(captioned), config.text_weight))
         for name in ("j_ic", "j_ci"):
             if name in self.terms:  # Eqs. 11 and 14
-                queries, keys, queue, ignored = self._compared(name, captioned, features, targets)
-                sums = margin_ranking(queries, keys, queue, config.margin, ignored)  # [batch]
+                queries, keys, queue, ignored = self._compared(name, paired, features, targets)
+                sums = margin_ranking(queries, keys, queue, config.margin, ignored)  # [row]
                 means = sums / (~ignored).sum(1, dtype=torch.int32).clamp(min=1)
                 weight = config.inter_weight * config.margin_negatives
-                terms.append(LossTerm(name, means.sum(), len(captioned), weight))
+                terms.append(LossTerm(name, means.sum(), len(paired), weight))
         return terms
 
     def _compared(
@@ -169,10 +176,10 @@ class MCT(Method):
         rows: Features = {
             name: gather(features[name]) for name in ("indices", "caption_ids", "tags") if name in features
         }
-        captioned = gather(features["has_caption"])
+        real = {"image": gather(features["has_image"]), "text": gather(features["has_caption"])}
         for name in self.key_heads:
             queue, rows["embeds"] = self._queue(name), gather(targets[name])
-            entering = captioned if _modality(name) == "text" else torch.ones_like(captioned)
+            entering = real[_modality(name)]
             queue.push(**{column: rows[column][entering] for column in queue.columns})
 
     def scalars(self) -> dict[str, Tensor]:
@@ -202,7 +209,7 @@ class MCT(Method):
         return self.config.intra_dim if head.endswith("intra") else self.config.inter_dim
 
     def _view_plan(self) -> ViewPlan:
-        """The views that some term needs. Captions that are not in the data are done without."""
+        """The views that some term needs. Captions and images that are not in the data are done without."""
         sides = {"query": self.query_heads, "key": self.key_heads}
         views = {
             modality: [view for view, heads in sides.items() if modality in map(_modality, heads)]
@@ -212,7 +219,8 @@ class MCT(Method):
             images=dict.fromkeys(views["image"], self.config.image_view),
             texts=dict.fromkeys(views["text"], TextPolicy("paraphrase")),
             tags=self.config.num_tags if self.config.j_tag else 0,
-            captionless=True,
+            captionless=bool(views["image"]),
+            imageless=bool(views["text"]),
         )
 
     def _new_queue(self, head: str) -> FeatureQueue:
@@ -258,7 +266,8 @@ def _embed(
 #   are no batch's at all (as in EMAN, Cai et al. 2021), and a key depends on its own image alone, on any slices and ranks [i].
 # - P holds the own key also where a sample has too few tags to share them with itself: Eq. 4 as printed drops it [i]. J_tag is over the
 #   samples that have tags, J_cc, J_ic and J_ci over those that have a caption, J_ii over all [p: "doesn't require all images to have
-#   tags"]. The keys of all images wait in the images' queues; the texts' hold those of real captions alone [i].
+#   tags"], and texts without an image add to J_cc alone [i]. The keys of all images wait in the images' queues, and those of all captions
+#   in the texts'; what stands in for a caption or an image that is not there does not [i].
 # - ε is 2 [p]. On other tags it would make next to none or a quarter of the queue positive: the small recipe takes the least ε at which
 #   at most 2 % are [i].
 # - J_ic and J_ci are sums over K = 32,768 (COCO) or 65,536 (Stock) [p]. With fewer negatives, as in a short run or while a queue fills,
