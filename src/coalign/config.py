@@ -23,7 +23,8 @@ class TrainConfig:
     model: str = "ViT-B-32"
     """Towers: an open_clip model name, a JSON file in open_clip's form, `timm:TRUNK`, or one of ours (`small`)."""
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag, a safetensors file of an open_clip model, or `timm` for a timm trunk's own."""
+    """Start from these weights: an open_clip tag, a safetensors file of an open_clip model, `timm` for a timm trunk's own, or `hf` for
+    those of a Hugging Face text tower."""
     init_from: Path | None = None
     """Start from the weights of this run's folder, of the same method and model; the image size may be another one."""
     image_size: int | None = None
@@ -31,7 +32,8 @@ class TrainConfig:
     context_length: int = 77
     """The most tokens of a caption, start and end included; longer ones are cut."""
     tokenizer: str = "clip"
-    """`clip`, `captions` (train a small byte-pair vocabulary on the training captions), or a tokenizer file."""
+    """`clip`, `captions` (train a small byte-pair vocabulary on the training captions), `hf:NAME` (that of a Hugging Face model), or a
+    tokenizer file."""
     batch_size: int = 256
     """Pairs a step, over all processes."""
     micro_batch: int | None = None

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from coalign.data import loader
+from coalign.data.evaluation_views import image_batches
 from coalign.data.image_views import make_views
-from coalign.data.loader import BadEntry, LoadedBatch, PairLoader, image_batches, tag_vocabulary
+from coalign.data.loader import BadEntry, LoadedBatch, PairLoader, tag_vocabulary
 from coalign.data.order import order
 from coalign.data.randomness import generator
 from coalign.data.sources import open_source

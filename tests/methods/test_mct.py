@@ -575,8 +575,9 @@ def test_senseless_settings_are_refused(changes, message):
 
 
 def test_the_papers_settings():
-    coco, stock = (RECIPES[name](118_000) for name in ("mct-coco-sgd", "mct-stock"))
-    assert (coco.batch_size, coco.epochs, stock.epochs, coco.model) == (512, 200, 60, "MCT-RN50")
+    coco, stock = (RECIPES[name](118_000) for name in ("mct-coco-bert", "mct-stock"))
+    assert (coco.batch_size, coco.epochs, stock.epochs, coco.model) == (512, 200, 60, "MCT-RN50-BERT")
+    assert (coco.pretrained, coco.tokenizer, stock.model) == ("hf", "hf:bert-base-uncased", "MCT-RN50")
     assert (coco.method_config.queue_size, stock.method_config.queue_size) == (32_768, 65_536)
     assert stock.method_config.margin_negatives == 65_536
     assert stock.method_config.num_tags == 18_157

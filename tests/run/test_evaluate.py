@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from coalign import cli
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import UserError

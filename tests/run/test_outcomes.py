@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from coalign.data.text_views import choose_caption, text_view
 from coalign.data.tokenizer import Tokenizer
 from coalign.data.workers import fetch_all
 from coalign.errors import BadSample, NoCaption, NoImage, UserError
-from coalign.types import EVALUATION, AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
+from coalign.types import AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
 
 CHUNK = 64  # samples that a worker fetches at a time; more where a batch would otherwise be in more than MAX_CHUNKS
 MAX_CHUNKS = 64  # each takes a file descriptor while it is on its way
@@ -353,43 +352,7 @@ def _unusable(source: str, tried: list[BadEntry]) -> str:
     )
 
 
-# ---------------------------------------------------------------- images for evaluation, and tags
-
-
-def image_batches(
-    source: Source, indices: Sequence[int] | np.ndarray, image_size: int, batch_size: int = 256, workers: int = 0
-) -> Generator[tuple[list[int], Tensor, list[BadEntry]], None, None]:
-    """The evaluation view of each of `indices`, in order: (indices, uint8 pixels [b, 3, size, size], bad samples).
-
-    Bad samples are left out of the first two and listed in the third, with epoch 0; b may be 0.
-    """
-    make = partial(_image_batch, source, np.asarray(indices, np.int64), image_size, batch_size)
-    return fetch_all(make, range(-(-len(indices) // batch_size)), workers, ahead=workers)
-
-
-def _image_batch(
-    source: Source, indices: np.ndarray, size: int, batch_size: int, task: int
-) -> tuple[list[int], Tensor, list[BadEntry]]:
-    batch = indices[task * batch_size : (task + 1) * batch_size].tolist()
-    pixels = np.empty((len(batch), 3, size, size), np.uint8)
-    good: list[int] = []
-    bad: list[BadEntry] = []
-    for index in batch:
-        try:
-            draw = partial(generator, 0, 0, index, 0)
-            view, _ = make_views(source.image(index), {"evaluation": EVALUATION}, draw, size)["evaluation"]
-            pixels[len(good)] = view.numpy()
-            good.append(index)
-        except BadSample as error:
-            bad.append(BadEntry(_key(source, index), error.reason, error.detail, 0))
-    return good, torch.from_numpy(pixels[: len(good)]), bad
-
-
-def _key(source: Source, index: int) -> str:
-    try:
-        return source.record(index).key
-    except BadSample:
-        return f"{source.name}[{index}]"
+# ---------------------------------------------------------------- tags
 
 
 def tag_vocabulary(source: Source, indices: Sequence[int] | np.ndarray, size: int) -> dict[str, int]:

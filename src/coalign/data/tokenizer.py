@@ -56,6 +56,7 @@ class Tokenizer:
         self.end_id = self.vocab_size - 1
         self.mask_id = self.vocab_size
         self._backend = backend
+        backend.encode_special_tokens = True  # what looks like one in a caption is words
         if (backend.token_to_id(START), backend.token_to_id(END)) != (self.start_id, self.end_id):
             raise UserError(
                 f"The tokenizer {name} does not end with the tokens {START} and {END}: "
@@ -108,9 +109,12 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """ "clip", or the path of a JSON file that `Tokenizer.save` wrote; `UserError` for anything else."""
+    """ "clip", "hf:NAME" for that of a Hugging Face model (NAME of the hub or a folder), or the path of a JSON file that `Tokenizer.save`
+    wrote; `UserError` for anything else."""
     if spec == "clip":
         return _clip_tokenizer()
+    if str(spec).startswith("hf:"):
+        return _of_hugging_face(str(spec).removeprefix("hf:"))
     path = Path(spec)
     try:
         text = path.read_text(encoding="utf-8")
@@ -195,6 +199,23 @@ def _clip_tokenizer() -> Tokenizer:
     )
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_WORD_END, " ")])
     return Tokenizer(backend, "clip")
+
+
+def _of_hugging_face(name: str) -> Tokenizer:
+    """Its tokens with their own numbers, then our start and end token, which stand for its own (extra "hf")."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UserError(f'The tokenizer hf:{name} needs the extra "hf": pip install "coalign[hf]".') from None
+    try:
+        backend = AutoTokenizer.from_pretrained(name).backend_tokenizer
+    except Exception as error:  # the hub's client has many: no network, no such file, none of the `tokenizers` library
+        raise UserError(f"The tokenizer hf:{name} could not be loaded: {str(error).splitlines()[0]}") from error
+    backend = Backend.from_str(backend.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.add_special_tokens([START, END])
+    return Tokenizer(backend, Path(name).name)
 
 
 def _byte_characters() -> list[str]:

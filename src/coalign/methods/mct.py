@@ -279,8 +279,10 @@ def _embed(
 #   which would be a third layer [i]. "Unified" is one head for all terms of its modality, and one queue [p].
 # - Captions: two different paraphrases of one caption (back-translation through French or German [p]), which the data must bring; where
 #   there is one, the original is the other, and without any it is both [i].
-# - The text tower has BERT-base's shape and attention, but CLIP's vocabulary and norms before the sublayers, and starts from random
-#   weights: "scratch" (54.6 against 54.9) [p]. SGD at 4e-5 would leave it where it starts in a short run: AdamW [i].
+# - The text tower is a pretrained BERT-base at SGD's 4e-5 with `mct-coco-bert` [p]; without its dropout, which momentum encoders and a
+#   second pass for micro-batches would see otherwise [i]. Else it has BERT-base's shape and attention, but CLIP's vocabulary and norms
+#   before the sublayers, and starts from random weights: "scratch" (54.6 against 54.9) [p]. SGD at 4e-5 would leave that where it
+#   starts: AdamW [i].
 # - Images: MoCo-v2's augmentations [p]; rates [c]. Learning rates fall on a cosine to 0, without warm-up [p, c].
 # - Search and zero-shot use the online towers and inter heads; what no term trains (all of the text, in J_ii alone) stays random there.
 # - `multi_positive` (ours, off by default): keys of the same sample, from an earlier epoch, are no negatives, nor are those with the same

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import open_clip
 import timm
@@ -22,7 +22,11 @@ from coalign.errors import UserError
 from coalign.networks.batch_norm import group_batch_norms
 from coalign.networks.transformer import is_plain, pack, run_blocks
 
+if TYPE_CHECKING:
+    from coalign.networks.hugging_face_text import HuggingFaceTextTower
+
 OWN_CONFIGS = Path(__file__).parent / "configs"
+OF_A_PART = (None, "timm", "hf")  # `pretrained` that is not of both towers
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,8 @@ class TowerSpec:
     vocab_size: int
     context_length: int = 77
     image_size: int | None = None  # None: the model's own
-    pretrained: str | None = (
-        None  # an open_clip tag, a safetensors file of an open_clip model, or "timm" for a trunk's own weights
-    )
+    # an open_clip tag, a safetensors file of an open_clip model, "timm" for a trunk's own weights, "hf" for a Hugging Face text tower's
+    pretrained: str | None = None
     batch_norm_group: int = 32
 
 
@@ -50,7 +53,7 @@ class ImageTower(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk, self.width, self.embed_dim, self.image_size = trunk, width, embed_dim, image_size
-        self.projection = projection or _projection(width, embed_dim)
+        self.projection = projection or new_projection(width, embed_dim)
         # open_clip's and CLIP's normalisation
         self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1) * 255, persistent=False)
@@ -96,7 +99,7 @@ class TextTower(nn.Module):
             raise ValueError("under causal attention the start token sees nothing of the caption")
         self.transformer, self.attention, self.pooling = transformer, attention, pooling
         self.width, self.embed_dim, self.context_length = transformer.width, embed_dim, transformer.context_length
-        self.projection = projection or _projection(self.width, embed_dim)
+        self.projection = projection or new_projection(self.width, embed_dim)
 
     def forward(
         self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"], with_tokens: bool = False
@@ -126,7 +129,7 @@ class TextTower(nn.Module):
         return TextFeatures(pooled, tokens if with_tokens else None)
 
 
-def _projection(width: int, embed_dim: int) -> nn.Linear:
+def new_projection(width: int, embed_dim: int) -> nn.Linear:
     projection = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)  # CLIP's
     return projection
@@ -186,7 +189,7 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         raise UserError(
             f"The model {spec.name} takes images of {size[0]} × {size[1]} pixels; only square ones are supported."
         )
-    if spec.pretrained and spec.pretrained != "timm":
+    if spec.pretrained not in OF_A_PART:
         visual = _pretrained(spec).visual
     elif spec.name.startswith("timm:") or "timm_kwargs" in vision:
         trunk = _timm_trunk(vision, size, spec.pretrained == "timm")
@@ -267,15 +270,22 @@ def build_text_tower(
     spec: TowerSpec,
     attention: Literal["causal", "bidirectional"] = "causal",
     pooling: Literal["end", "start", "mean"] = "end",
-) -> TextTower:
-    """The text tower of `spec`. Its vocabulary and context are the spec's, whatever the configuration says."""
+) -> TextTower | HuggingFaceTextTower:
+    """The text tower of `spec`. Its vocabulary and context are the spec's, whatever the configuration says. A Hugging Face encoder attends
+    both ways and has no end that knows the rest: it is read at its start, or the mean."""
     config = model_config(spec.name)
     text, embed_dim = dict(config["text_cfg"]), config["embed_dim"]
     if "hf_model_name" in text:
-        raise UserError(
-            f"The model {spec.name} has a Hugging Face text tower, which cannot be trained here; use one with CLIP's text tower."
+        if spec.pretrained not in OF_A_PART:
+            raise UserError(f"Of {spec.name}'s text tower only its own weights can be taken: --pretrained hf.")
+        from coalign.networks.hugging_face_text import build_hugging_face_tower  # it builds on this file
+
+        return build_hugging_face_tower(
+            text["hf_model_name"], spec, embed_dim, "mean" if pooling == "mean" else "start"
         )
-    if spec.pretrained and spec.pretrained != "timm":
+    if spec.pretrained == "hf":
+        raise UserError(f"--pretrained hf: {spec.name} has no Hugging Face text tower.")
+    if spec.pretrained not in OF_A_PART:
         tower = _pretrained(spec).text
         _fit_text(tower, spec)
     else:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from coalign.config import TrainConfig
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.hugging_face_text import HuggingFaceTextTower
 from coalign.networks.towers import ImageTower, TextTower
 from coalign.networks.unified import Tokens, UnifiedTower
 from coalign.training.distributed import RankGather, World
@@ -32,6 +33,7 @@ SLICE = 2  # samples that are measured
 TOWERS: dict[type[nn.Module], Callable[..., tuple[str, int]]] = {
     ImageTower: lambda pixels: ("image", len(pixels)),
     TextTower: lambda ids, *_: ("text", len(ids)),
+    HuggingFaceTextTower: lambda ids, *_: ("text", len(ids)),
     UnifiedTower: lambda tokens: (_kind(tokens), len(tokens.lengths)),
 }
 MIDWAY = StepInfo(step=500, total_steps=1000)  # where terms that start late or fade are on

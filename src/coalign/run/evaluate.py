@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from coalign.config import TrainConfig
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.tokenizer import Tokenizer
 from coalign.evaluation.compositionality import choose_captions

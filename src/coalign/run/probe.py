@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, image_features
 from coalign.evaluation.linear_probe import Part, linear_probe
 from coalign.types import DualEncoder, Source

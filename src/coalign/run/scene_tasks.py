@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.scene_drawing import masks
 from coalign.data.scene_layout import SIZES
 from coalign.data.scenes import Scenes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coalign.data.loader import image_batches
+from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts

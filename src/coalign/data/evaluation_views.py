@@ -1,0 +1,53 @@
+"""The images of a source as evaluation sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalign.data.image_views import make_views
+from coalign.data.loader import BadEntry
+from coalign.data.randomness import generator
+from coalign.data.workers import fetch_all
+from coalign.errors import BadSample
+from coalign.types import EVALUATION, Source
+
+
+def image_batches(
+    source: Source, indices: Sequence[int] | np.ndarray, image_size: int, batch_size: int = 256, workers: int = 0
+) -> Generator[tuple[list[int], Tensor, list[BadEntry]], None, None]:
+    """The evaluation view of each of `indices`, in order: (indices, uint8 pixels [b, 3, size, size], bad samples).
+
+    Bad samples are left out of the first two and listed in the third, with epoch 0; b may be 0.
+    """
+    make = partial(_image_batch, source, np.asarray(indices, np.int64), image_size, batch_size)
+    return fetch_all(make, range(-(-len(indices) // batch_size)), workers, ahead=workers)
+
+
+def _image_batch(
+    source: Source, indices: np.ndarray, size: int, batch_size: int, task: int
+) -> tuple[list[int], Tensor, list[BadEntry]]:
+    batch = indices[task * batch_size : (task + 1) * batch_size].tolist()
+    pixels = np.empty((len(batch), 3, size, size), np.uint8)
+    good: list[int] = []
+    bad: list[BadEntry] = []
+    for index in batch:
+        try:
+            draw = partial(generator, 0, 0, index, 0)
+            view, _ = make_views(source.image(index), {"evaluation": EVALUATION}, draw, size)["evaluation"]
+            pixels[len(good)] = view.numpy()
+            good.append(index)
+        except BadSample as error:
+            bad.append(BadEntry(_key(source, index), error.reason, error.detail, 0))
+    return good, torch.from_numpy(pixels[: len(good)]), bad
+
+
+def _key(source: Source, index: int) -> str:
+    try:
+        return source.record(index).key
+    except BadSample:
+        return f"{source.name}[{index}]"

@@ -1,0 +1,136 @@
+"""Encoders of the Hugging Face library as text towers, against the library itself."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from coalign import cli
+from coalign.data.tokenizer import load_tokenizer
+from coalign.errors import UserError
+from coalign.networks.towers import TowerSpec, build_text_tower
+from coalign.run.model import load
+
+WORDS = ["a", "the", "red", "green", "blue", "grey", "thing", "of", "small", "big", "square", ",", "##s"]
+SENTENCES = ["A red thing, of the blue", "grey squares", "nothing known"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT with random weights and a vocabulary of a few words, as a folder."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"), vocab_file=str(folder / "vocab.txt"))
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # as initialised, tokens would hardly differ
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_file(tmp_path, bert):
+    path = tmp_path / "with-bert.json"
+    path.write_text(json.dumps({**tiny.MODEL, "text_cfg": {"hf_model_name": str(bert)}}))
+    return path
+
+
+def spec(model_file, bert, **changes):
+    tokens = load_tokenizer(f"hf:{bert}").vocab_size
+    return TowerSpec(str(model_file), **{"vocab_size": tokens, "context_length": 20, "pretrained": "hf"} | changes)
+
+
+@pytest.mark.parametrize("pooling", ["start", "mean", "end"])
+def test_gives_what_the_library_gives(bert, model_file, pooling):
+    from transformers import AutoModel, AutoTokenizer
+
+    tower = build_text_tower(spec(model_file, bert), "bidirectional", pooling).eval()
+    found = tower(*load_tokenizer(f"hf:{bert}")(SENTENCES, 20), with_tokens=True)
+    inputs = AutoTokenizer.from_pretrained(bert)(SENTENCES, padding=True, return_tensors="pt")
+    states = AutoModel.from_pretrained(bert).eval()(**inputs).last_hidden_state
+    valid = inputs["attention_mask"][..., None]
+    torch.testing.assert_close(found.tokens, states * valid)
+    wanted = (states * valid).sum(1) / valid.sum(1) if pooling == "mean" else states[:, 0]
+    torch.testing.assert_close(found.pooled, wanted)
+    assert tower.width == 16
+    assert tower.projection(found.pooled).shape == (3, tower.embed_dim)
+
+
+def test_the_mask_token_begins_as_its_own(bert, model_file):
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = load_tokenizer(f"hf:{bert}")
+    tower = build_text_tower(
+        spec(model_file, bert, vocab_size=tokenizer.vocab_size + 1), "bidirectional", "start"
+    ).eval()
+    ids, lengths = tokenizer(["a red thing"], 20)
+    ids[0, 2] = tokenizer.mask_id
+    inputs = AutoTokenizer.from_pretrained(bert)(["a [MASK] thing"], return_tensors="pt")
+    states = AutoModel.from_pretrained(bert).eval()(**inputs).last_hidden_state
+    torch.testing.assert_close(tower(ids, lengths).pooled, states[:, 0])
+
+
+def test_training_is_without_dropout(bert, model_file):
+    tower = build_text_tower(spec(model_file, bert)).train()
+    inputs = load_tokenizer(f"hf:{bert}")(SENTENCES, 20)
+    torch.testing.assert_close(tower(*inputs).pooled, tower(*inputs).pooled)
+
+
+def test_a_tokenizer_keeps_its_words_when_saved(bert, tmp_path):
+    tokenizer = load_tokenizer(f"hf:{bert}")
+    assert tokenizer.encode("A red thing", 20) == [tokenizer.start_id, 5, 7, 11, tokenizer.end_id]
+    assert tokenizer.decode(tokenizer.encode("a red thing", 20)) == "a red thing"
+    written = tokenizer.encode("a <start_of_text> [MASK] thing", 20)
+    assert written.count(tokenizer.start_id) == 1  # what looks like a special token is words
+    assert 4 not in written
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert again.encode("A red thing [MASK]", 20) == tokenizer.encode("A red thing [MASK]", 20)
+
+
+@pytest.mark.parametrize("method", ["mct", "clip", "declip"])
+def test_a_run_starts_from_its_weights_and_loads_again(bert, model_file, pairs, tmp_path, method):
+    out = tmp_path / "run"
+    options = {"recipe": method, "pretrained": "hf", "tokenizer": f"hf:{bert}", "micro-batch": 4, "lr": 1e-4}
+    assert cli.main(tiny.train_args(pairs, out, model_file, **options)) == 0
+    run = load(out)
+    trained = run.encoder().encode_text(SENTENCES)
+    assert trained.isfinite().all()
+    start = build_text_tower(spec(model_file, bert)).encoder.embeddings.position_embeddings.weight
+    now = run.method.text.encoder.embeddings.position_embeddings.weight
+    assert 0 < (now - start).abs().max() < 0.1
+    assert F.cosine_similarity(now.flatten(), start.flatten(), dim=0) > 0.99
+
+
+def test_what_does_not_fit_is_a_sentence(bert, model_file, tmp_path):
+    for changes, said in (
+        ({"vocab_size": 49408}, f"--tokenizer hf:{bert}"),
+        ({"context_length": 25}, "has 24 positions"),
+        ({"pretrained": "openai"}, "--pretrained hf"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_text_tower(spec(model_file, bert, **changes))
+    absent = tmp_path / "absent.json"
+    absent.write_text(json.dumps({**tiny.MODEL, "text_cfg": {"hf_model_name": "nobody/nothing"}}))
+    with pytest.raises(UserError, match="nobody/nothing could not be loaded"):
+        build_text_tower(TowerSpec(str(absent), 50))
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps(tiny.MODEL))
+    with pytest.raises(UserError, match="no Hugging Face text tower"):
+        build_text_tower(TowerSpec(str(plain), 50, pretrained="hf"))
+    with pytest.raises(UserError, match="hf:nobody/nothing could not be loaded"):
+        load_tokenizer("hf:nobody/nothing")
