@@ -24,7 +24,7 @@ def exhaustive(train: Part, val: Part, test: Part) -> float:
     scores = {}
     for step in range(STEPS + 1):
         penalty = penalty_of(step)
-        scores[penalty] = validation_score(train, val, penalty)
+        scores[penalty] = validation_score(fit(*train, penalty), val)
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     return float((fit(*both, best_penalty(scores)).predict(test[0]) == test[1]).mean())
 

@@ -56,13 +56,13 @@ def penalty_of(step: int) -> float:
 
 
 def search_penalty(score: Callable[[float], Score]) -> dict[float, Score]:
-    """λ -> score of those that were tried: 1e-6, 1e-4, …, 1e6, then ever nearer to the best, to eight steps a decade."""
+    """λ -> score of those that were tried: 1e6, 1e4, …, 1e-6, then ever nearer to the best, to eight steps a decade."""
     tried: dict[int, Score] = {}
 
     def best() -> int:
         return max(tried, key=lambda step: tried[step])
 
-    wanted = list(range(0, STEPS + 1, _FIRST))
+    wanted = list(range(STEPS, -1, -_FIRST))  # from the strongest: a weaker one can begin where a stronger one ended
     distance = _FIRST
     while True:
         tried |= {step: score(penalty_of(step)) for step in wanted if step not in tried}
@@ -76,11 +76,10 @@ def best_penalty(searched: dict[float, Score]) -> float:
     return max(searched, key=lambda penalty: searched[penalty])
 
 
-def validation_score(train: Part, val: Part, penalty: float) -> Score:
+def validation_score(model: Any, val: Part) -> Score:
     """Accuracy, and among equal ones the log-likelihood: accuracy is flat over decades of λ, at whose ends the model is worse."""
     from sklearn.metrics import log_loss
 
-    model = fit(*train, penalty)
     known = np.isin(val[1], model.classes_)  # a class that only the validation part has is wrong, and has no likelihood
     accuracy = float((model.predict(val[0]) == val[1]).mean())
     if not known.any():
@@ -88,12 +87,15 @@ def validation_score(train: Part, val: Part, penalty: float) -> Score:
     return accuracy, -float(log_loss(val[1][known], model.predict_proba(val[0][known]), labels=model.classes_))
 
 
-def fit(features: np.ndarray, labels: np.ndarray, penalty: float) -> Any:
-    """scikit-learn's logistic regression by L-BFGS: Σ cross-entropy + λ/2 ‖W‖². features [item, dim], labels int [item]."""
+def fit(features: np.ndarray, labels: np.ndarray, penalty: float, start: Any = None) -> Any:
+    """scikit-learn's logistic regression by L-BFGS: Σ cross-entropy + λ/2 ‖W‖², from zero or from the weights of another fit of the same
+    classes. features [item, dim], labels int [item]."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS)
+    model = LogisticRegression(C=1 / penalty, max_iter=MAX_ITERATIONS, warm_start=start is not None)
+    if start is not None:
+        model.coef_, model.intercept_ = start.coef_, start.intercept_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol's limit of iterations, not a fault
         return model.fit(features, labels)
@@ -111,7 +113,15 @@ def linear_probe(train: Part, val: Part, test: Part, num_classes: int, seed: int
             )
     if len(np.unique(train[1])) < 2:
         raise UserError("A probe needs at least two classes among the training images, and there is one alone.")
-    searched = search_penalty(lambda penalty: validation_score(train, val, penalty))
+    fitted: dict[float, Any] = {}
+
+    def score(penalty: float) -> Score:
+        # With next to no penalty the weights grow without end, and a fit from zero takes all its iterations.
+        stronger = min((known for known in fitted if known > penalty), default=None)
+        fitted[penalty] = fit(*train, penalty, fitted.get(stronger) if stronger is not None else None)
+        return validation_score(fitted[penalty], val)
+
+    searched = search_penalty(score)
     penalty = best_penalty(searched)
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     correct = (fit(*both, penalty).predict(test[0]) == test[1]).astype(float)
