@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coalign.recipes.tables import TABLES
+from coalign.recipes.tables import STEP_COST, TABLES
 from coalign.report.compare_figures import points
 from coalign.report.compare_page import title
 
@@ -24,13 +24,18 @@ of one table. A table is trained again by `coalign reproduce NAME --data DATA --
 A figure is the mean over seeds. **±** is half of the 95 % t-interval over seeds, how far other seeds would move it; with one seed it is of
 the bootstrap over held-out items. Differences have two 95 % intervals: over held-out items (paired bootstrap) and over seeds (Welch's t). A
 claim *holds*, or *does not hold*, where both lie on one side of zero; else these runs do not decide it. Nothing is corrected for the number
-of comparisons. Time is on the clock, over the first row's, on a machine that did other things too: on an idle one a step of SLIP, DeCLIP,
-UniCLIP and MCD cost 2.1, 2.4, 2.6 and 2.1 times CLIP's, which is what "CLIP's time" goes by.
+of comparisons. Time is on the clock, over the first row's, on a machine that did other things too. "CLIP's time" is as many pairs as CLIP's
+time is enough for, by what a step costs: {costs}. The modality gap is the
+distance between the centroids of images and captions, 0 to 2.
 """
 
 
 def main() -> None:
-    parts = [INTRODUCTION]
+    costs = "; ".join(
+        f"on {data} " + ", ".join(f"{name} {cost} ×" for name, cost in of_method.items())
+        for data, of_method in STEP_COST.items()
+    )
+    parts = [INTRODUCTION.replace("{costs}", costs)]
     for name in TABLES:
         path = ROOT / f"results/{name}.json"
         if path.exists():
@@ -52,12 +57,13 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
         f"All figures: [{path.name}](../results/{path.name}).",
         "",
     ]
-    header = ["", "pairs seen", "time", *map(title, shown)]
-    rows = [["chance", "", "", *(percent(groups[0]["figures"][figure]["chance"]) for figure in shown)]]
+    tabled = [*shown, *(["retrieval.modality_gap"] if "retrieval.modality_gap" in groups[0]["figures"] else [])]
+    header = ["", "pairs seen", "time", *map(title, tabled)]
+    rows = [["chance", "", "", *(percent(groups[0]["figures"][figure]["chance"]) for figure in tabled)]]
     for group in groups:
         cost = f"{group['seconds'] / groups[0]['seconds']:.2f} ×"
         rows.append(
-            [group["name"], f"{round(group['samples_seen']):,}", cost, *(value(group["figures"][f]) for f in shown)]
+            [group["name"], f"{round(group['samples_seen']):,}", cost, *(value(group["figures"][f]) for f in tabled)]
         )
     lines += markdown(header, rows)
     lines += [f"\n![{values['title']}, with intervals]({name}.png)\n"]
@@ -93,11 +99,13 @@ def columns(figures: list[str]) -> list[str]:
 
 
 def interval(figure: dict[str, Any]) -> tuple[float, float, float]:
-    return (figure["value"], *(figure["over_seeds"] or figure["over_items"]))
+    return (figure["value"], *(figure["over_seeds"] or figure["over_items"] or [figure["value"]] * 2))
 
 
 def value(figure: dict[str, Any]) -> str:
     middle, _, high = interval(figure)
+    if figure["kind"] == "distance":
+        return f"{middle:.2f} ± {high - middle:.2f}"
     return f"{100 * middle:.1f} ± {100 * (high - middle):.1f}"
 
 

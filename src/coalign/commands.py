@@ -30,8 +30,8 @@ def eval_command(
     Args:
         model: the folder of a run
         tasks: one or more of retrieval:DATA, zeroshot:DATA and probe:DATA (a linear classifier on frozen image features), where DATA is
-            anything that `coalign train --data` takes; on scenes also
-            foils:scenes (true or false captions, by kind) and localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA
+            anything that `coalign train --data` takes; foils:scenes and foils:sugarcrepe:FOLDER (true or false captions, by kind);
+            on scenes also localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA
             (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text names)
         weights: the checkpoint: last or best
         split: train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)

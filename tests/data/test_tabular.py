@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from data_files import coco, images
 
-from coalign.data.tabular import open_coco, open_table
+from coalign.data.coco import open_coco
+from coalign.data.tabular import open_table
 from coalign.errors import BadSample, UserError
 
 

@@ -20,6 +20,7 @@ from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run import model as runs
 from coalign.run.evaluate import captions_of, evaluate, label_function, select_split
+from coalign.run.reporting import print_results
 from coalign.types import DualEncoder
 
 
@@ -251,6 +252,35 @@ def test_a_run_can_be_moved_and_needs_no_data_of_its_own(trained, four, tmp_path
     moved = shutil.copytree(trained, tmp_path / "moved")
     results = evaluate(str(moved), [f"retrieval:{four}"])
     assert results == evaluate(str(trained), [f"retrieval:{four}"])
+
+
+# ---------------------------------------------------------------- true or false captions
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sugarcrepe(tmp_path, capsys, swapped):
+    data = tiny.write_pairs(tmp_path / "data", 8)
+    names = [str(path.relative_to(data)) for path in sorted(data.rglob("*.png"))]
+    for kind, wrong in (("replace_att", "blue"), ("replace_obj", "red"), ("swap_att", "green")):
+        items = [
+            {"filename": name, "caption": f"a {name.split('/')[0]} thing", "negative_caption": f"a {wrong} thing"}
+            for name in names
+            if not name.startswith(wrong)
+        ]
+        (data / f"{kind}.json").write_text(json.dumps(dict(enumerate(items))))
+    task = f"foils:sugarcrepe:{data}"
+    result = evaluate(Oracle(swapped=swapped), [task])[task]
+    print_results({task: result})
+    assert "mean of what was replaced" in capsys.readouterr().out
+    assert result["samples"] == 8
+    values = {kind: entry["value"] for kind, entry in result["by_kind"].items()}
+    assert values.keys() == {"replace_obj", "replace_att", "swap_att"}
+    if not swapped:
+        assert set(values.values()) == {1}
+    assert result["by_how"]["replace"]["value"] == (values["replace_obj"] + values["replace_att"]) / 2
+    assert result["by_how"]["swap"]["value"] == values["swap_att"]
+    if swapped:  # red passes for green and so on: right against "blue" is who is not taken for it
+        assert 0 < values["replace_att"] < 1
 
 
 # ---------------------------------------------------------------- probes

@@ -98,6 +98,8 @@ def test_scenes_are_scored_and_other_data_refused(oner, trained, tmp_path, capsy
     assert 0.02 < values["pointing_centre"]["value"] < 0.3  # objects lie in nine cells, and fill a part of theirs
     tiny.write_pairs(tmp_path / "photos", 16)
     with pytest.raises(UserError, match="only scenes"):
+        evaluate(str(trained), [f"localization:{tmp_path / 'photos'}"])
+    with pytest.raises(UserError, match="no false captions"):
         evaluate(str(trained), [f"foils:{tmp_path / 'photos'}"])
 
 

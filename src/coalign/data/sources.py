@@ -7,12 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from coalign.data.coco import is_coco, is_karpathy, open_coco, open_karpathy
 from coalign.data.common import choose_split, is_image_name, printable
 from coalign.data.folder import FolderSource
 from coalign.data.hf import is_saved_dataset, open_hf
 from coalign.data.shards import open_shards, shards_in
 from coalign.data.splits import assign_splits
-from coalign.data.tabular import is_coco, load_json, open_coco, open_table
+from coalign.data.sugarcrepe import SugarCrepe
+from coalign.data.tabular import load_json, open_table
 from coalign.errors import UserError
 from coalign.types import Source
 
@@ -21,7 +23,7 @@ _TABLE_TYPES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RECOGNISED = (
     "a folder of images, a CSV, TSV, JSONL or Parquet table, .tar shards, COCO captions JSON, "
-    "a saved Hugging Face data set, hf:owner/name, coco:captions.json:images, or scenes"
+    "a saved Hugging Face data set, hf:owner/name, coco:captions.json:images, sugarcrepe:folder:images, or scenes"
 )
 
 
@@ -55,7 +57,11 @@ def _open(
         return open_hf(spec[3:])
     if spec.startswith("coco:"):
         captions, _, images = spec[5:].partition(":")
-        return open_coco(_existing(captions), Path(images) if images else None)
+        path, folder = _existing(captions), Path(images) if images else None
+        return open_karpathy(path, folder) if is_karpathy(load_json(path)) else open_coco(path, folder)
+    if spec.startswith("sugarcrepe:"):
+        files, _, images = spec.removeprefix("sugarcrepe:").partition(":")
+        return SugarCrepe(_existing(files), Path(images) if images else None)
     spec = os.path.expanduser(spec)
     if not os.path.exists(spec) and any(mark in spec for mark in "{*?["):
         if not spec.endswith(".tar"):
@@ -67,8 +73,10 @@ def _open(
     kind = path.suffix.lower()
     if path.name.lower().endswith((".tar", *_COMPRESSED_TARS)):  # the index says what to do with a compressed one
         return open_shards(spec)
-    if kind == ".json" and is_coco(load_json(path)):
-        return open_coco(path)
+    if kind == ".json":
+        content = load_json(path)
+        if is_coco(content) or is_karpathy(content):
+            return _open(f"coco:{path}", image_column, caption_columns, tags_column)
     if kind in _TABLE_TYPES or kind == ".json":
         return open_table(path, image_column, caption_columns, tags_column)
     raise UserError(f"{path} is of a type that is not recognised; coalign reads {_RECOGNISED}")

@@ -1,4 +1,4 @@
-"""Tables that name image files and their captions: CSV, TSV, JSONL, a JSON list, Parquet, and COCO captions JSON."""
+"""Tables that name image files and their captions: CSV, TSV, JSONL, a JSON list, and Parquet."""
 
 from __future__ import annotations
 
@@ -331,47 +331,7 @@ def _read_parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, Row]]]:
     return file.schema_arrow.names, rows()
 
 
-# ---------------------------------------------------------------- COCO captions
-
-
-def open_coco(path: Path, images: Path | None = None) -> TableSource:
-    """COCO captions: every image of the JSON with all its captions. The image folder is searched for beside the JSON
-    where not given."""
-    content = load_json(path)
-    if not is_coco(content):
-        raise UserError(f"{path} is not COCO captions JSON: it lacks 'images' or 'annotations'")
-    captions: dict[Any, list[Any]] = {image.get("id"): [] for image in content["images"]}
-    strays = 0
-    for annotation in content["annotations"]:
-        if annotation.get("image_id") not in captions:
-            strays += 1
-        elif "caption" in annotation:
-            captions[annotation["image_id"]].append(annotation["caption"])
-    if not any(captions.values()):
-        raise UserError(f"{path} holds no captions; COCO's captions are in files named captions_….json")
-    problems = [(printable(str(path)), f"{strays} captions belong to no image")] if strays else []
-    first = next((str(image["file_name"]) for image in content["images"] if image.get("file_name")), "")
-    if images is not None and not images.is_dir():
-        raise UserError(f"the image folder {images} is not there")
-    folder = images or find_image_folder(path.parent, first) or find_image_folder(path.parent.parent, first)
-    if folder is None:
-        raise UserError(f"cannot find the images of {path} ({first} and others); name their folder: coco:{path}:FOLDER")
-    rows = (
-        (
-            f"image {image.get('id')}",
-            {"image": image.get("file_name"), "captions": captions[image.get("id")], "image_id": image.get("id")},
-        )
-        for image in content["images"]
-    )
-    return TableSource(printable(str(path)), folder, rows, Columns("image", ("captions",)), problems)
-
-
-def is_coco(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and isinstance(content.get("images"), list)
-        and isinstance(content.get("annotations"), list)
-    )
+# ---------------------------------------------------------------- where the images are
 
 
 def find_image_folder(base: Path, first: str) -> Path | None:

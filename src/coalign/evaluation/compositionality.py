@@ -21,6 +21,7 @@ class CompositionalityResult:
 
     overall: Metric  # the mean of the kinds' accuracies
     by_kind: dict[str, Metric]
+    by_how: dict[str, Metric]  # of what was replaced, swapped or added: the mean of the kinds' accuracies
     correct: np.ndarray  # float64 [item]: 1, 0, or 1/2 for a tie
     kinds: np.ndarray  # int64 [item], the position in `by_kind`
     images: np.ndarray  # int64 [item], the image's index: the bootstrap draws an image with all of its items
@@ -30,6 +31,7 @@ class CompositionalityResult:
             "task": "compositionality",
             "accuracy": self.overall.to_json(),
             "by_kind": {kind: metric.to_json() for kind, metric in self.by_kind.items()},
+            "by_how": {how: metric.to_json() for how, metric in self.by_how.items()},
             "chance": 0.5,
         }
 
@@ -59,9 +61,14 @@ def choose_captions(
     names = list(dict.fromkeys(foil.kind for foil in foils))
     kinds = np.array([names.index(foil.kind) for foil in foils])
     owners = np.array([foil.index for foil in foils])
+    hows = np.array([foil.how for foil in foils])
     result = CompositionalityResult(
         overall=metrics.mean_per_class(correct, kinds),
         by_kind={name: metrics.mean(correct[kinds == k], owners[kinds == k]) for k, name in enumerate(names)},
+        by_how={
+            how: metrics.mean_per_class(correct[hows == how], kinds[hows == how])
+            for how in dict.fromkeys(hows.tolist())
+        },
         correct=correct,
         kinds=kinds,
         images=owners,

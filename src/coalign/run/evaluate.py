@@ -16,7 +16,10 @@ from coalign.data.evaluation_views import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
+from coalign.data.sugarcrepe import SugarCrepe
 from coalign.errors import BadSample, UserError
+from coalign.evaluation.compositionality import choose_captions
+from coalign.evaluation.embed import embed_images
 from coalign.evaluation.guidance import bootstrapped_guidance
 from coalign.evaluation.prompts import read_classes, templates
 from coalign.evaluation.retrieval import retrieve
@@ -53,9 +56,9 @@ def evaluate(
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
     A task is `retrieval:DATA`, `zeroshot:DATA`, `probe:DATA`, a linear classifier on frozen image features, or, for a model that takes
-    image and text together, `bootstrap:DATA`, zero-shot with its own first answers beside the image. On scenes also `foils:`, two-way
-    choices between a true and a false caption, `localization:`, maps against the objects' masks, and `guided:`, the size of the object
-    that a text beside the image names.
+    image and text together, `bootstrap:DATA`, zero-shot with its own first answers beside the image. On scenes and SugarCrepe also
+    `foils:`, two-way choices between a true and a false caption; on scenes `localization:`, maps against the objects' masks, and `guided:`,
+    the size of the object that a text beside the image names.
 
     `split`: train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own
     test or val split, else all of it. Classes are the values of the fact `label` (default: the first of label, class, category, folder
@@ -140,11 +143,24 @@ def _probe(asked: Question) -> dict[str, Any]:
     return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json()}
 
 
+def _foils(asked: Question) -> dict[str, Any]:
+    if not isinstance(asked.source, (Scenes, SugarCrepe)):
+        raise UserError(
+            f"{asked.source.name} has no false captions beside its true ones; scenes:… and sugarcrepe:FOLDER have."
+        )
+    options = {"per_kind": 2000} if isinstance(asked.source, Scenes) else {}
+    foils = asked.source.foils(asked.indices, **options)
+    images = embed_images(asked.run.encoder(), asked.batches(sorted({foil.index for foil in foils})))
+    figures = choose_captions(asked.run.encoder(), images, foils).result.to_json()
+    return {"unreadable": _counted(images.bad), **figures}
+
+
 TASKS_OF_ANY_DATA: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "retrieval": _retrieval,
     "zeroshot": _zero_shot,
     "bootstrap": _bootstrap,
     "probe": _probe,
+    "foils": _foils,
 }
 TASKS = (*TASKS_OF_ANY_DATA, *SCENE_TASKS)
 

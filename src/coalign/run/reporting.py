@@ -30,6 +30,7 @@ from coalign.training.log import duration
 from coalign.training.trainer import TrainResult
 from coalign.types import Source
 
+_PAST = {"replace": "replaced", "swap": "swapped", "add": "added"}
 QUERIES, SHOWN, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
 
 
@@ -118,6 +119,8 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
                 table.add_row(metric.replace("_", " "), *_cells(entry), shown_chance)
         for kind, entry in values.get("by_kind", {}).items():
             table.add_row(f"accuracy, {kind.replace('_', ' ')}", *_cells(entry), _percent(values["chance"]))
+        for how, entry in values.get("by_how", {}).items():
+            table.add_row(f"mean of what was {_PAST[how]}", *_cells(entry), _percent(values["chance"]))
         for metric, label in (("acc1", "top-1"), ("acc5", "top-5"), ("mean_per_class_recall", "mean per class")):
             if metric in values.get("intervals", {}):
                 entry = values["intervals"][metric]

@@ -12,18 +12,10 @@ from coalign.data.evaluation_views import image_batches
 from coalign.data.scene_drawing import masks
 from coalign.data.scene_layout import SIZES
 from coalign.data.scenes import Scenes
-from coalign.evaluation.compositionality import choose_captions
-from coalign.evaluation.embed import embed_images
 from coalign.evaluation.guidance import GuidedQuery, guided_answers
 from coalign.evaluation.localization import Query, localize
 from coalign.run.localize import localizer
 from coalign.run.model import Run
-
-
-def _foils(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    encoder = run.encoder()
-    images = embed_images(encoder, image_batches(source, indices, encoder.image_size))
-    return choose_captions(encoder, images, source.foils(indices, per_kind=2000)).result.to_json()
 
 
 def _localization(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
@@ -41,7 +33,6 @@ def _guided(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
 
 
 SCENE_TASKS: Mapping[str, Callable[[Run, Scenes, np.ndarray], dict[str, Any]]] = {
-    "foils": _foils,
     "localization": _localization,
     "guided": _guided,
 }
