@@ -66,6 +66,8 @@ OPTIONS = {
     "localize": "image text out device",
     "space": "data out pairs device",
     "search": "data text image top split report device workers",
+    "export": "to out weights",
+    "card": "out",
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",

@@ -13,7 +13,7 @@ import coalign.recipes.clip
 from coalign import cli
 from coalign.evaluation.retrieval import RetrievalResult
 from coalign.report.compare_page import Comparison
-from coalign.run import compare, data, evaluate, localize, reporting, reproduce, search, space, train
+from coalign.run import card, compare, data, evaluate, export, localize, reporting, reproduce, search, space, train
 from coalign.run.search import Answers
 from coalign.types import DualEncoder
 
@@ -69,7 +69,8 @@ def test_python(small, folder, capsys):
 
 
 @pytest.fixture
-def called(monkeypatch):
+def called(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where a command may write
     """The commands' work is recorded instead of done."""
     calls = []
 
@@ -94,8 +95,10 @@ def called(monkeypatch):
         (reporting, "print_comparison"),
         (reproduce, "reproduce"),
         (localize, "localize"),
+        (export, "export"),
     ):
         monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(card, "card", lambda *args: calls.append(args) or "")
     monkeypatch.setattr(space, "space", lambda *args: calls.append(args) or {})
     monkeypatch.setattr(
         search, "search", lambda *args, **options: calls.append((args, options)) or Answers("text", [], 0, 0)

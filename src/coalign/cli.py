@@ -145,6 +145,8 @@ COMMANDS = {
     "localize": _plain(commands.localize_command, "localize"),
     "space": _plain(commands.space_command, "space"),
     "search": _plain(commands.search_command, "search"),
+    "export": _plain(commands.export_command, "export"),
+    "card": _plain(commands.card_command, "card"),
     "reproduce": _plain(commands.reproduce_command, "reproduce"),
     "data openclipart": _plain(commands.openclipart_command, "data openclipart"),
     "data scenes": _plain(commands.scenes_command, "data scenes"),

@@ -166,6 +166,46 @@ def search_command(
         print(f"Report: {report}")
 
 
+def export_command(run: Positional[str], to: str, out: Path, weights: str = "last") -> None:
+    """Write a model for another library: open_clip, transformers (a CLIPModel), or its image tower for timm. That library loads it and must
+    give the same embeddings; what it cannot hold is refused.
+
+    Example: coalign export runs/clip --to open_clip --out clip-for-open-clip
+
+    Args:
+        run: the folder of a run
+        to: open_clip, transformers or timm
+        out: the new folder
+        weights: the checkpoint: last or best
+    """
+    from coalign.run.export import export
+
+    print(export(run, to, out, weights))
+
+
+def card_command(run: Positional[str], out: Path | None = None) -> None:
+    """Write a run's model card: method, data, settings, figures with intervals, limits, how to load it.
+
+    Args:
+        run: the folder of a run
+        out: the Markdown file to write (default: show it)
+    """
+    from coalign.errors import UserError
+    from coalign.run.card import card
+    from coalign.run.model import check_output, write_file
+
+    text = card(run)
+    if out is None:
+        print(text)
+        return
+    check_output(out)
+    try:
+        write_file(out, lambda path: path.write_text(text))
+    except OSError as error:
+        raise UserError(f"The card could not be written to {out}: {error.strerror}.") from error
+    print(out)
+
+
 def reproduce_command(
     table: Positional[str],
     data: str,

@@ -76,7 +76,7 @@ def _open(
     if kind == ".json":
         content = load_json(path)
         if is_coco(content) or is_karpathy(content):
-            return _open(f"coco:{path}", image_column, caption_columns, tags_column)
+            return open_karpathy(path) if is_karpathy(content) else open_coco(path)
     if kind in _TABLE_TYPES or kind == ".json":
         return open_table(path, image_column, caption_columns, tags_column)
     raise UserError(f"{path} is of a type that is not recognised; coalign reads {_RECOGNISED}")

@@ -1,0 +1,189 @@
+"""Exports, loaded by the library that they are for: the same embeddings, the same token ids; what cannot be held is refused."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from coalign import cli
+from coalign.errors import UserError
+from coalign.run.card import card
+from coalign.run.export import export
+from coalign.run.model import load
+
+TEXTS = ["a red thing", "Two  BLUE apples,\tstanding!", "", "grey " * 40, "it's 12 o'clock", "café"]
+PIXELS = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+VIT = {**tiny.MODEL, "vision_cfg": {**tiny.MODEL["vision_cfg"], "layers": 2}}
+RESNET = {**tiny.MODEL, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet"}}
+OWN_SHAPE = {
+    **tiny.MODEL,
+    "vision_cfg": {"image_size": 32, "timm_model_name": "resnet18", "timm_kwargs": {"layers": [1, 1, 1, 1]}},
+}
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory, pairs):
+    """A run of one epoch, by method and model."""
+    made = {}
+
+    def make(method="clip", model=VIT, **options):
+        key = json.dumps([method, model, options])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("run")
+            (folder / "model.json").write_text(json.dumps(model))
+            small = {"recipe": method, "epochs": 1, "evals": 0, "batch-norm-group": 4}
+            assert cli.main(tiny.train_args(pairs, folder / "run", folder / "model.json", **small | options)) == 0
+            made[key] = folder / "run"
+        return made[key]
+
+    return make
+
+
+def embeds(run):
+    encoder = load(run).encoder()
+    with torch.no_grad():
+        return encoder.encode_image(PIXELS), encoder.encode_text(TEXTS)
+
+
+def normalised(pixels):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    return (pixels / 255 - mean) / std
+
+
+def assert_same(ours, theirs):
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(F.normalize(one, dim=-1), F.normalize(other, dim=-1), rtol=0, atol=1e-5)
+
+
+RUNS = [
+    ("clip", VIT, {}),
+    ("clip", VIT, {"tokenizer": "clip"}),
+    ("slip", VIT, {}),
+    ("declip", VIT, {}),
+    ("mcd", VIT, {}),
+]
+
+
+@pytest.mark.parametrize(("method", "model", "options"), [*RUNS, ("clip", RESNET, {})])
+def test_open_clip_gives_the_same_embeddings_and_token_ids(make, tmp_path, method, model, options):
+    run = make(method, model, **options)
+    export(run, "open_clip", tmp_path / "out")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    words = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    with torch.no_grad():
+        assert_same(embeds(run), (model.eval().encode_image(normalised(PIXELS)), model.encode_text(words(TEXTS))))
+    assert model.logit_scale.exp().item() == pytest.approx(load(run).method.scalars()["logit_scale"].item(), rel=1e-5)
+    own, lengths = load(run).tokenizer(TEXTS, 12)
+    for text, ids, length in zip(words(TEXTS).tolist(), own.tolist(), lengths.tolist()):
+        assert text[:length] == ids[:length]
+    assert preprocess(Image.fromarray(np.zeros((40, 50, 3), np.uint8))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("method", "model", "options"), RUNS)
+def test_transformers_gives_the_same_embeddings_and_token_ids(make, tmp_path, method, model, options):
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    run = make(method, model, **options)
+    export(run, "transformers", tmp_path / "out")
+    model, words = CLIPModel.from_pretrained(tmp_path / "out").eval(), AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = words(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        images = model.visual_projection(model.vision_model(normalised(PIXELS)).pooler_output)
+        texts = model.text_projection(model.text_model(inputs.input_ids, inputs.attention_mask).pooler_output)
+        assert_same(embeds(run), (images, texts))
+        both = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=normalised(PIXELS))
+    scale = load(run).method.scalars()["logit_scale"]
+    cosines = F.normalize(embeds(run)[0], dim=-1) @ F.normalize(embeds(run)[1], dim=-1).T
+    torch.testing.assert_close(both.logits_per_image, scale * cosines, rtol=0, atol=1e-3)
+    own, lengths = load(run).tokenizer(TEXTS, 12)
+    for text, ids, length in zip(inputs.input_ids.tolist(), own.tolist(), lengths.tolist()):
+        assert text[:length] == ids[:length]
+    shown = CLIPImageProcessor.from_pretrained(tmp_path / "out")(Image.fromarray(np.zeros((40, 50, 3), np.uint8)))
+    assert shown["pixel_values"][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("method", "model"), [("clip", RESNET), ("mct", OWN_SHAPE), ("uniclip", OWN_SHAPE)])
+def test_timm_gives_the_same_features(make, tmp_path, method, model):
+    import timm
+
+    run = make(method, model)
+    export(run, "timm", tmp_path / "out")
+    options = json.loads((tmp_path / "out/timm_model.json").read_text())
+    trunk = timm.create_model(**options, checkpoint_path=str(tmp_path / "out/model.safetensors")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            trunk(normalised(PIXELS)), load(run).encoder().image_features(PIXELS), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "options", "to", "said"),
+    [
+        ("uniclip", VIT, {}, "open_clip", "attends both ways"),
+        ("mct", VIT, {}, "transformers", "no pair of towers with linear heads"),
+        ("declip", VIT, {"text-attention": "bidirectional"}, "open_clip", "attends both ways"),
+        ("declip", VIT, {"text-attention": "bidirectional"}, "transformers", "attends both ways"),
+        ("clip", OWN_SHAPE, {}, "open_clip", "a shape of its own"),
+        ("clip", RESNET, {}, "transformers", "no plain ViT"),
+        ("clip", VIT, {}, "timm", "none of timm's"),
+        ("clip", VIT, {}, "onnx", "no format 'onnx'"),
+    ],
+)
+def test_what_a_library_cannot_hold_is_refused_and_leaves_nothing(make, tmp_path, method, model, options, to, said):
+    with pytest.raises(UserError, match=said):
+        export(make(method, model, **options), to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_another_library_would_get_wrong_is_refused(make, tmp_path, monkeypatch):
+    """Whatever the reason: here the weights were changed behind the exporter's back."""
+    from coalign.run import export as module
+
+    def wrong(config, image, text, scale):
+        values, state = original(config, image, text, scale)
+        return values, state | {"text.ln_final.bias": state["text.ln_final.bias"] + 0.1}
+
+    original = module.to_open_clip
+    monkeypatch.setattr(module, "to_open_clip", wrong)
+    with pytest.raises(UserError, match="its embeddings of texts would differ by"):
+        export(make(), "open_clip", tmp_path / "out")
+
+
+def test_outputs_that_cannot_be_written(make, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    with pytest.raises(UserError, match="not an empty folder"):
+        export(make(), "open_clip", tmp_path / "full")
+    with pytest.raises(UserError, match="there is no folder"):
+        export(make(), "open_clip", tmp_path / "none/out")
+
+
+def test_the_card_says_what_it_is_and_its_code_runs(make, trained, tmp_path, capsys, monkeypatch):
+    text = card(trained)
+    assert "Radford et al. 2021" in text
+    assert re.search(r"image → text R@1 \| [\d.]+ % \| [\d.]+–[\d.]+", text)
+    assert str(Path(trained).parent) not in text
+    assert cli.main(["card", str(trained), "--out", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text() == text
+    monkeypatch.chdir(tmp_path)
+    for library in ("open_clip", "transformers"):
+        assert cli.main(["export", str(make()), "--to", library, "--out", library]) == 0
+        written = (tmp_path / library / "README.md").read_text()
+        code = re.search(r"```python\n(.*?)```", written, re.DOTALL)[1].replace("FOLDER", library)
+        exec(compile(code, library, "exec"), {})
+    with pytest.raises(UserError, match="holds no run"):
+        card(tmp_path)
+
+
+def test_an_export_to_transformers_without_it(make, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r'pip install "coalign\[hf\]"'):
+        export(make(), "transformers", tmp_path / "out")
