@@ -70,8 +70,8 @@ def test_python(small, folder, capsys):
 
 @pytest.fixture
 def called(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # where a command may write
     """The commands' work is recorded instead of done."""
+    monkeypatch.chdir(tmp_path)  # where a command may write
     calls = []
 
     def record(*args, **options):
