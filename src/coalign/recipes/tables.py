@@ -41,7 +41,7 @@ class Table:
     classes: tuple[str, ...] = ()  # of zero-shot and of the probe, looked for in the samples' labels and tags
     probe: bool = False
     order: tuple[str, ...] = ()  # the arms as the papers order them, the worst first: each step is a claim
-    headline: str = "retrieval.image_to_text.r10"  # the figure that the claims are about
+    headlines: tuple[str, ...] = ("retrieval.image_to_text.r10",)  # the figures that the claims are about
 
     def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
         """The settings of one trial on that many training pairs."""
@@ -138,7 +138,7 @@ TABLES = {
         evals=4,
         classes=tuple(f"{colour} {shape}" for shape in _SHAPES for colour in _COLOURS),  # of the pictures of one object
         order=_TWO_TOWERS,
-        headline="foils.mean_per_kind",
+        headlines=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
     "oner-openclipart": Table(
         "OneR's losses on Open Clip Art (its Tables 1 and 6), beside CLIP",
@@ -154,7 +154,7 @@ TABLES = {
         classes=_CLIP_ART,
         probe=True,
         order=("J_ii", "J_ii + J_tag", "all"),
-        headline="probe.acc1",
+        headlines=("probe.acc1",),
     ),
     "learning-rates-openclipart": Table(
         "The image tower's learning rate, for each method, on the training pairs of Open Clip Art alone",

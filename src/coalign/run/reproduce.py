@@ -171,7 +171,7 @@ def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
         "title": sweep.title,
         "version": __version__,
         "arms": {name: asdict(arm) for name, arm in sweep.arms.items()},
-        "claims": [_claim(sweep.headline, lower, higher, trials) for lower, higher in steps],
+        "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
     text = json.dumps(values, indent=1, default=str) + "\n"
@@ -179,10 +179,10 @@ def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
     return comparison
 
 
-def _claim(headline: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[str, Any]:
+def _claim(name: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[str, Any]:
     """Whether `higher` is better than `lower`: it is, or it is not, where the intervals over items and over seeds both say so."""
     chosen = [trial for arm in (lower, higher) for trial in trials if trial.arm == arm]
-    figure = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].figures[headline]
+    figure = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].figures[name]
     intervals = [figure.difference_over_items, figure.difference_over_seeds]
     known = [interval for interval in intervals if interval is not None]
     verdict = "undecided"
@@ -191,7 +191,7 @@ def _claim(headline: str, lower: str, higher: str, trials: Sequence[Trial]) -> d
         verdict = "does not hold" if all(high < 0 for _, high in known) else verdict
     return {
         "claim": f"{higher} is better than {lower}",
-        "figure": headline,
+        "figure": name,
         "difference": figure.difference,
         "over_items": figure.difference_over_items,
         "over_seeds": figure.difference_over_seeds,
