@@ -64,11 +64,11 @@ class Table:
 
 
 _TWO_TOWERS = ("clip", "slip", "declip", "uniclip", "mcd")
-# What a step costs the processor, over CLIP's, with its data: on Open Clip Art at 48 pixels medians of seven steps in turns on an idle
-# core, on scenes at 32 pixels the mean time of the trials that saw as many pairs.
+# What a step costs the processor, over CLIP's, with its data, on an idle core: at 48 pixels the medians of seven steps in turns, at 32 those
+# of 29 steps one after the other.
 STEP_COST = {
     "openclipart": {"slip": 2.1, "declip": 2.4, "uniclip": 2.6, "mcd": 2.1},
-    "scenes": {"slip": 1.9, "declip": 2.3, "uniclip": 2.1, "mcd": 1.65},
+    "scenes": {"slip": 1.5, "declip": 1.7, "uniclip": 1.5, "mcd": 1.5},
 }
 # The better of 1e-3 and 3e-3 by the mean recall of `learning-rates-openclipart`; UniCLIP's two were equal.
 _TUNED = {"clip": 1e-3, "slip": 3e-3, "declip": 3e-3, "uniclip": 1e-3, "mcd": 3e-3}
