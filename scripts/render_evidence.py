@@ -76,6 +76,10 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
     ]
     rows = [[group["name"], *(difference(group["figures"][f]) for f in shown)] for group in groups[1:]]
     lines += markdown(["", *map(title, shown)], rows)
+    if kinds := [figure for figure in figures if figure.startswith("foils.") and figure.endswith(".accuracy")]:
+        lines += ["", "True or false captions, by what the false one is wrong about (chance 50):", ""]
+        rows = [[group["name"], *(value(group["figures"][f]) for f in kinds)] for group in groups]
+        lines += markdown(["", *(title(f).removeprefix("Foils: ") for f in kinds)], rows)
     if values.get("claims"):
         rows = [
             [
@@ -94,8 +98,8 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
 
 
 def columns(figures: list[str]) -> list[str]:
-    """What fits a page: R@1 and R@10 of both directions, zero-shot, and the foils."""
-    return [figure for figure in figures if figure.endswith((".r1", ".r10", ".acc1")) or figure.startswith("foils.")]
+    """What fits a page: R@1 and R@10 of both directions, zero-shot and probe, and the foils' mean."""
+    return [figure for figure in figures if figure.endswith((".r1", ".r10", ".acc1", ".mean_per_kind"))]
 
 
 def interval(figure: dict[str, Any]) -> tuple[float, float, float]:

@@ -64,8 +64,8 @@ class Table:
 
 
 _TWO_TOWERS = ("clip", "slip", "declip", "uniclip", "mcd")
-# What a step costs the processor, over CLIP's, with its data, on an idle core: at 48 pixels the medians of seven steps in turns, at 32 those
-# of 29 steps one after the other.
+# What a step costs the processor, over CLIP's, with its data, on an idle core: at 48 pixels the medians of seven steps in turns, at 32
+# pixels those of 29 steps one after the other.
 STEP_COST = {
     "openclipart": {"slip": 2.1, "declip": 2.4, "uniclip": 2.6, "mcd": 2.1},
     "scenes": {"slip": 1.5, "declip": 1.7, "uniclip": 1.5, "mcd": 1.5},

@@ -39,11 +39,20 @@ def points(
         axes.axhline(place - 0.5, color=LINE, linewidth=0.8)
     colours = _colours(values, skip=difference_to is not None)
     for row, (name, triples) in enumerate(values.items()):
+        marker = "os^"[row // len(PALETTE) % 3]  # colours come again
         value, low, high = np.array(triples).T
         spread = np.stack([value - low, high - value]).clip(min=0)
         own = places + 0.4 - step * (row + 0.5)
         axes.errorbar(
-            value, own, xerr=spread, fmt="o", markersize=5, color=colours[name], elinewidth=1.6, capsize=2.5, label=name
+            value,
+            own,
+            xerr=spread,
+            fmt=marker,
+            markersize=5,
+            color=colours[name],
+            elinewidth=1.6,
+            capsize=2.5,
+            label=name,
         )
     for place, level in zip(places, chance):
         if level is not None:
