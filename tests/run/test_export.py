@@ -185,5 +185,6 @@ def test_the_card_says_what_it_is_and_its_code_runs(make, trained, tmp_path, cap
 
 def test_an_export_to_transformers_without_it(make, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r'pip install "coalign\[hf\]"'):
-        export(make(), "transformers", tmp_path / "out")
+    for to in ("transformers", "open_clip"):  # whose tokenizer, other than CLIP's, is one of transformers'
+        with pytest.raises(UserError, match=r'pip install "coalign\[hf\]"'):
+            export(make(), to, tmp_path / "out")

@@ -88,10 +88,14 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """One JSON file, which `load_tokenizer` and the `tokenizers` library read."""
-        Path(path).write_text(self._backend.to_str(), encoding="utf-8")
+        Path(path).write_text(self.to_str(), encoding="utf-8")
+
+    def to_str(self) -> str:
+        """What `save` writes."""
+        return self._backend.to_str()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "json": self._backend.to_str()}
+        return {"name": self.name, "json": self.to_str()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Tokenizer.__init__(self, Backend.from_str(state["json"]), state["name"])

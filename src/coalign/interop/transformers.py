@@ -85,8 +85,10 @@ def preprocessor(size: int) -> dict[str, Any]:
 def to_tokenizer(backend_json: str, start: str, end: str, context_length: int) -> Any:
     """A transformers tokenizer of one of the `tokenizers` library. It lowers the case and joins white space itself; mis-decoded Unicode and
     HTML entities it leaves as they are. It pads with the end token, which no text tower of ours reads beyond."""
-    from transformers import PreTrainedTokenizerFast
-
+    try:
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        raise UserError('A tokenizer travels in the form of the extra "hf": pip install "coalign[hf]".') from None
     backend = Backend.from_str(backend_json)
     ids = [(name, backend.token_to_id(name)) for name in (start, end)]
     backend.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)

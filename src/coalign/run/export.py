@@ -149,8 +149,7 @@ def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
 
 
 def _tokenizer(run: Run) -> Any:
-    backend = json.loads(run.tokenizer.__getstate__()["json"])
-    return to_tokenizer(json.dumps(backend), START, END, run.config.context_length)
+    return to_tokenizer(run.tokenizer.to_str(), START, END, run.config.context_length)
 
 
 def _loaded(create: Callable[[], Any], library: str) -> Any:

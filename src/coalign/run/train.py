@@ -36,7 +36,16 @@ from coalign.training.trainer import Trainer, TrainResult
 from coalign.types import Source
 
 # what may differ when a run is resumed: it changes nothing that the run computes
-FREE_TO_CHANGE = {"workers", "save_every", "patience", "max_bad_fraction", "max_non_finite", "micro_batch", "evals"}
+FREE_TO_CHANGE = {
+    "workers",
+    "save_every",
+    "patience",
+    "max_bad_fraction",
+    "max_non_finite",
+    "micro_batch",
+    "evals",
+    "probe",
+}
 
 Settle = Callable[[int], TrainConfig]  # number of training pairs -> configuration
 
