@@ -134,3 +134,19 @@ def test_what_does_not_fit_is_a_sentence(bert, model_file, tmp_path):
         build_text_tower(TowerSpec(str(plain), 50, pretrained="hf"))
     with pytest.raises(UserError, match="hf:nobody/nothing could not be loaded"):
         load_tokenizer("hf:nobody/nothing")
+
+
+@pytest.mark.parametrize("pretrained", [None, "hf"])
+def test_a_tower_that_reads_from_left_to_right_is_refused(bert, tmp_path, pretrained):
+    from transformers import AutoTokenizer, GPT2Config, GPT2Model
+
+    folder = tmp_path / "gpt"
+    config = GPT2Config(
+        vocab_size=len(AutoTokenizer.from_pretrained(bert)), n_embd=16, n_layer=1, n_head=2, n_positions=24
+    )
+    GPT2Model(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+    path = tmp_path / "with-gpt.json"
+    path.write_text(json.dumps({**tiny.MODEL, "text_cfg": {"hf_model_name": str(folder)}}))
+    with pytest.raises(UserError, match="reads from left to right"):
+        build_text_tower(spec(path, bert, pretrained=pretrained))

@@ -171,6 +171,9 @@ def test_the_card_says_what_it_is_and_its_code_runs(make, trained, tmp_path, cap
     assert "Radford et al. 2021" in text
     assert re.search(r"image → text R@1 \| [\d.]+ % \| [\d.]+–[\d.]+", text)
     assert str(Path(trained).parent) not in text
+    assert "/" not in re.search(r"A `(.*?)` model", text)[1]
+    assert "the model is of the best ones" in card(trained, weights="best")
+    assert "the model is of" not in text
     assert cli.main(["card", str(trained), "--out", str(tmp_path / "card.md")]) == 0
     assert (tmp_path / "card.md").read_text() == text
     monkeypatch.chdir(tmp_path)

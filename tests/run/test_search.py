@@ -84,3 +84,11 @@ def test_what_cannot_be_asked_is_a_sentence(trained, pairs, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             search(trained, str(pairs), **query)
+
+
+def test_images_without_a_caption_are_found_too(trained, tmp_path):
+    for number, colour in enumerate(((200, 30, 30), (30, 30, 200))):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{number}.png")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "0.png", "caption": "red"}\n{"image": "1.png", "caption": null}\n')
+    hits = search(trained, str(tmp_path / "pairs.jsonl"), "a blue thing").hits
+    assert {hit.key: hit.captions for hit in hits} == {"0.png": ("red",), "1.png": ()}

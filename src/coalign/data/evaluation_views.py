@@ -13,7 +13,7 @@ from coalign.data.image_views import make_views
 from coalign.data.loader import BadEntry
 from coalign.data.randomness import generator
 from coalign.data.workers import fetch_all
-from coalign.errors import BadSample
+from coalign.errors import BadSample, NoCaption
 from coalign.types import EVALUATION, Source
 
 
@@ -42,12 +42,15 @@ def _image_batch(
             pixels[len(good)] = view.numpy()
             good.append(index)
         except BadSample as error:
-            bad.append(BadEntry(_key(source, index), error.reason, error.detail, 0))
+            bad.append(BadEntry(sample_key(source, index), error.reason, error.detail, 0))
     return good, torch.from_numpy(pixels[: len(good)]), bad
 
 
-def _key(source: Source, index: int) -> str:
+def sample_key(source: Source, index: int) -> str:
+    """What to call a sample, also one without a caption, or that cannot be used."""
     try:
         return source.record(index).key
+    except NoCaption as bad:
+        return bad.record.key
     except BadSample:
         return f"{source.name}[{index}]"

@@ -55,20 +55,35 @@ def build_hugging_face_tower(
     for key in vars(config):
         if "dropout" in key and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
-    known = config.vocab_size
     width, known = config.hidden_size, config.vocab_size
     if spec.pretrained == "hf":
         try:
             own, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, config=config).float()
         except Exception as error:
             raise UserError(f"The weights of {name} could not be loaded: {str(error).splitlines()[0]}") from error
-        special = [own.cls_token_id, own.sep_token_id, own.mask_token_id]
-        _append_rows(encoder, special[: spec.vocab_size - known])
+        special = [own.cls_token_id, own.sep_token_id, own.mask_token_id][: spec.vocab_size - known]
+        if None in special:
+            raise UserError(
+                f"The text tower {name} has no token to begin or to end with, or none for masked words; use one like BERT."
+            )
+        _append_rows(encoder, special)
     else:
         config.vocab_size = spec.vocab_size
         encoder = AutoModel.from_config(config)
     encoder.pooler = None
+    if _is_causal(encoder):
+        raise UserError(
+            f"The text tower {name} reads from left to right, so that its first token sees no other; use one like BERT."
+        )
     return HuggingFaceTextTower(encoder, width, embed_dim, spec.context_length, pooling)
+
+
+@torch.no_grad()
+def _is_causal(encoder: Any) -> bool:
+    """Whether the first token stays the same when the second is another."""
+    one, other = encoder.eval()(input_ids=torch.tensor([[2, 3], [2, 4]])).last_hidden_state[:, 0]
+    encoder.train()
+    return torch.equal(one, other)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,19 @@ _SHOWN = (
 )
 
 
-def card(path: str | Path, library: str = "coalign") -> str:
-    """The model card of a run in Markdown: method, data, settings, figures with intervals, limits, how to load. UserError for no run."""
+def card(path: str | Path, library: str = "coalign", weights: str = "last") -> str:
+    """The model card of a run in Markdown: method, data, settings, figures with intervals, limits, how to load. The figures are of the last
+    weights, which is said if the card is for others. UserError for no run."""
     folder = Path(path)
     saved = read_config(folder)
     config, data = saved.config, Path(saved.data).name or saved.data
-    paper = _paper(config.method)
+    paper = (sys.modules[method_class(config.method).__module__].__doc__ or "").splitlines()[
+        0
+    ]  # a method's file begins with it
     lines = [
         f"# {config.method} on {data}",
         "",
-        f"A `{config.model}` model that puts images and texts in one space, trained by coalign {__version__} with {paper}",
+        f"A `{_name(config.model)}` model that puts images and texts in one space, trained by coalign {__version__} with {paper}",
         "",
         "## Data",
         "",
@@ -66,6 +70,12 @@ def card(path: str | Path, library: str = "coalign") -> str:
         "## Results",
         "",
         *(_figures(folder) or ["Not measured: nothing was held out, or the run is not finished."]),
+        "",
+        *(
+            ["", f"These are the figures of the last weights; the model is of the {weights} ones."]
+            if weights != "last"
+            else []
+        ),
         "",
         "## Limits",
         "",
@@ -81,16 +91,14 @@ def card(path: str | Path, library: str = "coalign") -> str:
     return "\n".join(lines)
 
 
-def _paper(method: str) -> str:
-    """The first line of the method's file: its paper."""
-    import importlib
-
-    return (importlib.import_module(method_class(method).__module__).__doc__ or "").strip().splitlines()[0]
+def _name(value: Any) -> Any:
+    """Where a file lies is nobody else's business."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _settings(saved: SavedConfig) -> dict[str, Any]:
     flat = flatten(to_json(saved.config))
-    chosen = {name: flat[name] for name in _SHOWN if flat.get(name) is not None}
+    chosen = {name: _name(flat[name]) for name in _SHOWN if flat.get(name) is not None}
     return chosen | {
         name.removeprefix("method_config."): v for name, v in flat.items() if name.startswith("method_config.")
     }

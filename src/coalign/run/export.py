@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,14 +49,15 @@ def export(path: str | Path, to: str, out: str | Path, weights: str = "last") ->
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out} cannot be made: there is no folder {out.absolute().parent}.")
     run = load(path, weights)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     try:
-        FORMATS[to](run, temporary)
-        (temporary / "README.md").write_text(card(path, to))
-        temporary.chmod(0o755)  # which a temporary folder does not have
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
+            whole = Path(temporary) / "whole"
+            whole.mkdir()
+            FORMATS[to](run, whole)
+            (whole / "README.md").write_text(card(path, to, weights))
+            whole.replace(out)
+    except (OSError, SafetensorError) as error:  # such as a full disk
+        raise UserError(f"The model could not be written to {out}: {error}") from error
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coalign.data.evaluation_views import image_batches
+from coalign.data.evaluation_views import image_batches, sample_key
 from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts
@@ -69,7 +69,7 @@ def search(
     images = embed_images(encoder, image_batches(source, indices, encoder.image_size, workers=workers))
     scores, rows = (images.embeds @ query).topk(min(top, len(images.indices)))
     found = [(images.indices[row], score) for row, score in zip(rows.tolist(), scores.tolist())]
-    hits = [Hit(index, source.record(index).key, score, tuple(captions(index))) for index, score in found]
+    hits = [Hit(index, sample_key(source, index), score, tuple(captions(index))) for index, score in found]
     if report is not None:
         page = Page("Search", f"{run.path.name}, {run.checkpoint}; {len(images.indices):,} images; query: {how}")
         asked = None if image is None else read_picture(image, encoder.image_size)[0].permute(1, 2, 0).numpy()
