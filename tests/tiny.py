@@ -66,11 +66,12 @@ def train_args(data, out, model, /, **options):
     ]
 
 
-def start(args, threads=1, **options):
-    """A real process of the command."""
+def start(args, threads=1, processes=1, **options):
+    """A real process of the command, or several under torchrun."""
+    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "-m"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "coalign.cli", *args],
+        [sys.executable, "-m", *launcher, "coalign.cli", *args],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 

@@ -239,6 +239,8 @@ class DualEncoder:
     encode_image: uint8 pixels [batch, 3, size, size] (evaluation view, not normalised) -> float [batch, dim]
     encode_text: sequence of strings -> float [batch, dim]
     image_features: the same pixels -> float [batch, width], the image encoder's output before its projection; probes need it.
+    preprocess: an upright RGB PIL image -> uint8 [3, size, size], where it is not the evaluation view.
+    weights: what the embeddings depend on besides the inputs, so that they can be kept and found again by it.
     Embeddings need not be normalised; evaluation normalises. `logit_scale` multiplies cosines where probabilities are shown.
     """
 
@@ -248,3 +250,5 @@ class DualEncoder:
     name: str = "model"
     logit_scale: float = 100.0
     image_features: Callable[[Tensor], Tensor] | None = None
+    preprocess: Callable[[Any], Tensor] | None = None
+    weights: Callable[[], Mapping[str, Tensor]] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import retrieval as module
+from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieval, retrieve
 from coalign.types import DualEncoder
 
@@ -191,7 +192,8 @@ def test_retrieve_leaves_bad_images_and_their_captions_out():
     for i in range(3):
         pixels[i, i] = 100
     captions = {5: ["a", "aa"], 6: ["never seen"], 7: ["b"], 8: ["c", "a"]}
-    found = retrieve(model, [([5, 7], pixels[:2], [6]), ([8], pixels[2:], [])], captions.__getitem__)
+    images = embed_images(model, [([5, 7], pixels[:2], [6]), ([8], pixels[2:], [])])
+    found = retrieve(model, images, captions.__getitem__)
     result = found.result
     assert found.images.bad == [6]
     assert (result.num_images, result.num_texts, result.num_distinct_texts) == (3, 5, 4)

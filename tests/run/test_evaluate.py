@@ -16,11 +16,13 @@ from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import UserError
+from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run import model as runs
-from coalign.run.evaluate import captions_of, evaluate, label_function, select_split
-from coalign.run.reporting import print_results
+from coalign.run.evaluate import evaluate
+from coalign.run.findings import print_results
+from coalign.run.samples import captions_of, label_function, select_split
 from coalign.types import DualEncoder
 
 
@@ -174,7 +176,8 @@ def test_embeds_the_evaluation_view(four):
     pixels[:, 32:64] = tiny.COLOURS["green"]
     Image.fromarray(pixels).save(four / "green" / "green_apple_standing.png")
     source = open_source(str(four))
-    found = retrieve(Oracle().encoder(), image_batches(source, np.arange(4), 32), captions_of(source))
+    images = embed_images(Oracle().encoder(), image_batches(source, np.arange(4), 32))
+    found = retrieve(Oracle().encoder(), images, captions_of(source))
     assert found.result.image_to_text.recall[1].value == 1
 
 
@@ -226,8 +229,8 @@ def test_zero_shot_takes_only_what_has_a_class(four):
     source = open_source(str(four))
     labels = label_function(source, np.arange(4))
     del labels.of_index[2]
-    batches = image_batches(source, np.arange(4), 32)
-    found = classify(Oracle().encoder(), batches, labels.of_index, labels.classnames, ["{}"])
+    images = embed_images(Oracle().encoder(), image_batches(source, np.arange(4), 32))
+    found = classify(Oracle().encoder(), images, labels.of_index, labels.classnames, ["{}"])
     assert found.result.top1.n == 3
 
 

@@ -10,10 +10,11 @@ import torch
 
 from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
+from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
-from coalign.run.evaluate import captions_of, label_function
 from coalign.run.outcomes import read_outcomes, write_outcomes
+from coalign.run.samples import captions_of, label_function
 from coalign.types import DualEncoder
 
 
@@ -30,11 +31,11 @@ def encoder():
 
 def write(folder, data, indices, classes=("red", "green", "blue", "grey")):
     source = open_source(str(data))
-    batches = list(image_batches(source, indices, 32))
+    images = embed_images(encoder(), image_batches(source, indices, 32))
     labels = label_function(source, indices)
     evaluations = {
-        "retrieval": retrieve(encoder(), batches, captions_of(source)),
-        "zero_shot": classify(encoder(), batches, labels.of_index, list(classes), ["a {} thing"]),
+        "retrieval": retrieve(encoder(), images, captions_of(source)),
+        "zero_shot": classify(encoder(), images, labels.of_index, list(classes), ["a {} thing"]),
     }
     folder.mkdir()
     write_outcomes(folder, source, evaluations)

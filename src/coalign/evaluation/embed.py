@@ -33,25 +33,34 @@ class Evaluation:
     text_embeds: Tensor | None = None  # float32 [text, dim]; None: the task has no use for them
 
 
-def embed_images(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:
-    """Embeds the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `data.loader.image_batches`."""
-    return _encode_images(model, model.encode_image, batches, F.normalize)
+Batches = Iterable[
+    tuple[Sequence[int], Tensor, Sequence[Any]]
+]  # what `image_batches` gives: indices, pixels, bad entries
+# the part of this process -> the parts of all processes
+Exchange = Callable[[ImageEmbeds], Sequence[ImageEmbeds]]
 
 
-def image_features(model: DualEncoder, batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]) -> ImageEmbeds:
+def embed_images(model: DualEncoder, batches: Batches, exchange: Exchange | None = None) -> ImageEmbeds:
+    """Embeds the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `data.evaluation_views.image_batches`. Of several
+    processes, each is given its own batches, and gets the embeddings of all by `exchange`."""
+    return _encode_images(model, model.encode_image, batches, F.normalize, exchange)
+
+
+def image_features(model: DualEncoder, batches: Batches, exchange: Exchange | None = None) -> ImageEmbeds:
     """The same of the image encoder's output before its projection, as it is: float32 [image, width]. UserError for a model that does not
     give it."""
     if model.image_features is None:
         raise UserError(f"{model.name} does not give its image features, which a probe needs.")
-    return _encode_images(model, model.image_features, batches, lambda features: features)
+    return _encode_images(model, model.image_features, batches, lambda features: features, exchange)
 
 
 @torch.no_grad()
 def _encode_images(
     model: DualEncoder,
     encode: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
+    batches: Batches,
     finish: Callable[[Tensor], Tensor],
+    exchange: Exchange | None,
 ) -> ImageEmbeds:
     parts: list[Tensor] = []
     indices: list[int] = []
@@ -61,9 +70,20 @@ def _encode_images(
         if len(batch_indices):
             parts.append(finish(_checked(encode(pixels), len(batch_indices), f"{model.name}: image")))
             indices.extend(batch_indices)
-    if not parts:
-        raise UserError(f"There is nothing to evaluate: the data gave no readable image ({len(bad)} bad).")
-    return ImageEmbeds(torch.cat(parts), indices, bad)
+    own = ImageEmbeds(torch.cat(parts) if parts else torch.empty(0, 0), indices, bad)
+    found = own if exchange is None else _merged(exchange(own))
+    if not found.indices:
+        raise UserError(f"There is nothing to evaluate: the data gave no readable image ({len(found.bad)} bad).")
+    return found
+
+
+def _merged(parts: Sequence[ImageEmbeds]) -> ImageEmbeds:
+    """The parts of all processes, in the order of the indices."""
+    indices = [index for part in parts for index in part.indices]
+    order = sorted(range(len(indices)), key=indices.__getitem__)
+    held = [part.embeds for part in parts if part.indices]
+    embeds = torch.cat(held)[order] if held else torch.empty(0, 0)
+    return ImageEmbeds(embeds, [indices[row] for row in order], [entry for part in parts for entry in part.bad])
 
 
 @torch.no_grad()

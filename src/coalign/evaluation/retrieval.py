@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.embed import Evaluation, embed_images, embed_texts, require_finite
+from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, Metric
 from coalign.types import DualEncoder
 
@@ -149,14 +149,9 @@ def retrieval(
 
 
 def retrieve(
-    model: DualEncoder,
-    batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
-    captions: Callable[[int], Sequence[str]],
-    batch_size: int = 256,
+    model: DualEncoder, images: ImageEmbeds, captions: Callable[[int], Sequence[str]], batch_size: int = 256
 ) -> Evaluation:
-    """Embeds and scores a data set: batches as `embed_images` takes them, all captions of an index. An equal caption is right for every
-    image that has it."""
-    images = embed_images(model, batches)
+    """Scores the images of `embed_images` against all captions of their indices. An equal caption is right for every image that has it."""
     texts: list[str] = []
     owner: list[int] = []
     for row, index in enumerate(images.indices):

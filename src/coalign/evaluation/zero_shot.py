@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, embed_texts, require_finite
+from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, Metric
 from coalign.evaluation.prompts import check_distinct, checked_templates
 from coalign.types import DualEncoder
@@ -116,14 +116,13 @@ def zero_shot(
 
 def classify(
     model: DualEncoder,
-    batches: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
+    images: ImageEmbeds,
     labels: Mapping[int, int],
     classnames: Sequence[str],
     templates: Sequence[str],
 ) -> Evaluation:
-    """Embeds and scores a data set: batches as `embed_images` takes them, the class of each index that has one, without the others."""
+    """Scores the images of `embed_images`: those whose index has a class in `labels`."""
     weights = class_weights(model, classnames, templates)
-    images = embed_images(model, batches)
     rows = [row for row, index in enumerate(images.indices) if index in labels]
     images = ImageEmbeds(images.embeds[rows], [images.indices[row] for row in rows], images.bad)
     truth = torch.tensor([labels[index] for index in images.indices], dtype=torch.long)

@@ -198,14 +198,14 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
     else:
         vision.update(image_size=size, timm_model_pretrained=False)
         visual = _build_vision_tower(embed_dim, CLIPVisionCfg(**vision), config.get("quick_gelu", False))
-    width, projection = _take_projection(visual, embed_dim)
+    width, projection = take_projection(visual, embed_dim)
     return ImageTower(group_batch_norms(visual, spec.batch_norm_group), width, embed_dim, size, projection)
 
 
-def _take_projection(visual: Any, embed_dim: int) -> tuple[int, nn.Module]:
+def take_projection(visual: Any, embed_dim: int) -> tuple[int, nn.Module]:
     """Takes the projection off one of open_clip's image towers: the width of what is left, and the projection."""
     if isinstance(visual, VisionTransformer):
-        projection = _transposed(visual.proj)
+        projection = transposed(visual.proj)
         visual.proj = None
         return projection.in_features, projection
     last = getattr(getattr(visual, "head", None), "proj", None)  # of open_clip's timm adapter
@@ -215,7 +215,7 @@ def _take_projection(visual: Any, embed_dim: int) -> tuple[int, nn.Module]:
     return embed_dim, nn.Identity()  # an attention pool or an MLP that leads into the shared space itself
 
 
-def _transposed(matrix: Tensor) -> nn.Linear:
+def transposed(matrix: Tensor) -> nn.Linear:
     """The linear layer of an open_clip projection [width, embed_dim]."""
     width, embed_dim = matrix.shape
     projection = nn.Linear(width, embed_dim, bias=False, device=matrix.device)
@@ -300,7 +300,7 @@ def build_text_tower(
             "use one with CLIP's text tower."
         )
     tower.attn_mask = None
-    projection = _transposed(tower.text_projection)
+    projection = transposed(tower.text_projection)
     tower.text_projection = None
     return TextTower(tower, embed_dim, attention, pooling, projection)
 

@@ -112,6 +112,7 @@ def _mct(image_lr: float) -> dict[str, Arm]:
 
 _COLOURS = ("red", "pink", "brown", "gold", "green", "lime", "blue", "cyan")
 _SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
+_ONE_OBJECT = tuple(f"{colour} {shape}" for shape in _SHAPES for colour in _COLOURS)  # of the scenes that show one
 # Open Clip Art's tags, as `tag = class`; of two that a picture has, the first counts.
 _CLIP_ART = (
     "flag", "card = playing card", "fruit", "dessert", "beverage = drink", "insect", "mammal", "bird", "fish", "flower", "tree",
@@ -136,7 +137,7 @@ TABLES = {
         image_size=32,
         image_lr=5e-3,
         evals=4,
-        classes=tuple(f"{colour} {shape}" for shape in _SHAPES for colour in _COLOURS),  # of the pictures of one object
+        classes=_ONE_OBJECT,
         order=_TWO_TOWERS,
         headlines=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
@@ -146,6 +147,19 @@ TABLES = {
         epochs=10,
         classes=_CLIP_ART,
         order=("ITC", "ITC, two heads", "ITC + XMC", "ITC + XMC + CIC", "ITC + CMC"),
+    ),
+    "oner-mct-scenes": Table(
+        "OneR and MCT on scenes, beside CLIP",
+        {
+            "clip": Arm("clip", {"temperature": 0.2}, image_lr=5e-3),
+            "oner": Arm("oner"),
+            "mct": Arm("mct", image_lr=5e-3),
+        },
+        epochs=12,
+        image_size=32,
+        evals=4,
+        classes=_ONE_OBJECT,
+        headlines=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
     "mct-openclipart": Table(
         "MCT's terms and heads on Open Clip Art (its §4.4), beside CLIP",

@@ -12,19 +12,19 @@ from coalign.data.evaluation_views import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.tokenizer import Tokenizer
 from coalign.evaluation.compositionality import choose_captions
-from coalign.evaluation.embed import Evaluation
+from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features
 from coalign.evaluation.prompts import templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.method import Method
 from coalign.run import model as runs
-from coalign.run.evaluate import captions_of, label_function
 from coalign.run.pairs import Data, pair_loader
 from coalign.run.probe import Labelled, probe
+from coalign.run.samples import captions_of, label_function
 from coalign.training.distributed import World
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import Score, autocast_dtype
-from coalign.types import StepInfo
+from coalign.types import Source, StepInfo
 
 MAX_TRACKED = 2000  # validation pairs that are followed during training; the final evaluation takes all
 
@@ -55,12 +55,13 @@ def validation(
             if not images:
                 size = encoder.image_size
                 images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
-            result = retrieve(encoder, images, captions_of(pairs.val_source)).result
+            embeds = embed_images(encoder, images)
+            result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
             for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
                 recalls += [metric.value for metric in side.recall.values()]
                 values |= {f"val/{name}_r{k}": metric.value for k, metric in side.recall.items()}
             if labels is not None:
-                zero_shot = classify(encoder, images, labels.of_index, labels.classnames, templates("default")).result
+                zero_shot = classify(encoder, embeds, labels.of_index, labels.classnames, templates("default")).result
                 values |= {"val/zero_shot_acc1": zero_shot.top1.value}
         score = sum(recalls) / max(1, len(recalls))
         return Score(values, world.broadcast(score))
@@ -76,18 +77,23 @@ def evaluate_held_out(
     evaluations: dict[str, Evaluation] = {}
     if len(pairs.val) >= 2:
         encoder = runs.dual_encoder(method, tokenizer, config.context_length, name)
-        batches = list(image_batches(pairs.val_source, pairs.val, encoder.image_size, workers=config.workers or 0))
-        evaluations["retrieval"] = retrieve(encoder, batches, captions_of(pairs.val_source))
+        size, workers = encoder.image_size, config.workers or 0
+        images = embed_images(encoder, image_batches(pairs.val_source, pairs.val, size, workers=workers))
+        evaluations["retrieval"] = retrieve(encoder, images, captions_of(pairs.val_source))
         if isinstance(pairs.val_source, Scenes):
             foils = pairs.val_source.foils(pairs.val)
-            evaluations["foils"] = choose_captions(encoder, evaluations["retrieval"].images, foils)
+            evaluations["foils"] = choose_captions(encoder, images, foils)
         if config.classes:
             labels = label_function(pairs.val_source, pairs.val, config.classes)
             evaluations["zero_shot"] = classify(
-                encoder, batches, labels.of_index, labels.classnames, templates("default")
+                encoder, images, labels.of_index, labels.classnames, templates("default")
             )
             if config.probe:
                 train = label_function(pairs.source, pairs.train, config.classes)
                 learnt, test = Labelled(pairs.source, train.of_index), Labelled(pairs.val_source, labels.of_index)
-                evaluations["probe"] = probe(encoder, learnt, None, test, labels.classnames, config.workers or 0)
+
+                def features(source: Source, indices: np.ndarray) -> ImageEmbeds:
+                    return image_features(encoder, image_batches(source, indices, size, workers=workers))
+
+                evaluations["probe"] = probe(features, learnt, None, test, labels.classnames)
     return evaluations

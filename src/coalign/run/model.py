@@ -84,7 +84,9 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         return method.image_features(pixels.to(device))
 
     scale = method.scalars().get("logit_scale", 100.0)
-    return DualEncoder(encode_image, encode_text, image_size(method), name, float(scale), image_features)
+    return DualEncoder(
+        encode_image, encode_text, image_size(method), name, float(scale), image_features, weights=method.state_dict
+    )
 
 
 def image_size(method: Method) -> int:

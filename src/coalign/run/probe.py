@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from coalign.data.evaluation_views import image_batches
-from coalign.evaluation.embed import Evaluation, ImageEmbeds, image_features
+from coalign.evaluation.embed import Evaluation, ImageEmbeds
 from coalign.evaluation.linear_probe import Part, linear_probe
-from coalign.types import DualEncoder, Source
+from coalign.types import Source
 
 
 @dataclass(frozen=True)
@@ -32,29 +31,30 @@ class Labelled:
 
 
 def probe(
-    model: DualEncoder,
+    features: Callable[[Source, np.ndarray], ImageEmbeds],
     train: Labelled,
     val: Labelled | None,
     test: Labelled,
     classnames: Sequence[str],
-    workers: int = 0,
 ) -> Evaluation:
-    """Learns from `train`, finds the penalty on `val` (None: a fifth of `train`), measures on `test`. The evaluation's images are those of
-    `test`, with what could not be read of any part."""
+    """Learns from `train`, finds the penalty on `val` (None: a fifth of `train`), measures on `test`; `features` embeds a source's samples.
+    The evaluation's images are those of `test`, with what could not be read of any part."""
     if val is None:
         train, val = train.fifth()
-
-    def features(part: Labelled) -> ImageEmbeds:
-        if not part.of_index:  # which the probe answers
-            return ImageEmbeds(torch.empty(0, 1), [])
-        batches = image_batches(part.source, np.array(sorted(part.of_index)), model.image_size, workers=workers)
-        return image_features(model, batches)
-
-    def labelled(part: Labelled, images: ImageEmbeds) -> Part:
-        return images.embeds.numpy(), np.array([part.of_index[index] for index in images.indices], dtype=np.int64)
-
-    found = [features(part) for part in (train, val, test)]
-    learnt, chosen_by, asked = (labelled(part, images) for part, images in zip((train, val, test), found))
+    found = [labelled_features(features, part) for part in (train, val, test)]
+    learnt, chosen_by, asked = (part for part, _ in found)
     result = linear_probe(learnt, chosen_by, asked, len(classnames))
-    bad = [entry for images in found for entry in images.bad]
-    return Evaluation(result, replace(found[-1], bad=bad), list(classnames))
+    bad = [entry for _, images in found for entry in images.bad]
+    return Evaluation(result, replace(found[-1][1], bad=bad), list(classnames))
+
+
+def labelled_features(
+    features: Callable[[Source, np.ndarray], ImageEmbeds], part: Labelled
+) -> tuple[Part, ImageEmbeds]:
+    """The features and classes of what could be read, and the images; nothing of an empty part."""
+    if not part.of_index:  # which the protocols answer
+        images = ImageEmbeds(torch.empty(0, 1), [])
+    else:
+        images = features(part.source, np.array(sorted(part.of_index)))
+    labels = np.array([part.of_index[index] for index in images.indices], dtype=np.int64)
+    return (images.embeds.numpy(), labels), images

@@ -30,7 +30,6 @@ from coalign.training.log import duration
 from coalign.training.trainer import TrainResult
 from coalign.types import Source
 
-_PAST = {"replace": "replaced", "swap": "swapped", "add": "added"}
 QUERIES, SHOWN, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
 
 
@@ -88,56 +87,6 @@ def write_run_report(
     return verdict(summary), path
 
 
-def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The figures of `evaluate`, a table a task."""
-    console = Console(highlight=False)
-    for task, values in results.items():
-        table = Table(
-            "metric",
-            "value",
-            "95 % interval",
-            "chance",
-            title=f"{task}, {values['split']} ({values['samples']:,} samples)",
-        )
-        if "image_to_text" in values:
-            for name in ("image_to_text", "text_to_image"):
-                for metric, entry in values[name].items():
-                    shown = (lambda x: f"{x:,.4g}") if metric == "median_rank" else _percent
-                    shown_name = f"R@{metric[1:]}" if metric[1:].isdigit() else metric.replace("_", " ")
-                    table.add_row(
-                        f"{name.replace('_', ' ')} {shown_name}",
-                        shown(entry["value"]),
-                        f"{shown(entry['low'])} – {shown(entry['high'])}",
-                        shown(entry["chance"]),
-                    )
-            table.add_row("modality gap (0 to 2)", f"{values['modality_gap']:.2f}")
-        for metric, entry in values.items():
-            if metric in ("accuracy", "pointing", "iou", "plain", "guided", "difference") or metric.startswith(
-                ("pointing_", "iou_")
-            ):
-                shown_chance = _percent(values["chance"]) if "chance" in values else ""
-                table.add_row(metric.replace("_", " "), *_cells(entry), shown_chance)
-        for kind, entry in values.get("by_kind", {}).items():
-            table.add_row(f"accuracy, {kind.replace('_', ' ')}", *_cells(entry), _percent(values["chance"]))
-        for how, entry in values.get("by_how", {}).items():
-            table.add_row(f"mean of what was {_PAST[how]}", *_cells(entry), _percent(values["chance"]))
-        for metric, label in (("acc1", "top-1"), ("acc5", "top-5"), ("mean_per_class_recall", "mean per class")):
-            if metric in values.get("intervals", {}):
-                entry = values["intervals"][metric]
-                chance = _percent(values["chance"]) if metric != "acc5" else ""
-                table.add_row(label, *_cells(entry), chance)
-        console.print(table)
-        for reason, count in values["unreadable"].items():
-            console.print(f"left out: {count:,} samples ({reason})")
-        if values.get("unlabelled"):
-            console.print(f"left out: {values['unlabelled']:,} samples of none of the classes")
-
-
-def _cells(entry: Mapping[str, float]) -> tuple[str, str]:
-    """A rate and its interval."""
-    return _percent(entry["value"]), f"{_percent(entry['low'])} – {_percent(entry['high'])}"
-
-
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """The tables of `compare`, for a terminal of 100 columns."""
     console = console or Console(highlight=False)
@@ -186,10 +135,6 @@ def _plain_table(*columns: str) -> Table:
     for position, column in enumerate(columns):
         table.add_column(column, overflow="fold", justify="left" if position == 0 else "right")
     return table
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 # ---------------------------------------------------------------- retrieval

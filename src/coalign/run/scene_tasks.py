@@ -14,34 +14,33 @@ from coalign.data.scene_layout import SIZES
 from coalign.data.scenes import Scenes
 from coalign.evaluation.guidance import GuidedQuery, guided_answers
 from coalign.evaluation.localization import Query, localize
-from coalign.run.localize import localizer
-from coalign.run.model import Run
+from coalign.run.subject import Subject
 
 
-def _localization(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    views, side = _views(run, source, indices)
-    make, how = localizer(run)
+def _localization(subject: Subject, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
+    views, side = _views(subject, source, indices)
+    make, how = subject.localizer()
     result = localize(make, views.__getitem__, scene_queries(source, indices, side))
     return {**result.to_json(), "maps": how}
 
 
-def _guided(run: Run, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    encode_joint = run.joint_encoder()  # first: it says if there is none
-    views, _ = _views(run, source, indices)
+def _guided(subject: Subject, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
+    encode_joint = subject.joint_encoder()  # first: it says if there is none
+    views, _ = _views(subject, source, indices)
     queries = guided_queries(source, indices)
-    return guided_answers(run.encoder(), encode_joint, views.__getitem__, queries).to_json()
+    return guided_answers(subject.encoder, encode_joint, views.__getitem__, queries).to_json()
 
 
-SCENE_TASKS: Mapping[str, Callable[[Run, Scenes, np.ndarray], dict[str, Any]]] = {
+SCENE_TASKS: Mapping[str, Callable[[Subject, Scenes, np.ndarray], dict[str, Any]]] = {
     "localization": _localization,
     "guided": _guided,
 }
 
 
-def _views(run: Run, source: Scenes, indices: np.ndarray) -> tuple[dict[int, Tensor], int]:
-    side = run.encoder().image_size
+def _views(subject: Subject, source: Scenes, indices: np.ndarray) -> tuple[dict[int, Tensor], int]:
+    side = subject.encoder.image_size
     views: dict[int, Tensor] = {}
-    for batch, pixels, _ in image_batches(source, indices, side):
+    for batch, pixels, _ in image_batches(source, indices, side, preprocess=subject.encoder.preprocess):
         views |= dict(zip(batch, pixels))
     return views, side
 

@@ -15,9 +15,9 @@ from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts
 from coalign.methods.oner import OneR
 from coalign.report.page import GalleryCell, Page
-from coalign.run.evaluate import captions_of, select_split
 from coalign.run.model import Run, check_output, load
 from coalign.run.pictures import read_picture, thumbnail
+from coalign.run.samples import captions_of, select_split
 
 
 @dataclass(frozen=True)

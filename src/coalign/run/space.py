@@ -14,9 +14,9 @@ from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts
 from coalign.methods.oner import OneR
-from coalign.run.evaluate import captions_of, select_split
 from coalign.run.model import Run, build_method, load
 from coalign.run.pictures import check_picture, save_picture
+from coalign.run.samples import captions_of, select_split
 
 
 def space(path: str | Path, data: str, out: str | Path, pairs: int = 300, device: str = "cpu") -> dict[str, float]:

@@ -1,0 +1,22 @@
+"""A row of the papers' tables: one figure of each of several data sets, and their average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def suite_row(results: Mapping[str, Mapping[str, Any]], kind: str, names: Iterable[str]) -> dict[str, Any]:
+    """The main figure of the task `kind` on each data set, with its interval, and the average. Data sets are independent, so that the
+    average's half-widths are the root of the sum of their squares, over their number."""
+    found = {name: results[f"{kind}:{name}"] for name in names}
+    row = {name: result["intervals"][result["main_metric"]] for name, result in found.items()}
+    mean = sum(entry["value"] for entry in row.values()) / len(row)
+    below, above = (
+        math.sqrt(sum((entry["value"] - entry[edge]) ** 2 for entry in row.values())) / len(row)
+        for edge in ("low", "high")
+    )
+    average = {"value": mean, "low": mean - below, "high": mean + above, "n": len(row)}
+    metrics = {name: result["main_metric"] for name, result in found.items()}
+    return {"task": "suite", "row": row, "average": average, "metrics": metrics}

@@ -1,0 +1,78 @@
+"""Hugging Face's CLIPModels as evaluation takes them (extra "hf")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalign.errors import UserError
+from coalign.types import DualEncoder
+
+
+def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEncoder:
+    """The CLIPModel of a folder, or of the hub, with the library's own tokenizer and preprocessing. Only safetensors are read. UserError
+    for what is not there, or no CLIPModel."""
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+    except ImportError:
+        raise UserError('A model of transformers needs the extra "hf": pip install "coalign[hf]".') from None
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+    except Exception as error:  # the hub's client has many: no network, no such file, offline mode
+        raise UserError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from error
+    if kind != "clip":
+        raise UserError(f"{name} is a {kind}, not a CLIPModel of transformers, which alone can be evaluated.")
+    try:
+        model = CLIPModel.from_pretrained(name, use_safetensors=True).float().eval().to(device)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from error
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+
+    def image_features(pixels: Tensor) -> Tensor:
+        return model.vision_model((pixels.to(device) / 255 - mean) / std).pooler_output
+
+    def encode_text(texts: Sequence[str]) -> Tensor:
+        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device)
+        return model.text_projection(model.text_model(inputs.input_ids, inputs.attention_mask).pooler_output)
+
+    return DualEncoder(
+        encode_image=lambda pixels: model.visual_projection(image_features(pixels)),
+        encode_text=encode_text,
+        image_size=model.config.vision_config.image_size,
+        name=name,
+        logit_scale=float(model.logit_scale.detach().exp()),
+        image_features=image_features,
+        preprocess=TransformersPreprocess(processor),
+        weights=model.state_dict,
+    )
+
+
+def is_transformers_folder(folder: Path) -> bool:
+    """Whether the folder's config.json is one of the library's."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@dataclass(frozen=True, repr=False)
+class TransformersPreprocess:
+    """An image processor's geometry, without its scaling and normalisation: PIL image -> uint8 [3, size, size]."""
+
+    processor: Any
+
+    def __call__(self, image: Any) -> Tensor:
+        values = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
+        return torch.from_numpy(np.asarray(values)).round().clamp(0, 255).to(torch.uint8)
+
+    def __repr__(self) -> str:
+        return f"transformers {json.dumps(self.processor.to_dict(), sort_keys=True, default=str)}"

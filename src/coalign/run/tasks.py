@@ -1,0 +1,142 @@
+"""What a model can be asked: a function for each kind of task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from coalign.data.classification import ClassificationSource
+from coalign.data.evaluation_views import image_batches
+from coalign.data.scenes import Scenes
+from coalign.data.sugarcrepe import SugarCrepe
+from coalign.errors import UserError
+from coalign.evaluation.compositionality import choose_captions
+from coalign.evaluation.embed import ImageEmbeds, embed_images, image_features
+from coalign.evaluation.guidance import bootstrapped_guidance
+from coalign.evaluation.prompts import templates
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
+from coalign.run.probe import Labelled, probe
+from coalign.run.samples import Labels, captions_of, label_function
+from coalign.run.subject import Subject
+from coalign.training.distributed import World
+from coalign.types import Source
+
+
+@dataclass
+class Question:
+    """What a task is asked of: a model, and samples of a source with, for some tasks, their classes."""
+
+    subject: Subject
+    source: Source
+    indices: np.ndarray
+    classes: Path | None
+    label: str | None
+    prompts: str | None
+    workers: int
+    world: World
+
+    def labels(self, indices: np.ndarray | None = None) -> Labels:
+        chosen = self.indices if indices is None else indices
+        if isinstance(self.source, ClassificationSource) and self.classes is None:
+            return Labels(self.source.classnames, {i: self.source.labels[i] for i in chosen.tolist()}, 0)
+        return label_function(self.source, chosen, self.classes, self.label)
+
+    def templates(self) -> list[str]:
+        own = self.source.prompts if isinstance(self.source, ClassificationSource) else "default"
+        return templates(self.prompts or own)
+
+    def of_data_set(self) -> dict[str, Any]:
+        """What is to be said of one of the named data sets: the papers' figure of it, and what differs from theirs."""
+        if not isinstance(self.source, ClassificationSource):
+            return {}
+        return {"main_metric": self.source.metric, "differences": self.source.differences}
+
+    def batches(
+        self, source: Source, indices: Iterable[int]
+    ) -> Generator[tuple[list[int], Tensor, list[Any]], None, None]:
+        model, chosen = self.subject.encoder, np.array(list(indices), dtype=np.int64)
+        return image_batches(source, chosen, model.image_size, workers=self.workers, preprocess=model.preprocess)
+
+    def images(self, indices: Iterable[int]) -> ImageEmbeds:
+        """Embeddings; every process makes its share of them, and has all."""
+        own = sorted(indices)[self.world.rank :: self.world.size]
+        return embed_images(self.subject.encoder, self.batches(self.source, own), self.world.gather_objects)
+
+    def features(self, source: Source, indices: np.ndarray) -> ImageEmbeds:
+        """The same of the image encoder's features."""
+        own = sorted(indices.tolist())[self.world.rank :: self.world.size]
+        return image_features(self.subject.encoder, self.batches(source, own), self.world.gather_objects)
+
+
+def _retrieval(asked: Question) -> dict[str, Any]:
+    evaluation = retrieve(asked.subject.encoder, asked.images(asked.indices.tolist()), captions_of(asked.source))
+    return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json()}
+
+
+def _zero_shot(asked: Question) -> dict[str, Any]:
+    labels = asked.labels()
+    images = asked.images(labels.of_index)
+    evaluation = classify(asked.subject.encoder, images, labels.of_index, labels.classnames, asked.templates())
+    figures = evaluation.result.to_json()
+    counts = {"unreadable": _counted(evaluation.images.bad), "unlabelled": labels.unlabelled}
+    return {**counts, **figures, **asked.of_data_set()}
+
+
+def _bootstrap(asked: Question) -> dict[str, Any]:
+    encode_joint = asked.subject.joint_encoder()  # first: it says if there is none
+    labels = asked.labels()
+    batches = list(asked.batches(asked.source, sorted(labels.of_index)))
+    names, prompts = labels.classnames, asked.templates()
+    result = bootstrapped_guidance(asked.subject.encoder, encode_joint, batches, labels.of_index, names, prompts)
+    bad = [entry for _, _, found in batches for entry in found]
+    return {"unreadable": _counted(bad), "unlabelled": labels.unlabelled, **result.to_json()}
+
+
+def _probe(asked: Question) -> dict[str, Any]:
+    train, val, test, classnames = _parts(asked)
+    evaluation = probe(asked.features, train, val, test, classnames)
+    return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json(), **asked.of_data_set()}
+
+
+def _parts(asked: Question) -> tuple[Labelled, Labelled | None, Labelled, list[str]]:
+    """The asked samples are the test part; what a classifier learns from is the source's train part, or what was not asked for; its
+    validation part, if it has one, is for choosing. And the names of the classes."""
+    own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
+    rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
+    val = np.setdiff1d(own.get("val", rest[:0]), asked.indices)
+    labels = asked.labels(np.concatenate([asked.indices, rest, val]))
+    found = Labelled(asked.source, labels.of_index)
+    train, held_out, test = (found.among(indices) for indices in (rest, val, asked.indices))
+    return train, held_out if len(val) else None, test, labels.classnames
+
+
+def _foils(asked: Question) -> dict[str, Any]:
+    if not isinstance(asked.source, (Scenes, SugarCrepe)):
+        raise UserError(
+            f"{asked.source.name} has no false captions beside its true ones; scenes:… and sugarcrepe:FOLDER have."
+        )
+    options = {"per_kind": 2000} if isinstance(asked.source, Scenes) else {}
+    foils = asked.source.foils(asked.indices, **options)
+    images = asked.images({foil.index for foil in foils})
+    figures = choose_captions(asked.subject.encoder, images, foils).result.to_json()
+    return {"unreadable": _counted(images.bad), **figures}
+
+
+TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
+    "retrieval": _retrieval,
+    "zeroshot": _zero_shot,
+    "bootstrap": _bootstrap,
+    "probe": _probe,
+    "foils": _foils,
+}
+
+
+def _counted(bad: Iterable[Any]) -> dict[str, int]:
+    return dict(Counter(entry.reason for entry in bad))

@@ -1,0 +1,271 @@
+"""What can be evaluated besides a run: other libraries' models, with their preprocessing and ours, and pairs of callables."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from coalign import cli
+from coalign.data.evaluation_views import image_batches
+from coalign.data.sources import open_source
+from coalign.data.splits import assign_splits
+from coalign.errors import UserError
+from coalign.evaluation.embed import embed_images
+from coalign.evaluation.encoders import cached, in_bfloat16, shared_texts
+from coalign.run.evaluate import evaluate
+from coalign.run.export import export
+from coalign.run.subject import open_subject
+from coalign.types import DualEncoder
+
+TEXTS = ["a red thing", "two blue apples", "", "grey " * 100]
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    for library in ("open_clip", "transformers"):
+        export(trained, library, folder / library)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Pictures of several sizes and shapes, which no two ways of resizing treat alike."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number, shape in enumerate(((40, 60), (90, 50), (33, 32), (200, 300))):
+        pixels = rng.integers(0, 256, (shape[0] // 8 + 1, shape[1] // 8 + 1, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC).save(folder / f"picture {number}.png")
+    return folder
+
+
+def embed(encoder, folder):
+    source = open_source(str(folder))
+    batches = image_batches(source, range(len(source)), encoder.image_size, preprocess=encoder.preprocess)
+    return embed_images(encoder, batches).embeds
+
+
+def pictures(folder):
+    return [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
+
+
+def assert_close(one, other, atol=1e-5):
+    torch.testing.assert_close(F.normalize(one, dim=-1), F.normalize(other, dim=-1), rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_an_open_clip_model_gives_what_the_library_gives(exported, photos):
+    name = f"local-dir:{exported / 'open_clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    encoder = open_subject(str(exported / "open_clip")).encoder
+    assert_close(embed(encoder, photos), model.encode_image(torch.stack([preprocess(i) for i in pictures(photos)])))
+    assert_close(encoder.encode_text(TEXTS), model.encode_text(open_clip.get_tokenizer(name)(TEXTS)))
+    assert encoder.logit_scale == pytest.approx(float(model.logit_scale.exp()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ViT-S-32-alt", "convnext_base"])
+def test_a_named_open_clip_model_with_weights_of_a_file(tmp_path, photos, monkeypatch, name):
+    """A model of open_clip's list, shrunken: one that our text tower can stand for, and a timm image tower."""
+    config = open_clip.get_model_config(name)
+    config["text_cfg"] |= {"width": 64, "heads": 2, "layers": 2}
+    config["vision_cfg"] |= {"image_size": 64}
+    if "layers" in config["vision_cfg"]:
+        config["vision_cfg"] |= {"layers": 2, "width": 64, "head_width": 32}
+    else:
+        config["vision_cfg"] |= {"timm_model_name": "test_convnext"}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    encoder = open_subject(f"open_clip:{name}:{tmp_path / 'weights.safetensors'}").encoder
+    assert_close(embed(encoder, photos), model.encode_image(torch.stack([preprocess(i) for i in pictures(photos)])))
+    assert_close(encoder.encode_text(TEXTS), model.encode_text(open_clip.get_tokenizer(name)(TEXTS)))
+
+
+@torch.no_grad()
+def test_a_model_of_transformers_gives_what_the_library_gives(exported, photos):
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    folder = exported / "transformers"
+    model, processor = CLIPModel.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
+    encoder = open_subject(f"transformers:{folder}").encoder
+    pixels = processor(pictures(photos), return_tensors="pt").pixel_values
+    theirs = model.visual_projection(model.vision_model(pixels).pooler_output)
+    assert_close(embed(encoder, photos), theirs, atol=1e-4)  # the library does not round the resized pixels
+    inputs = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    assert_close(encoder.encode_text(TEXTS), model.text_projection(model.text_model(**inputs).pooler_output))
+
+
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+def test_an_export_has_the_runs_figures_under_either_preprocessing(trained, exported, photos, library):
+    for preprocess in ("coalign", library):
+        tasks = [f"retrieval:{photos}"]
+        ours = evaluate(str(trained), tasks, preprocess=preprocess)
+        theirs = evaluate(str(exported / library), tasks, preprocess=preprocess)
+        assert ours == {task: {**values, "modality_gap": ours[task]["modality_gap"]} for task, values in theirs.items()}
+        assert ours[tasks[0]]["modality_gap"] == pytest.approx(theirs[tasks[0]]["modality_gap"], abs=1e-4)
+    one, other = (embed(open_subject(str(trained), preprocess=p).encoder, photos) for p in ("coalign", library))
+    assert 0 < (one - other).abs().max() < 0.2  # they do differ
+
+
+def test_two_callables(pairs):
+    encoder = DualEncoder(
+        lambda pixels: pixels.float().mean((2, 3)), lambda texts: torch.rand(len(texts), 3), image_size=8
+    )
+    result = evaluate(encoder, [f"retrieval:{pairs}"])[f"retrieval:{pairs}"]
+    assert (result["split"], result["images"]) == ("all", 64)
+    with pytest.raises(UserError, match="does not give its image features"):
+        evaluate(encoder, [f"probe:{pairs}"], split="all")
+    with pytest.raises(UserError, match="no run of coalign's, which alone can be asked for image and text as one"):
+        evaluate(encoder, ["guided:scenes:8,size=32"])
+    with pytest.raises(UserError, match="no run of coalign's, which alone can be asked for maps"):
+        evaluate(encoder, ["localization:scenes:8,size=32"])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("runs/nowhere", "There is no model runs/nowhere"),
+        ("open_clip:ViT-B-33", "no model named 'ViT-B-33', nor is there such a folder; did you mean"),
+        ("open_clip:ViT-B-32", "open_clip:ViT-B-32 needs weights; give open_clip:ViT-B-32:WEIGHTS with openai, "),
+        ("open_clip:ViT-B-32:mine", "no weights named 'mine'"),
+        ("open_clip:ViT-B-32:FOLDER/weights.pt", "no weights named"),
+        ("open_clip:FOLDER", "is no folder of open_clip's: there is no open_clip_config.json"),
+        ("transformers:FOLDER", "transformers cannot load"),
+        ("FOLDER/cut", "open_clip cannot load"),
+        ("FOLDER/other", "open_clip cannot load"),
+        ("FOLDER/pickled", "holds no weights in a .safetensors file"),
+        ("FOLDER/bert", "is a bert, not a CLIPModel"),
+    ],
+)
+def test_what_is_no_model_is_a_sentence(exported, tmp_path, capsys, model, words):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "unpickled"), "w"))
+
+    torch.save(Payload(), tmp_path / "weights.pt")
+    for name in ("cut", "other", "pickled"):
+        shutil.copytree(exported / "open_clip", tmp_path / name)
+    weights = tmp_path / "cut" / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other" / "open_clip_model.safetensors")
+    (tmp_path / "pickled" / "open_clip_model.safetensors").unlink()
+    torch.save(Payload(), tmp_path / "pickled" / "open_clip_pytorch_model.bin")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    given = model.replace("FOLDER", str(tmp_path))
+    assert cli.main(["eval", given, "--tasks", "retrieval:scenes:8"]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_wrong_words(trained, capsys):
+    for option, value, words in (
+        ("--preprocess", "pil", "There is no preprocessing 'pil'"),
+        ("--precision", "fp8", "--precision is 'fp8'"),
+    ):
+        assert cli.main(["eval", str(trained), "--tasks", "retrieval:scenes:8", option, value]) == 2
+        assert words in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- ways to encode
+
+
+def test_kept_embeddings_are_found_by_content(trained, pairs, tmp_path):
+    task, folder = f"retrieval:{pairs}", tmp_path / "cache"
+    first = evaluate(str(trained), [task], cache=folder)
+    assert first == evaluate(str(trained), [task])
+
+    kept = sorted(folder.iterdir())
+    moved = shutil.copytree(pairs, tmp_path / "elsewhere")  # the same content under another name
+
+    def must_not_be_called(_):
+        raise AssertionError("encoded again")
+
+    run = open_subject(str(trained)).run
+    silent = replace(run.encoder(), encode_image=must_not_be_called, encode_text=must_not_be_called)
+    source = open_source(str(moved))
+    indices = assign_splits(source, 0.1)[0]["val"]
+    found = embed_images(cached(silent, folder), image_batches(source, indices, 32))
+    assert torch.equal(found.embeds, embed_images(run.encoder(), image_batches(source, indices, 32)).embeds)
+    assert sorted(folder.iterdir()) == kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:20])  # cut off: made again
+    assert evaluate(str(trained), [task], cache=folder) == first
+
+
+def test_kept_embeddings_depend_on_every_weight_and_input(tmp_path):
+    weights = {"w": torch.ones(3)}
+    calls = []
+
+    def encode(inputs):
+        calls.append(inputs)
+        return torch.ones(len(inputs), 3) * len(calls)
+
+    model = DualEncoder(encode, encode, 4, image_features=encode, weights=lambda: weights)
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert torch.equal(cached(model, tmp_path).encode_image(pixels), cached(model, tmp_path).encode_image(pixels))
+    assert len(calls) == 1
+    pixels[0, 0, 0, 0] = 1
+    cached(model, tmp_path).encode_image(pixels)
+    cached(model, tmp_path).image_features(pixels)
+    cached(model, tmp_path, "bf16").encode_image(pixels)
+    for texts in (["ab", "c"], ["a", "bc"], ["ab", "c"]):
+        cached(model, tmp_path).encode_text(texts)
+    assert len(calls) == 6
+    weights["w"][1] = 2
+    cached(model, tmp_path).encode_image(pixels)
+    assert len(calls) == 7
+    with pytest.raises(UserError, match="does not show its weights"):
+        cached(replace(model, weights=None), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        cached(model, tmp_path / "file" / "folder")
+
+
+def test_bfloat16_is_refused_where_it_gives_something_else(trained, pairs):
+    task = f"retrieval:{pairs}"
+    lower, full = (evaluate(str(trained), [task], precision=p)[task] for p in ("bf16", "fp32"))
+    assert lower["modality_gap"] != full["modality_gap"]
+    assert lower["modality_gap"] == pytest.approx(full["modality_gap"], abs=0.02)
+    weight = torch.randn(12, 4)
+
+    def cancels(pixels):  # what is left of large numbers is lost in bfloat16
+        x = pixels.float().flatten(1)[:, :12] / 255
+        return (x + 1000) @ weight - (x * 0 + 1000) @ weight
+
+    bad = in_bfloat16(DualEncoder(cancels, cancels, 4), "cpu")
+    with pytest.raises(UserError, match="cannot be evaluated in bfloat16: its embeddings of images have a cosine of"):
+        bad.encode_image(torch.randint(256, (4, 3, 4, 4), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_texts_are_shared(count):
+    texts = [f"text {number}" for number in range(count)]
+    model = DualEncoder(None, lambda words: torch.tensor([[float(word[5:]), 1.0] for word in words]), 4)
+    parts = [model.encode_text(texts[rank::2]) for rank in range(2)] if count > 1 else []
+    shared = shared_texts(model, 0, 2, lambda own: [own, parts[1]])
+    assert torch.equal(shared.encode_text(texts), model.encode_text(texts))
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(trained, tmp_path):
+    data = tiny.write_pairs(tmp_path / "photos", 40)
+    (data / "red" / "red_apple_standing.png").write_bytes(b"")
+    tasks = ["--tasks", f"retrieval:{data}", f"zeroshot:{data}"]
+    for count, out in ((1, tmp_path / "one.json"), (2, tmp_path / "two.json")):
+        words = ["eval", str(trained), *tasks, "--json", str(out)]
+        process = tiny.start(words, processes=count)
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert json.loads((tmp_path / "one.json").read_text()) == json.loads((tmp_path / "two.json").read_text())
