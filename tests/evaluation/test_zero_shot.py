@@ -129,9 +129,13 @@ def test_classify_from_pixels_finds_the_colours():
         pixels[i, i % 3] = 200
     batches = [([10, 11, 12, 13], pixels[:4], []), ([14, 15], pixels[4:], ["one bad"])]
     names, templates = ["red", "green", "blue"], ["a {} picture"]
-    found = classify(model, embed_images(model, batches), {index: (index - 10) % 3 for index in range(10, 15)}, names, templates)
+    found = classify(
+        model, embed_images(model, batches), {index: (index - 10) % 3 for index in range(10, 15)}, names, templates
+    )
     assert found.result.top1.value == 1.0
     assert found.result.top1.n == 5  # the sixth has no class
     assert found.images.bad == ["one bad"]
-    wrong = classify(model, embed_images(model, batches), {index: (index - 9) % 3 for index in range(10, 16)}, names, templates)
+    wrong = classify(
+        model, embed_images(model, batches), {index: (index - 9) % 3 for index in range(10, 16)}, names, templates
+    )
     assert wrong.result.top1.value == 0.0

@@ -454,7 +454,7 @@ def test_momentum_encoders_follow(new):
     assert method.scalars()["teacher_momentum"] == 0.75
     method = new()
     objective(method, *inputs(method))
-    assert method.scalars()["teacher_momentum"] == pytest.approx(0.9)
+    assert method.scalars()["teacher_momentum"] == pytest.approx(0.99)
     assert method._momentum(StepInfo(3, 46_000)) == method._momentum(StepInfo(9, 10**6)) == pytest.approx(0.999)
 
 
@@ -599,7 +599,7 @@ def test_short_runs_have_short_queues(pairs):
     config = mct(pairs)
     assert isinstance(config, TrainConfig)
     steps = config.epochs * (pairs // config.batch_size)
-    limit = 0.25 * config.batch_size / (1 - momentum_for(int(steps), 46, 0.001))
+    limit = 0.02 * config.batch_size / (1 - momentum_for(int(steps), 46, 0.001, 0.01))
     queue_size = config.method_config.queue_size
     assert queue_size == pytest.approx(max(1, min(32_768, pairs // 4, limit)), abs=1)
     assert config.method_config.multi_positive

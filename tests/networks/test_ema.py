@@ -86,3 +86,4 @@ def test_momentum_fits_the_length_of_the_run(steps, momentum):
     assert momentum_for(steps) == pytest.approx(max(0.9, momentum))
     shorter = 1 - min(max(46 / steps, 0.001), 0.1)
     assert momentum_for(steps, 46, 0.001) == pytest.approx(shorter)
+    assert momentum_for(steps, 46, 0.001, most=0.01) == pytest.approx(max(0.99, shorter))

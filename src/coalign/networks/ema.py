@@ -47,10 +47,10 @@ def cosine_momentum(start: float, step: StepInfo) -> float:
     return 1 - (1 - start) * (1 + math.cos(math.pi * min(1.0, step.fraction))) / 2
 
 
-def momentum_for(total_steps: int, updates: int = 113, least: float = 0.004) -> float:
-    """The start of the momentum for a run of this length: 1 − updates/total_steps, where the student's share stays within `least` … 0.1.
+def momentum_for(total_steps: int, updates: int = 113, least: float = 0.004, most: float = 0.1) -> float:
+    """The start of the momentum for a run of this length: 1 − updates/total_steps, where the student's share stays in `least` … `most`.
 
     The teacher then averages the same part of a short run as of a paper's. The defaults give 0.996 from 28,250 steps on (MCD, OneR);
     46 and 0.001 give MoCo's 0.999 from 46,000 steps on.
     """
-    return 1 - min(max(updates / max(1, total_steps), least), 0.1)
+    return 1 - min(max(updates / max(1, total_steps), least), most)

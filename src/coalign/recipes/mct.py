@@ -13,6 +13,12 @@ from coalign.recipes.small import small_data
 from coalign.types import STRONG, AugmentationPolicy
 
 TERMS = ("j_ii", "j_tag", "j_cc", "j_ic", "j_ci")
+# What keeps the margin losses from being met by drift alone: where the encoders have moved on since a key was queued, a query can be nearer
+# to its own, newer key than to all of the queue whatever the images show, and the shared space collapses.
+MOST_MOVED = 0.01  # of the momentum encoders, in a step
+MOST_DRIFT = (
+    0.02  # of them, from a queue's oldest key to its newest; the paper's own is 0.06, at a hundred times the steps
+)
 VIEW = replace(STRONG, crop_scale=(0.2, 1.0))  # MoCo-v2's augmentations
 
 
@@ -38,7 +44,7 @@ class MCTConfig:
     # ε of Eq. 4: images with more common tags than this are positives; None: the least at which they are at most 2 % of the queue
     tag_threshold: int | None = 2
     queue_size: int = 32_768  # K, keys of each queue: 32,768 for COCO, 65,536 for Stock
-    # of the momentum encoders; None: 0.999, and less in runs of under 46,000 steps
+    # of the momentum encoders; None: 0.999, and down to 0.99 in runs of under 46,000 steps
     teacher_momentum: float | None = None
     # heads of their own for the terms within a modality and for those between both, or one head for all (then of one dimension)
     heads: Literal["distinct", "unified"] = "distinct"
@@ -86,12 +92,12 @@ def mct(num_pairs: int) -> TrainConfig:
     most a quarter of the data, and no keys from encoders that have moved on."""
     config = small_data(num_pairs, "mct", MCTConfig())
     steps = config.epochs * (num_pairs // config.batch_size)
-    moves = min(max(46 / max(1, steps), 0.001), 0.1)  # 1 - m, as `teacher_momentum` will be
+    moves = min(max(46 / max(1, steps), 0.001), MOST_MOVED)  # 1 - m, as `teacher_momentum` will be
     small = num_pairs < 100_000  # where the paper's heads would cost more than the towers
     method_config = MCTConfig(
         multi_positive=True,
         tag_threshold=None,
-        queue_size=max(1, min(32_768, num_pairs // 4, int(0.25 * config.batch_size / moves))),
+        queue_size=max(1, min(32_768, num_pairs // 4, int(MOST_DRIFT * config.batch_size / moves))),
         head_hidden=512 if small else 2048,
         inter_dim=256 if small else 1024,
     )
