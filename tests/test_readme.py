@@ -17,7 +17,6 @@ from coalign.run import (
     data,
     evaluate,
     export,
-    findings,
     localize,
     reporting,
     reproduce,
@@ -95,8 +94,8 @@ def called(monkeypatch, tmp_path):
     for module, name in (
         (evaluate, "evaluate"),
         (evaluate, "write_json"),
-        (findings, "print_results"),
-        (findings, "write_page"),
+        (evaluate, "print_results"),
+        (evaluate, "write_page"),
         (reporting, "print_comparison"),
         (reproduce, "reproduce"),
         (localize, "localize"),

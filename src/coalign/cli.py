@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from coalign import __version__, commands
 from coalign.config import TrainConfig
@@ -99,6 +99,62 @@ def _given(args: Sequence[str], option: str) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------- eval
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a model, ours or another library's: image-text retrieval, zero-shot classification and more, with 95 % bootstrap intervals.
+
+    Example: coalign eval runs/clip --tasks retrieval:data/openclipart zeroshot:data/openclipart --json out.json
+    """
+
+    model: Positional[str]
+    """A run's folder, an exported folder, open_clip:NAME:WEIGHTS (one of open_clip's pretrained, or a .safetensors file), or
+    transformers:NAME (a CLIPModel of the hub, or its folder)."""
+    tasks: tuple[str, ...]
+    """One or more of retrieval:DATA, zeroshot:DATA and probe:DATA (a linear classifier on frozen image features), where DATA is anything
+    that `coalign train --data` takes, or, with --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101, flowers102,
+    stanford_cars, caltech101, fgvc_aircraft, dtd and imagenet; suite11 and suite11-probe are all of these in a row; foils:scenes and
+    foils:sugarcrepe:FOLDER (true or false captions, by kind); on scenes also localization:scenes (maps against the objects' masks); of
+    OneR bootstrap:DATA (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text
+    names)."""
+    weights: str = "last"
+    """The checkpoint of a run: last or best."""
+    split: str | None = None
+    """train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)."""
+    classes: Path | None = None
+    """Text file with your classes, one a line: `name`, or `label = name`."""
+    label: str | None = None
+    """The column or fact that holds an image's class (default: label, class, category or folder)."""
+    prompts: str | None = None
+    """Prompt templates: default, imagenet, a data set's name (cifar10, food101, …), or a text file with {} for the class (default: those
+    of one of the named data sets, else default)."""
+    data_root: Path | None = None
+    """The folder with the named data sets in it, each as torchvision unpacks it."""
+    preprocess: str | None = None
+    """How pictures become squares: coalign, open_clip or transformers (default: the model's own way)."""
+    precision: str = "fp32"
+    """fp32, or bf16, which is refused where it gives other embeddings."""
+    cache: Path | None = None
+    """Keep embeddings in this folder and find them again, by the content of weights and inputs."""
+    json: Path | None = None
+    """Write the figures to this file."""
+    report: Path | None = None
+    """Write a page with the figures to this HTML file."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    workers: int = 0
+    """Loader processes."""
+
+
+def eval_command(args: list[str]) -> None:
+    options = vars(_parse(EvalCommand, args, "eval", description=inspect.cleandoc(EvalCommand.__doc__ or "")))
+    from coalign.run.evaluate import evaluate_and_write
+
+    evaluate_and_write(**options)
+
+
 # ---------------------------------------------------------------- dispatch
 
 
@@ -140,7 +196,9 @@ COMMANDS = {
     "train": Command(
         "Train a model on image-text pairs, evaluate it on held-out ones, and write a report.", train_command
     ),
-    "eval": _plain(commands.eval_command, "eval"),
+    "eval": Command(
+        "Evaluate a model, ours or another library's: retrieval, zero-shot classification and more.", eval_command
+    ),
     "compare": _plain(commands.compare_command, "compare"),
     "localize": _plain(commands.localize_command, "localize"),
     "space": _plain(commands.space_command, "space"),

@@ -11,83 +11,6 @@ from tyro.conf import Positional, arg
 from coalign.recipes import recipes
 
 
-def eval_command(
-    model: Positional[str],
-    tasks: tuple[str, ...],
-    weights: str = "last",
-    split: str | None = None,
-    classes: Path | None = None,
-    label: str | None = None,
-    prompts: str | None = None,
-    data_root: Path | None = None,
-    preprocess: str | None = None,
-    precision: str = "fp32",
-    cache: Path | None = None,
-    json: Path | None = None,
-    report: Path | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-) -> None:
-    """Evaluate a model, ours or another library's: image-text retrieval, zero-shot classification and more, with 95 % bootstrap intervals.
-
-    Example: coalign eval runs/clip --tasks retrieval:data/openclipart zeroshot:data/openclipart --json out.json
-
-    Args:
-        model: a run's folder, an exported folder, open_clip:NAME:WEIGHTS (one of open_clip's pretrained, or a .safetensors file), or
-            transformers:NAME (a CLIPModel of the hub, or its folder)
-        tasks: one or more of retrieval:DATA, zeroshot:DATA and probe:DATA (a linear classifier on frozen image features), where DATA is
-            anything that `coalign train --data` takes, or, with --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101,
-            flowers102, stanford_cars, caltech101, fgvc_aircraft, dtd and imagenet; suite11 and suite11-probe are all of these in a row;
-            foils:scenes and foils:sugarcrepe:FOLDER (true or false captions, by kind);
-            on scenes also localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA
-            (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text names)
-        weights: the checkpoint of a run: last or best
-        split: train, val, test, … or all (default: the pairs that the run held out, else the data's own test or val split, else all)
-        classes: text file with your classes, one a line: `name`, or `label = name`
-        label: the column or fact that holds an image's class (default: label, class, category or folder)
-        prompts: prompt templates: default, imagenet, a data set's name (cifar10, food101, …), or a text file with {} for the class
-            (default: those of one of the named data sets, else default)
-        data_root: the folder with the named data sets in it, each as torchvision unpacks it
-        preprocess: how pictures become squares: coalign, open_clip or transformers (default: the model's own way)
-        precision: fp32, or bf16, which is refused where it gives other embeddings
-        cache: keep embeddings in this folder and find them again, by the content of weights and inputs
-        json: write the figures to this file
-        report: write a page with the figures to this HTML file
-        device: cpu, cuda or cuda:N
-        workers: loader processes
-    """
-    from coalign.run.evaluate import evaluate, write_json
-    from coalign.run.findings import print_results, write_page
-    from coalign.run.model import check_output
-    from coalign.training.distributed import join_world
-
-    for path in (json, report):
-        if path:
-            check_output(path)  # before the work
-    results = evaluate(
-        model,
-        tasks,
-        weights=weights,
-        split=split,
-        classes=classes,
-        label=label,
-        prompts=prompts,
-        data_root=data_root,
-        preprocess=preprocess,
-        precision=precision,
-        cache=cache,
-        device=device,
-        workers=workers,
-    )
-    if join_world(device).is_first:
-        print_results(results)
-        if json:
-            write_json(results, json)
-        if report:
-            write_page(results, Path(model).name, report)
-            print(f"Report: {report}")
-
-
 def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
     """Compare finished runs side by side on the same held-out pairs, with paired differences to the first.
 
@@ -99,7 +22,7 @@ def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = Non
         json: write the figures to this file
     """
     from coalign.run.compare import compare
-    from coalign.run.evaluate import write_json
+    from coalign.run.findings import write_json
     from coalign.run.model import check_output
     from coalign.run.reporting import print_comparison
 

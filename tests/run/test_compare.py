@@ -16,7 +16,7 @@ from coalign import cli
 from coalign.config import flatten
 from coalign.errors import UserError
 from coalign.run.compare import compare
-from coalign.run.evaluate import write_json
+from coalign.run.findings import write_json
 from coalign.run.outcomes import read_outcomes
 from coalign.run.reporting import print_comparison
 

@@ -134,7 +134,7 @@ def test_two_callables(pairs):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("runs/nowhere", "There is no model runs/nowhere"),
+        ("runs/nowhere", "runs/nowhere does not exist; a model is"),
         ("open_clip:ViT-B-33", "no model named 'ViT-B-33', nor is there such a folder; did you mean"),
         ("open_clip:ViT-B-32", "open_clip:ViT-B-32 needs weights; give open_clip:ViT-B-32:WEIGHTS with openai, "),
         ("open_clip:ViT-B-32:mine", "no weights named 'mine'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.encoders import cached, in_bfloat16, shared_texts
 from coalign.evaluation.suite import suite_row
-from coalign.run.model import Run, check_output, write_file
+from coalign.run.findings import print_results, write_json, write_page
+from coalign.run.model import Run, check_output, known_device
 from coalign.run.samples import select_split
 from coalign.run.scene_tasks import SCENE_TASKS
 from coalign.run.subject import open_subject
@@ -58,7 +58,7 @@ def evaluate(
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
     kinds = [_parse_task(task) for task in _expanded(tasks)]
     _check_there([data for _, data in kinds if _is_named(data)], data_root)
-    world = join_world(device)
+    world = join_world(known_device(device))
     subject = open_subject(model, weights, str(world.device), preprocess)
     subject.encoder = _encoder(subject.encoder, precision, cache, world)
     results: dict[str, dict[str, Any]] = {}
@@ -70,6 +70,24 @@ def evaluate(
         results[f"{kind}:{data}"] = {"data": data, "split": name, "samples": len(indices), **figures}
     suites = {task: suite_row(results, SUITES[task], DATA_SETS) for task in tasks if task in SUITES}
     return {**results, **suites}
+
+
+def evaluate_and_write(
+    model: str, tasks: Sequence[str], *, json: Path | None, report: Path | None, device: str, **options: Any
+) -> None:
+    """The same for people: prints the figures, and writes them to a JSON file and a page if asked to."""
+    for path in (json, report):
+        if path:
+            check_output(path)  # before the work
+    results = evaluate(model, tasks, device=device, **options)
+    if not join_world(device).is_first:
+        return
+    print_results(results)
+    if json:
+        write_json(results, json)
+    if report:
+        write_page(results, Path(model).name, report)
+        print(f"Report: {report}")
 
 
 def _encoder(encoder: DualEncoder, precision: str, cache: Path | None, world: World) -> DualEncoder:
@@ -125,15 +143,3 @@ def _check_there(names: Sequence[str], root: Path | None) -> None:
     if absent:
         wanted = ", ".join(f"{root / DATA_SETS[name].folder} ({name})" for name in absent)
         raise UserError(f"Not there below --data-root: {wanted}; each as torchvision unpacks it.")
-
-
-def write_json(results: dict[str, Any], path: Path) -> None:
-    check_output(path)
-    text = json.dumps(results, indent=2, default=str) + "\n"
-    try:
-        if path.exists() and not path.is_file():  # such as /dev/stdout
-            path.write_text(text)
-        else:
-            write_file(path, lambda temporary: temporary.write_text(text))
-    except OSError as error:
-        raise UserError(f"The results could not be written to {path}: {error.strerror}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from coalign import __version__
+from coalign.errors import UserError
 from coalign.report.page import Page
+from coalign.run.model import check_output, write_file
 
 Results = Mapping[str, Mapping[str, Any]]
 Row = tuple[str, str, str, str]  # what, value, interval, chance
@@ -49,6 +52,18 @@ def write_page(results: Results, model: str, path: Path) -> None:
             by_rate = sorted(per_class.items(), key=lambda item: item[1])
             page.table(("class, the worst first", "found"), [(name, _percent(rate)) for name, rate in by_rate])
     page.write(path)
+
+
+def write_json(results: Mapping[str, Any], path: Path) -> None:
+    check_output(path)
+    text = json.dumps(results, indent=2, default=str) + "\n"
+    try:
+        if path.exists() and not path.is_file():  # such as /dev/stdout
+            path.write_text(text)
+        else:
+            write_file(path, lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        raise UserError(f"The results could not be written to {path}: {error.strerror}.") from error
 
 
 def _title(task: str, values: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ def _open(model: str | Path | Run | DualEncoder, weights: str, device: str) -> S
     if is_transformers_folder(folder):
         return Subject(from_transformers(str(folder), device))
     if not folder.exists():
-        raise UserError(f"There is no model {model}; a model is {FORMS}.")
+        raise UserError(f"{model} does not exist; a model is {FORMS}.")
     run = load(folder, weights, device)
     return Subject(run.encoder(), run)
 
