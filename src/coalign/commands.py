@@ -114,14 +114,14 @@ def search_command(
 
 
 def export_command(run: Positional[str], to: str, out: Path, weights: str = "last") -> None:
-    """Write a model for another library: open_clip, transformers (a CLIPModel), or its image tower for timm. That library loads it and must
-    give the same embeddings; what it cannot hold is refused.
+    """Write a model for another library: open_clip, transformers (a CLIPModel), ONNX, or its image tower for timm. That library loads
+    it and must give the same embeddings; what it cannot hold is refused.
 
     Example: coalign export runs/clip --to open_clip --out clip-for-open-clip
 
     Args:
         run: the folder of a run
-        to: open_clip, transformers or timm
+        to: open_clip, transformers, onnx or timm
         out: the new folder
         weights: the checkpoint: last or best
     """

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from coalign import cli
 from coalign.errors import UserError
+from coalign.interop.onnx import session
 from coalign.run.card import card
 from coalign.run.export import export
 from coalign.run.model import load
+from coalign.run.subject import open_subject
 
 TEXTS = ["a red thing", "Two  BLUE apples,\tstanding!", "", "grey " * 40, "it's 12 o'clock", "café"]
 PIXELS = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -134,7 +136,7 @@ def test_timm_gives_the_same_features(make, tmp_path, method, model):
         ("clip", OWN_SHAPE, {}, "open_clip", "a shape of its own"),
         ("clip", RESNET, {}, "transformers", "no plain ViT"),
         ("clip", VIT, {}, "timm", "none of timm's"),
-        ("clip", VIT, {}, "onnx", "no format 'onnx'"),
+        ("clip", VIT, {}, "tflite", "no format 'tflite'"),
     ],
 )
 def test_what_a_library_cannot_hold_is_refused_and_leaves_nothing(make, tmp_path, method, model, options, to, said):
@@ -191,3 +193,54 @@ def test_an_export_to_transformers_without_it(make, tmp_path, monkeypatch):
     for to in ("transformers", "open_clip"):  # whose tokenizer, other than CLIP's, is one of transformers'
         with pytest.raises(UserError, match=r'pip install "coalign\[hf\]"'):
             export(make(), to, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+UNIFIED = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "patch_size": 16}}
+
+
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [
+        ("clip", VIT),
+        pytest.param("clip", OWN_SHAPE, marks=pytest.mark.slow),
+        ("uniclip", VIT),
+        ("mct", RESNET),
+        ("oner", UNIFIED),
+        *(pytest.param(name, VIT, marks=pytest.mark.slow) for name in ("slip", "declip", "mcd")),
+    ],
+)
+def test_onnx_gives_the_same_embeddings_of_any_number(make, tmp_path, method, model):
+    """In a process of its own: the exporter cannot follow the shape checks of these tests."""
+    run, out = make(method, model), tmp_path / "out"
+    process = tiny.start(["export", str(run), "--to", "onnx", "--out", str(out)])
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert not process.stderr.read()
+    assert {path.name for path in out.iterdir()} == {
+        "image.onnx", "text.onnx", "onnx_model.json", "tokenizer.json", "README.md", *(["joint.onnx"] if method == "oner" else []),
+    }  # fmt: skip
+    code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1].replace("FOLDER", str(out))
+    names = {}
+    exec(compile(code, "card", "exec"), names)
+    ours, peer = load(run), open_subject(str(out)).encoder
+    with torch.no_grad():
+        for count in (1, 3):
+            expected = ours.encoder().encode_image(PIXELS[:count])
+            assert_same(
+                [expected, expected],
+                [peer.encode_image(PIXELS[:count]), torch.tensor(names["embed_images"](PIXELS[:count].numpy()))],
+            )
+        for texts in (TEXTS, TEXTS[:1], [""]):
+            assert_same([ours.encoder().encode_text(texts)], [peer.encode_text(texts)])
+        assert_same(
+            [ours.encoder().encode_text(["two blue apples"])], [torch.tensor(names["embed_text"]("Two blue apples"))]
+        )
+        if method == "oner":
+            ids, lengths = ours.tokenizer(TEXTS[:3], 12)
+            found = session(out / "joint.onnx")(pixels=PIXELS.numpy(), input_ids=ids.numpy())
+            assert_same([ours.method.encode_joint(PIXELS, ids, lengths)], [torch.from_numpy(found)])
+    (out / "image.onnx").write_bytes((out / "image.onnx").read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"onnxruntime cannot load .*image.onnx"):
+        open_subject(str(out))

@@ -112,7 +112,7 @@ class UniCLIP(Method):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         unchanged = torch.tensor([AugmentationParams().vector()], device=pixels.device)
-        return self.project_image(self.image(pixels), unchanged.expand(len(pixels), -1))
+        return self.project_image(self.image(pixels), unchanged.expand(pixels.shape[0], -1))
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)

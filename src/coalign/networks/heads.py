@@ -75,7 +75,7 @@ class ModalityBlindMLP(nn.Module):
             x = self._normalise(layer(x), self.statistics[number], list(rows), gather)
             if number < len(self.scales):
                 x = F.relu(x * self.scales[number] + self.shifts[number])
-        return dict(zip(rows, x.chunk(len(rows))))
+        return dict(zip(rows, x.unflatten(0, (len(rows), -1))))
 
     def _normalise(
         self, x: Tensor, statistics: nn.Module, kinds: list[str], gather: Callable[[Tensor], Tensor]
@@ -85,7 +85,9 @@ class ModalityBlindMLP(nn.Module):
             return F.layer_norm(x, x.shape[-1:])
         if self.norm == "batch":
             return statistics["all"](x, gather)
-        return torch.cat([statistics[kind](part, gather) for kind, part in zip(kinds, x.chunk(len(kinds)))])
+        return torch.cat(
+            [statistics[kind](part, gather) for kind, part in zip(kinds, x.unflatten(0, (len(kinds), -1)))]
+        )
 
 
 class MaskedLanguageHead(nn.Module):

@@ -128,8 +128,9 @@ class UnifiedTower(nn.Module):
             assert self.mask_patch is not None
             patches = torch.where(masked[..., None], self.mask_patch.to(patches.dtype), patches)
         patches = patches + self.patch_positions
-        lengths = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
-        return Tokens(patches, patches.new_zeros(len(pixels), 0, self.width), lengths)
+        batch = pixels.shape[0]  # not len(), which an export to ONNX takes for fixed; so below
+        lengths = torch.zeros(batch, dtype=torch.int64, device=pixels.device)
+        return Tokens(patches, patches.new_zeros(batch, 0, self.width), lengths)
 
     def embed_text(self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"]) -> Tokens:
         """Start and end token are left out: they would mark a sequence as a text. So word i is token i + 1."""
@@ -139,7 +140,7 @@ class UnifiedTower(nn.Module):
             )
         words = self.word_norm(self.word_embedding(ids[:, 1:-1]))
         words = words + self.word_positions[: words.shape[1]]
-        return Tokens(words.new_zeros(len(ids), 0, self.width), words, (lengths - 2).clamp(min=0))
+        return Tokens(words.new_zeros(ids.shape[0], 0, self.width), words, (lengths - 2).clamp(min=0))
 
     def forward(self, tokens: Tokens) -> States:
         """F(X): self-attention over the whole sequence. Sequences are packed: an output depends on the own tokens alone."""
@@ -168,7 +169,7 @@ class UnifiedTower(nn.Module):
 
     def _sequence(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """[CLS], patches and words, [batch, token, width], and how many of them are no padding, [batch]."""
-        cls = self.cls.to(tokens.patches.dtype).expand(len(tokens.patches), 1, -1)
+        cls = self.cls.to(tokens.patches.dtype).expand(tokens.patches.shape[0], 1, -1)
         return torch.cat([cls, tokens.patches, tokens.words], dim=1), 1 + tokens.patches.shape[1] + tokens.lengths
 
 

@@ -26,6 +26,21 @@ images = CLIPImageProcessor.from_pretrained("FOLDER")""",
 
 options = json.load(open("FOLDER/timm_model.json"))
 trunk = timm.create_model(**options, checkpoint_path="FOLDER/model.safetensors")  # CLIP's mean and deviation""",
+    "onnx": """import json, numpy as np, onnxruntime
+from tokenizers import Tokenizer
+
+info = json.load(open("FOLDER/onnx_model.json"))
+words = Tokenizer.from_file("FOLDER/tokenizer.json")
+images, texts = (onnxruntime.InferenceSession(f"FOLDER/{name}.onnx") for name in ("image", "text"))
+
+
+def embed_text(text):
+    ids = words.encode(text.lower(), add_special_tokens=False).ids[: info["context_length"] - 2]
+    return texts.run(None, {"input_ids": np.array([[info["start_id"], *ids, info["end_id"]]])})[0]
+
+
+def embed_images(pixels):  # uint8 [batch, 3, side, side], side = info["image_size"]: the central square, resized bicubically
+    return images.run(None, {"pixels": pixels})[0]""",
     "coalign": """from coalign.run.model import load
 
 encoder = load("FOLDER").encoder()""",

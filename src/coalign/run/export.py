@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.data.tokenizer import END, START
+from coalign.data.tokenizer import END, START, load_tokenizer
 from coalign.errors import UserError
+from coalign.interop.onnx import INFO, from_onnx, session, to_onnx
 from coalign.interop.open_clip import to_open_clip
 from coalign.interop.transformers import preprocessor, to_tokenizer, to_transformers
 from coalign.networks.towers import ImageTower, TextTower, model_config
@@ -37,7 +38,8 @@ class Peer:
 
 
 def export(path: str | Path, to: str, out: str | Path, weights: str = "last") -> Path:
-    """Writes the run's model into the new folder `out` in the form of open_clip, of transformers, or, of the image tower alone, of timm.
+    """Writes the run's model into the new folder `out` in the form of open_clip, of transformers, as ONNX graphs, or, of the image tower
+    alone, for timm.
 
     What was written is loaded by that library and must give the run's own embeddings; else nothing is left, and UserError says why.
     """
@@ -128,10 +130,42 @@ def _timm(run: Run, out: Path) -> None:
         _check_close(run.method.image_features(pixels), model(_normalised(pixels)), "image features", "timm")
 
 
+def _onnx(run: Run, out: Path) -> None:
+    """Graphs of both encoders, and of image and text together where the model takes them as one."""
+    method: Any = run.method
+    encode: dict[str, Callable[[Any], Callable[..., Tensor]]] = {
+        "image": lambda dense: dense.encode_image,
+        "text": lambda dense: dense.encode_text,
+    }
+    ids, _ = run.tokenizer(_TEXTS, run.config.context_length)
+    pixels = _probe(run)
+    few = slice(3)  # the comparison below is of another number, so that a graph of a fixed one is found out
+    inputs: dict[str, tuple[Tensor, ...]] = {"image": (pixels[few],), "text": (ids[few],)}
+    if getattr(method, "has_joint", False):
+        encode["joint"], inputs["joint"] = (lambda dense: dense.encode_joint), (pixels[few], ids[few])
+    _loaded(lambda: to_onnx(method, encode, inputs, run.tokenizer.end_id, run.config.context_length, out), "ONNX")
+    run.tokenizer.save(out / "tokenizer.json")
+    info = {
+        "image_size": image_size(run.method),
+        "context_length": run.config.context_length,
+        "start_id": run.tokenizer.start_id,
+        "end_id": run.tokenizer.end_id,
+        "logit_scale": run.encoder().logit_scale,
+    }
+    _write_json(out / INFO, info)
+    peer = from_onnx(out, load_tokenizer(out / "tokenizer.json"))
+    _compare(run, Peer(peer.encode_image, peer.encode_text), "ONNX")
+    if "joint" in inputs:
+        joint = torch.from_numpy(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
+        with torch.no_grad():
+            _check_close(run.joint_encoder()(pixels, _TEXTS), joint, "embeddings of image and text together", "ONNX")
+
+
 FORMATS: dict[str, Callable[[Run, Path], None]] = {
     "open_clip": _open_clip,
     "transformers": _transformers,
     "timm": _timm,
+    "onnx": _onnx,
 }
 
 
@@ -156,6 +190,8 @@ def _tokenizer(run: Run) -> Any:
 def _loaded(create: Callable[[], Any], library: str) -> Any:
     try:
         return create()
+    except UserError:
+        raise
     except Exception as error:  # whatever the library says of what does not fit
         raise UserError(f"{library} cannot load this model: {str(error).splitlines()[0]}") from error
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from coalign.data.tokenizer import load_tokenizer
 from coalign.errors import UserError
 from coalign.interop.load_open_clip import CONFIG as OPEN_CLIP_CONFIG
 from coalign.interop.load_open_clip import from_open_clip, open_clip_preprocess
 from coalign.interop.load_transformers import from_transformers, is_transformers_folder
+from coalign.interop.onnx import INFO as ONNX_INFO
+from coalign.interop.onnx import from_onnx
 from coalign.run.model import Run, known_device, load
 from coalign.types import DualEncoder, JointEncoder, Localizer
 
@@ -43,8 +46,8 @@ class Subject:
 def open_subject(
     model: str | Path | Run | DualEncoder, weights: str = "last", device: str = "cpu", preprocess: str | None = None
 ) -> Subject:
-    """A run or its folder, a folder that `coalign export` wrote for open_clip or transformers, `open_clip:…`, `transformers:…`, or two
-    callables. `preprocess`: how pictures become squares, in place of the model's own way: "coalign", "open_clip" or "transformers".
+    """A run or its folder, a folder that `coalign export` wrote for open_clip, transformers or as ONNX, `open_clip:…`, `transformers:…`, or
+    two callables. `preprocess`: how pictures become squares, in place of the model's own way: "coalign", "open_clip" or "transformers".
     UserError for what is none of these."""
     subject = _open(model, weights, known_device(device) or "cpu")
     if preprocess is not None:
@@ -67,6 +70,8 @@ def _open(model: str | Path | Run | DualEncoder, weights: str, device: str) -> S
         return Subject(from_open_clip(str(folder), device))
     if is_transformers_folder(folder):
         return Subject(from_transformers(str(folder), device))
+    if (folder / ONNX_INFO).is_file():
+        return Subject(from_onnx(folder, load_tokenizer(folder / "tokenizer.json")))
     if not folder.exists():
         raise UserError(f"{model} does not exist; a model is {FORMS}.")
     run = load(folder, weights, device)
