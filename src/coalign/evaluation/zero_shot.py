@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class ZeroShotResult:
             "chance": self.chance,
             "images": self.top1.n,
             "intervals": intervals,
-            "per_class": dict(zip(self.classnames, self.per_class)),
+            "per_class": dict(zip(_told_apart(self.classnames), self.per_class)),
         }
 
     def outcomes(self) -> dict[str, np.ndarray]:
@@ -60,9 +61,23 @@ class ZeroShotResult:
         return {"acc1": self.correct[1], **top5, "mean_per_class_recall": self.correct[1], "classes": self.labels}
 
 
-def class_weights(model: DualEncoder, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """float32 [class, dim]: the mean of the normalised embeddings of a class's prompts, normalised again."""
-    check_distinct(classnames)
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names with a number after one that came before."""
+    seen = Counter[str]()
+    apart = []
+    for name in names:
+        seen[name] += 1
+        apart.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return apart
+
+
+def class_weights(
+    model: DualEncoder, classnames: Sequence[str], templates: Sequence[str], repeated: bool = False
+) -> Tensor:
+    """float32 [class, dim]: the mean of the normalised embeddings of a class's prompts, normalised again. UserError for a name that comes
+    twice, unless `repeated`: two pairs of ImageNet's classes have one name each."""
+    if not repeated:
+        check_distinct(classnames)
     templates = checked_templates(templates)
     prompts = [template.replace("{}", name) for name in classnames for template in templates]
     embeds = embed_texts(model, prompts).unflatten(0, (len(classnames), len(templates)))
@@ -120,9 +135,10 @@ def classify(
     labels: Mapping[int, int],
     classnames: Sequence[str],
     templates: Sequence[str],
+    repeated: bool = False,
 ) -> Evaluation:
-    """Scores the images of `embed_images`: those whose index has a class in `labels`."""
-    weights = class_weights(model, classnames, templates)
+    """Scores the images of `embed_images`: those whose index has a class in `labels`. Names as `class_weights` takes them."""
+    weights = class_weights(model, classnames, templates, repeated)
     rows = [row for row, index in enumerate(images.indices) if index in labels]
     images = ImageEmbeds(images.embeds[rows], [images.indices[row] for row in rows], images.bad)
     truth = torch.tensor([labels[index] for index in images.indices], dtype=torch.long)

@@ -38,7 +38,7 @@ def to_onnx(
 ) -> None:
     """Writes a graph for each of `encode`: name -> function of the (dense copy of the) method that gives its encode function of pixels, of
     token ids and lengths, or of all three. `inputs`: an example of each graph's inputs, uint8 pixels [batch, 3, side, side] and int64 ids
-    [batch, token]. A graph takes any batch and up to `context_length` tokens; a text ends at its first end token, and what follows is not seen.
+    [batch, token]. A graph takes any batch and up to `context_length` tokens; a text ends at its first end token.
     """
     try:
         import onnxscript  # noqa: F401  the exporter's own

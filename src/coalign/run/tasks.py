@@ -44,9 +44,14 @@ class Question:
 
     def labels(self, indices: np.ndarray | None = None) -> Labels:
         chosen = self.indices if indices is None else indices
-        if isinstance(self.source, ClassificationSource) and self.classes is None:
+        if isinstance(self.source, ClassificationSource) and self.is_named:
             return Labels(self.source.classnames, {i: self.source.labels[i] for i in chosen.tolist()}, 0)
         return label_function(self.source, chosen, self.classes, self.label)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is of one of the papers' data sets, with its own classes."""
+        return isinstance(self.source, ClassificationSource) and self.classes is None
 
     def templates(self) -> list[str]:
         own = self.source.prompts if isinstance(self.source, ClassificationSource) else "default"
@@ -83,7 +88,8 @@ def _retrieval(asked: Question) -> dict[str, Any]:
 def _zero_shot(asked: Question) -> dict[str, Any]:
     labels = asked.labels()
     images = asked.images(labels.of_index)
-    evaluation = classify(asked.subject.encoder, images, labels.of_index, labels.classnames, asked.templates())
+    model, names = asked.subject.encoder, labels.classnames
+    evaluation = classify(model, images, labels.of_index, names, asked.templates(), repeated=asked.is_named)
     figures = evaluation.result.to_json()
     counts = {"unreadable": _counted(evaluation.images.bad), "unlabelled": labels.unlabelled}
     return {**counts, **figures, **asked.of_data_set()}

@@ -1,0 +1,171 @@
+"""The eleven data sets of the papers, on tiny folders laid out as the real ones."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import fake_data_sets
+import numpy as np
+import pytest
+import torch
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+from coalign import cli
+from coalign.data.classification import DATA_SETS, open_data_set
+from coalign.errors import UserError
+from coalign.evaluation.prompts import templates
+from coalign.run.evaluate import evaluate
+from coalign.types import DualEncoder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield fake_data_sets.write_all(tmp_path_factory.mktemp("sets"), patch)
+
+
+NAMES = {
+    "oxford_pets": ["Abyssinian", "Great Pyrenees", "Pug"],
+    "sun397": ["abbey", "airplane cabin", "apartment building outdoor"],
+    "food101": ["apple pie", "baklava", "pho"],
+    "stanford_cars": ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"],
+    "caltech101": ["background", "centered face", "yin and yang symbol"],
+    "fgvc_aircraft": ["707-320", "A300B4", "Yak-42"],
+    "dtd": ["banded", "polka-dotted", "zigzagged"],
+    "cifar10": ["class 0", "class 1", "class 2"],
+    "cifar100": ["class 0", "class 1", "class 2"],
+    "flowers102": ["pink primrose", "hard-leaved pocket orchid", "canterbury bells"],
+    "imagenet": list(IMAGENET_CLASSNAMES[:3]),
+}
+SIZES = {  # train, val and test of what `fake_data_sets` writes
+    "oxford_pets": (12, 0, 6), "cifar10": (30, 0, 6), "cifar100": (6, 0, 6), "sun397": (12, 0, 6), "food101": (12, 0, 6),
+    "flowers102": (6, 6, 6), "stanford_cars": (9, 0, 9), "caltech101": (90, 0, 9), "fgvc_aircraft": (6, 6, 6), "dtd": (6, 6, 6),
+    "imagenet": (6, 0, 1000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_names_splits_and_pictures(root, name):
+    source = open_data_set(name, root)
+    assert source.classnames[:3] == NAMES[name]
+    assert tuple(len(source.splits.get(split, ())) for split in ("train", "val", "test")) == SIZES[name]
+    for split, indices in source.splits.items():
+        shown = [np.asarray(source.image(i)) if "cifar" in name else decoded(source.image(i)) for i in indices[:12]]
+        found = fake_data_sets.colour_of(torch.tensor(np.stack([x[:20, :20] for x in shown])).permute(0, 3, 1, 2))
+        assert found.tolist() == [source.labels[i] % 3 for i in indices[:12]], split
+    record = source.record(int(source.splits["test"][0]))
+    assert record.facts["label"] == source.classnames[source.labels[int(source.splits["test"][0])]]
+    assert record.captions == ()
+    assert templates(source.prompts)
+
+
+def decoded(data):
+    from coalign.data.images import open_image
+
+    return open_image(data).decode(1.0)
+
+
+def test_the_table_is_declips():
+    """Its Table 6, retyped: classes, training and test images, and the figure."""
+    text = """
+        cifar10 10 50,000 10,000 a | cifar100 100 50,000 10,000 a | food101 101 75,750 25,250 a | oxford_pets 37 3,680 3,669 m
+        flowers102 102 2,040 6,149 m | sun397 397 19,850 19,850 a | stanford_cars 196 8,144 8,041 a | dtd 47 3,760 1,880 a
+        caltech101 102 3,060 6,085 m | fgvc_aircraft 100 6,667 3,333 m | imagenet 1000 1,281,167 50,000 a
+    """
+    expected = {}
+    for line in re.split(r"[|\n]", text.strip()):
+        name, classes, train, test, figure = line.replace(",", "").split()
+        expected[name] = int(classes), int(train), int(test), {"a": "acc1", "m": "mean_per_class_recall"}[figure]
+    assert {name: (d.classes, d.train, d.test, d.metric) for name, d in DATA_SETS.items()} == expected
+
+
+def knowing(root):
+    """A model that knows the colours of classes by their names; of ImageNet's, only the first three."""
+    prompts = {}
+    for name in DATA_SETS:
+        source = open_data_set(name, root)
+        for number, classname in enumerate(source.classnames[:3]):
+            for template in templates(source.prompts):
+                prompts[template.replace("{}", classname)] = number
+
+    def encode_text(texts):
+        other = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        return torch.stack([torch.eye(4)[prompts[text]] if text in prompts else other for text in texts])
+
+    def features(pixels):
+        return torch.eye(4)[torch.tensor(fake_data_sets.colour_of(pixels))]
+
+    return DualEncoder(features, encode_text, 16, image_features=features)
+
+
+def test_a_row_of_zero_shot(root):
+    results = evaluate(knowing(root), ["suite11"], data_root=root)
+    assert list(results) == [*(f"zeroshot:{name}" for name in DATA_SETS), "suite11"]
+    row = results["suite11"]["row"]
+    assert list(row) == list(DATA_SETS)
+    for name in set(DATA_SETS) - {"imagenet"}:
+        assert row[name]["value"] == 1, name
+        assert results[f"zeroshot:{name}"]["split"] == "test"
+        assert results[f"zeroshot:{name}"]["differences"]
+    # ImageNet's other classes are of the same colours and of one embedding
+    assert row["imagenet"]["value"] == pytest.approx(3 / 1000)
+    assert len(results["zeroshot:imagenet"]["per_class"]) == 1000
+    average = results["suite11"]["average"]
+    assert average["value"] == pytest.approx((10 + 3 / 1000) / 11)
+    assert average["low"] <= average["value"] <= average["high"]
+
+
+def test_a_row_of_probes(root):
+    """Each learns from its training part, and with the validation part where there is one. ImageNet's has three classes to learn."""
+    results = evaluate(knowing(root), ["suite11-probe"], data_root=root)
+    for name, entry in results["suite11-probe"]["row"].items():
+        if name == "imagenet":
+            assert entry["value"] == pytest.approx(3 / 1000)
+        else:
+            assert entry["value"] == 1, name
+
+
+def test_the_command_prints_a_row_and_writes_a_page(trained, root, tmp_path, capsys):
+    out, page = tmp_path / "out.json", tmp_path / "page.html"
+    words = ["eval", str(trained), "--tasks", "zeroshot:dtd", "zeroshot:oxford_pets", "--data-root", str(root)]
+    assert cli.main([*words, "--json", str(out), "--report", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "not the papers' data: 3 classes instead of 47; 12 train instead of 3,760" in " ".join(printed.split())
+    assert json.loads(out.read_text())["zeroshot:dtd"]["main_metric"] == "acc1"
+    assert "polka-dotted" in page.read_text()
+    assert "Evaluation of run" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "break_it", "words"),
+    [
+        ("zeroshot:dtd", None, "dtd needs --data-root, the folder with dtd in it"),
+        ("suite11", lambda root: shutil.rmtree(root / "dtd"), r"Not there below --data-root: .*/dtd \(dtd\); each as"),
+        ("zeroshot:cifar10", lambda root: spoil(root / "cifar-10-batches-py/test_batch"), "not found or corrupted"),
+        (
+            "zeroshot:sun397",
+            lambda root: shutil.rmtree(root / "SUN397/Partitions"),
+            r"Training_01.txt and Testing_01.txt",
+        ),
+        ("zeroshot:food101", lambda root: spoil(root / "food-101/meta/test.json"), "food101 in .* cannot be read"),
+        ("zeroshot:fgvc_aircraft", lambda root: (root / "fgvc-aircraft-2013b/data/variants.txt").unlink(), "cannot be"),
+        ("zeroshot:stanford_cars", lambda root: shutil.rmtree(root / "stanford_cars/cars_test"), "cannot be read"),
+        ("zeroshot:imagenet", lambda root: shutil.rmtree(root / "imagenet/val/n10000007"), "1,000 folders of classes"),
+        ("zeroshot:imagenette", lambda root: None, "there is no imagenette"),
+    ],
+)
+def test_what_is_not_there_is_a_sentence(root, tmp_path, task, break_it, words):
+    copy = None
+    if break_it:
+        copy = tmp_path / "sets"
+        copy.mkdir()
+        for folder in root.iterdir():
+            shutil.copytree(folder, copy / folder.name)
+        break_it(copy)
+    with pytest.raises(UserError, match=words):
+        evaluate(knowing(root), [task], data_root=copy)
+
+
+def spoil(path):
+    path.write_bytes(Path(path).read_bytes()[:20])
