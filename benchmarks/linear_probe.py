@@ -14,7 +14,8 @@ import time
 import numpy as np
 from sklearn.datasets import load_digits
 
-from coalign.evaluation.linear_probe import STEPS, Part, best_penalty, fit, linear_probe, penalty_of, validation_score
+from coalign.evaluation.accuracy import Part
+from coalign.evaluation.linear_probe import STEPS, best_penalty, fit, linear_probe, penalty_of, validation_score
 
 TARGET = 5.0
 

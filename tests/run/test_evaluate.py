@@ -310,6 +310,25 @@ def test_a_probe_learns_from_what_is_not_asked_of_it(trained, tmp_path, capsys):
     assert values["chance"] == 0.25
 
 
+@pytest.mark.parametrize("kind", ["knn", "probe-mct", "probe-slip", "fewshot"])
+def test_other_classifiers_of_features(trained, tmp_path, capsys, kind):
+    data = tiny.write_pairs(tmp_path / "photos", 60)
+    (data / "red" / "red_apple_standing.png").write_bytes(b"")
+    task = f"{kind}:{data}"
+    held_out = assign_splits(open_source(str(data)), 0.3)[0]["val"]
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("test" if number in held_out else "train") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    task = f"{kind}:{tmp_path / 'split'}"
+    result = evaluate(str(trained), [task])[task]
+    assert sum(result["unreadable"].values()) == 1
+    best = max(entry["value"] for entry in result["intervals"].values())
+    assert best > 0.7
+    print_results({task: result})
+    assert ("8-shot" if kind == "fewshot" else "mean per class") in capsys.readouterr().out
+
+
 def test_a_probe_without_anything_to_learn_from(trained, four):
     with pytest.raises(UserError, match="the train part has no labelled image"):
         evaluate(str(trained), [f"probe:{four}"], split="all")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from coalign.errors import UserError
-from coalign.evaluation import metrics
-from coalign.evaluation.metrics import Metric
+from coalign.evaluation.accuracy import AccuracyResult, Part, accuracy, check_parts
 
 LEAST, STEPS, A_DECADE = -6.0, 96, 8  # λ from 1e-6 to 1e6, eight steps a decade
 _FIRST = 16  # steps between the first candidates: two decades
@@ -19,35 +17,15 @@ MAX_ITERATIONS = 1000  # of L-BFGS
 
 
 Score = tuple[float, float]  # accuracy, and mean log-likelihood
-Part = tuple[np.ndarray, np.ndarray]  # features [item, dim] and labels int64 [item]
 
 
 @dataclass
-class ProbeResult:
-    """Rates are fractions of the test items."""
-
-    top1: Metric
-    mean_per_class: Metric  # over the classes that occur
-    penalty: float  # λ
-    searched: dict[float, Score]  # λ -> what it is chosen by, on the validation part
-    correct: np.ndarray  # float64 [item]
-    labels: np.ndarray  # int64 [item]
-    num_classes: int
+class ProbeResult(AccuracyResult):
+    penalty: float = 0.0  # λ
+    searched: dict[float, Score] = field(default_factory=dict)  # λ -> what it is chosen by, on the validation part
 
     def to_json(self) -> dict[str, Any]:
-        intervals = {"acc1": self.top1.to_json(), "mean_per_class_recall": self.mean_per_class.to_json()}
-        return {
-            "task": "linear_probe",
-            "acc1": self.top1.value,
-            "mean_per_class_recall": self.mean_per_class.value,
-            "chance": 1 / self.num_classes,
-            "penalty": self.penalty,
-            "intervals": intervals,
-        }
-
-    def outcomes(self) -> dict[str, np.ndarray]:
-        """What the figures are means of, item by item, and the items' classes."""
-        return {"acc1": self.correct, "mean_per_class_recall": self.correct, "classes": self.labels}
+        return {**super().to_json(), "penalty": self.penalty}
 
 
 def penalty_of(step: int) -> float:
@@ -104,15 +82,17 @@ def fit(features: np.ndarray, labels: np.ndarray, penalty: float, start: Any = N
 def linear_probe(train: Part, val: Part, test: Part, num_classes: int, seed: int = 0) -> ProbeResult:
     """Finds λ on `val`, fits once more on `train` and `val` together, and measures on `test`. UserError where a part is empty or there is
     one class alone."""
-    for name, (features, labels) in (("train", train), ("validation", val), ("test", test)):
-        if not len(labels):
-            raise UserError(f"There is nothing to probe: the {name} part has no labelled image.")
-        if not np.isfinite(features).all():
-            raise UserError(
-                f"The {name} part's features are not finite; the weights are broken or the precision is too low."
-            )
-    if len(np.unique(train[1])) < 2:
-        raise UserError("A probe needs at least two classes among the training images, and there is one alone.")
+    check_parts(train=train, validation=val, test=test)
+    searched = found_penalties(train, val)
+    penalty = best_penalty(searched)
+    both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
+    predicted = fit(*both, penalty).predict(test[0])
+    found = accuracy("linear_probe", predicted, test[1], num_classes, seed)
+    return ProbeResult(**vars(found), penalty=penalty, searched=searched)
+
+
+def found_penalties(train: Part, val: Part) -> dict[float, Score]:
+    """λ -> its score on `val` after a fit on `train`, of those that the search tries."""
     fitted: dict[float, Any] = {}
 
     def score(penalty: float) -> Score:
@@ -121,16 +101,4 @@ def linear_probe(train: Part, val: Part, test: Part, num_classes: int, seed: int
         fitted[penalty] = fit(*train, penalty, fitted.get(stronger) if stronger is not None else None)
         return validation_score(fitted[penalty], val)
 
-    searched = search_penalty(score)
-    penalty = best_penalty(searched)
-    both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
-    correct = (fit(*both, penalty).predict(test[0]) == test[1]).astype(float)
-    return ProbeResult(
-        top1=metrics.mean(correct, seed=seed),
-        mean_per_class=metrics.mean_per_class(correct, test[1], seed=seed),
-        penalty=penalty,
-        searched=searched,
-        correct=correct,
-        labels=test[1],
-        num_classes=num_classes,
-    )
+    return search_penalty(score)

@@ -44,7 +44,7 @@ def evaluate(
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
     `model`: what `run.subject.open_subject` takes. A task is `retrieval:DATA`, `zeroshot:DATA`, `probe:DATA`, a linear classifier on frozen
-    image features, or, for a model that takes image and text together, `bootstrap:DATA`, zero-shot with its own first answers beside the
+    image features (also `probe-mct`, `probe-slip`, `fewshot` and `knn`), or, for a model that takes image and text together, `bootstrap:DATA`, zero-shot with its own first answers beside the
     image. On scenes and SugarCrepe also `foils:`, two-way choices between a true and a false caption; on scenes `localization:`, maps
     against the objects' masks, and `guided:`, the size of the object that a text beside the image names. `suite11` and `suite11-probe` are
     zero-shot and probe on all eleven data sets of DeCLIP's Table 6.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from coalign.evaluation.accuracy import Part
 from coalign.evaluation.embed import Evaluation, ImageEmbeds
-from coalign.evaluation.linear_probe import Part, linear_probe
+from coalign.evaluation.linear_probe import linear_probe
 from coalign.types import Source
 
 

@@ -16,13 +16,17 @@ from coalign.data.evaluation_views import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.sugarcrepe import SugarCrepe
 from coalign.errors import UserError
+from coalign.evaluation.accuracy import Part
 from coalign.evaluation.compositionality import choose_captions
 from coalign.evaluation.embed import ImageEmbeds, embed_images, image_features
+from coalign.evaluation.few_shot import few_shot
 from coalign.evaluation.guidance import bootstrapped_guidance
+from coalign.evaluation.knn import knn
 from coalign.evaluation.prompts import templates
 from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.sgd_probe import sgd_probe
 from coalign.evaluation.zero_shot import classify
-from coalign.run.probe import Labelled, probe
+from coalign.run.probe import Labelled, labelled_features, probe
 from coalign.run.samples import Labels, captions_of, label_function
 from coalign.run.subject import Subject
 from coalign.training.distributed import World
@@ -111,6 +115,34 @@ def _probe(asked: Question) -> dict[str, Any]:
     return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json(), **asked.of_data_set()}
 
 
+def _sgd_probe(name: str) -> Callable[[Question], dict[str, Any]]:
+    return lambda asked: _on_features(
+        asked, lambda train, val, test, count: sgd_probe(name, _joined(train, val), test, count)
+    )
+
+
+def _knn(asked: Question) -> dict[str, Any]:
+    return _on_features(asked, lambda train, val, test, count: knn(_joined(train, val), test, count))
+
+
+def _few_shot(asked: Question) -> dict[str, Any]:
+    return _on_features(asked, few_shot)
+
+
+def _on_features(asked: Question, classify: Callable[[Part, Part, Part, int], Any]) -> dict[str, Any]:
+    """What a classifier of train, validation and test features gives; without a validation part, it is a fifth of the train part."""
+    train, val, test, classnames = _parts(asked)
+    train, val = (train, val) if val is not None else train.fifth()
+    found = [labelled_features(asked.features, part) for part in (train, val, test)]
+    learnt, chosen_by, measured = (part for part, _ in found)
+    result = classify(learnt, chosen_by, measured, len(classnames))
+    return {"unreadable": _counted(entry for _, images in found for entry in images.bad), **result.to_json()}
+
+
+def _joined(one: Part, other: Part) -> Part:
+    return np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
+
+
 def _parts(asked: Question) -> tuple[Labelled, Labelled | None, Labelled, list[str]]:
     """The asked samples are the test part; what a classifier learns from is the source's train part, or what was not asked for; its
     validation part, if it has one, is for choosing. And the names of the classes."""
@@ -140,6 +172,10 @@ TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "zeroshot": _zero_shot,
     "bootstrap": _bootstrap,
     "probe": _probe,
+    "probe-mct": _sgd_probe("mct"),
+    "probe-slip": _sgd_probe("slip"),
+    "fewshot": _few_shot,
+    "knn": _knn,
     "foils": _foils,
 }
 
