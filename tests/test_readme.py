@@ -17,6 +17,7 @@ from coalign.run import (
     data,
     evaluate,
     export,
+    import_model,
     localize,
     reporting,
     reproduce,
@@ -102,6 +103,7 @@ def called(monkeypatch, tmp_path):
         (export, "export"),
     ):
         monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(import_model, "import_model", record)
     monkeypatch.setattr(card, "card", lambda *args: calls.append(args) or "")
     monkeypatch.setattr(space, "space", lambda *args: calls.append(args) or {})
     monkeypatch.setattr(

@@ -113,9 +113,9 @@ class EvalCommand:
     """A run's folder, an exported folder, open_clip:NAME:WEIGHTS (one of open_clip's pretrained, or a .safetensors file), or
     transformers:NAME (a CLIPModel of the hub, or its folder)."""
     tasks: tuple[str, ...]
-    """One or more of retrieval:DATA, zeroshot:DATA, and, on frozen image features, probe:DATA (logistic regression), probe-mct:DATA
-    and probe-slip:DATA (by the descent of these papers), fewshot:DATA (1 to 16 images a class) and knn:DATA (20 nearest neighbours), where DATA is anything
-    that `coalign train --data` takes, or, with --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101, flowers102,
+    """One or more of retrieval:DATA, zeroshot:DATA, and, on frozen image features, probe:DATA (logistic regression), probe-mct:DATA and
+    probe-slip:DATA (by the descent of these papers), fewshot:DATA (1 to 16 images a class) and knn:DATA (20 nearest neighbours), where DATA
+    is anything that `coalign train --data` takes, or, with --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101, flowers102,
     stanford_cars, caltech101, fgvc_aircraft, dtd and imagenet; suite11 and suite11-probe are all of these in a row; foils:scenes and
     foils:sugarcrepe:FOLDER (true or false captions, by kind); on scenes also localization:scenes (maps against the objects' masks); of
     OneR bootstrap:DATA (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text
@@ -205,6 +205,7 @@ COMMANDS = {
     "space": _plain(commands.space_command, "space"),
     "search": _plain(commands.search_command, "search"),
     "export": _plain(commands.export_command, "export"),
+    "import": _plain(commands.import_command, "import"),
     "card": _plain(commands.card_command, "card"),
     "reproduce": _plain(commands.reproduce_command, "reproduce"),
     "data openclipart": _plain(commands.openclipart_command, "data openclipart"),

@@ -130,6 +130,21 @@ def export_command(run: Positional[str], to: str, out: Path, weights: str = "las
     print(export(run, to, out, weights))
 
 
+def import_command(model: Positional[str], out: Path) -> None:
+    """Write a CLIPModel of transformers in open_clip's form, from which any method of two towers can start its training.
+
+    Example: coalign import transformers:openai/clip-vit-base-patch32 --out clip-b32, and then
+    coalign train --recipe uniclip --model clip-b32 --pretrained clip-b32 --data my-pairs --out runs/from-clip
+
+    Args:
+        model: transformers:NAME, of the hub or a folder
+        out: the new folder
+    """
+    from coalign.run.import_model import import_model
+
+    print(import_model(model, out))
+
+
 def card_command(run: Positional[str], out: Path | None = None) -> None:
     """Write a run's model card: method, data, settings, figures with intervals, limits, how to load it.
 

@@ -21,8 +21,10 @@ def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEnco
     for what is not there, or no CLIPModel."""
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers.utils import logging
     except ImportError:
         raise UserError('A model of transformers needs the extra "hf": pip install "coalign[hf]".') from None
+    logging.disable_progress_bar()
     try:
         kind = AutoConfig.from_pretrained(name).model_type
     except Exception as error:  # the hub's client has many: no network, no such file, offline mode

@@ -64,6 +64,83 @@ def to_transformers(image: ImageTower, text: TextTower, log_logit_scale: Tensor,
     return model
 
 
+def from_clip_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse: open_clip's model_cfg, and a state_dict of its CustomTextCLIP, of a CLIPModel. UserError for what open_clip has no words
+    for."""
+    vision, text = model.config.vision_config, model.config.text_config
+    same = {name: {getattr(part, name) for part in (vision, text)} for name in ("hidden_act", "layer_norm_eps")}
+    if any(len(values) > 1 for values in same.values()) or same["layer_norm_eps"] != {1e-5}:
+        raise UserError(f"open_clip cannot hold this CLIPModel, whose towers have {same}.")
+    (activation,) = same["hidden_act"]
+    if activation not in ("gelu", "quick_gelu"):
+        raise UserError(f"open_clip cannot hold this CLIPModel, whose activation is {activation}.")
+    config = {
+        "embed_dim": model.config.projection_dim,
+        "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.hidden_size,
+            "layers": vision.num_hidden_layers,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+        },
+    }
+    return config, _open_clip_state(model)
+
+
+def _open_clip_state(model: Any) -> dict[str, Tensor]:
+    theirs = model.state_dict()
+    renamed = {
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "text.token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "text.positional_embedding": "text_model.embeddings.position_embedding.weight",
+    }
+    norms = {
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+        "text.ln_final": "text_model.final_layer_norm",
+    }
+    state = {ours: theirs[name] for ours, name in renamed.items()}
+    state |= {f"{ours}.{kind}": theirs[f"{name}.{kind}"] for ours, name in norms.items() for kind in ("weight", "bias")}
+    state |= {
+        "logit_scale": theirs["logit_scale"],
+        "visual.proj": theirs["visual_projection.weight"].T,
+        "text.text_projection": theirs["text_projection.weight"].T,
+    }
+    for ours, name, layers in (
+        ("visual", "vision_model", model.config.vision_config.num_hidden_layers),
+        ("text", "text_model", model.config.text_config.num_hidden_layers),
+    ):
+        for number in range(layers):
+            block, layer = f"{ours}.transformer.resblocks.{number}", f"{name}.encoder.layers.{number}"
+            for kind in ("weight", "bias"):
+                parts = [theirs[f"{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                state[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+                for own, other in _BLOCK.items():
+                    state[f"{block}.{own}.{kind}"] = theirs[f"{layer}.{other}.{kind}"]
+    return {key: value.detach().float().clone().contiguous() for key, value in state.items()}
+
+
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
 def preprocessor(size: int) -> dict[str, Any]:
     """preprocessor_config.json: the evaluation view as transformers makes it, whose resizing is Pillow's."""
     return {

@@ -154,6 +154,8 @@ def model_config(name: str) -> dict[str, Any]:
             )
         config = json.loads((OWN_CONFIGS / "small.json").read_text())
         return {**config, "vision_cfg": {"timm_model_name": trunk, "image_size": config["vision_cfg"]["image_size"]}}
+    if (Path(name) / "open_clip_config.json").is_file():  # a folder of open_clip's
+        return model_config(str(Path(name) / "open_clip_config.json"))
     path = OWN_CONFIGS / f"{name}.json"
     if not path.exists() and name.endswith(".json"):
         path = Path(name)
@@ -164,6 +166,8 @@ def model_config(name: str) -> dict[str, Any]:
             config = json.loads(path.read_text())
         except (ValueError, UnicodeDecodeError) as error:
             raise UserError(f"The model file {path} is not JSON: {error}.") from error
+        if isinstance(config, dict) and "model_cfg" in config:
+            config = config["model_cfg"]
     else:
         config = open_clip.get_model_config(name)
     if config is None:
@@ -228,6 +232,11 @@ def _pretrained(spec: TowerSpec) -> Any:
     """open_clip's model with the weights of `spec.pretrained`, one of its tags or a safetensors file of one of its models."""
     tag = spec.pretrained or ""
     config = dict(model_config(spec.name))
+    if Path(tag).is_dir():
+        found = sorted(Path(tag).glob("*.safetensors"))
+        if len(found) != 1:
+            raise UserError(f"{tag} holds {len(found)} .safetensors files; name the one with the weights.")
+        tag = str(found[0])
     if tag.endswith(".safetensors"):
         if not Path(tag).is_file():
             raise UserError(f"The weights {tag} do not exist.")

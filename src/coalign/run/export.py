@@ -26,7 +26,7 @@ from coalign.run.card import card
 from coalign.run.model import Run, image_size, load
 
 TOLERANCE = 1e-4  # of normalised embeddings, which differ by rounding alone
-_TEXTS = ("a photo of a dog", "two red apples, on a table!", "", "of " * 200)
+PROBE_TEXTS = ("a photo of a dog", "two red apples, on a table!", "", "of " * 200)
 
 
 @dataclass
@@ -45,11 +45,7 @@ def export(path: str | Path, to: str, out: str | Path, weights: str = "last") ->
     """
     if to not in FORMATS:
         raise UserError(f"There is no format {to!r}; --to is {', '.join(FORMATS)}.")
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; choose another --out.")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"{out} cannot be made: there is no folder {out.absolute().parent}.")
+    out = check_new_folder(out)
     run = load(path, weights)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
@@ -63,6 +59,16 @@ def export(path: str | Path, to: str, out: str | Path, weights: str = "last") ->
     return out
 
 
+def check_new_folder(out: str | Path) -> Path:
+    """UserError for a place where a folder cannot be made, or would replace what is there."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; choose another --out.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out} cannot be made: there is no folder {out.absolute().parent}.")
+    return out
+
+
 # ---------------------------------------------------------------- the formats
 
 
@@ -72,7 +78,7 @@ def _open_clip(run: Run, out: Path) -> None:
     if run.tokenizer.name != "clip":
         config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "lower"}}
         _tokenizer(run).save_pretrained(out)
-    _write_json(out / "open_clip_config.json", config)
+    write_json(out / "open_clip_config.json", config)
     save_file(state, out / "open_clip_model.safetensors")
     name = f"local-dir:{out}"
     model = _loaded(lambda: open_clip.create_model(name, precision="fp32"), "open_clip").eval()
@@ -87,12 +93,14 @@ def _open_clip(run: Run, out: Path) -> None:
 def _transformers(run: Run, out: Path) -> None:
     try:
         from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils import logging
     except ImportError:
         raise UserError('An export to transformers needs the extra "hf": pip install "coalign[hf]".') from None
+    logging.disable_progress_bar()
     image, text, scale = _towers(run, "transformers")
     to_transformers(image, text, scale, run.tokenizer.start_id, run.tokenizer.end_id).save_pretrained(out)
     _tokenizer(run).save_pretrained(out)
-    _write_json(out / "preprocessor_config.json", preprocessor(image.image_size))
+    write_json(out / "preprocessor_config.json", preprocessor(image.image_size))
     model = _loaded(lambda: CLIPModel.from_pretrained(out), "transformers").eval()
     words = AutoTokenizer.from_pretrained(out)
 
@@ -118,7 +126,7 @@ def _timm(run: Run, out: Path) -> None:
         )
     trunk: Any = getattr(image.trunk, "trunk", image.trunk)  # open_clip's adapter has it within
     options = {"model_name": vision["timm_model_name"], "num_classes": 0, **vision.get("timm_kwargs", {})}
-    _write_json(out / "timm_model.json", options)
+    write_json(out / "timm_model.json", options)
     save_file({k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}, out / "model.safetensors")
 
     def create() -> nn.Module:
@@ -127,7 +135,7 @@ def _timm(run: Run, out: Path) -> None:
     model = _loaded(create, "timm").eval()
     pixels = _probe(run)
     with torch.no_grad():
-        _check_close(run.method.image_features(pixels), model(_normalised(pixels)), "image features", "timm")
+        check_close(run.method.image_features(pixels), model(_normalised(pixels)), "image features", "timm")
 
 
 def _onnx(run: Run, out: Path) -> None:
@@ -137,7 +145,7 @@ def _onnx(run: Run, out: Path) -> None:
         "image": lambda dense: dense.encode_image,
         "text": lambda dense: dense.encode_text,
     }
-    ids, _ = run.tokenizer(_TEXTS, run.config.context_length)
+    ids, _ = run.tokenizer(PROBE_TEXTS, run.config.context_length)
     pixels = _probe(run)
     few = slice(3)  # the comparison below is of another number, so that a graph of a fixed one is found out
     inputs: dict[str, tuple[Tensor, ...]] = {"image": (pixels[few],), "text": (ids[few],)}
@@ -152,13 +160,15 @@ def _onnx(run: Run, out: Path) -> None:
         "end_id": run.tokenizer.end_id,
         "logit_scale": run.encoder().logit_scale,
     }
-    _write_json(out / INFO, info)
+    write_json(out / INFO, info)
     peer = from_onnx(out, load_tokenizer(out / "tokenizer.json"))
     _compare(run, Peer(peer.encode_image, peer.encode_text), "ONNX")
     if "joint" in inputs:
         joint = torch.from_numpy(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
         with torch.no_grad():
-            _check_close(run.joint_encoder()(pixels, _TEXTS), joint, "embeddings of image and text together", "ONNX")
+            check_close(
+                run.joint_encoder()(pixels, PROBE_TEXTS), joint, "embeddings of image and text together", "ONNX"
+            )
 
 
 FORMATS: dict[str, Callable[[Run, Path], None]] = {
@@ -205,11 +215,11 @@ def _probe(run: Run) -> Tensor:
 def _compare(run: Run, peer: Peer, library: str) -> None:
     """UserError unless the library gives the run's embeddings of noise and of some texts."""
     own, pixels = run.encoder(), _probe(run)
-    _check_close(own.encode_image(pixels), peer.encode_image(pixels), "embeddings of images", library)
-    _check_close(own.encode_text(list(_TEXTS)), peer.encode_text(list(_TEXTS)), "embeddings of texts", library)
+    check_close(own.encode_image(pixels), peer.encode_image(pixels), "embeddings of images", library)
+    check_close(own.encode_text(list(PROBE_TEXTS)), peer.encode_text(list(PROBE_TEXTS)), "embeddings of texts", library)
 
 
-def _check_close(one: Tensor, other: Tensor, what: str, library: str) -> None:
+def check_close(one: Tensor, other: Tensor, what: str, library: str) -> None:
     difference = float((F.normalize(one, dim=-1) - F.normalize(other, dim=-1)).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(
@@ -224,5 +234,5 @@ def _normalised(pixels: Tensor) -> Tensor:
     return (pixels / 255 - mean) / std
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
