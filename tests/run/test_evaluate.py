@@ -199,6 +199,14 @@ def test_classes_from_a_file_take_their_own_words(four, tmp_path):
     assert (found["unlabelled"], found["acc1"], found["chance"]) == (2, 1, 1 / 2)
 
 
+def test_pictures_without_captions_have_classes(four):
+    """As in most folders of classes: 00001.jpg says nothing."""
+    for number, path in enumerate(sorted(four.rglob("*.png"))):
+        path.rename(path.with_name(f"{number:05d}.png"))
+    result = evaluate(Oracle(), [f"zeroshot:{four}"])[f"zeroshot:{four}"]
+    assert (result["images"], result["unlabelled"], result["acc1"]) == (4, 0, 1)
+
+
 def table(folder, four, rows):
     images = sorted(path.relative_to(folder) for path in four.rglob("*.png"))
     lines = [json.dumps({"image": str(path), "caption": path.stem, **row}) for path, row in zip(images, rows)]

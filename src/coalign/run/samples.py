@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from coalign.data.splits import assign_splits
-from coalign.errors import BadSample, UserError
+from coalign.errors import BadSample, NoCaption, UserError
 from coalign.evaluation.prompts import read_classes
 from coalign.run.model import Run
 from coalign.types import Source
@@ -71,6 +71,8 @@ def label_function(
     for index in indices.tolist():
         try:
             record = source.record(index)
+        except NoCaption as bad:
+            record = bad.record
         except BadSample:
             values[index] = []
             continue
