@@ -1,10 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.evaluation.compositionality import choose_captions
+from coalign.evaluation.compositionality import choose_captions, tell_pairs_apart
 from coalign.evaluation.embed import ImageEmbeds
 from coalign.types import DualEncoder, Foil
 
@@ -64,3 +66,28 @@ def test_images_that_could_not_be_read_are_left_out():
     assert len(choose_captions(encoder(), images([1, 0, 0, 0]), foils).result.correct) == 1
     with pytest.raises(UserError, match="nothing to choose between"):
         choose_captions(encoder(), images([1, 0, 0, 0]), foils[1:])
+
+
+def test_winogrounds_scores_on_every_order_of_four_similarities():
+    """Against its definition, written out; over all orders they are the chances that are stated."""
+    text_n, image_n, group_n = 0, 0, 0
+    orders = list(itertools.permutations([0.1, 0.3, 0.5, 0.7]))
+    for a, b, c, d in orders:  # image 0 with captions 0 and 1, image 1 with captions 0 and 1
+        text, image = a > b and d > c, a > c and d > b
+        text_n, image_n, group_n = text_n + text, image_n + image, group_n + (text and image)
+        # texts are axes, so that an image's numbers are its similarities; a third axis makes it of unit length
+        images = torch.tensor([[a, b, (1 - a * a - b * b) ** 0.5], [c, d, (1 - c * c - d * d) ** 0.5]])
+        axes = {"first": torch.tensor([1.0, 0, 0]), "second": torch.tensor([0, 1.0, 0])}
+        model = DualEncoder(None, lambda texts, axes=axes: torch.stack([axes[t] for t in texts]), 4)
+        found = tell_pairs_apart(model, ImageEmbeds(images, [0, 1]), lambda index: ["first", "second"][index])
+        assert (found.text.value, found.image.value, found.group.value) == (text, image, text and image)
+    chances = {name: entry["chance"] for name, entry in found.to_json().items() if isinstance(entry, dict)}
+    assert chances == {"text": text_n / 24, "image": image_n / 24, "group": group_n / 24}
+
+
+def test_half_an_example_is_left_out():
+    model = DualEncoder(None, lambda texts: torch.eye(4)[: len(texts)], 4)
+    found = tell_pairs_apart(model, ImageEmbeds(torch.eye(4)[[3, 0, 1]], [1, 2, 3]), str)
+    assert (found.group.n, found.group.value) == (1, 1)
+    with pytest.raises(UserError, match="no pair of images could be read"):
+        tell_pairs_apart(model, ImageEmbeds(torch.eye(4)[:1], [0]), str)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation import retrieval as module
-from coalign.evaluation.embed import embed_images
-from coalign.evaluation.retrieval import retrieval, retrieve
+from coalign.evaluation.embed import ImageEmbeds, embed_images
+from coalign.evaluation.retrieval import retrieval, retrieve, retrieve_in_folds
 from coalign.types import DualEncoder
 
 
@@ -200,3 +200,28 @@ def test_retrieve_leaves_bad_images_and_their_captions_out():
     assert result.image_to_text.recall[1].value == 1.0
     # Both "a" find image 5, which has that caption, although one of them belongs to image 8.
     assert result.text_to_image.recall[1].value == 1.0
+
+
+def test_folds_are_searched_apart_and_averaged():
+    """Five captions an image, as COCO's; a fold's figures are those of its images alone, and the whole's their mean."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.nn.functional.normalize(torch.randn(23, 4, generator=generator), dim=1)
+    words = {f"{i} {j}": embeds[i] + 0.9 * torch.randn(4, generator=generator) for i in range(23) for j in range(5)}
+    model = DualEncoder(None, lambda texts: torch.stack([words[text] for text in texts]), 4)
+
+    def captions(index):
+        return [f"{index} {j}" for j in range(5)]
+
+    found = retrieve_in_folds(model, ImageEmbeds(embeds, list(range(23))), captions, fold=10)
+    apart = [
+        retrieve(model, ImageEmbeds(embeds[s], list(range(23))[s]), captions).result for s in (slice(10), slice(10, 20))
+    ]
+    for name in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            expected = np.mean([getattr(result, name).recall[k].value for result in apart])
+            assert getattr(found, name)[f"r{k}"].value == pytest.approx(expected)
+    figures = found.to_json()
+    assert (figures["folds"], figures["text_to_image"]["r1"]["n"]) == (2, 100)
+    assert figures["text_to_image"]["r5"]["chance"] == 0.5
+    with pytest.raises(UserError, match="9 readable images, less than a fold of 10"):
+        retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, fold=10)

@@ -348,3 +348,53 @@ def test_features_are_those_before_the_projection(run):
     features = encoder.image_features(pixels)
     projected = torch.nn.functional.normalize(run.method.image.projection(features), dim=-1)
     torch.testing.assert_close(projected, encoder.encode_image(pixels))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_winoground(tmp_path, capsys, swapped):
+    data = tiny.write_pairs(tmp_path / "data", 8)
+    (data / "images").mkdir()
+    lines = []
+    for number, (one, other) in enumerate((("red", "blue"), ("green", "grey"), ("blue", "green"))):
+        entry = {"id": number}
+        for i, name in enumerate((one, other)):
+            shutil.copy(data / name / f"{name}_apple_standing.png", data / "images" / f"ex_{number}_img_{i}.png")
+            entry |= {f"image_{i}": f"ex_{number}_img_{i}", f"caption_{i}": f"a {name} thing"}
+        lines.append(json.dumps(entry))
+    (data / "examples.jsonl").write_text("\n".join(lines))
+    (data / "images" / "ex_2_img_1.png").write_bytes(b"")
+    task = f"pairs:winoground:{data}"
+    result = evaluate(Oracle(swapped=swapped), [task])[task]
+    assert {name: result[name]["value"] for name in ("text", "image", "group")} == dict.fromkeys(
+        ("text", "image", "group"), 0 if swapped else 1
+    )
+    assert (result["group"]["n"], result["unreadable"]) == (2, {"empty file": 1})
+    print_results({task: result})
+    assert "16.7 %" in capsys.readouterr().out
+    for spoil, words in (
+        (lambda: (data / "examples.jsonl").write_text("{}"), "line 1 of"),
+        (lambda: (data / "examples.jsonl").write_text(""), "holds no examples"),
+        (lambda: (data / "examples.jsonl").unlink(), "is not Winoground"),
+    ):
+        spoil()
+        with pytest.raises(UserError, match=words):
+            evaluate(Oracle(), [task])
+    with pytest.raises(UserError, match="has no pairs of images"):
+        evaluate(Oracle(), [f"pairs:{tmp_path / 'data' / 'red'}"])
+
+
+def test_tagging_of_a_data_set(run, four, tmp_path, capsys):
+    data = tiny.write_pairs(tmp_path / "photos", 40)
+    images = sorted(path.relative_to(tmp_path) for path in data.rglob("*.png"))
+    lines = [
+        {"image": str(p), "caption": p.stem, "tags": [p.parent.name, "seen"], "split": ("train", "test")[i % 5 == 0]}
+        for i, p in enumerate(images)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = f"tagging:{tmp_path / 'pairs.jsonl'}"
+    result = evaluate(run, [task])[task]
+    assert (result["tags"], result["samples"], result["miou5"]["value"]) == (5, 8, 2 / 5)  # all five are predicted
+    print_results({task: result})
+    assert "mIOU@20" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing to learn tags from"):
+        evaluate(run, [task], split="all")

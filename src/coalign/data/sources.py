@@ -15,6 +15,7 @@ from coalign.data.shards import open_shards, shards_in
 from coalign.data.splits import assign_splits
 from coalign.data.sugarcrepe import SugarCrepe
 from coalign.data.tabular import load_json, open_table
+from coalign.data.winoground import Winoground
 from coalign.errors import UserError
 from coalign.types import Source
 
@@ -23,7 +24,7 @@ _TABLE_TYPES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RECOGNISED = (
     "a folder of images, a CSV, TSV, JSONL or Parquet table, .tar shards, COCO captions JSON, "
-    "a saved Hugging Face data set, hf:owner/name, coco:captions.json:images, sugarcrepe:folder:images, or scenes"
+    "a saved Hugging Face data set, hf:owner/name, coco:captions.json:images, sugarcrepe:folder:images, winoground:folder, or scenes"
 )
 
 
@@ -62,6 +63,8 @@ def _open(
     if spec.startswith("sugarcrepe:"):
         files, _, images = spec.removeprefix("sugarcrepe:").partition(":")
         return SugarCrepe(_existing(files), Path(images) if images else None)
+    if spec.startswith("winoground:"):
+        return Winoground(_existing(spec.removeprefix("winoground:")))
     spec = os.path.expanduser(spec)
     if not os.path.exists(spec) and any(mark in spec for mark in "{*?["):
         if not spec.endswith(".tar"):

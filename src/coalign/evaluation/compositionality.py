@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from coalign.errors import UserError
 from coalign.evaluation import metrics
@@ -75,3 +76,36 @@ def choose_captions(
     )
     texts = [text for foil in foils for text in (foil.true, foil.false)]
     return Evaluation(result, images, texts, true)
+
+
+@dataclass
+class PairsResult:
+    """Shares of the examples (Winoground's scores): a tie is wrong, as it is there."""
+
+    text: Metric  # each image lies nearer to its own caption than to the other
+    image: Metric  # each caption lies nearer to its own image than to the other
+    group: Metric  # both
+
+    def to_json(self) -> dict[str, Any]:
+        chances = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}  # of four random similarities
+        named = {name: {**metric.to_json(), "chance": chances[name]} for name, metric in vars(self).items()}
+        return {"task": "image_caption_selection", **named}
+
+
+def tell_pairs_apart(model: DualEncoder, images: ImageEmbeds, captions: Callable[[int], str]) -> PairsResult:
+    """Scores examples of two images, of the indices 2 i and 2 i + 1; those of which an image could not be read are left out. UserError if
+    none is left."""
+    row = {index: number for number, index in enumerate(images.indices)}
+    firsts = [index for index in row if index % 2 == 0 and index + 1 in row]
+    if not firsts:
+        raise UserError("There is nothing to tell apart: no pair of images could be read.")
+    pairs = [index for first in firsts for index in (first, first + 1)]
+    texts = embed_texts(model, [captions(index) for index in pairs])
+    embeds = images.embeds[[row[index] for index in pairs]]
+    # [example, image, caption]
+    cosines = torch.bmm(embeds.view(len(firsts), 2, -1), texts.view(len(firsts), 2, -1).mT)
+    own = cosines.diagonal(dim1=1, dim2=2)  # of image i and caption i
+    crossed = cosines.flip(2).diagonal(dim1=1, dim2=2)  # of image i and the other caption
+    text, image = (own > crossed + TIE).all(1), (own > crossed.flip(1) + TIE).all(1)
+    scores = {"text": text, "image": image, "group": text & image}
+    return PairsResult(**{name: metrics.mean(score.double().numpy()) for name, score in scores.items()})

@@ -164,6 +164,52 @@ def retrieve(
     return Evaluation(retrieval(images.embeds, text_embeds, torch.tensor(owner), ids), images, texts, text_embeds)
 
 
+FOLD = 1000  # images, of COCO's 1K protocol (Karpathy and Fei-Fei 2015)
+
+
+@dataclass
+class FoldsResult:
+    """Retrieval among FOLD images at a time: the means of the folds, which are equally large, and the median over all queries."""
+
+    folds: list[RetrievalResult]
+    image_to_text: dict[str, Metric]
+    text_to_image: dict[str, Metric]
+
+    def to_json(self) -> dict[str, Any]:
+        chance = self.folds[0].to_json()
+        sides = {
+            name: {key: {**metric.to_json(), "chance": chance[name][key]["chance"]} for key, metric in side.items()}
+            for name, side in (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
+        }
+        return {
+            "task": "zeroshot_retrieval_folds",
+            "folds": len(self.folds),
+            "images": sum(result.num_images for result in self.folds),
+            **sides,
+        }
+
+
+def retrieve_in_folds(
+    model: DualEncoder, images: ImageEmbeds, captions: Callable[[int], Sequence[str]], fold: int = FOLD
+) -> FoldsResult:
+    """Retrieval among each `fold` images in turn, in their order; what makes no whole fold is left out. UserError for less than one."""
+    count = len(images.indices) // fold
+    if not count:
+        raise UserError(f"There are {len(images.indices):,} readable images, less than a fold of {fold:,}.")
+    folds = []
+    for start in range(0, count * fold, fold):
+        part = ImageEmbeds(images.embeds[start : start + fold], images.indices[start : start + fold])
+        folds.append(retrieve(model, part, captions).result)
+
+    def joined(name: str) -> dict[str, Metric]:
+        sides = [getattr(result, name) for result in folds]
+        clusters = np.concatenate([side.clusters + number * fold for number, side in enumerate(sides)])
+        recalls = {f"r{k}": metrics.mean(np.concatenate([side.hits[k] for side in sides]), clusters) for k in RECALL_AT}
+        return {**recalls, "median_rank": metrics.median(np.concatenate([side.ranks for side in sides]), clusters)}
+
+    return FoldsResult(folds, joined("image_to_text"), joined("text_to_image"))
+
+
 def _search(
     queries: Tensor,
     candidates: Tensor,

@@ -80,9 +80,10 @@ def _rows(values: Mapping[str, Any]) -> Iterator[Row]:
     if "modality_gap" in values:
         yield "modality gap (0 to 2)", f"{values['modality_gap']:.2f}", "", ""
     for metric, entry in values.items():
-        if metric in _PLAIN or metric.startswith(("pointing_", "iou_")):
+        if metric in _PLAIN or metric.startswith(("pointing_", "iou_", "miou")):
             own = entry.get("chance", chance)
-            yield metric.replace("_", " "), *_cells(entry), "" if own is None else _percent(own)
+            name = f"mIOU@{metric[4:]}" if metric.startswith("miou") else metric.replace("_", " ")
+            yield name, *_cells(entry), "" if own is None else _percent(own)
     for kind, entry in values.get("by_kind", {}).items():
         yield f"accuracy, {kind.replace('_', ' ')}", *_cells(entry), _percent(values["chance"])
     for how, entry in values.get("by_how", {}).items():

@@ -61,6 +61,16 @@ def captions_of(source: Source) -> Callable[[int], Sequence[str]]:
     return captions
 
 
+def tags_of(source: Source, index: int) -> Sequence[str]:
+    """The tags of a sample; none where its record is bad."""
+    try:
+        return source.record(index).tags
+    except NoCaption as bad:
+        return bad.record.tags
+    except BadSample:
+        return ()
+
+
 def label_function(
     source: Source, indices: np.ndarray, classes: Path | None = None, label: str | None = None
 ) -> Labels:

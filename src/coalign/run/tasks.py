@@ -15,19 +15,21 @@ from coalign.data.classification import ClassificationSource
 from coalign.data.evaluation_views import image_batches
 from coalign.data.scenes import Scenes
 from coalign.data.sugarcrepe import SugarCrepe
+from coalign.data.winoground import Winoground
 from coalign.errors import UserError
 from coalign.evaluation.accuracy import Part
-from coalign.evaluation.compositionality import choose_captions
+from coalign.evaluation.compositionality import choose_captions, tell_pairs_apart
 from coalign.evaluation.embed import ImageEmbeds, embed_images, image_features
 from coalign.evaluation.few_shot import few_shot
 from coalign.evaluation.guidance import bootstrapped_guidance
 from coalign.evaluation.knn import knn
 from coalign.evaluation.prompts import templates
-from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.retrieval import retrieve, retrieve_in_folds
 from coalign.evaluation.sgd_probe import sgd_probe
+from coalign.evaluation.tagging import tagging
 from coalign.evaluation.zero_shot import classify
 from coalign.run.probe import Labelled, labelled_features, probe
-from coalign.run.samples import Labels, captions_of, label_function
+from coalign.run.samples import Labels, captions_of, label_function, tags_of
 from coalign.run.subject import Subject
 from coalign.training.distributed import World
 from coalign.types import Source
@@ -89,6 +91,12 @@ def _retrieval(asked: Question) -> dict[str, Any]:
     return {"unreadable": _counted(evaluation.images.bad), **evaluation.result.to_json()}
 
 
+def _retrieval_in_folds(asked: Question) -> dict[str, Any]:
+    images = asked.images(asked.indices.tolist())
+    figures = retrieve_in_folds(asked.subject.encoder, images, captions_of(asked.source)).to_json()
+    return {"unreadable": _counted(images.bad), **figures}
+
+
 def _zero_shot(asked: Question) -> dict[str, Any]:
     labels = asked.labels()
     images = asked.images(labels.of_index)
@@ -139,6 +147,18 @@ def _on_features(asked: Question, classify: Callable[[Part, Part, Part, int], An
     return {"unreadable": _counted(entry for _, images in found for entry in images.bad), **result.to_json()}
 
 
+def _tagging(asked: Question) -> dict[str, Any]:
+    """The asked samples are the test part; what is learnt from is the source's train part, or what was not asked for."""
+    own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
+    rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
+    if not len(rest):
+        raise UserError(f"There is nothing to learn tags from: all of {asked.source.name} is asked for.")
+    parts = [asked.features(asked.source, indices) for indices in (rest, asked.indices)]
+    train, test = ((part.embeds.numpy(), [tags_of(asked.source, index) for index in part.indices]) for part in parts)
+    unreadable = _counted(entry for part in parts for entry in part.bad)
+    return {"unreadable": unreadable, **tagging(train, test).to_json()}
+
+
 def _joined(one: Part, other: Part) -> Part:
     return np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
 
@@ -167,8 +187,19 @@ def _foils(asked: Question) -> dict[str, Any]:
     return {"unreadable": _counted(images.bad), **figures}
 
 
+def _pairs(asked: Question) -> dict[str, Any]:
+    if not isinstance(asked.source, Winoground):
+        raise UserError(
+            f"{asked.source.name} has no pairs of images that two captions tell apart; winoground:FOLDER has."
+        )
+    images, captions = asked.images(asked.indices.tolist()), captions_of(asked.source)
+    figures = tell_pairs_apart(asked.subject.encoder, images, lambda index: captions(index)[0]).to_json()
+    return {"unreadable": _counted(images.bad), **figures}
+
+
 TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "retrieval": _retrieval,
+    "retrieval-1k": _retrieval_in_folds,
     "zeroshot": _zero_shot,
     "bootstrap": _bootstrap,
     "probe": _probe,
@@ -176,7 +207,9 @@ TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "probe-slip": _sgd_probe("slip"),
     "fewshot": _few_shot,
     "knn": _knn,
+    "tagging": _tagging,
     "foils": _foils,
+    "pairs": _pairs,
 }
 
 
