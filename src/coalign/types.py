@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # ---------------------------------------------------------------- what a method asks of the data
 
@@ -240,6 +240,7 @@ class DualEncoder:
     encode_text: sequence of strings -> float [batch, dim]
     image_features: the same pixels -> float [batch, width], the image encoder's output before its projection; probes need it.
     preprocess: an upright RGB PIL image -> uint8 [3, size, size], where it is not the evaluation view.
+    image_module: makes a copy of the image encoder to be trained, a module of the same pixels -> [batch, dim]; fine-tuning needs it.
     weights: what the embeddings depend on besides the inputs, so that they can be kept and found again by it.
     Embeddings need not be normalised; evaluation normalises. `logit_scale` multiplies cosines where probabilities are shown.
     """
@@ -252,3 +253,4 @@ class DualEncoder:
     image_features: Callable[[Tensor], Tensor] | None = None
     preprocess: Callable[[Any], Tensor] | None = None
     weights: Callable[[], Mapping[str, Tensor]] | None = None
+    image_module: Callable[[], nn.Module] | None = None

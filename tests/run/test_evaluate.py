@@ -21,6 +21,7 @@ from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run import model as runs
 from coalign.run.evaluate import evaluate
+from coalign.run.export import export
 from coalign.run.findings import print_results
 from coalign.run.samples import captions_of, label_function, select_split
 from coalign.types import DualEncoder
@@ -348,6 +349,36 @@ def test_features_are_those_before_the_projection(run):
     features = encoder.image_features(pixels)
     projected = torch.nn.functional.normalize(run.method.image.projection(features), dim=-1)
     torch.testing.assert_close(projected, encoder.encode_image(pixels))
+
+
+@pytest.fixture(scope="module")
+def models(trained, oner, tmp_path_factory):
+    """A run of two towers, one of one tower, and exports of the first."""
+    folder = tmp_path_factory.mktemp("models")
+    for library in ("open_clip", "transformers"):
+        export(trained, library, folder / library)
+    return {"run": trained, "oner": oner, "open_clip": folder / "open_clip", "transformers": folder / "transformers"}
+
+
+@pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
+def test_fine_tuning_any_model(models, tmp_path, capsys, name):
+    data = tiny.write_pairs(tmp_path / "photos", 60)
+    held_out = assign_splits(open_source(str(data)), 0.3)[0]["val"]
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("test" if number in held_out else "train") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    model, data = str(models[name]), tmp_path / "split"
+    tasks = [f"finetune:{data}", f"zeroshot:{data}"]
+    (tmp_path / "prompts.txt").write_text("{}\n")  # these models read no more than a word
+    options = {"preprocess": "coalign", "prompts": str(tmp_path / "prompts.txt")}
+    tuned, zero_shot = evaluate(model, tasks, epochs=4, **options).values()
+    assert tuned["intervals"]["zero-shot"] == zero_shot["intervals"]["acc1"]
+    assert tuned["acc1"] == tuned["intervals"]["fine-tuned"]["value"]
+    print_results({tasks[0]: tuned})
+    assert "0.5 of the way" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing to fine-tune on: the train part"):
+        evaluate(model, tasks[:1], split="all")
 
 
 @pytest.mark.parametrize("swapped", [False, True])

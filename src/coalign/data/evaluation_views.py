@@ -17,7 +17,7 @@ from coalign.data.loader import BadEntry
 from coalign.data.randomness import generator
 from coalign.data.workers import fetch_all
 from coalign.errors import BadSample, NoCaption
-from coalign.types import EVALUATION, Source
+from coalign.types import EVALUATION, AugmentationPolicy, Source
 
 
 def image_batches(
@@ -27,13 +27,17 @@ def image_batches(
     batch_size: int = 256,
     workers: int = 0,
     preprocess: Callable[[Any], Tensor] | None = None,
+    policy: AugmentationPolicy = EVALUATION,
+    epoch: int = 0,
 ) -> Generator[tuple[list[int], Tensor, list[BadEntry]], None, None]:
     """The evaluation view of each of `indices`, in order: (indices, uint8 pixels [b, 3, size, size], bad samples).
 
     Bad samples are left out of the first two and listed in the third, with epoch 0; b may be 0. With `preprocess`, what it makes of the
-    upright RGB picture takes the place of the evaluation view.
+    upright RGB picture takes the place of the evaluation view. With a `policy`, it is the view of that policy and epoch, for fine-tuning.
     """
-    make = partial(_image_batch, source, np.asarray(indices, np.int64), image_size, batch_size, preprocess)
+    make = partial(
+        _image_batch, source, np.asarray(indices, np.int64), image_size, batch_size, preprocess, policy, epoch
+    )
     return fetch_all(make, range(-(-len(indices) // batch_size)), workers, ahead=workers)
 
 
@@ -43,6 +47,8 @@ def _image_batch(
     size: int,
     batch_size: int,
     preprocess: Callable[[Any], Tensor] | None,
+    policy: AugmentationPolicy,
+    epoch: int,
     task: int,
 ) -> tuple[list[int], Tensor, list[BadEntry]]:
     batch = indices[task * batch_size : (task + 1) * batch_size].tolist()
@@ -52,8 +58,8 @@ def _image_batch(
     for index in batch:
         try:
             if preprocess is None:
-                draw = partial(generator, 0, 0, index, 0)
-                view, _ = make_views(source.image(index), {"evaluation": EVALUATION}, draw, size)["evaluation"]
+                draw = partial(generator, 0, epoch, index, 0)
+                view, _ = make_views(source.image(index), {"evaluation": policy}, draw, size)["evaluation"]
             else:
                 view = preprocess(Image.fromarray(open_image(source.image(index)).decode(1.0)))
             pixels[len(good)] = view.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=lambda pixels: image(pixels.to(device)),
         preprocess=open_clip_preprocess(cfg),
+        image_module=lambda: copy.deepcopy(torch.nn.Sequential(image, image.projection)),
         weights=lambda: {**image.state_dict(), **model.state_dict(), "mean": mean, "std": std},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coalign.errors import UserError
 from coalign.types import DualEncoder
@@ -54,8 +55,21 @@ def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEnco
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=image_features,
         preprocess=TransformersPreprocess(processor),
+        image_module=lambda: _ImageEncoder(copy.deepcopy(model), mean, std),
         weights=model.state_dict,
     )
+
+
+class _ImageEncoder(nn.Module):
+    """uint8 pixels -> embeds of a CLIPModel."""
+
+    def __init__(self, model: Any, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        self.mean, self.std = mean, std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.visual_projection(self.vision_model((pixels / 255 - self.mean) / self.std).pooler_output)
 
 
 def is_transformers_folder(folder: Path) -> bool:

@@ -38,6 +38,7 @@ def evaluate(
     preprocess: str | None = None,
     precision: str = "fp32",
     cache: Path | None = None,
+    epochs: int = 10,
     device: str = "cpu",
     workers: int = 0,
 ) -> dict[str, dict[str, Any]]:
@@ -65,7 +66,7 @@ def evaluate(
     for kind, data in kinds:
         source = open_data_set(data, data_root) if _is_named(data) and data_root else open_source(data)
         name, indices = select_split(source, data, subject.run, split)
-        asked = Question(subject, source, indices, classes, label, prompts, workers, world)
+        asked = Question(subject, source, indices, classes, label, prompts, workers, world, epochs)
         figures = _scene_task(kind, asked) if kind in SCENE_TASKS else TASKS[kind](asked)
         results[f"{kind}:{data}"] = {"data": data, "split": name, "samples": len(indices), **figures}
     suites = {task: suite_row(results, SUITES[task], DATA_SETS) for task in tasks if task in SUITES}

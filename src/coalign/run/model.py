@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coalign.config import TrainConfig, from_json, to_json
 from coalign.data.tokenizer import Tokenizer, load_tokenizer
@@ -83,10 +84,31 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         method.eval()
         return method.image_features(pixels.to(device))
 
+    def image_module() -> nn.Module:
+        return _ImageEncoder(copy.deepcopy(method))
+
     scale = method.scalars().get("logit_scale", 100.0)
     return DualEncoder(
-        encode_image, encode_text, image_size(method), name, float(scale), image_features, weights=method.state_dict
+        encode_image,
+        encode_text,
+        image_size(method),
+        name,
+        float(scale),
+        image_features,
+        weights=method.state_dict,
+        image_module=image_module,
     )
+
+
+class _ImageEncoder(nn.Module):
+    """A method as a module of its image encoder, head included."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.method.encode_image(pixels)
 
 
 def image_size(method: Method) -> int:

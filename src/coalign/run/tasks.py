@@ -19,20 +19,23 @@ from coalign.data.winoground import Winoground
 from coalign.errors import UserError
 from coalign.evaluation.accuracy import Part
 from coalign.evaluation.compositionality import choose_captions, tell_pairs_apart
-from coalign.evaluation.embed import ImageEmbeds, embed_images, image_features
+from coalign.evaluation.embed import Batches, ImageEmbeds, embed_images, image_features
 from coalign.evaluation.few_shot import few_shot
+from coalign.evaluation.finetune import Classifier, FineTuneConfig, between, fine_tune
 from coalign.evaluation.guidance import bootstrapped_guidance
 from coalign.evaluation.knn import knn
 from coalign.evaluation.prompts import templates
 from coalign.evaluation.retrieval import retrieve, retrieve_in_folds
 from coalign.evaluation.sgd_probe import sgd_probe
 from coalign.evaluation.tagging import tagging
-from coalign.evaluation.zero_shot import classify
+from coalign.evaluation.zero_shot import class_weights, classify
 from coalign.run.probe import Labelled, labelled_features, probe
 from coalign.run.samples import Labels, captions_of, label_function, tags_of
 from coalign.run.subject import Subject
 from coalign.training.distributed import World
-from coalign.types import Source
+from coalign.types import AugmentationPolicy, Source
+
+FINE_TUNING = AugmentationPolicy(crop_scale=(0.5, 1.0), flip_p=0.5)
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Question:
     prompts: str | None
     workers: int
     world: World
+    epochs: int = 10  # of fine-tuning
 
     def labels(self, indices: np.ndarray | None = None) -> Labels:
         chosen = self.indices if indices is None else indices
@@ -147,6 +151,33 @@ def _on_features(asked: Question, classify: Callable[[Part, Part, Part, int], An
     return {"unreadable": _counted(entry for _, images in found for entry in images.bad), **result.to_json()}
 
 
+def _fine_tune(asked: Question) -> dict[str, Any]:
+    """From the zero-shot classifier, on the source's train part and its validation part, or what was not asked for."""
+    encoder = asked.subject.encoder
+    if encoder.image_module is None:
+        raise UserError(f"{encoder.name} does not give its image encoder, which fine-tuning trains.")
+    train, val, test, classnames = _parts(asked)
+    labels = {**train.of_index, **(val.of_index if val else {})}
+    if not labels or not test.of_index:
+        raise UserError(f"There is nothing to fine-tune on: the {'test' if labels else 'train'} part has no class.")
+    device = asked.world.device
+    weights = class_weights(encoder, classnames, asked.templates(), repeated=asked.is_named).to(device)
+    classifier = Classifier(encoder.image_module().to(device), weights, encoder.logit_scale, encoder.image_size)
+    start = {name: value.clone() for name, value in classifier.state_dict().items()}
+    config = FineTuneConfig(epochs=asked.epochs)
+
+    def batches(epoch: int) -> Batches:
+        order = np.random.default_rng(epoch).permutation(sorted(labels))
+        size, rows = encoder.image_size, config.batch_size
+        return image_batches(asked.source, order, size, rows, asked.workers, policy=FINE_TUNING, epoch=epoch)
+
+    fine_tune(classifier, batches, len(labels), labels, config, device)
+    measured = list(asked.batches(asked.source, sorted(test.of_index)))
+    figures = between(classifier, start, measured, test.of_index, len(classnames), device).to_json()
+    unreadable = _counted(entry for _, _, found in measured for entry in found)
+    return {"unreadable": unreadable, **figures, **asked.of_data_set()}
+
+
 def _tagging(asked: Question) -> dict[str, Any]:
     """The asked samples are the test part; what is learnt from is the source's train part, or what was not asked for."""
     own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
@@ -208,6 +239,7 @@ TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "fewshot": _few_shot,
     "knn": _knn,
     "tagging": _tagging,
+    "finetune": _fine_tune,
     "foils": _foils,
     "pairs": _pairs,
 }

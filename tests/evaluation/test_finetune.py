@@ -1,0 +1,101 @@
+"""Fine-tuning: that it begins at zero-shot, trains what images pass, deep layers less, and measures the weights between."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from coalign.errors import UserError
+from coalign.evaluation.finetune import ALPHAS, Classifier, FineTuneConfig, between, fine_tune, layers_of
+
+
+class Encoder(nn.Module):
+    """A stem, two blocks and a last layer; and a text tower that images do not pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(12, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.text = nn.Linear(3, 3)
+
+    def forward(self, pixels):
+        x = self.stem(pixels.float().flatten(1) / 255)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.norm(x)
+
+
+def images(count, seed):
+    """Pictures of 2 x 2 pixels of three classes, by colour."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 3, count)
+    pixels = rng.integers(0, 120, (count, 3, 2, 2))
+    pixels[np.arange(count), truth] += 100
+    return torch.from_numpy(pixels.astype(np.uint8)), dict(enumerate(truth.tolist()))
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    return Classifier(Encoder(), F.normalize(torch.randn(3, 8), dim=1), 10.0, 2)
+
+
+def test_layers_are_by_depth_and_without_what_images_do_not_pass(classifier):
+    encoder = classifier.encoder
+    names = {parameter: name for name, parameter in encoder.named_parameters()}
+    found = [[names[parameter] for parameter in layer] for layer in layers_of(encoder)]
+    assert found == [
+        ["stem.weight", "stem.bias"],
+        ["blocks.0.0.weight", "blocks.0.0.bias"],
+        ["blocks.1.0.weight", "blocks.1.0.bias", "norm.weight", "norm.bias"],
+    ]
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_it_learns_and_leaves_the_text_tower(classifier):
+    pixels, labels = images(300, 0)
+    test, truth = images(200, 1)
+    start = copy.deepcopy(classifier.state_dict())
+    batches = [(list(range(s, min(s + 64, 300))), pixels[s : s + 64], []) for s in range(0, 300, 64)]
+    fine_tune(classifier, lambda epoch: batches, 300, labels, FineTuneConfig(epochs=20, lr=3e-2))
+    end = copy.deepcopy(classifier.state_dict())
+    assert torch.equal(end["encoder.text.weight"], start["encoder.text.weight"])
+    result = between(classifier, start, [(list(range(200)), test, [])], truth, 3)
+    assert list(result.by_alpha) == list(ALPHAS)
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, end[name])
+    zero_shot, tuned = result.by_alpha[0.0].top1.value, result.by_alpha[1.0].top1.value
+    assert zero_shot < 0.7 < 0.9 < tuned
+    assert result.to_json()["acc1"] == tuned
+    # a point between, by hand
+    half = Classifier(Encoder(), torch.zeros(3, 8), 10.0, 2)
+    half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
+    right = half(test).argmax(1) == torch.tensor(list(truth.values()))
+    assert result.by_alpha[0.5].top1.value == pytest.approx(float(right.float().mean()))
+
+
+def test_deep_layers_move_less(classifier):
+    """AdamW's first step is the learning rate for every weight, so that steps show the rates."""
+    pixels, labels = images(60, 0)
+    start = copy.deepcopy(classifier.state_dict())
+    config = FineTuneConfig(epochs=1, lr=1e-3, layer_decay=0.5, weight_decay=0.0, batch_size=6)
+    batches = [
+        ([*range(s, s + 6)], pixels[s : s + 6], []) for s in (0, 6)
+    ]  # the second step is the first after the warm-up's zero
+    fine_tune(classifier, lambda epoch: batches, 60, labels, config)
+    moved = {name: float((value - start[name]).abs().median()) for name, value in classifier.state_dict().items()}
+    for shallow, deep in (
+        ("head", "encoder.blocks.1.0.weight"),
+        ("encoder.blocks.1.0.weight", "encoder.blocks.0.0.weight"),
+    ):
+        assert moved[shallow] == pytest.approx(2 * moved[deep], rel=0.2)
+    assert moved["encoder.blocks.0.0.weight"] == pytest.approx(2 * moved["encoder.stem.weight"], rel=0.2)
+
+
+def test_nothing_to_measure(classifier):
+    with pytest.raises(UserError, match="no readable image"):
+        between(classifier, classifier.state_dict(), [([], torch.zeros(0, 3, 2, 2, dtype=torch.uint8), ["bad"])], {}, 3)
