@@ -76,7 +76,7 @@ def space_command(run: Positional[str], data: str, out: Path, pairs: int = 300, 
 
 
 def search_command(
-    run: Positional[str],
+    model: Positional[str],
     data: str,
     text: str | None = None,
     image: Path | None = None,
@@ -92,7 +92,7 @@ def search_command(
     Example: coalign search runs/oner --data data/openclipart --image apple.png --text "green" --report found.html
 
     Args:
-        run: the folder of a run
+        model: a run, an exported folder, or another library's model, as for `coalign eval`
         data: what to search: anything that `coalign train --data` takes
         text: what the images shall show
         image: an image file like which they shall be
@@ -104,7 +104,7 @@ def search_command(
     """
     from coalign.run.search import search
 
-    answers = search(run, data, text, image, top=top, split=split, report=report, device=device, workers=workers)
+    answers = search(model, data, text, image, top=top, split=split, report=report, device=device, workers=workers)
     for number, hit in enumerate(answers.hits, 1):
         print(f"{number:3}  {hit.score:.3f}  {hit.key}  {' / '.join(hit.captions)[:100]}")
     left_out = f"; {answers.unreadable:,} could not be read" if answers.unreadable else ""

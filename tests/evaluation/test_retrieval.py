@@ -223,5 +223,5 @@ def test_folds_are_searched_apart_and_averaged():
     figures = found.to_json()
     assert (figures["folds"], figures["text_to_image"]["r1"]["n"]) == (2, 100)
     assert figures["text_to_image"]["r5"]["chance"] == 0.5
-    with pytest.raises(UserError, match="9 readable images, less than a fold of 10"):
+    with pytest.raises(UserError, match="9 images could be read, which is less than a fold of 10"):
         retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, fold=10)

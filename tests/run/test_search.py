@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from coalign import cli
 from coalign.data.scenes import open_scenes
 from coalign.errors import UserError
+from coalign.run.export import export
 from coalign.run.model import load
 from coalign.run.pictures import read_picture
 from coalign.run.search import search
@@ -92,3 +93,12 @@ def test_images_without_a_caption_are_found_too(trained, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "0.png", "caption": "red"}\n{"image": "1.png", "caption": null}\n')
     hits = search(trained, str(tmp_path / "pairs.jsonl"), "a blue thing").hits
     assert {hit.key: hit.captions for hit in hits} == {"0.png": ("red",), "1.png": ()}
+
+
+def test_another_librarys_model_finds_an_image_by_itself(trained, pairs, tmp_path):
+    export(trained, "open_clip", tmp_path / "model")
+    picture = sorted(Path(pairs).rglob("*.png"))[7]
+    found = search(tmp_path / "model", str(pairs), image=picture, top=2, report=tmp_path / "found.html")
+    assert found.hits[0].key == str(picture.relative_to(pairs))
+    assert found.hits[0].score == pytest.approx(1, abs=1e-6)
+    assert (tmp_path / "found.html").exists()

@@ -195,7 +195,7 @@ def retrieve_in_folds(
     """Retrieval among each `fold` images in turn, in their order; what makes no whole fold is left out. UserError for less than one."""
     count = len(images.indices) // fold
     if not count:
-        raise UserError(f"There are {len(images.indices):,} readable images, less than a fold of {fold:,}.")
+        raise UserError(f"{len(images.indices):,} images could be read, which is less than a fold of {fold:,}.")
     folds = []
     for start in range(0, count * fold, fold):
         part = ImageEmbeds(images.embeds[start : start + fold], images.indices[start : start + fold])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from coalign.data.image_views import make_views
+from coalign.data.images import open_image
 from coalign.data.randomness import generator
 from coalign.errors import BadSample, UserError
 from coalign.types import EVALUATION, Source
@@ -20,13 +23,15 @@ _KINDS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 _THUMBNAIL = 128  # pixels
 
 
-def read_picture(path: str | Path, side: int) -> Tensor:
-    """The evaluation view of a file, uint8 [1, 3, side, side]. UserError for what is no picture."""
+def read_picture(path: str | Path, side: int, preprocess: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The evaluation view of a file, or what `preprocess` makes of it, uint8 [1, 3, side, side]. UserError for what is no picture."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"The image {path} could not be read: {error.strerror}.") from error
     try:
+        if preprocess is not None:
+            return preprocess(Image.fromarray(open_image(data).decode(1.0)))[None]
         return evaluation_view(data, side)[None]
     except BadSample as bad:
         raise UserError(

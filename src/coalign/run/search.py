@@ -13,11 +13,11 @@ from coalign.data.evaluation_views import image_batches, sample_key
 from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts
-from coalign.methods.oner import OneR
 from coalign.report.page import GalleryCell, Page
-from coalign.run.model import Run, check_output, load
+from coalign.run.model import check_output
 from coalign.run.pictures import read_picture, thumbnail
 from coalign.run.samples import captions_of, select_split
+from coalign.run.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,18 @@ def search(
         raise UserError(f"--top is {top}, but must be at least 1.")
     if report is not None:
         check_output(Path(report))
-    run = load(path, device=device)
-    query, how = _embed_query(run, text, image)
+    subject = open_subject(path, device=device)
+    query, how = _embed_query(subject, text, image)
     source = open_source(data)
-    indices = select_split(source, data, run, split)[1]
-    encoder, captions = run.encoder(), captions_of(source)
-    images = embed_images(encoder, image_batches(source, indices, encoder.image_size, workers=workers))
+    indices = select_split(source, data, subject.run, split)[1]
+    encoder, captions = subject.encoder, captions_of(source)
+    batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
+    images = embed_images(encoder, batches)
     scores, rows = (images.embeds @ query).topk(min(top, len(images.indices)))
     found = [(images.indices[row], score) for row, score in zip(rows.tolist(), scores.tolist())]
     hits = [Hit(index, sample_key(source, index), score, tuple(captions(index))) for index, score in found]
     if report is not None:
-        page = Page("Search", f"{run.path.name}, {run.checkpoint}; {len(images.indices):,} images; query: {how}")
+        page = Page("Search", f"{subject.name}; {len(images.indices):,} images; query: {how}")
         asked = None if image is None else read_picture(image, encoder.image_size)[0].permute(1, 2, 0).numpy()
         page.ranking(
             GalleryCell(asked, text or "", note="query"),
@@ -85,14 +86,14 @@ def search(
 
 
 @torch.no_grad()
-def _embed_query(run: Run, text: str | None, image: str | Path | None) -> tuple[Tensor, str]:
+def _embed_query(subject: Subject, text: str | None, image: str | Path | None) -> tuple[Tensor, str]:
     """The query's normalised embedding, float32 [dim], and how it was made."""
-    encoder = run.encoder()
+    encoder = subject.encoder
     if image is None:
         return embed_texts(encoder, [text or ""])[0], "text"
-    pixels = read_picture(image, encoder.image_size)
-    if text is not None and isinstance(run.method, OneR) and run.method.has_joint:
-        both = run.joint_encoder()(pixels, [text])[0].float().cpu()
+    pixels = read_picture(image, encoder.image_size, encoder.preprocess)
+    if text is not None and subject.has_joint:
+        both = subject.joint_encoder()(pixels, [text])[0].float().cpu()
         return F.normalize(both, dim=0), "image and text as one sequence"
     embed = embed_images(encoder, [([0], pixels, [])]).embeds[0]
     if text is None:

@@ -15,6 +15,7 @@ from coalign.interop.load_open_clip import from_open_clip, open_clip_preprocess
 from coalign.interop.load_transformers import from_transformers, is_transformers_folder
 from coalign.interop.onnx import INFO as ONNX_INFO
 from coalign.interop.onnx import from_onnx
+from coalign.methods.oner import OneR
 from coalign.run.model import Run, known_device, load
 from coalign.types import DualEncoder, JointEncoder, Localizer
 
@@ -27,6 +28,15 @@ class Subject:
 
     encoder: DualEncoder
     run: Run | None = None  # where it is ours
+
+    @property
+    def name(self) -> str:
+        return self.encoder.name if self.run is None else f"{self.run.path.name}, {self.run.checkpoint}"
+
+    @property
+    def has_joint(self) -> bool:
+        """Whether it takes an image and a text as one input."""
+        return self.run is not None and isinstance(self.run.method, OneR) and self.run.method.has_joint
 
     def ours(self, what: str) -> Run:
         """The run; UserError for a model of another library, which cannot be asked for `what`."""
