@@ -115,12 +115,12 @@ class EvalCommand:
     tasks: tuple[str, ...]
     """One or more of retrieval:DATA and retrieval-1k:DATA (among 1,000 images at a time), zeroshot:DATA, and, on frozen image features,
     probe:DATA (logistic regression), probe-mct:DATA and probe-slip:DATA (by the descent of these papers), fewshot:DATA (1 to 16 images a
-    class), knn:DATA (20 nearest neighbours) and tagging:DATA (MCT's, of data with tags); finetune:DATA (from zero-shot on, and the weights
-    between both); where DATA is anything that `coalign train --data` takes, or, with --data-root, one of oxford_pets, cifar10, cifar100,
-    sun397, food101, flowers102, stanford_cars, caltech101, fgvc_aircraft, dtd and imagenet; suite11 and suite11-probe are all of these in a
-    row; foils:scenes and foils:sugarcrepe:FOLDER (true or false captions, by kind) and pairs:winoground:FOLDER; on scenes also
-    localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA (zero-shot with its own first answers beside the image)
-    and guided:scenes (what is said of the object that a text names)."""
+    class), knn:DATA (20 nearest neighbours), and MCT's tagging:DATA (of data with tags) and vse:DATA (retrieval with a GRU over words);
+    finetune:DATA (from zero-shot on, and the weights between both); where DATA is anything that `coalign train --data` takes, or, with
+    --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101, flowers102, stanford_cars, caltech101, fgvc_aircraft, dtd and
+    imagenet; suite11 and suite11-probe are all of these in a row; foils:scenes and foils:sugarcrepe:FOLDER (true or false captions, by
+    kind) and pairs:winoground:FOLDER; on scenes also localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA
+    (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text names)."""
     weights: str = "last"
     """The checkpoint of a run: last or best."""
     split: str | None = None

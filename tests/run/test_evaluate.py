@@ -427,5 +427,5 @@ def test_tagging_of_a_data_set(run, four, tmp_path, capsys):
     assert (result["tags"], result["samples"], result["miou5"]["value"]) == (5, 8, 2 / 5)  # all five are predicted
     print_results({task: result})
     assert "mIOU@20" in capsys.readouterr().out
-    with pytest.raises(UserError, match="nothing to learn tags from"):
+    with pytest.raises(UserError, match="nothing to learn from: all of"):
         evaluate(run, [task], split="all")

@@ -28,6 +28,7 @@ from coalign.evaluation.prompts import templates
 from coalign.evaluation.retrieval import retrieve, retrieve_in_folds
 from coalign.evaluation.sgd_probe import sgd_probe
 from coalign.evaluation.tagging import tagging
+from coalign.evaluation.vse import vse
 from coalign.evaluation.zero_shot import class_weights, classify
 from coalign.run.probe import Labelled, labelled_features, probe
 from coalign.run.samples import Labels, captions_of, label_function, tags_of
@@ -178,13 +179,23 @@ def _fine_tune(asked: Question) -> dict[str, Any]:
     return {"unreadable": unreadable, **figures, **asked.of_data_set()}
 
 
-def _tagging(asked: Question) -> dict[str, Any]:
-    """The asked samples are the test part; what is learnt from is the source's train part, or what was not asked for."""
+def _vse(asked: Question) -> dict[str, Any]:
+    train, test = _rest_and_asked(asked)
+    evaluation = vse(train, test, captions_of(asked.source))
+    return {"unreadable": _counted([*train.bad, *test.bad]), **evaluation.result.to_json(), "task": "vse"}
+
+
+def _rest_and_asked(asked: Question) -> list[ImageEmbeds]:
+    """Features to learn from, of the source's train part or what was not asked for, and those of the asked samples."""
     own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
     rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
     if not len(rest):
-        raise UserError(f"There is nothing to learn tags from: all of {asked.source.name} is asked for.")
-    parts = [asked.features(asked.source, indices) for indices in (rest, asked.indices)]
+        raise UserError(f"There is nothing to learn from: all of {asked.source.name} is asked for.")
+    return [asked.features(asked.source, indices) for indices in (rest, asked.indices)]
+
+
+def _tagging(asked: Question) -> dict[str, Any]:
+    parts = _rest_and_asked(asked)
     train, test = ((part.embeds.numpy(), [tags_of(asked.source, index) for index in part.indices]) for part in parts)
     unreadable = _counted(entry for part in parts for entry in part.bad)
     return {"unreadable": unreadable, **tagging(train, test).to_json()}
@@ -239,6 +250,7 @@ TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "fewshot": _few_shot,
     "knn": _knn,
     "tagging": _tagging,
+    "vse": _vse,
     "finetune": _fine_tune,
     "foils": _foils,
     "pairs": _pairs,
