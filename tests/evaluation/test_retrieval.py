@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -225,3 +227,21 @@ def test_folds_are_searched_apart_and_averaged():
     assert figures["text_to_image"]["r5"]["chance"] == 0.5
     with pytest.raises(UserError, match="9 images could be read, which is less than a fold of 10"):
         retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, fold=10)
+
+
+@pytest.mark.slow
+def test_cocos_five_thousand_fit_a_gigabyte():
+    """5,000 images and 25,000 captions, whose similarities alone would take half of it, in a process of its own."""
+    code = """
+import resource, torch
+from coalign.evaluation.retrieval import retrieval
+images = torch.nn.functional.normalize(torch.randn(5000, 512), dim=1)
+texts = images.repeat_interleave(5, 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = retrieval(images, texts, torch.arange(5000).repeat_interleave(5))
+print(found.image_to_text.recall[1].value, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    recall, kilobytes = map(float, result.stdout.split())
+    assert recall == 1
+    assert kilobytes < 1e6
