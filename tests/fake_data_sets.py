@@ -105,7 +105,7 @@ def flowers(root, monkeypatch):
 def cars(root):
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
-    names = np.array(["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"], object)
+    names = np.array(["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Ram C/V Cargo Van Minivan 2012"], object)
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names})
     kind = [("class", "O"), ("fname", "O")]
     for images, file in (
@@ -127,7 +127,7 @@ def caltech(root):
 
 def aircraft(root):
     data = root / "fgvc-aircraft-2013b" / "data"
-    names = ("707-320", "A300B4", "Yak-42")
+    names = ("707-320", "A300B4", "F-16A/B")
     data.mkdir(parents=True)
     (data / "variants.txt").write_text("".join(f"{name}\n" for name in names))
     for split, numbers in (("train", range(2)), ("val", range(2, 4)), ("test", range(4, 6))):

@@ -3,7 +3,9 @@
 import copy
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -54,6 +56,33 @@ def test_layers_are_by_depth_and_without_what_images_do_not_pass(classifier):
         ["blocks.1.0.weight", "blocks.1.0.bias", "norm.weight", "norm.bias"],
     ]
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "last"),
+    [
+        # stem, twelve blocks; what follows them belongs to the last
+        (
+            lambda: open_clip.create_model("ViT-S-32-alt").visual,
+            13,
+            {"transformer.resblocks.11.mlp.c_proj.weight", "ln_post.weight"},
+        ),
+        # stem, and the blocks of four stages: 3 + 4 + 6 + 3
+        (lambda: timm.create_model("resnet50"), 17, {"layer4.2.conv3.weight", "fc.weight"}),
+        (
+            lambda: timm.create_model("vit_tiny_patch16_224"),
+            13,
+            {"blocks.11.mlp.fc2.weight", "norm.weight", "head.bias"},
+        ),
+    ],
+)
+def test_layers_of_real_towers(make, count, last):
+    tower = make()
+    names = {parameter: name for name, parameter in tower.named_parameters()}
+    layers = [{names[parameter] for parameter in layer} for layer in layers_of(tower)]
+    assert len(layers) == count
+    assert last <= layers[-1]
+    assert sum(map(len, layers)) == len(names)
 
 
 def test_it_learns_and_leaves_the_text_tower(classifier):

@@ -214,19 +214,27 @@ def test_folds_are_searched_apart_and_averaged():
     def captions(index):
         return [f"{index} {j}" for j in range(5)]
 
-    found = retrieve_in_folds(model, ImageEmbeds(embeds, list(range(23))), captions, fold=10)
+    found = retrieve_in_folds(model, ImageEmbeds(embeds, list(range(23))), captions, range(23), fold=10)
     apart = [
         retrieve(model, ImageEmbeds(embeds[s], list(range(23))[s]), captions).result for s in (slice(10), slice(10, 20))
     ]
     for name in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
             expected = np.mean([getattr(result, name).recall[k].value for result in apart])
-            assert getattr(found, name)[f"r{k}"].value == pytest.approx(expected)
+            assert getattr(found, name)[f"r{k}"]["value"] == pytest.approx(expected)
     figures = found.to_json()
     assert (figures["folds"], figures["text_to_image"]["r1"]["n"]) == (2, 100)
     assert figures["text_to_image"]["r5"]["chance"] == 0.5
-    with pytest.raises(UserError, match="9 images could be read, which is less than a fold of 10"):
-        retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, fold=10)
+    assert figures["left_over"] == 3
+    # an image that could not be read shifts no fold
+    kept = [i for i in range(23) if i != 4]
+    again = retrieve_in_folds(model, ImageEmbeds(embeds[kept], kept), captions, range(23), fold=10)
+    assert [result.num_images for result in again.folds] == [9, 10]
+    assert again.folds[1].to_json() == found.folds[1].to_json()
+    with pytest.raises(UserError, match="There are 9 images, which is less than a fold of 10"):
+        retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, range(9), fold=10)
+    with pytest.raises(UserError, match="No image of fold 1 could be read"):
+        retrieve_in_folds(model, ImageEmbeds(embeds[10:], list(range(10, 23))), captions, range(23), fold=10)
 
 
 @pytest.mark.slow

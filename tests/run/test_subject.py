@@ -117,14 +117,17 @@ def test_an_export_has_the_runs_figures_under_either_preprocessing(trained, expo
     assert 0 < (one - other).abs().max() < 0.2  # they do differ
 
 
-def test_two_callables(pairs):
+def test_two_callables(pairs, tmp_path):
     encoder = DualEncoder(
         lambda pixels: pixels.float().mean((2, 3)), lambda texts: torch.rand(len(texts), 3), image_size=8
     )
     result = evaluate(encoder, [f"retrieval:{pairs}"])[f"retrieval:{pairs}"]
     assert (result["split"], result["images"]) == ("all", 64)
-    with pytest.raises(UserError, match="does not give its image features"):
-        evaluate(encoder, [f"probe:{pairs}"], split="all")
+    for part in ("train", "test"):
+        shutil.copytree(pairs, tmp_path / "split" / part)
+    for kind, what in (("probe", "its image features"), ("finetune", "its image encoder")):
+        with pytest.raises(UserError, match=f"does not give {what}"):
+            evaluate(encoder, [f"{kind}:{tmp_path / 'split'}"])
     with pytest.raises(UserError, match="no run of coalign's, which alone can be asked for image and text as one"):
         evaluate(encoder, ["guided:scenes:8,size=32"])
     with pytest.raises(UserError, match="no run of coalign's, which alone can be asked for maps"):
@@ -136,6 +139,10 @@ def test_two_callables(pairs):
     [
         ("runs/nowhere", "runs/nowhere does not exist; a model is"),
         ("open_clip:ViT-B-33", "no model named 'ViT-B-33', nor is there such a folder; did you mean"),
+        (
+            "open_clip:ViT-B-32:openai",
+            "openai were trained with the activation of ViT-B-32-quickgelu; use this model's name",
+        ),
         ("open_clip:ViT-B-32", "open_clip:ViT-B-32 needs weights; give open_clip:ViT-B-32:WEIGHTS with openai, "),
         ("open_clip:ViT-B-32:mine", "no weights named 'mine'"),
         ("open_clip:ViT-B-32:FOLDER/weights.pt", "no weights named"),
@@ -143,7 +150,7 @@ def test_two_callables(pairs):
         ("transformers:FOLDER", "transformers cannot load"),
         ("FOLDER/cut", "open_clip cannot load"),
         ("FOLDER/other", "open_clip cannot load"),
-        ("FOLDER/pickled", "holds no weights in a .safetensors file"),
+        ("FOLDER/pickled", "holds no weights in open_clip_model.safetensors or"),
         ("FOLDER/bert", "is a bert, not a CLIPModel"),
     ],
 )
@@ -158,7 +165,7 @@ def test_what_is_no_model_is_a_sentence(exported, tmp_path, capsys, model, words
     weights = tmp_path / "cut" / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other" / "open_clip_model.safetensors")
-    (tmp_path / "pickled" / "open_clip_model.safetensors").unlink()
+    (tmp_path / "pickled" / "open_clip_model.safetensors").rename(tmp_path / "pickled" / "optimizer.safetensors")
     torch.save(Payload(), tmp_path / "pickled" / "open_clip_pytorch_model.bin")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -170,16 +177,57 @@ def test_what_is_no_model_is_a_sentence(exported, tmp_path, capsys, model, words
     assert not (tmp_path / "unpickled").exists()
 
 
+@torch.no_grad()
+def test_a_text_tower_that_ours_cannot_stand_for(tmp_path, monkeypatch):
+    """It attends both ways, and is read at its last position."""
+    config = open_clip.get_model_config("ViT-S-32-alt")
+    config["text_cfg"] |= {"width": 64, "heads": 2, "layers": 2, "no_causal_mask": True, "pool_type": "last"}
+    config["vision_cfg"] |= {"image_size": 64, "layers": 2, "width": 64, "head_width": 32}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-S-32-alt", config)
+    model = open_clip.create_model("ViT-S-32-alt").eval()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    encoder = open_subject(f"open_clip:ViT-S-32-alt:{tmp_path / 'weights.safetensors'}").encoder
+    assert_close(encoder.encode_text(TEXTS), model.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS)))
+
+
+def test_a_library_keeps_its_models_own_preprocessing(exported, tmp_path, photos):
+    squash = shutil.copytree(exported / "open_clip", tmp_path / "squash")
+    config = json.loads((squash / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "squash", "interpolation": "bilinear"}
+    (squash / "open_clip_config.json").write_text(json.dumps(config))
+    own, named, other = (
+        embed(open_subject(str(squash), preprocess=name).encoder, photos) for name in (None, "open_clip", "coalign")
+    )
+    assert torch.equal(own, named)
+    assert not torch.allclose(own, other, atol=1e-3)
+
+
 def test_wrong_words(trained, capsys):
     for option, value, words in (
+        ("--epochs", "0", "--epochs is 0"),
         ("--preprocess", "pil", "There is no preprocessing 'pil'"),
         ("--precision", "fp8", "--precision is 'fp8'"),
     ):
         assert cli.main(["eval", str(trained), "--tasks", "retrieval:scenes:8", option, value]) == 2
         assert words in capsys.readouterr().err
+    words = ["eval", str(trained), "--tasks", "localization:scenes:8", "--precision", "bf16"]
+    assert cli.main(words) == 2
+    assert "--precision bf16 is for embeddings alone" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- ways to encode
+
+
+def only_kept(encoder, silent, folder):
+    """The cache of `encoder`, before a model that may not be asked for anything that is not in it."""
+    allowed = [True]
+
+    def image(pixels):
+        return encoder.encode_image(pixels) if allowed[0] else silent.encode_image(pixels)
+
+    found = cached(replace(encoder, encode_image=image), folder)
+    allowed[0] = False  # the sample that tells models apart has been taken
+    return found
 
 
 def test_kept_embeddings_are_found_by_content(trained, pairs, tmp_path):
@@ -197,7 +245,7 @@ def test_kept_embeddings_are_found_by_content(trained, pairs, tmp_path):
     silent = replace(run.encoder(), encode_image=must_not_be_called, encode_text=must_not_be_called)
     source = open_source(str(moved))
     indices = assign_splits(source, 0.1)[0]["val"]
-    found = embed_images(cached(silent, folder), image_batches(source, indices, 32))
+    found = embed_images(only_kept(run.encoder(), silent, folder), image_batches(source, indices, 32))
     assert torch.equal(found.embeds, embed_images(run.encoder(), image_batches(source, indices, 32)).embeds)
     assert sorted(folder.iterdir()) == kept
     for path in kept:
@@ -211,27 +259,46 @@ def test_kept_embeddings_depend_on_every_weight_and_input(tmp_path):
 
     def encode(inputs):
         calls.append(inputs)
-        return torch.ones(len(inputs), 3) * len(calls)
+        return torch.ones(len(inputs), 3)
 
     model = DualEncoder(encode, encode, 4, image_features=encode, weights=lambda: weights)
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    assert torch.equal(cached(model, tmp_path).encode_image(pixels), cached(model, tmp_path).encode_image(pixels))
-    assert len(calls) == 1
+
+    def made(encode_again):
+        """How many inputs are encoded beside the two that tell models apart."""
+        calls.clear()
+        encode_again()
+        return len(calls) - 2
+
+    assert made(lambda: cached(model, tmp_path).encode_image(pixels)) == 1
+    assert made(lambda: cached(model, tmp_path).encode_image(pixels)) == 0
     pixels[0, 0, 0, 0] = 1
-    cached(model, tmp_path).encode_image(pixels)
-    cached(model, tmp_path).image_features(pixels)
-    cached(model, tmp_path, "bf16").encode_image(pixels)
-    for texts in (["ab", "c"], ["a", "bc"], ["ab", "c"]):
-        cached(model, tmp_path).encode_text(texts)
-    assert len(calls) == 6
+    assert made(lambda: cached(model, tmp_path).encode_image(pixels)) == 1
+    assert made(lambda: cached(model, tmp_path).image_features(pixels)) == 1
+    assert made(lambda: cached(model, tmp_path, "bf16").encode_image(pixels)) == 1
+    for texts, expected in ((["ab", "c"], 1), (["a", "bc"], 1), (["ab", "c"], 0)):
+        assert made(lambda texts=texts: cached(model, tmp_path).encode_text(texts)) == expected
     weights["w"][1] = 2
-    cached(model, tmp_path).encode_image(pixels)
-    assert len(calls) == 7
+    assert made(lambda: cached(model, tmp_path).encode_image(pixels)) == 1
     with pytest.raises(UserError, match="does not show its weights"):
         cached(replace(model, weights=None), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         cached(model, tmp_path / "file" / "folder")
+
+
+@torch.no_grad()
+def test_models_of_equal_weights_are_told_apart(exported, tmp_path, photos):
+    """Another activation changes no weight."""
+    other = shutil.copytree(exported / "open_clip", tmp_path / "other")
+    config = json.loads((other / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = True
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    one, two = (open_subject(str(folder)).encoder for folder in (exported / "open_clip", other))
+    kept = [embed(cached(encoder, tmp_path / "cache"), photos) for encoder in (one, two)]
+    assert torch.equal(kept[0], embed(one, photos))
+    assert torch.equal(kept[1], embed(two, photos))
+    assert not torch.equal(*kept)
 
 
 def test_bfloat16_is_refused_where_it_gives_something_else(trained, pairs):

@@ -29,9 +29,9 @@ NAMES = {
     "oxford_pets": ["Abyssinian", "Great Pyrenees", "Pug"],
     "sun397": ["abbey", "airplane cabin", "apartment building outdoor"],
     "food101": ["apple pie", "baklava", "pho"],
-    "stanford_cars": ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"],
+    "stanford_cars": ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Ram C/V Cargo Van Minivan 2012"],
     "caltech101": ["background", "centered face", "yin and yang symbol"],
-    "fgvc_aircraft": ["707-320", "A300B4", "Yak-42"],
+    "fgvc_aircraft": ["707-320", "A300B4", "F-16A/B"],
     "dtd": ["banded", "polka-dotted", "zigzagged"],
     "cifar10": ["class 0", "class 1", "class 2"],
     "cifar100": ["class 0", "class 1", "class 2"],
@@ -116,6 +116,19 @@ def test_a_row_of_zero_shot(root):
     assert average["low"] <= average["value"] <= average["high"]
 
 
+def test_from_within_the_root(root, monkeypatch):
+    """A data set's folder may have its name, and is that data set all the same."""
+    monkeypatch.chdir(root)
+    result = evaluate(knowing(root), ["zeroshot:dtd"], data_root=Path())["zeroshot:dtd"]
+    assert (result["split"], result["samples"], result["main_metric"]) == ("test", 6, "acc1")
+
+
+def test_only_what_is_used_is_compared_with_the_papers(root):
+    zero_shot, nearest = evaluate(knowing(root), ["zeroshot:imagenet", "knn:dtd"], data_root=root).values()
+    assert zero_shot["differences"] == ["1,000 test instead of 50,000"]
+    assert "12 train instead of 3,760" in nearest["differences"]
+
+
 def test_a_row_of_probes(root):
     """Each learns from its training part, and with the validation part where there is one. ImageNet's has three classes to learn."""
     results = evaluate(knowing(root), ["suite11-probe"], data_root=root)
@@ -131,7 +144,7 @@ def test_the_command_prints_a_row_and_writes_a_page(trained, root, tmp_path, cap
     words = ["eval", str(trained), "--tasks", "zeroshot:dtd", "zeroshot:oxford_pets", "--data-root", str(root)]
     assert cli.main([*words, "--json", str(out), "--report", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "not the papers' data: 3 classes instead of 47; 12 train instead of 3,760" in " ".join(printed.split())
+    assert "not the papers' data: 3 classes instead of 47; 6 test instead of 1,880" in " ".join(printed.split())
     assert json.loads(out.read_text())["zeroshot:dtd"]["main_metric"] == "acc1"
     assert "polka-dotted" in page.read_text()
     assert "Evaluation of run" in page.read_text()
@@ -150,6 +163,8 @@ def test_the_command_prints_a_row_and_writes_a_page(trained, root, tmp_path, cap
         ),
         ("zeroshot:food101", lambda root: spoil(root / "food-101/meta/test.json"), "food101 in .* cannot be read"),
         ("zeroshot:fgvc_aircraft", lambda root: (root / "fgvc-aircraft-2013b/data/variants.txt").unlink(), "cannot be"),
+        ("zeroshot:stanford_cars", lambda root: spoil(root / "stanford_cars/devkit/cars_meta.mat"), "cannot be read"),
+        ("suite11-probe", lambda root: shutil.rmtree(root / "imagenet/train"), "probe:imagenet: there is nothing to"),
         ("zeroshot:stanford_cars", lambda root: shutil.rmtree(root / "stanford_cars/cars_test"), "cannot be read"),
         ("zeroshot:imagenet", lambda root: shutil.rmtree(root / "imagenet/val/n10000007"), "1,000 folders of classes"),
         ("zeroshot:imagenette", lambda root: None, "there is no imagenette"),

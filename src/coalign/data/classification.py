@@ -1,8 +1,8 @@
 """The eleven classification data sets of DeCLIP's Table 6, as torchvision unpacks them, with CLIP's class names and the papers' splits.
 
 A data set's classes are called as CLIP called them (Radford et al. 2021; data/prompts.md of openai/CLIP): the names in the data with spaces
-for underscores and slashes, but for those listed here and Flowers', which are a table. ImageNet's come from open_clip; two pairs of them
-are alike.
+for underscores (and for SUN397's slashes), but for those listed here and Flowers', which are a table. ImageNet's come from open_clip; two
+pairs of them are alike.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ClassificationSource:
     def __init__(self, name: str, data_set: DataSet, contents: Contents) -> None:
         renamed = _RENAMED.get(name, {})
         self.name, self.prompts, self.metric = name, name, data_set.metric
-        self.classnames = [renamed.get(c, c.replace("_", " ").replace("/", " ").strip()) for c in contents.classes]
+        self.classnames = [renamed.get(c, c.replace("_", " ").strip()) for c in contents.classes]
         self.splits: Splits = {}
         self._images: list[Any] = []
         self.labels: list[int] = []  # class of each sample
@@ -74,15 +74,14 @@ class ClassificationSource:
             self.splits[split] = np.arange(len(self._images), len(self._images) + len(images))
             self._images.extend(images)
             self.labels.extend(int(label) for label in labels)
+        self._data_set = data_set
+
+    def differences(self, learning: bool) -> list[str]:
+        """What differs from DeCLIP's Table 6, such as "1,800 test instead of 1,880"; the training part only where it is learnt from."""
         learnt = sum(len(indices) for split, indices in self.splits.items() if split != "test")
         found = {"classes": len(self.classnames), "train": learnt, "test": len(self.splits["test"])}
-        expected = {"classes": data_set.classes, "train": data_set.train, "test": data_set.test}
-        # "1,880 test instead of 3,760", for what differs from the table
-        self.differences = [
-            f"{found[what]:,} {what} instead of {number:,}"
-            for what, number in expected.items()
-            if found[what] != number
-        ]
+        expected = {name: getattr(self._data_set, name) for name in found if learning or name != "train"}
+        return [f"{found[what]:,} {what} instead of {n:,}" for what, n in expected.items() if found[what] != n]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -105,7 +104,7 @@ def open_data_set(name: str, root: Path) -> ClassificationSource:
         raise UserError(f"{name} is not there: {where} is expected, as torchvision unpacks it.")
     try:
         contents = data_set.read(root)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # of whatever kind the readers of JSON, MATLAB's files and pickles have
         reason = str(error).split("You can use")[0].strip() or type(error).__name__
         raise UserError(f"{name} in {where} cannot be read, or is not whole: {reason}") from error
     if not all(len(images) for images, _ in contents.parts.values()):
@@ -196,7 +195,7 @@ def _sun(root: Path) -> Contents:
     for split, file in (("train", "Training_01.txt"), ("test", "Testing_01.txt")):
         names = [line.strip().lstrip("/") for line in (lists / file).read_text().splitlines() if line.strip()]
         parts[split] = [folder / name for name in names], [number[str(Path(name).parent)[2:]] for name in names]
-    return Contents(classes, parts)
+    return Contents([name.replace("/", " ") for name in classes], parts)
 
 
 def _caltech(root: Path) -> Contents:

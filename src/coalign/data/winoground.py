@@ -22,7 +22,13 @@ class Winoground:
         if not path.is_file() or not self.folder.is_dir():
             raise UserError(f"{folder} is not Winoground: {EXAMPLES} and the folder images are expected in it")
         self._samples: list[tuple[str, str]] = []  # file, caption
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 entry = json.loads(line)
                 self._samples += [(str(entry[f"image_{i}"]), str(entry[f"caption_{i}"])) for i in (0, 1)]

@@ -22,7 +22,7 @@ LEAST_COSINE = 0.999  # between an embedding in bfloat16 and in float32
 
 
 def cached(model: DualEncoder, folder: Path, precision: str = "fp32") -> DualEncoder:
-    """The model with every batch of embeddings kept in `folder`, by the content of weights and input: an evaluation that is called again or
+    """The model with every batch of embeddings kept in `folder`, by the content of model and input: an evaluation that is called again or
     goes on after a stop, encodes nothing twice. UserError for a model that does not show its weights, and for a folder that cannot be."""
     if model.weights is None:
         raise UserError(f"{model.name} does not show its weights, so that its embeddings cannot be kept.")
@@ -30,7 +30,7 @@ def cached(model: DualEncoder, folder: Path, precision: str = "fp32") -> DualEnc
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache {folder} cannot be made: {error.strerror}.") from error
-    digest = f"{precision} {_digest(model.weights())}"
+    digest = f"{precision} {_digest({**model.weights(), **_sample(model)})}"
 
     def keep(kind: str, encode: Callable[[Any], Tensor], content: Callable[[Any], Iterable[bytes]]) -> Any:
         def encode_or_load(inputs: Any) -> Tensor:
@@ -53,6 +53,19 @@ def cached(model: DualEncoder, folder: Path, precision: str = "fp32") -> DualEnc
         encode_text=keep("text", model.encode_text, _of_texts),
         image_features=model.image_features and keep("features", model.image_features, _of_pixels),
     )
+
+
+_TEXTS = ("a photo of a dog", "Two RED apples, on a table!", "of " * 200)
+
+
+@torch.no_grad()
+def _sample(model: DualEncoder) -> dict[str, Tensor]:
+    """What the model makes of some inputs, rounded: it tells apart models of the same weights that differ otherwise, in the activation, the
+    heads, the normalisation or the tokenizer."""
+    side = model.image_size
+    pixels = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    embeds = {"sampled images": model.encode_image(pixels), "sampled texts": model.encode_text(list(_TEXTS))}
+    return {name: F.normalize(value.float().cpu(), dim=-1).mul(1000).round() for name, value in embeds.items()}
 
 
 def _of_pixels(pixels: Tensor) -> list[bytes]:

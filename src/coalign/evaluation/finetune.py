@@ -78,6 +78,11 @@ class Classifier(nn.Module):
         return self.scale * F.linear(F.normalize(self.encoder(pixels), dim=-1), self.head)
 
 
+_LAYER = re.compile(
+    r"((?:.*\.)?\d+)\.(?:[^.]+\.)+[^.]+$"
+)  # the last number that names a module with modules of its own
+
+
 def layers_of(encoder: nn.Module) -> list[list[nn.Parameter]]:
     """The trained parameters by depth: a layer is what is numbered in the parameters' names, such as blocks.3 or layer2.0; what comes
     before the first is a layer of its own, and what has no number belongs to the layer before it."""
@@ -86,8 +91,8 @@ def layers_of(encoder: nn.Module) -> list[list[nn.Parameter]]:
     for name, parameter in encoder.named_parameters():
         if not parameter.requires_grad:
             continue
-        numbered = re.match(r"(?:.*?\.)?[^.]*?\.?\d+(?=\.)", name)
-        current = numbered.group() if numbered else current
+        numbered = _LAYER.match(name)
+        current = numbered.group(1) if numbered else current
         layers.setdefault(current, []).append(parameter)
     return [layer for layer in layers.values() if layer]
 
@@ -131,6 +136,8 @@ def fine_tune(
             nn.utils.clip_grad_norm_(classifier.parameters(), config.max_grad_norm)
             optimisers.step()
             step += 1
+    if not step:
+        raise UserError("There is nothing to fine-tune on: no training image could be read.")
 
 
 @torch.no_grad()

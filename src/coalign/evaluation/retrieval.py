@@ -169,45 +169,64 @@ FOLD = 1000  # images, of COCO's 1K protocol (Karpathy and Fei-Fei 2015)
 
 @dataclass
 class FoldsResult:
-    """Retrieval among FOLD images at a time: the means of the folds, which are equally large, and the median over all queries."""
+    """Retrieval among FOLD images at a time: the figures of all queries of all folds."""
 
     folds: list[RetrievalResult]
-    image_to_text: dict[str, Metric]
-    text_to_image: dict[str, Metric]
+    left_over: int  # images that made no whole fold
+    image_to_text: dict[str, dict[str, Any]]  # r1, r5, r10 and median_rank, each with its chance
+    text_to_image: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        chance = self.folds[0].to_json()
-        sides = {
-            name: {key: {**metric.to_json(), "chance": chance[name][key]["chance"]} for key, metric in side.items()}
-            for name, side in (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
-        }
         return {
             "task": "zeroshot_retrieval_folds",
             "folds": len(self.folds),
             "images": sum(result.num_images for result in self.folds),
-            **sides,
+            "left_over": self.left_over,
+            "image_to_text": self.image_to_text,
+            "text_to_image": self.text_to_image,
         }
 
 
 def retrieve_in_folds(
-    model: DualEncoder, images: ImageEmbeds, captions: Callable[[int], Sequence[str]], fold: int = FOLD
+    model: DualEncoder,
+    images: ImageEmbeds,
+    captions: Callable[[int], Sequence[str]],
+    order: Sequence[int] | np.ndarray,
+    fold: int = FOLD,
 ) -> FoldsResult:
-    """Retrieval among each `fold` images in turn, in their order; what makes no whole fold is left out. UserError for less than one."""
-    count = len(images.indices) // fold
+    """Retrieval among each `fold` samples of `order` in turn, of which those that could not be read are missing. UserError for less than a
+    fold, and for a fold without images."""
+    count = len(order) // fold
     if not count:
-        raise UserError(f"{len(images.indices):,} images could be read, which is less than a fold of {fold:,}.")
+        raise UserError(f"There are {len(order):,} images, which is less than a fold of {fold:,}.")
+    place = {int(index): position for position, index in enumerate(order)}
     folds = []
-    for start in range(0, count * fold, fold):
-        part = ImageEmbeds(images.embeds[start : start + fold], images.indices[start : start + fold])
+    for number in range(count):
+        rows = [row for row, index in enumerate(images.indices) if place[index] // fold == number]
+        if not rows:
+            raise UserError(f"No image of fold {number + 1} could be read.")
+        part = ImageEmbeds(images.embeds[rows], [images.indices[row] for row in rows])
         folds.append(retrieve(model, part, captions).result)
+    sides = [_joined([getattr(result, name) for result in folds], fold) for name in ("image_to_text", "text_to_image")]
+    return FoldsResult(folds, len(order) - count * fold, *sides)
 
-    def joined(name: str) -> dict[str, Metric]:
-        sides = [getattr(result, name) for result in folds]
-        clusters = np.concatenate([side.clusters + number * fold for number, side in enumerate(sides)])
-        recalls = {f"r{k}": metrics.mean(np.concatenate([side.hits[k] for side in sides]), clusters) for k in RECALL_AT}
-        return {**recalls, "median_rank": metrics.median(np.concatenate([side.ranks for side in sides]), clusters)}
 
-    return FoldsResult(folds, joined("image_to_text"), joined("text_to_image"))
+def _joined(sides: Sequence[Direction], fold: int) -> dict[str, dict[str, Any]]:
+    """The figures of one direction over all folds; chance is weighted by the folds' queries."""
+    clusters = np.concatenate([side.clusters + number * fold for number, side in enumerate(sides)])
+    weights = [len(side.queries) for side in sides]
+
+    def entry(metric: Metric, chances: Sequence[float]) -> dict[str, Any]:
+        return {**metric.to_json(), "chance": float(np.average(chances, weights=weights))}
+
+    found = {
+        f"r{k}": entry(
+            metrics.mean(np.concatenate([side.hits[k] for side in sides]), clusters), [side.chance[k] for side in sides]
+        )
+        for k in RECALL_AT
+    }
+    ranks = np.concatenate([side.ranks for side in sides])
+    return found | {"median_rank": entry(metrics.median(ranks, clusters), [s.chance_median_rank for s in sides])}
 
 
 def _search(

@@ -28,10 +28,11 @@ class TaggingResult:
     miou: dict[int, Metric]
     frequent: dict[int, float]  # the same of the K most frequent tags for every image: what is to be beaten
     num_tags: int
+    untagged: int  # test images without any of them, which are left out
 
     def to_json(self) -> dict[str, Any]:
         named = {f"miou{k}": {**metric.to_json(), "chance": self.frequent[k]} for k, metric in self.miou.items()}
-        return {"task": "tagging", "tags": self.num_tags, **named}
+        return {"task": "tagging", "tags": self.num_tags, "untagged": self.untagged, **named}
 
 
 def vocabulary(tags: Iterable[Sequence[str]], most: int = 18_157) -> list[str]:
@@ -88,6 +89,7 @@ def tagging(
         miou={k: metrics.mean(_overlaps([own[:k] for own in likeliest], truth), seed=seed) for k in AT},
         frequent={k: float(_overlaps([frequent[:k]] * len(truth), truth).mean()) for k in AT},
         num_tags=len(words),
+        untagged=len(test[1]) - len(truth),
     )
 
 

@@ -16,19 +16,22 @@ from torch import Tensor
 from torchvision import transforms
 
 from coalign.errors import UserError
-from coalign.networks.towers import ImageTower, TextTower, take_projection, transposed
+from coalign.networks.towers import ImageTower, TextTower, check_activation, take_projection, transposed
 from coalign.networks.transformer import is_plain
 from coalign.types import DualEncoder
 
 CONFIG = "open_clip_config.json"  # what makes a folder one of open_clip's models
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # which it takes before all others
 
 
 def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder:
     """The model `NAME:TAG` (one of open_clip's pretrained), `NAME:FILE.safetensors`, `hf-hub:OWNER/NAME`, or a folder that open_clip reads,
-    with open_clip's own preprocessing. Nothing is unpickled. UserError for what is not there."""
+    with open_clip's own preprocessing. Files and folders are read as safetensors alone; what open_clip fetches, as it reads it, which runs
+    no code of theirs. UserError for what is not there."""
     name, options = _parse(spec)
     try:
-        model = open_clip.create_model(name, precision="fp32", device=device, force_custom_text=True, **options).eval()
+        options |= {"force_custom_text": True, "require_pretrained": True}
+        model = open_clip.create_model(name, precision="fp32", device=device, **options).eval()
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the hub's client has many, and so have weights that do not fit
         raise UserError(f"open_clip cannot load {spec}: {str(error).splitlines()[0]}") from error
@@ -39,7 +42,9 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (cfg.mean, cfg.std))
     image = _image_tower(model.visual, size)
     image.mean, image.std = mean * 255, std * 255
-    encode_text = _packed_text(model.text, tokenizer) or (lambda texts: model.encode_text(tokenizer(list(texts))))
+    encode_text = _packed_text(model.text, tokenizer) or (
+        lambda texts: model.encode_text(tokenizer(list(texts)).to(device))
+    )
     return DualEncoder(
         encode_image=lambda pixels: image.projection(image(pixels.to(device))),
         encode_text=encode_text,
@@ -48,9 +53,18 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=lambda pixels: image(pixels.to(device)),
         preprocess=open_clip_preprocess(cfg),
-        image_module=lambda: copy.deepcopy(torch.nn.Sequential(image, image.projection)),
+        image_module=lambda: _ImageEncoder(copy.deepcopy(image)),
         weights=lambda: {**image.state_dict(), **model.state_dict(), "mean": mean, "std": std},
     )
+
+
+class _ImageEncoder(torch.nn.Module):
+    def __init__(self, image: ImageTower) -> None:
+        super().__init__()
+        self.image = image
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.image.projection(self.image(pixels))
 
 
 def open_clip_preprocess(cfg: PreprocessCfg) -> Any:
@@ -64,8 +78,8 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
     if Path(spec).is_dir():
         if not (Path(spec) / CONFIG).is_file():
             raise UserError(f"{spec} is no folder of open_clip's: there is no {CONFIG} in it.")
-        if not list(Path(spec).glob("*.safetensors")):
-            raise UserError(f"{spec} holds no weights in a .safetensors file; others are not read.")
+        if not any((Path(spec) / name).is_file() for name in WEIGHTS):
+            raise UserError(f"{spec} holds no weights in {' or '.join(WEIGHTS)}; others are not read.")
         return f"local-dir:{spec}", {}
     if spec.startswith("hf-hub:"):
         return spec, {}
@@ -75,6 +89,8 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
         hint = f"did you mean {', '.join(near)}?" if near else "see `coalign models`."
         raise UserError(f"open_clip has no model named {name!r}, nor is there such a folder; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag in tags:
+        check_activation(name, tag)
     if tag in tags or (tag.endswith(".safetensors") and Path(tag).is_file()):
         return name, {"pretrained": tag}
     what = f"has no weights named {tag!r}" if tag else "needs weights"

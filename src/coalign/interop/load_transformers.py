@@ -80,7 +80,7 @@ def is_transformers_folder(folder: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TransformersPreprocess:
     """An image processor's geometry, without its scaling and normalisation: PIL image -> uint8 [3, size, size]."""
 
@@ -89,6 +89,3 @@ class TransformersPreprocess:
     def __call__(self, image: Any) -> Tensor:
         values = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
         return torch.from_numpy(np.asarray(values)).round().clamp(0, 255).to(torch.uint8)
-
-    def __repr__(self) -> str:
-        return f"transformers {json.dumps(self.processor.to_dict(), sort_keys=True, default=str)}"

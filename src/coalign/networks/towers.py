@@ -250,6 +250,8 @@ def _pretrained(spec: TowerSpec) -> Any:
             raise UserError(f"The weights {tag} are not those of {spec.name}: {str(error).splitlines()[0]}") from error
         return model
     tags = open_clip.list_pretrained_tags_by_model(spec.name)
+    if tag in tags:
+        check_activation(spec.name, tag)
     if tag not in tags:
         known = f"it has {', '.join(tags)}, or give a .safetensors file" if tags else "give a .safetensors file"
         raise UserError(f"The model {spec.name} has no weights named {tag!r}; {known}.")
@@ -261,6 +263,14 @@ def _pretrained(spec: TowerSpec) -> Any:
         raise UserError(
             f"The weights {tag} of {spec.name} could not be fetched: {str(error).splitlines()[0]}"
         ) from error
+
+
+def check_activation(name: str, tag: str) -> None:
+    """UserError for weights that were trained with another activation than the model's, of which open_clip only warns."""
+    theirs = bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu", False))
+    if theirs != bool(model_config(name).get("quick_gelu", False)):
+        other = f"{name}-quickgelu" if theirs else name.removesuffix("-quickgelu")
+        raise UserError(f"The weights {tag} were trained with the activation of {other}; use this model's name.")
 
 
 def _timm_trunk(vision: dict[str, Any], size: int, pretrained: bool) -> nn.Module:

@@ -16,12 +16,13 @@ from coalign.run.findings import print_results, write_json, write_page
 from coalign.run.model import Run, check_output, known_device
 from coalign.run.samples import select_split
 from coalign.run.scene_tasks import SCENE_TASKS
-from coalign.run.subject import open_subject
-from coalign.run.tasks import TASKS, Question
+from coalign.run.subject import Subject, open_subject
+from coalign.run.tasks import LEARNING, TASKS, Question
 from coalign.training.distributed import World, join_world
 from coalign.types import DualEncoder
 
 KINDS = (*TASKS, *SCENE_TASKS)
+NOT_IN_BFLOAT16 = ("finetune", "bootstrap", *SCENE_TASKS)
 SUITES = {"suite11": "zeroshot", "suite11-probe": "probe"}  # all of DATA_SETS by one kind of task
 
 
@@ -53,22 +54,31 @@ def evaluate(
     DATA is anything that `open_source` takes, or one of those eleven below `data_root`, with its own classes, prompts and splits. `split`:
     train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own test or val
     split, else all of it. Classes are the values of the fact `label` (default: the first of label, class, category, folder that the data
-    have), or those of the file `classes`. Under torchrun the processes share the work. UserError for the rest.
+    have), or those of the file `classes`. Under torchrun the processes share the embedding. UserError for the rest.
     """
     if not tasks:
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
     kinds = [_parse_task(task) for task in _expanded(tasks)]
-    _check_there([data for _, data in kinds if _is_named(data)], data_root)
+    _check_options(kinds, precision, epochs)
+    _check_there([data for _, data in kinds if _is_named(data, data_root)], data_root)
     world = join_world(known_device(device))
     subject = open_subject(model, weights, str(world.device), preprocess)
-    subject.encoder = _encoder(subject.encoder, precision, cache, world)
-    results: dict[str, dict[str, Any]] = {}
+    subject.encoder = _encoder(subject, precision, cache, world)
+    questions: list[tuple[str, str, str, Question]] = []  # all are opened before the first is answered
     for kind, data in kinds:
-        source = open_data_set(data, data_root) if _is_named(data) and data_root else open_source(data)
+        named = data_root is not None and _is_named(data, data_root)
+        source = open_data_set(data, data_root) if named and data_root else open_source(data)
         name, indices = select_split(source, data, subject.run, split)
         asked = Question(subject, source, indices, classes, label, prompts, workers, world, epochs)
+        if kind in LEARNING and not len(asked.rest()):
+            raise UserError(
+                f"{kind}:{data}: there is nothing to learn from, as the data have no train part and all of them are asked for."
+            )
+        questions.append((kind, data, name, asked))
+    results: dict[str, dict[str, Any]] = {}
+    for kind, data, name, asked in questions:
         figures = _scene_task(kind, asked) if kind in SCENE_TASKS else TASKS[kind](asked)
-        results[f"{kind}:{data}"] = {"data": data, "split": name, "samples": len(indices), **figures}
+        results[f"{kind}:{data}"] = {"data": data, "split": name, "samples": len(asked.indices), **figures}
     suites = {task: suite_row(results, SUITES[task], DATA_SETS) for task in tasks if task in SUITES}
     return {**results, **suites}
 
@@ -91,15 +101,17 @@ def evaluate_and_write(
         print(f"Report: {report}")
 
 
-def _encoder(encoder: DualEncoder, precision: str, cache: Path | None, world: World) -> DualEncoder:
+def _encoder(subject: Subject, precision: str, cache: Path | None, world: World) -> DualEncoder:
     """The model as it is to encode."""
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"--precision is {precision!r}, but must be fp32 or bf16.")
+    encoder = subject.encoder
     if precision == "bf16":
+        if subject.library == "onnx":
+            raise UserError(f"{encoder.name} computes as it was exported; leave --precision away.")
         encoder = in_bfloat16(encoder, world.device.type)
-    if world.size > 1:
-        encoder = shared_texts(encoder, world.rank, world.size, world.gather_objects)
-    return encoder if cache is None else cached(encoder, cache, precision)
+    if cache is not None:
+        encoder = cached(encoder, cache, precision)
+    # outermost, so that all processes come to every exchange whatever each has in its cache
+    return shared_texts(encoder, world.rank, world.size, world.gather_objects) if world.size > 1 else encoder
 
 
 def _scene_task(kind: str, asked: Question) -> dict[str, Any]:
@@ -109,6 +121,16 @@ def _scene_task(kind: str, asked: Question) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the words of a task
+
+
+def _check_options(kinds: Sequence[tuple[str, str]], precision: str, epochs: int) -> None:
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision is {precision!r}, but must be fp32 or bf16.")
+    in_float32 = [kind for kind, _ in kinds if kind in NOT_IN_BFLOAT16]
+    if precision == "bf16" and in_float32:
+        raise UserError(f"--precision bf16 is for embeddings alone; {in_float32[0]} is computed in float32.")
+    if epochs < 1:
+        raise UserError(f"--epochs is {epochs}, but must be at least 1.")
 
 
 def _expanded(tasks: Sequence[str]) -> list[str]:
@@ -130,8 +152,8 @@ def _parse_task(task: str) -> tuple[str, str]:
     return kind, data
 
 
-def _is_named(data: str) -> bool:
-    return data in DATA_SETS and not Path(data).exists()
+def _is_named(data: str, root: Path | None) -> bool:
+    return data in DATA_SETS and (root is not None or not Path(data).exists())
 
 
 def _check_there(names: Sequence[str], root: Path | None) -> None:

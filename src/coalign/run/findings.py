@@ -102,6 +102,12 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: {count:,} samples ({reason})"
     if values.get("unlabelled"):
         yield f"left out: {values['unlabelled']:,} samples of none of the classes"
+    if values.get("untagged"):
+        yield f"left out: {values['untagged']:,} samples with none of the {values['tags']:,} tags that two training samples have"
+    if "folds" in values:
+        yield f"{values['images']:,} images in {values['folds']} folds"
+    if values.get("left_over"):
+        yield f"left out: {values['left_over']:,} samples that made no whole fold"
     if values.get("differences"):
         yield f"not the papers' data: {'; '.join(values['differences'])}"
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from coalign.data.tokenizer import load_tokenizer
 from coalign.errors import UserError
-from coalign.interop.load_open_clip import CONFIG, from_open_clip
+from coalign.interop.load_open_clip import CONFIG, WEIGHTS, from_open_clip
 from coalign.interop.load_transformers import from_transformers
 from coalign.interop.transformers import from_clip_model
 from coalign.run.export import PROBE_TEXTS, check_close, check_new_folder, write_json
@@ -32,11 +33,14 @@ def import_model(model: str, out: str | Path) -> Path:
         )
     out = check_new_folder(out)
     theirs = from_transformers(name)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
-        whole = Path(temporary) / "whole"
-        whole.mkdir()
-        _write(name, theirs, whole)
-        whole.replace(out)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
+            whole = Path(temporary) / "whole"
+            whole.mkdir()
+            _write(name, theirs, whole)
+            whole.replace(out)
+    except (OSError, SafetensorError) as error:  # such as a full disk
+        raise UserError(f"The model could not be written to {out}: {error}") from error
     return out
 
 
@@ -51,11 +55,8 @@ def _write(name: str, theirs: DualEncoder, out: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(name)
     normalisation = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
     preprocess = {**normalisation, "interpolation": "bicubic", "resize_mode": "shortest"}
-    try:
-        write_json(out / CONFIG, {"model_cfg": {**model_cfg, "custom_text": True}, "preprocess_cfg": preprocess})
-        save_file(state, out / "open_clip_model.safetensors")
-    except OSError as error:
-        raise UserError(f"The model could not be written to {out.parent.parent}: {error.strerror}.") from error
+    write_json(out / CONFIG, {"model_cfg": {**model_cfg, "custom_text": True}, "preprocess_cfg": preprocess})
+    save_file(state, out / WEIGHTS[0])
     ours = from_open_clip(str(out))
     pixels = torch.randint(
         256, (2, 3, ours.image_size, ours.image_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

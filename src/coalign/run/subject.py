@@ -28,6 +28,7 @@ class Subject:
 
     encoder: DualEncoder
     run: Run | None = None  # where it is ours
+    library: str = "coalign"  # whose it is, and whose preprocessing it has
 
     @property
     def name(self) -> str:
@@ -63,7 +64,9 @@ def open_subject(
     if preprocess is not None:
         if preprocess not in PREPROCESSES:
             raise UserError(f"There is no preprocessing {preprocess!r}; --preprocess is {', '.join(PREPROCESSES)}.")
-        subject.encoder = replace(subject.encoder, preprocess=PREPROCESSES[preprocess](subject.encoder.image_size))
+        if preprocess != subject.library:  # else the model has its own settings of it
+            size = subject.encoder.image_size
+            subject.encoder = replace(subject.encoder, preprocess=PREPROCESSES[preprocess](size))
     return subject
 
 
@@ -74,14 +77,14 @@ def _open(model: str | Path | Run | DualEncoder, weights: str, device: str) -> S
         return Subject(model.encoder(), model)
     kind, _, rest = str(model).partition(":")
     if kind in LIBRARIES and rest:
-        return Subject(LIBRARIES[kind](rest, device))
+        return Subject(LIBRARIES[kind](rest, device), library=kind)
     folder = Path(model)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        return Subject(from_open_clip(str(folder), device))
+        return Subject(from_open_clip(str(folder), device), library="open_clip")
     if is_transformers_folder(folder):
-        return Subject(from_transformers(str(folder), device))
+        return Subject(from_transformers(str(folder), device), library="transformers")
     if (folder / ONNX_INFO).is_file():
-        return Subject(from_onnx(folder, load_tokenizer(folder / "tokenizer.json")))
+        return Subject(from_onnx(folder, load_tokenizer(folder / "tokenizer.json")), library="onnx")
     if not folder.exists():
         raise UserError(f"{model} does not exist; a model is {FORMS}.")
     run = load(folder, weights, device)

@@ -68,11 +68,16 @@ class Question:
         own = self.source.prompts if isinstance(self.source, ClassificationSource) else "default"
         return templates(self.prompts or own)
 
-    def of_data_set(self) -> dict[str, Any]:
+    def of_data_set(self, learning: bool = True) -> dict[str, Any]:
         """What is to be said of one of the named data sets: the papers' figure of it, and what differs from theirs."""
         if not isinstance(self.source, ClassificationSource):
             return {}
-        return {"main_metric": self.source.metric, "differences": self.source.differences}
+        return {"main_metric": self.source.metric, "differences": self.source.differences(learning)}
+
+    def rest(self) -> np.ndarray:
+        """What can be learnt from: the source's train part, or what was not asked for."""
+        own: dict[str, np.ndarray] = getattr(self.source, "splits", None) or {}
+        return np.setdiff1d(own.get("train", np.arange(len(self.source))), self.indices)
 
     def batches(
         self, source: Source, indices: Iterable[int]
@@ -98,7 +103,7 @@ def _retrieval(asked: Question) -> dict[str, Any]:
 
 def _retrieval_in_folds(asked: Question) -> dict[str, Any]:
     images = asked.images(asked.indices.tolist())
-    figures = retrieve_in_folds(asked.subject.encoder, images, captions_of(asked.source)).to_json()
+    figures = retrieve_in_folds(asked.subject.encoder, images, captions_of(asked.source), asked.indices).to_json()
     return {"unreadable": _counted(images.bad), **figures}
 
 
@@ -109,7 +114,7 @@ def _zero_shot(asked: Question) -> dict[str, Any]:
     evaluation = classify(model, images, labels.of_index, names, asked.templates(), repeated=asked.is_named)
     figures = evaluation.result.to_json()
     counts = {"unreadable": _counted(evaluation.images.bad), "unlabelled": labels.unlabelled}
-    return {**counts, **figures, **asked.of_data_set()}
+    return {**counts, **figures, **asked.of_data_set(learning=False)}
 
 
 def _bootstrap(asked: Question) -> dict[str, Any]:
@@ -149,7 +154,8 @@ def _on_features(asked: Question, classify: Callable[[Part, Part, Part, int], An
     found = [labelled_features(asked.features, part) for part in (train, val, test)]
     learnt, chosen_by, measured = (part for part, _ in found)
     result = classify(learnt, chosen_by, measured, len(classnames))
-    return {"unreadable": _counted(entry for _, images in found for entry in images.bad), **result.to_json()}
+    unreadable = _counted(entry for _, images in found for entry in images.bad)
+    return {"unreadable": unreadable, **result.to_json(), **asked.of_data_set()}
 
 
 def _fine_tune(asked: Question) -> dict[str, Any]:
@@ -167,16 +173,21 @@ def _fine_tune(asked: Question) -> dict[str, Any]:
     start = {name: value.clone() for name, value in classifier.state_dict().items()}
     config = FineTuneConfig(epochs=asked.epochs)
 
+    bad: list[Any] = []
+
     def batches(epoch: int) -> Batches:
         order = np.random.default_rng(epoch).permutation(sorted(labels))
         size, rows = encoder.image_size, config.batch_size
-        return image_batches(asked.source, order, size, rows, asked.workers, policy=FINE_TUNING, epoch=epoch)
+        for batch in image_batches(asked.source, order, size, rows, asked.workers, policy=FINE_TUNING, epoch=epoch):
+            if epoch == 0:
+                bad.extend(batch[2])
+            yield batch
 
     fine_tune(classifier, batches, len(labels), labels, config, device)
     measured = list(asked.batches(asked.source, sorted(test.of_index)))
     figures = between(classifier, start, measured, test.of_index, len(classnames), device).to_json()
-    unreadable = _counted(entry for _, _, found in measured for entry in found)
-    return {"unreadable": unreadable, **figures, **asked.of_data_set()}
+    bad += [entry for _, _, found in measured for entry in found]
+    return {"unreadable": _counted(bad), **figures, **asked.of_data_set()}
 
 
 def _vse(asked: Question) -> dict[str, Any]:
@@ -186,12 +197,8 @@ def _vse(asked: Question) -> dict[str, Any]:
 
 
 def _rest_and_asked(asked: Question) -> list[ImageEmbeds]:
-    """Features to learn from, of the source's train part or what was not asked for, and those of the asked samples."""
-    own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
-    rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
-    if not len(rest):
-        raise UserError(f"There is nothing to learn from: all of {asked.source.name} is asked for.")
-    return [asked.features(asked.source, indices) for indices in (rest, asked.indices)]
+    """Features to learn from, and those of the asked samples."""
+    return [asked.features(asked.source, indices) for indices in (asked.rest(), asked.indices)]
 
 
 def _tagging(asked: Question) -> dict[str, Any]:
@@ -202,6 +209,8 @@ def _tagging(asked: Question) -> dict[str, Any]:
 
 
 def _joined(one: Part, other: Part) -> Part:
+    if not len(one[1]) or not len(other[1]):  # whose features have no width
+        return one if len(one[1]) else other
     return np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
 
 
@@ -209,7 +218,7 @@ def _parts(asked: Question) -> tuple[Labelled, Labelled | None, Labelled, list[s
     """The asked samples are the test part; what a classifier learns from is the source's train part, or what was not asked for; its
     validation part, if it has one, is for choosing. And the names of the classes."""
     own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
-    rest = np.setdiff1d(own.get("train", np.arange(len(asked.source))), asked.indices)
+    rest = asked.rest()
     val = np.setdiff1d(own.get("val", rest[:0]), asked.indices)
     labels = asked.labels(np.concatenate([asked.indices, rest, val]))
     found = Labelled(asked.source, labels.of_index)
@@ -255,6 +264,10 @@ TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "foils": _foils,
     "pairs": _pairs,
 }
+
+
+# tasks that learn from other samples than those that are asked for
+LEARNING = ("probe", "probe-mct", "probe-slip", "fewshot", "knn", "tagging", "vse", "finetune")
 
 
 def _counted(bad: Iterable[Any]) -> dict[str, int]:
