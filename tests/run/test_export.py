@@ -204,12 +204,10 @@ UNIFIED = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "patch_size": 16}}
 @pytest.mark.parametrize(
     ("method", "model"),
     [
-        ("clip", VIT),
-        pytest.param("clip", OWN_SHAPE, marks=pytest.mark.slow),
-        ("uniclip", VIT),
-        ("mct", RESNET),
         ("oner", UNIFIED),
-        *(pytest.param(name, VIT, marks=pytest.mark.slow) for name in ("slip", "declip", "mcd")),
+        *(pytest.param(name, VIT, marks=pytest.mark.slow) for name in ("clip", "slip", "declip", "uniclip", "mcd")),
+        pytest.param("clip", OWN_SHAPE, marks=pytest.mark.slow),
+        pytest.param("mct", RESNET, marks=pytest.mark.slow),
     ],
 )
 def test_onnx_gives_the_same_embeddings_of_any_number(make, tmp_path, method, model):
