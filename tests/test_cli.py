@@ -61,7 +61,7 @@ OPTIONS = {
     "micro-batch epochs optimiser lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
     "max-non-finite probe temperature max-logit-scale multi-positive",
-    "eval": "tasks weights split classes label prompts data-root preprocess precision cache epochs json report device workers",
+    "eval": "tasks weights split classes label prompts data-root preprocess precision cache epochs learn-from json report device workers",
     "compare": "report json",
     "localize": "image text out device",
     "space": "data out pairs device",

@@ -119,8 +119,9 @@ class EvalCommand:
     finetune:DATA (from zero-shot on, and the weights between both); where DATA is anything that `coalign train --data` takes, or, with
     --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101, flowers102, stanford_cars, caltech101, fgvc_aircraft, dtd and
     imagenet; suite11 and suite11-probe are all of these in a row; foils:scenes and foils:sugarcrepe:FOLDER (true or false captions, by
-    kind) and pairs:winoground:FOLDER; on scenes also localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA
-    (zero-shot with its own first answers beside the image) and guided:scenes (what is said of the object that a text names)."""
+    kind) and pairs:winoground:FOLDER; detection:, detection-c4: and segmentation: of scenes, coco:instances.json:images or voc:VOCdevkit
+    (detectors on a ResNet); on scenes also localization:scenes (maps against the objects' masks); of OneR bootstrap:DATA (zero-shot with
+    its own first answers beside the image) and guided:scenes (what is said of the object that a text names)."""
     weights: str = "last"
     """The checkpoint of a run: last or best."""
     split: str | None = None
@@ -141,7 +142,9 @@ class EvalCommand:
     cache: Path | None = None
     """Keep embeddings in this folder and find them again, by the content of weights and inputs."""
     epochs: int = 10
-    """Epochs of finetune:."""
+    """Epochs of finetune: and of the detectors."""
+    learn_from: str | None = None
+    """What detectors learn from, where the data have no train part."""
     json: Path | None = None
     """Write the figures to this file."""
     report: Path | None = None

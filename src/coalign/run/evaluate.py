@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.evaluation.encoders import cached, in_bfloat16, shared_texts
 from coalign.evaluation.suite import suite_row
+from coalign.run.detect import DETECTION_TASKS, open_detector
 from coalign.run.findings import print_results, write_json, write_page
 from coalign.run.model import Run, check_output, known_device
 from coalign.run.samples import select_split
@@ -21,8 +23,8 @@ from coalign.run.tasks import LEARNING, TASKS, Question
 from coalign.training.distributed import World, join_world
 from coalign.types import DualEncoder
 
-KINDS = (*TASKS, *SCENE_TASKS)
-NOT_IN_BFLOAT16 = ("finetune", "bootstrap", *SCENE_TASKS)
+KINDS = (*TASKS, *SCENE_TASKS, *DETECTION_TASKS)
+NOT_IN_BFLOAT16 = ("finetune", "bootstrap", *SCENE_TASKS, *DETECTION_TASKS)
 SUITES = {"suite11": "zeroshot", "suite11-probe": "probe"}  # all of DATA_SETS by one kind of task
 
 
@@ -40,6 +42,7 @@ def evaluate(
     precision: str = "fp32",
     cache: Path | None = None,
     epochs: int = 10,
+    learn_from: str | None = None,
     device: str = "cpu",
     workers: int = 0,
 ) -> dict[str, dict[str, Any]]:
@@ -64,23 +67,49 @@ def evaluate(
     world = join_world(known_device(device))
     subject = open_subject(model, weights, str(world.device), preprocess)
     subject.encoder = _encoder(subject, precision, cache, world)
-    questions: list[tuple[str, str, str, Question]] = []  # all are opened before the first is answered
-    for kind, data in kinds:
-        named = data_root is not None and _is_named(data, data_root)
-        source = open_data_set(data, data_root) if named and data_root else open_source(data)
-        name, indices = select_split(source, data, subject.run, split)
-        asked = Question(subject, source, indices, classes, label, prompts, workers, world, epochs)
+    asker = _Asker(subject, world, split, classes, label, prompts, data_root, epochs, learn_from, workers)
+    # all data are opened before the first question is answered, which may take hours
+    answers = {f"{kind}:{data}": asker.open(kind, data) for kind, data in kinds}
+    results = {task: answer() for task, answer in answers.items()}
+    suites = {task: suite_row(results, SUITES[task], DATA_SETS) for task in tasks if task in SUITES}
+    return {**results, **suites}
+
+
+@dataclass
+class _Asker:
+    """What is asked, and how."""
+
+    subject: Subject
+    world: World
+    split: str | None
+    classes: Path | None
+    label: str | None
+    prompts: str | None
+    data_root: Path | None
+    epochs: int
+    learn_from: str | None
+    workers: int
+
+    def open(self, kind: str, data: str) -> Callable[[], dict[str, Any]]:
+        """Opens the data of a task, and gives what answers it."""
+        if kind in DETECTION_TASKS:
+            return open_detector(self.subject, kind, data, self.learn_from, self.split, self.epochs, self.world.device)
+        root = self.data_root
+        source = open_data_set(data, root) if root is not None and _is_named(data, root) else open_source(data)
+        name, indices = select_split(source, data, self.subject.run, self.split)
+        asked = Question(
+            self.subject, source, indices, self.classes, self.label, self.prompts, self.workers, self.world, self.epochs
+        )
         if kind in LEARNING and not len(asked.rest()):
             raise UserError(
                 f"{kind}:{data}: there is nothing to learn from, as the data have no train part and all of them are asked for."
             )
-        questions.append((kind, data, name, asked))
-    results: dict[str, dict[str, Any]] = {}
-    for kind, data, name, asked in questions:
-        figures = _scene_task(kind, asked) if kind in SCENE_TASKS else TASKS[kind](asked)
-        results[f"{kind}:{data}"] = {"data": data, "split": name, "samples": len(asked.indices), **figures}
-    suites = {task: suite_row(results, SUITES[task], DATA_SETS) for task in tasks if task in SUITES}
-    return {**results, **suites}
+
+        def answer() -> dict[str, Any]:
+            figures = _scene_task(kind, asked) if kind in SCENE_TASKS else TASKS[kind](asked)
+            return {"data": data, "split": name, "samples": len(indices), **figures}
+
+        return answer
 
 
 def evaluate_and_write(

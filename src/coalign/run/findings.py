@@ -20,7 +20,12 @@ Results = Mapping[str, Mapping[str, Any]]
 Row = tuple[str, str, str, str]  # what, value, interval, chance
 
 _PAST = {"replace": "replaced", "swap": "swapped", "add": "added"}
-_NAMED = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}
+_NAMED = {
+    **{f"{what}_ap{at}": f"{what} AP{at}" for what in ("box", "mask") for at in ("", "50", "75")},
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "mean_per_class_recall": "mean per class",
+}
 _PLAIN = ("accuracy", "pointing", "iou", "plain", "guided", "difference", "text", "image", "group")
 _HEADER = ("metric", "value", "95 % interval", "chance")
 
