@@ -48,11 +48,12 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
-    `model`: what `run.subject.open_subject` takes. A task is `retrieval:DATA`, `zeroshot:DATA`, a classifier of frozen image features
-    (`probe:DATA`, `probe-mct:`, `probe-slip:`, `fewshot:` or `knn:`), or, for a model that takes image and text as one, `bootstrap:DATA`,
+    `model`: what `run.subject.open_subject` takes. A task is `retrieval:DATA`, `retrieval-1k:`, `zeroshot:`, a question to frozen image
+    features (`probe:`, `probe-mct:`, `probe-slip:`, `fewshot:`, `knn:`, `tagging:`, `vse:`), `finetune:`, a detector (`detection:`,
+    `detection-c4:`, `segmentation:` of what `open_detection` takes), or, for a model that takes image and text as one, `bootstrap:DATA`,
     zero-shot with its own first answers beside the image. On scenes and SugarCrepe also `foils:`, two-way choices between a true and a
-    false caption; on scenes `localization:`, maps against the objects' masks, and `guided:`, the size of the object that a text beside the
-    image names. `suite11` and `suite11-probe` are zero-shot and probe on all eleven data sets of DeCLIP's Table 6.
+    false caption, on Winoground `pairs:`; on scenes `localization:`, maps against the objects' masks, and `guided:`, the size of the object
+    that a text beside the image names. `suite11` and `suite11-probe` are zero-shot and probe on all data sets of DeCLIP's Table 6.
 
     DATA is anything that `open_source` takes, or one of those eleven below `data_root`, with its own classes, prompts and splits. `split`:
     train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own test or val
