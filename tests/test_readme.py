@@ -92,8 +92,8 @@ def called(monkeypatch, tmp_path):
     ):
         monkeypatch.setattr(data, name, record)
     monkeypatch.setattr(compare, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: calls.append(args) or {})
     for module, name in (
-        (evaluate, "evaluate"),
         (evaluate, "write_json"),
         (evaluate, "print_results"),
         (evaluate, "write_page"),

@@ -241,7 +241,7 @@ class DualEncoder:
     image_features: the same pixels -> float [batch, width], the image encoder's output before its projection; probes need it.
     preprocess: an upright RGB PIL image -> uint8 [3, size, size], where it is not the evaluation view.
     image_module: makes a copy of the image encoder to be trained, a module of the same pixels -> [batch, dim]; fine-tuning needs it.
-    weights: what the embeddings depend on besides the inputs, so that they can be kept and found again by it.
+    weights: all weights, by which embeddings are kept and found again.
     Embeddings need not be normalised; evaluation normalises. `logit_scale` multiplies cosines where probabilities are shown.
     """
 

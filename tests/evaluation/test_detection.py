@@ -73,6 +73,8 @@ def test_the_task_on_vocs_layout(tmp_path, capsys):
     )
     print_results({task: result})
     assert "box AP50" in capsys.readouterr().out
+    with pytest.raises(UserError, match="segmentation needs masks"):
+        evaluate(encoder, [f"segmentation:voc:{tmp_path}"])
     for model, options, words in (
         (encoder, {"split": "all"}, "has no train part, and all of it is asked for; name other data by --learn-from"),
         (encoder, {"split": "val"}, "has no split named 'val'; there is train, test, all"),

@@ -263,6 +263,28 @@ def test_the_command_prints_and_writes(trained, pairs, tmp_path, capsys):
     assert f"{100 * value:.1f} %" in printed
 
 
+def test_a_run_needs_no_model_file_any_more(trained, four, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    config = json.loads((moved / "config.json").read_text())
+    config["config"]["model"] = str(tmp_path / "gone.json")
+    (moved / "config.json").write_text(json.dumps(config))
+    task = f"retrieval:{four}"
+    assert evaluate(str(moved), [task]) == evaluate(str(trained), [task])
+
+
+def test_figures_are_written_as_they_come(trained, four, tmp_path, capsys):
+    """The second task fails when its data are read; the first one's figures are there."""
+    (tmp_path / "bad").mkdir()
+    for path in sorted(four.rglob("*.png")):
+        (tmp_path / "bad" / path.name).write_bytes(b"")
+    out, tasks = tmp_path / "out.json", [f"retrieval:{four}", f"retrieval:{tmp_path / 'bad'}"]
+    assert cli.main(["eval", str(trained), "--tasks", *tasks, "--json", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "no readable image" in printed.err
+    assert "R@10" in printed.out
+    assert list(json.loads(out.read_text())) == tasks[:1]
+
+
 def test_a_run_can_be_moved_and_needs_no_data_of_its_own(trained, four, tmp_path):
     moved = shutil.copytree(trained, tmp_path / "moved")
     results = evaluate(str(moved), [f"retrieval:{four}"])

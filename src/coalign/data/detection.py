@@ -46,6 +46,7 @@ class DetectionSource(Protocol):
     classnames: list[str]
     side: int  # to which detectors resize the shorter side of its images
     regions: int  # of an image, from which a detector's heads learn in a step
+    has_masks: bool
 
     @property
     def splits(self) -> Splits | None: ...
@@ -80,6 +81,8 @@ def _stacked(boxes: list[Any], labels: list[int], ignored: list[bool], drawn: np
 
 class SceneObjects:
     """The objects of scenes by their shape."""
+
+    has_masks = True
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes, self.name, self.splits = scenes, scenes.name, scenes.splits
@@ -127,6 +130,7 @@ class CocoObjects:
             raise UserError(f"{path} holds no images")
         self.classnames = [str(entry["name"]) for entry in categories]
         self._annotations = [of_image[entry["id"]] for entry in self._images]
+        self.has_masks = all("segmentation" in annotation for own in self._annotations for annotation in own)
         self.folder = image_folder(path, files[0], images)
 
     def __len__(self) -> int:
@@ -139,7 +143,7 @@ class CocoObjects:
         entries, entry = self._annotations[index], self._images[index]
         boxes = [(x, y, x + width, y + height) for x, y, width, height in (a["bbox"] for a in entries)]
         drawn = None
-        if all("segmentation" in a for a in entries):
+        if self.has_masks:
             height, width = entry["height"], entry["width"]
             drawn = np.array([_mask(a["segmentation"], height, width) for a in entries], bool).reshape(
                 -1, height, width
@@ -163,6 +167,7 @@ def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 class VocObjects:
     """A VOCdevkit folder with VOC2007, VOC2012 or both."""
 
+    has_masks = False
     side, regions = PUBLISHED_SIDE, PUBLISHED_REGIONS
 
     def __init__(self, root: Path) -> None:

@@ -91,6 +91,10 @@ def train_detector(
                     inputs = [pixels.to(device) for pixels, _ in chosen]
                     targets = [{name: value.to(device) for name, value in target.items()} for _, target in chosen]
                     loss = torch.stack(list(detector(inputs, targets).values())).sum()
+                    if not torch.isfinite(loss):
+                        raise UserError(
+                            f"The detector's loss is not finite at step {step:,}; this tower cannot be trained so."
+                        )
                     optimiser.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -161,12 +165,10 @@ def average_precision(
 ) -> dict[str, Metric]:
     """pycocotools' AP, AP50 and AP75 with intervals from resampling images. truth: (index, (height, width), objects); found: (index, what a
     torchvision detector gives, with labels from 1). kind: bbox or segm."""
-    try:
-        from pycocotools import mask as coco_masks
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise UserError('Average precision needs the extra "detection": pip install "coalign[detection]".') from None
+    # not at the top: it is an extra, which the task asks for before it trains
+    from pycocotools import mask as coco_masks
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     def encoded(mask: np.ndarray) -> Any:
         return coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))

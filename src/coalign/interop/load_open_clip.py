@@ -54,7 +54,7 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         image_features=lambda pixels: image(pixels.to(device)),
         preprocess=open_clip_preprocess(cfg),
         image_module=lambda: _ImageEncoder(copy.deepcopy(image)),
-        weights=lambda: {**image.state_dict(), **model.state_dict(), "mean": mean, "std": std},
+        weights=lambda: {**image.state_dict(), **model.state_dict()},
     )
 
 

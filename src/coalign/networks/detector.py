@@ -17,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from coalign.errors import UserError
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-PUBLISHED_SIDE = 800  # shorter side of the images for which anchors of 32 to 512 pixels are meant
+ANCHORS_SIDE = 800  # shorter side of the images for which anchors of 32 to 512 pixels are meant
 
 
 def trunk_of(encoder: nn.Module) -> nn.Module:
@@ -99,14 +99,14 @@ def build_detector(
     std: tuple[float, ...],
 ) -> nn.Module:
     """A detector of `num_classes` (labels 1 … num_classes) on the trunk of `encoder`. `side`: the shorter side to which images are resized;
-    anchors scale with it. `regions`: of an
-    image, from which the heads learn in a step, and twice those of the proposals. Masks need the pyramid, as in the papers."""
+    anchors scale with it. `regions`: of an image, from which the heads learn in a step; proposals learn from half as many. Masks need the
+    pyramid, as in the papers."""
     trunk: Any = trunk_of(encoder)
-    sizes = tuple(max(4, round(size * side / PUBLISHED_SIDE)) for size in (32, 64, 128, 256, 512))
+    sizes = tuple(max(4, round(size * side / ANCHORS_SIDE)) for size in (32, 64, 128, 256, 512))
     ratios = (0.5, 1.0, 2.0)
     options: dict[str, Any] = {
         "min_size": side,
-        "max_size": round(side * 1333 / PUBLISHED_SIDE),
+        "max_size": round(side * 1333 / ANCHORS_SIDE),
         "image_mean": list(mean),
         "image_std": list(std),
         "box_batch_size_per_image": regions,

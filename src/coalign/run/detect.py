@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,6 +54,10 @@ def open_detector(
     if subject.encoder.image_module is None:
         raise UserError(f"{subject.encoder.name} does not give its image encoder, which a detector is built on.")
     kind, with_masks = DETECTION_TASKS[task]
+    if with_masks and not (source.has_masks and learnt_from.has_masks):
+        raise UserError(f"{task} needs masks, which not all of these data have; use detection.")
+    if find_spec("pycocotools") is None:  # before the training
+        raise UserError('Average precision needs the extra "detection": pip install "coalign[detection]".')
     detector = build_detector(
         subject.encoder.image_module().cpu(), kind, with_masks, len(source.classnames), source.side, source.regions,
         open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD,

@@ -45,6 +45,7 @@ def evaluate(
     learn_from: str | None = None,
     device: str = "cpu",
     workers: int = 0,
+    done: Callable[[dict[str, dict[str, Any]]], None] = lambda results: None,
 ) -> dict[str, dict[str, Any]]:
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
@@ -58,7 +59,8 @@ def evaluate(
     DATA is anything that `open_source` takes, or one of those eleven below `data_root`, with its own classes, prompts and splits. `split`:
     train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own test or val
     split, else all of it. Classes are the values of the fact `label` (default: the first of label, class, category, folder that the data
-    have), or those of the file `classes`. Under torchrun the processes share the embedding. UserError for the rest.
+    have), or those of the file `classes`. Under torchrun the processes share the embedding. `done` is given the
+    results so far after each task. UserError for the rest.
     """
     if not tasks:
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
@@ -71,7 +73,10 @@ def evaluate(
     asker = _Asker(subject, world, split, classes, label, prompts, data_root, epochs, learn_from, workers)
     # all data are opened before the first question is answered, which may take hours
     answers = {f"{kind}:{data}": asker.open(kind, data) for kind, data in kinds}
-    results = {task: answer() for task, answer in answers.items()}
+    results: dict[str, dict[str, Any]] = {}
+    for task, answer in answers.items():
+        results[task] = answer()
+        done(results)
     suites = {task: suite_row(results, SUITES[task], DATA_SETS) for task in tasks if task in SUITES}
     return {**results, **suites}
 
@@ -120,11 +125,21 @@ def evaluate_and_write(
     for path in (json, report):
         if path:
             check_output(path)  # before the work
-    results = evaluate(model, tasks, device=device, **options)
-    if not join_world(device).is_first:
+    is_first = join_world(known_device(device)).is_first
+
+    def show(results: dict[str, dict[str, Any]]) -> None:
+        """The newest figures at once: what comes after may fail, or be stopped."""
+        if is_first:
+            print_results(dict([list(results.items())[-1]]))
+            if json:
+                write_json(results, json)
+
+    results = evaluate(model, tasks, device=device, done=show, **options)
+    if not is_first:
         return
-    print_results(results)
-    if json:
+    suites = {task: values for task, values in results.items() if task in SUITES}
+    print_results(suites)
+    if json and suites:
         write_json(results, json)
     if report:
         write_page(results, Path(model).name, report)

@@ -26,14 +26,15 @@ from coalign.networks.unified import UnifiedTower
 from coalign.training import checkpoint
 from coalign.types import DualEncoder, JointEncoder
 
-CONFIG, TOKENIZER, RESULTS, REPORT, HELD_OUT = (
+CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT = (
     "config.json",
     "tokenizer.json",
+    "model.json",
     "results.json",
     "report.html",
     "held_out.npz",
 )
-KEPT = {CONFIG, TOKENIZER, RESULTS, REPORT, HELD_OUT, "metrics.jsonl", "bad_samples.jsonl"}  # by a run, for good
+KEPT = {CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, "metrics.jsonl", "bad_samples.jsonl"}  # by a run, for good
 
 
 @dataclass
@@ -190,6 +191,8 @@ def load(path: str | Path, weights: str = "last", device: str | torch.device = "
     saved = read_config(folder)
     found = checkpoint.load(folder / weights)
     tokenizer = load_tokenizer(folder / TOKENIZER)
+    if not Path(saved.config.model).exists() and (folder / MODEL).is_file():  # the file it was of has gone
+        saved = replace(saved, config=replace(saved.config, model=str(folder / MODEL)))
     config = replace(saved.config, pretrained=None)
     method = build_method(config, tokenizer)
     try:

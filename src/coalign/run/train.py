@@ -24,7 +24,7 @@ from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
-from coalign.networks.towers import ImageTower
+from coalign.networks.towers import ImageTower, model_config
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.held_out import evaluate_held_out, validation
@@ -232,6 +232,9 @@ def _prepare_folder(out: Path, saved: runs.SavedConfig, tokenizer: Tokenizer, wo
     if is_new:
         if world.is_first:
             runs.write_file(out / runs.TOKENIZER, tokenizer.save)
+            if Path(saved.config.model).exists():  # a file or a folder, which may go
+                text = json.dumps(model_config(saved.config.model), indent=2) + "\n"
+                runs.write_file(out / runs.MODEL, lambda path: path.write_text(text))
             runs.write_config(out, saved)
         return
     earlier = runs.read_config(out)
