@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from coalign.data import splits as splits_module
 from coalign.data.common import Subset
 from coalign.data.shards import open_shards
 from coalign.data.sources import open_source
-from coalign.data.splits import assign_splits, connected_components
+from coalign.data.splits import assign_splits, connected_components, nested_share
 from coalign.errors import BadSample
 from coalign.types import Record
 
@@ -120,6 +121,16 @@ def test_groups_of_two_are_not_drawn_to_val_more_often() -> None:
     parts, counts = assign_splits(Memory(rows), val_fraction=0.1)
     assert counts["groups"] == 4_000
     assert len(parts["val"]) / 16_000 == pytest.approx(0.1, abs=0.02)
+
+
+def test_shares_are_nested_exact_and_in_order() -> None:
+    indices = np.arange(0, 4000, 2)
+    shares = {fraction: nested_share(indices, fraction) for fraction in (0.0001, 0.1, 0.25, 0.5, 1.0)}
+    assert [len(share) for share in shares.values()] == [1, 200, 500, 1000, 2000]
+    for share, larger in pairwise(shares.values()):
+        assert set(share.tolist()) < set(larger.tolist())
+        assert (np.diff(share) > 0).all()
+    assert np.corrcoef(np.isin(indices, shares[0.5]), indices)[0, 1] == pytest.approx(0, abs=0.07)
 
 
 def test_adding_data_moves_no_sample() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import info_nce, same_caption
+from coalign.losses import contrastive, tiled
+from coalign.losses.contrastive import info_nce
 
 
 def clip_loss(image, text, log_scale):
@@ -56,17 +57,20 @@ def naive(queries, keys, positives, scale, ignored):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_equation_written_as_loops(masked):
+def test_equals_the_equation_written_as_loops(monkeypatch, masked):
     torch.manual_seed(0)
     queries, keys = leaves(F.normalize(torch.randn(3, 5), dim=-1), F.normalize(torch.randn(7, 5), dim=-1))
     positives, scale = torch.tensor([2, 3, 4]), torch.tensor([9.0], dtype=torch.float64, requires_grad=True)
-    ignored = None
+    ignored = labels = None
     if masked:
         ids = torch.tensor([1, 2, 5, 5, 6, 5, 7])
-        ignored = same_caption(ids[positives], ids, positives)
+        labels = ids[positives], ids
+        ignored = ids[positives, None] == ids
+        ignored[torch.arange(3), positives] = False
         assert ignored.sum() == 4  # rows 0 and 1 have two namesakes each
+    monkeypatch.setattr(tiled, "TILE", 2)
     inputs = (queries, keys, scale)
-    ours = info_nce(queries, keys, positives, scale, ignored)
+    ours = info_nce(queries, keys, positives, scale, labels)
     theirs = naive(queries, keys, positives, scale[0], ignored)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs)):
@@ -91,4 +95,22 @@ def test_all_namesakes_leave_only_the_positive():
     ids = torch.zeros(4, dtype=torch.long)
     rows = torch.arange(4)
     x = F.normalize(torch.randn(4, 8), dim=-1)
-    assert info_nce(x, x, rows, 50.0, same_caption(ids, ids, rows)).item() == pytest.approx(0.0, abs=1e-6)
+    assert info_nce(x, x, rows, 50.0, (ids, ids)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([3, 1, 3, 2, 1])])
+def test_both_directions_of_a_whole_batch_are_those_of_its_parts(monkeypatch, labels):
+    """A single process multiplies once for both directions, ranks for each."""
+    monkeypatch.setattr(tiled, "TILE", 2)
+    torch.manual_seed(0)
+    inputs = images, texts, scale = leaves(*F.normalize(torch.randn(2, 5, 4), dim=-1), torch.tensor([9.0]))
+    rows = torch.arange(5)
+
+    def part(own):
+        pair = None if labels is None else (labels[own], labels)
+        return contrastive.clip_loss(images[own], texts[own], images, texts, rows[own], scale, pair)
+
+    whole, parts = part(slice(None)), part(slice(0, 2)) + part(slice(2, 5))
+    torch.testing.assert_close(whole, parts)
+    for a, b in zip(torch.autograd.grad(whole, inputs), torch.autograd.grad(parts, inputs)):
+        torch.testing.assert_close(a, b)

@@ -266,6 +266,17 @@ def test_hardly_any_pairs_train_with_the_defaults(tmp_path, model_file, count, r
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_share_of_the_pairs(tmp_path, pairs, model_file):
+    """Held out is what the whole data hold out, so that shares are compared on the same pairs."""
+    for fraction in (1, 0.5):
+        assert go(pairs, tmp_path / str(fraction), model_file, train_fraction=fraction, epochs=1) == 0
+    whole, half = (json.loads((tmp_path / str(f) / "config.json").read_text()) for f in (1, 0.5))
+    assert half["num_train"] == round(whole["num_train"] / 2)
+    assert half["num_val"] == whole["num_val"] > 0
+    rows = tiny.rows(tmp_path / "0.5" / "metrics.jsonl")
+    assert [row["epoch"] for row in rows if "loss" in row][-1] == pytest.approx(1, abs=0.3)
+
+
 def test_nothing_held_out(tmp_path, pairs, model_file, real_report):
     assert go(pairs, tmp_path / "run", model_file, val_fraction=0, epochs=1) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_train"] == 64
@@ -492,6 +503,8 @@ def test_settings_are_checked():
         ("max_grad_norm", 0.0),
         ("context_length", 2),
         ("val_fraction", 1.0),
+        ("train_fraction", 0.0),
+        ("train_fraction", 1.1),
         ("probe", True),
     ):
         with pytest.raises(UserError, match=name.replace("_", "-")):

@@ -45,6 +45,14 @@ def assign_splits(source: Source, val_fraction: float = 0.05, seed: int = 0) -> 
     return splits, {name: len(indices) for name, indices in splits.items()} | counts
 
 
+def nested_share(indices: np.ndarray, fraction: float) -> np.ndarray:
+    """A random share of these samples, at least one, in their order; a smaller share is part of every larger one."""
+    if fraction == 1:
+        return indices
+    draws = _uniform(indices.astype(np.uint64), 1)
+    return indices[np.sort(np.argsort(draws, kind="stable")[: max(1, round(fraction * len(indices)))])]
+
+
 def _val_mask(
     groups: np.ndarray, keys: np.ndarray, usable: np.ndarray, val_fraction: float, seed: int
 ) -> tuple[np.ndarray, dict[str, int]]:

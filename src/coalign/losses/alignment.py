@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import at_least_float32
+from coalign.losses.tiled import at_least_float32
 
 
 def negative_cosine(predictions: Float[Tensor, "batch dim"], targets: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from coalign.losses.multi_positive import compare_views, mp_nce
+from coalign.losses.tiled import Labels, as_rows, at_least_float32, sum_over_others, sum_over_others_both_ways
+
 SLOTS_AT_ONCE = 8192  # of a queue, which are compared together: 16 MB with a batch of 512
 SUMMED_AT_ONCE = 1024  # slots whose keys are added up by one product
 
@@ -19,18 +22,17 @@ def info_nce(
     keys: Float[Tensor, "global_batch dim"],
     positives: Int[Tensor, " batch"],
     logit_scale: Float[Tensor, 1] | float,
-    ignored: Bool[Tensor, "batch global_batch"] | None = None,
+    labels: Labels | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE: Σ_i −log( e^{s·q_i·k_p(i)} / Σ_j e^{s·q_i·k_j} ), the cross-entropy of CLIP (Radford et al. 2021, Fig. 3).
 
-    `positives` holds the column of each row's positive, `logit_scale` multiplies (1/τ). Where `ignored` is true the column is left out of
-    the row's denominator; a row's own positive must not be ignored. Inputs are normalised by the caller; computed in at least float32.
+    `positives` holds the column of each row's positive, `logit_scale` multiplies (1/τ). With `labels`, columns that share one with the row,
+    as its positive does, are left out of its denominator, the positive excepted. Inputs are normalised by the caller; computed in at least
+    float32, and without the matrix of all similarities in memory.
     """
-    with torch.autocast(queries.device.type, enabled=False):  # which would compute the product in half precision
-        logits = at_least_float32(queries) @ at_least_float32(keys).T * logit_scale  # [batch, global_batch]
-        if ignored is not None:
-            logits = logits.masked_fill(ignored, -torch.inf)
-        return F.cross_entropy(logits, positives, reduction="sum")
+    scale, (of_rows, of_columns) = _settle(queries, len(keys), positives, logit_scale, labels)
+    others = sum_over_others(queries, keys, scale, of_rows, of_columns)
+    return -F.logsigmoid(_own(queries, keys[positives], scale) - others).sum()
 
 
 def clip_loss(
@@ -40,12 +42,19 @@ def clip_loss(
     gathered_texts: Float[Tensor, "global_batch dim"],
     positives: Int[Tensor, " batch"],
     logit_scale: Float[Tensor, 1] | float,
-    ignored: Bool[Tensor, "batch global_batch"] | None = None,
+    labels: Labels | None = None,
 ) -> Float[Tensor, ""]:
-    """CLIP's loss: the mean of `info_nce` from image to text and from text to image, of own rows against all columns."""
-    image_to_text = info_nce(images, gathered_texts, positives, logit_scale, ignored)
-    text_to_image = info_nce(texts, gathered_images, positives, logit_scale, ignored)
-    return (image_to_text + text_to_image) / 2
+    """CLIP's loss: the mean of `info_nce` from image to text and from text to image, of own rows against all columns.
+
+    `positives` are the own rows' places among all: where these are the whole batch, one product serves both directions.
+    """
+    scale, (of_rows, of_columns) = _settle(images, len(gathered_texts), positives, logit_scale, labels)
+    if len(images) == len(gathered_images):
+        others = torch.stack(sum_over_others_both_ways(images, texts, scale, of_rows, of_rows))
+    else:
+        pairs = ((images, gathered_texts), (texts, gathered_images))
+        others = torch.stack([sum_over_others(q, k, scale, of_rows, of_columns) for q, k in pairs])
+    return -F.logsigmoid(_own(images, texts, scale) - others).sum() / 2
 
 
 def nt_xent(
@@ -58,32 +67,26 @@ def nt_xent(
 ) -> Float[Tensor, ""]:
     """NT-Xent between two views (Chen et al. 2020, Eq. 1), summed over both views of own rows: each picks its sample's other view among
     both views of all samples, itself left out. `positives` holds the global position of each row. Inputs are normalised by the caller;
-    computed in at least float32.
+    computed in at least float32, and without the matrix of all similarities in memory.
     """
-    with torch.autocast(first.device.type, enabled=False):
-        views = [at_least_float32(x) for x in (first, second)]
-        gathered = [at_least_float32(x) for x in (gathered_first, gathered_second)]
-        total = views[0].new_zeros(())
-        for own, other in ((0, 1), (1, 0)):
-            across = views[own] @ gathered[other].T / temperature  # [batch, global_batch]
-            within = views[own] @ gathered[own].T / temperature
-            within = within.scatter(1, positives[:, None], -torch.inf)  # itself
-            total = total + F.cross_entropy(torch.cat([across, within], dim=1), positives, reduction="sum")
-        return total
+    embeds, gathered = torch.stack([first, second], 1), torch.stack([gathered_first, gathered_second], 1)
+    scales = torch.full([2, 2], 1 / temperature, dtype=at_least_float32(first).dtype, device=first.device)
+    every = torch.arange(len(gathered), device=positives.device)
+    scores = compare_views(embeds, gathered, scales, torch.zeros_like(scales), (positives, every))
+    return mp_nce(scores, 1 - torch.eye(2, device=first.device))
 
 
-def same_caption(
-    caption_ids: Int[Tensor, " batch"], gathered_ids: Int[Tensor, " global_batch"], positives: Int[Tensor, " batch"]
-) -> Bool[Tensor, "batch global_batch"]:
-    """True where another pair of the batch carries the row's very caption, which therefore is no negative. The own column stays false."""
-    same = caption_ids[:, None] == gathered_ids[None, :]
-    same[torch.arange(len(positives), device=same.device), positives] = False
-    return same
+def _settle(
+    queries: Tensor, columns: int, positives: Tensor, logit_scale: Tensor | float, labels: Labels | None
+) -> tuple[Tensor, Labels]:
+    """The scale as a tensor, and labels [row, label] and [column, label]: where none are given, a place is its own."""
+    scale = torch.as_tensor(logit_scale, dtype=at_least_float32(queries).dtype, device=queries.device)
+    return scale, as_rows(labels or (positives, torch.arange(columns, device=positives.device)))
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """bfloat16 and float16 go to float32 (at τ = 0.01 their rounding is larger than the loss); float32 and float64 stay."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+def _own(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    with torch.autocast(queries.device.type, enabled=False):  # which would compute in half precision
+        return (at_least_float32(queries) * at_least_float32(keys)).sum(1) * scale
 
 
 # ---------------------------------------------------------------- against a queue of keys

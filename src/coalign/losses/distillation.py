@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from coalign.losses.contrastive import at_least_float32
+from coalign.losses.tiled import at_least_float32, by_rows
 
 Norm = Literal["squared", "absolute"]
 SQUARED_EPS, EPS = 1e-4, 1e-6  # within the root (divided by the width), and within the logarithm (Kim et al. 2019)
@@ -46,16 +46,26 @@ def positive_log_ratio(
 
 
 def negative_log_ratio(
-    original: Float[Tensor, "batch global_batch"],
-    augmented: Float[Tensor, "batch global_batch"],
+    original: Float[Tensor, "batch dim"],
+    augmented: Float[Tensor, "batch dim"],
+    teacher_original: Float[Tensor, "batch dim"],
+    teacher_augmented: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "global_batch dim"],
     positives: Int[Tensor, " batch"],
     norm: Norm,
 ) -> Float[Tensor, ""]:
-    """Σ_i Σ_{j≠i} LR(v_i, t_j; ṽ_i, t_j) (Eq. 8), from the residuals r(v_i, t_j) and r(ṽ_i, t_j). Divide by N(N − 1).
+    """Σ_i Σ_{j≠i} LR(v_i, t_j; ṽ_i, t_j) (Eq. 8), from the embeddings of v and ṽ by student and teacher, and of all texts, which the
+    teacher's distances take without gradient. Divide by N(N − 1).
 
-    `positives` holds the column of each row's own text, which is left out.
+    `positives` holds the place of each row's own text, which is left out. The matrices of all distances are not in memory.
     """
-    return _norm(_without(original - augmented, positives), norm).sum()
+
+    def of_rows(v: Tensor, augmented: Tensor, teacher_v: Tensor, teacher_augmented: Tensor, own: Tensor) -> Tensor:
+        differences = _residuals(v, teacher_v, texts) - _residuals(augmented, teacher_augmented, texts)
+        return _norm(_without(differences, own), norm).sum(1)
+
+    rows = (original, augmented, teacher_original, teacher_augmented, positives)
+    return by_rows(of_rows, *rows, columns=len(texts)).sum()
 
 
 def noisy_log_ratio(
@@ -76,11 +86,25 @@ def noisy_log_ratio(
 
 
 def noisy_log_ratio_of_texts(
-    residuals: Float[Tensor, "batch global_batch"], positives: Int[Tensor, " batch"], norm: Norm
+    original: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "global_batch dim"],
+    positives: Int[Tensor, " batch"],
+    norm: Norm,
 ) -> Float[Tensor, ""]:
-    """Σ_i Σ_{j≠i} LR(v_i, t_i; v_i, t_j), the other reading of Eq. 9: an image's own text against others'. Divide by N(N − 1)."""
-    own = residuals.gather(1, positives[:, None])  # [batch, 1]
-    return _norm(_without(own - residuals, positives), norm).sum()
+    """Σ_i Σ_{j≠i} LR(v_i, t_i; v_i, t_j), the other reading of Eq. 9: an image's own text against others', as `negative_log_ratio`."""
+
+    def of_rows(v: Tensor, teacher: Tensor, own: Tensor) -> Tensor:
+        residuals = _residuals(v, teacher, texts)
+        differences = residuals.gather(1, own[:, None]) - residuals
+        return _norm(_without(differences, own), norm).sum(1)
+
+    return by_rows(of_rows, original, teacher, positives, columns=len(texts)).sum()
+
+
+def _residuals(student: Tensor, teacher: Tensor, texts: Tensor) -> Tensor:
+    """r of every row with every text, [row, global_batch]."""
+    return all_log_distances(student, texts) - all_log_distances(teacher, texts.detach())
 
 
 def _without(differences: Tensor, positives: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import at_least_float32
+from coalign.losses.tiled import at_least_float32
 from coalign.types import NOT_MASKED
 
 

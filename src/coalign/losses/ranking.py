@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from coalign.losses.contrastive import at_least_float32
+from coalign.losses.tiled import at_least_float32, by_rows
 
 
 def margin_ranking(
@@ -20,12 +20,16 @@ def margin_ranking(
     directions over a batch, with the diagonal ignored, the sum of hinges of VSE++ (Faghri et al. 2018, Eq. 5).
 
     Where `ignored` is true, the other is left out. A row of each, not their sum: rows may have different numbers of others. Inputs are
-    normalised by the caller; computed in at least float32.
+    normalised by the caller; computed in at least float32, and without the matrix of all hinges in memory.
     """
+
+    def of_rows(queries: Tensor, keys: Tensor, *ignored: Tensor) -> Tensor:
+        own = (queries * keys).sum(1, keepdim=True)  # [row, 1]
+        hinges = (queries @ others.T).add_(margin - own)  # [row, others]; in place, as it is large
+        for mask in ignored:
+            hinges = hinges.masked_fill_(mask, -torch.inf)
+        return hinges.relu_().sum(1)
+
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys, others = (at_least_float32(x) for x in (queries, keys, others))
-        own = (queries * keys).sum(1, keepdim=True)  # [batch, 1]
-        hinges = (queries @ others.T).add_(margin - own)  # [batch, others]; in place, as it is large
-        if ignored is not None:
-            hinges = hinges.masked_fill_(ignored, -torch.inf)
-        return hinges.relu_().sum(1)
+        return by_rows(of_rows, queries, keys, *([] if ignored is None else [ignored]), columns=len(others))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.losses.alignment import simsiam_loss
-from coalign.losses.contrastive import clip_loss, info_nce, same_caption
+from coalign.losses.contrastive import clip_loss, info_nce
 from coalign.losses.masked import masked_language_loss
 from coalign.method import Method
 from coalign.networks.heads import MLP, MaskedLanguageHead, spread
@@ -101,13 +101,11 @@ class DeCLIP(Method):
         images, texts = embeds["image_embeds"], embeds["text_embeds"]  # [batch, view, dim]
         all_images, all_texts = gather(images), gather(texts)  # [global_batch, view, dim]
         positives, scale = gather.own_rows(images), self.log_logit_scale.exp()
-        ignored = None
-        if self.config.multi_positive:
-            ignored = same_caption(embeds["caption_ids"], gather(embeds["caption_ids"]), positives)
+        labels = (embeds["caption_ids"], gather(embeds["caption_ids"])) if self.config.multi_positive else None
 
         def pair(image: int, text: int) -> Tensor:
             one, other = images[:, image], texts[:, text]
-            return clip_loss(one, other, all_images[:, image], all_texts[:, text], positives, scale, ignored)
+            return clip_loss(one, other, all_images[:, image], all_texts[:, text], positives, scale, labels)
 
         if not self.config.multi_view:
             return pair(FIRST, FIRST), None
@@ -137,20 +135,21 @@ class DeCLIP(Method):
             shuffle = torch.randperm(self.queue.size, generator=generator).to(images.device)
         for text in (FIRST, SECOND) if config.neighbour_pairs == "released_code" else (FIRST,):
             neighbours = nearest_neighbours(self.queue, texts[:, text].detach(), own, shuffle)
-            keys, found = gather(neighbours.embeds), neighbours.slots >= 0  # [global_batch, dim], [batch]
-            rows = found.nonzero().squeeze(1)
+            found, all_found = neighbours.slots >= 0, gather(neighbours.slots) >= 0  # [batch], [global_batch]
+            rows, keys = found.nonzero().squeeze(1), gather(neighbours.embeds)[all_found]
             columns = positives[rows]
-            missing = (gather(neighbours.slots) < 0).expand(len(rows), -1)  # [found, global_batch]
-            same = torch.zeros_like(missing)
+            key_columns = all_found.cumsum(0)[columns] - 1  # where a row's neighbour is among those that were found
+            ids = positives[:, None]
             if config.multi_positive:
                 neighbours_captions = torch.where(found, self.queue["caption_ids"][neighbours.slots], -1)
-                for ids in (embeds["caption_ids"], neighbours_captions):
-                    same = same | same_caption(ids[rows], gather(ids), columns)
+                ids = torch.stack([embeds["caption_ids"], neighbours_captions], dim=1)
+            row_ids, all_ids = ids[rows], gather(ids)
             for image in (SECOND,) if config.neighbour_pairs == "algorithm_1" else (FIRST, SECOND):
-                loss = info_nce(images[rows, image], keys, columns, scale, missing | same)
+                loss = info_nce(images[rows, image], keys, key_columns, scale, (row_ids, all_ids[all_found]))
                 if config.neighbour_both_ways:
                     all_images = gather(images[:, image])  # [global_batch, dim]
-                    loss = (loss + info_nce(neighbours.embeds[rows], all_images, columns, scale, same)) / 2
+                    back = info_nce(neighbours.embeds[rows], all_images, columns, scale, (row_ids, all_ids))
+                    loss = (loss + back) / 2
                 total, count = total + loss, count + len(rows)
             if text == FIRST:
                 self.followed["neighbour_similarity"] = neighbours.similarity.sum() / max(1, len(rows))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import same_caption
 from coalign.losses.distillation import (
-    all_log_distances,
     log_distances,
     negative_log_ratio,
     noisy_log_ratio,
@@ -20,7 +18,8 @@ from coalign.losses.distillation import (
     positive_log_ratio,
 )
 from coalign.losses.masked import masked_language_loss
-from coalign.losses.multi_positive import balancing_weights, domain_combinations, domain_logits, mp_nce
+from coalign.losses.multi_positive import balancing_weights, compare_views, domain_combinations, mp_nce
+from coalign.losses.tiled import Labels
 from coalign.method import Method
 from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.ema import cosine_momentum, ema_copy, momentum_for, move_ema
@@ -94,13 +93,11 @@ class MCD(Method):
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         embeds, gathered = features["embeds"], gather(features["embeds"])
         positives = gather.own_rows(embeds)
-        ignored = None
-        if self.config.multi_positive:
-            ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
+        labels = features["caption_ids"] if self.config.multi_positive else positives
         progress = (1 - math.cos(math.pi * step.fraction)) / 2  # λ
         self.followed = {"lambda": torch.tensor(progress)} if self.config.progressive else {}
 
-        terms = self._contrast(embeds, gathered, positives, ignored, progress)
+        terms = self._contrast(embeds, gathered, (labels, gather(labels)), progress)
         if self.teacher is not None:
             terms += self._distil(embeds, targets["teacher_embeds"], gathered, positives, gather, progress)
             self.followed["teacher_momentum"] = torch.tensor(self._momentum(step))
@@ -109,18 +106,17 @@ class MCD(Method):
             terms.append(LossTerm("mlm", total, count, self.config.mlm_weight))
         return terms
 
-    def _contrast(
-        self, embeds: Tensor, gathered: Tensor, positives: Tensor, ignored: Tensor | None, progress: float
-    ) -> list[LossTerm]:
+    def _contrast(self, embeds: Tensor, gathered: Tensor, labels: Labels, progress: float) -> list[LossTerm]:
         """Contrast (§4.2): L_con(v, ṽ, t), MP-NCE on all members (Eq. 5), and L_con(v, t), which ṽ has left."""
-        logits = domain_logits(embeds, gathered, *self.similarity())  # [batch, view, global_batch, view]
+        logit_scales, offsets = self.similarity()
+        scores = compare_views(embeds, gathered, logit_scales, offsets, labels)
         # Σ w over a pair's members is 3: the mean of Eq. 12 of UniCLIP times (V + U)²/3
         count = 3 * len(embeds)
-        total = mp_nce(logits, positives, balancing_weights(num_images=2, num_texts=1), ignored)
+        total = mp_nce(scores, balancing_weights(num_images=2, num_texts=1))
         if not self.config.progressive:
             return [LossTerm("contrastive", total, count)]
-        remaining = logits[:, ORIGINAL:, :, ORIGINAL:]
-        without = mp_nce(remaining, positives, balancing_weights(num_images=1, num_texts=1), ignored)
+        remaining = scores.among(slice(ORIGINAL, None), slice(ORIGINAL, None))
+        without = mp_nce(remaining, balancing_weights(num_images=1, num_texts=1))
         return [
             LossTerm("contrastive", total, count, weight=1 - progress),
             LossTerm("contrastive_original", without, count, weight=progress),
@@ -133,26 +129,22 @@ class MCD(Method):
         config = self.config
         v, augmented, t, texts = embeds[:, ORIGINAL], embeds[:, AUGMENTED], embeds[:, TEXT], gathered[:, TEXT]
         teacher_v, teacher_augmented = teacher[:, -1], teacher[:, 0]
-        own = _residuals(log_distances, v, teacher_v, t)  # r(v_i, t_i), [batch]
+        own = _residuals(v, teacher_v, t)  # r(v_i, t_i), [batch]
         self.followed["log_distance_to_teacher"] = own.detach().mean()
         weight = progress if config.progressive else 1.0
         pairs, others = len(own), len(own) * (len(texts) - 1)  # of i; of i and j ≠ i
         terms = []
         if config.distill_positive:  # Eq. 7
-            augmented_own = _residuals(log_distances, augmented, teacher_augmented, t)
+            augmented_own = _residuals(augmented, teacher_augmented, t)
             terms.append(LossTerm("positive", positive_log_ratio(own, augmented_own, config.norm), pairs, weight))
         if config.distill_noisy and config.noisy_pairs == "pairs":  # Eq. 9
             terms.append(LossTerm("noisy", noisy_log_ratio(own, gather(own), config.norm), others, weight))
-        of_texts = config.distill_noisy and config.noisy_pairs == "texts"
-        if config.distill_negative or of_texts:
-            to_all = _residuals(all_log_distances, v, teacher_v, texts)  # r(v_i, t_j), [batch, global_batch]
-            if config.distill_negative:  # Eq. 8
-                augmented_to_all = _residuals(all_log_distances, augmented, teacher_augmented, texts)
-                total = negative_log_ratio(to_all, augmented_to_all, positives, config.norm)
-                terms.append(LossTerm("negative", total, others, weight))
-            if of_texts:  # Eq. 9, read otherwise
-                total = noisy_log_ratio_of_texts(to_all, positives, config.norm)
-                terms.append(LossTerm("noisy", total, others, weight))
+        if config.distill_negative:  # Eq. 8
+            total = negative_log_ratio(v, augmented, teacher_v, teacher_augmented, texts, positives, config.norm)
+            terms.append(LossTerm("negative", total, others, weight))
+        if config.distill_noisy and config.noisy_pairs == "texts":  # Eq. 9, read otherwise
+            total = noisy_log_ratio_of_texts(v, teacher_v, texts, positives, config.norm)
+            terms.append(LossTerm("noisy", total, others, weight))
         return terms
 
     def _momentum(self, step: StepInfo) -> float:
@@ -191,11 +183,9 @@ class MCD(Method):
         }
 
 
-def _residuals(
-    distances: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, texts: Tensor
-) -> Tensor:
+def _residuals(student: Tensor, teacher: Tensor, texts: Tensor) -> Tensor:
     """r = log D_S − log D_T; both networks have the student's captions, and the teacher's distances carry no gradient."""
-    return distances(student, texts) - distances(teacher, texts.detach())
+    return log_distances(student, texts) - log_distances(teacher, texts.detach())
 
 
 # Implementation details, each with its source ([p] stated in the paper, [c] read in released code, [i] inferred). The paper's equations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.losses.contrastive import info_nce, same_caption
+from coalign.losses.contrastive import info_nce
 from coalign.losses.masked import masked_image_loss, masked_language_loss
 from coalign.method import Method
 from coalign.networks.ema import ema_copy, momentum_for, move_ema
@@ -125,8 +125,9 @@ class OneR(Method):
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         config, paired, ids = self.config, features["paired"], features["caption_ids"]
-        pairs = paired.nonzero().squeeze(1)  # rows of pairs; keys of others are zero, and left out
-        count, positives = len(pairs), gather.own_rows(ids)[pairs]
+        pairs = paired.nonzero().squeeze(1)  # rows of pairs; others have no keys
+        all_paired = gather(paired)
+        count, positives = len(pairs), (all_paired.cumsum(0) - 1)[gather.own_rows(ids)[pairs]]  # places among all pairs
         projected = self._project(self.projectors, self._rows(features, pairs), gather)
         predicted = projected if self.predictor is None else self.predictor(projected, gather)
         queries = {kind: F.normalize(x, dim=-1) for kind, x in predicted.items()}
@@ -136,16 +137,14 @@ class OneR(Method):
         keys = {}
         for kind, x in projected.items():
             key = F.normalize(x, dim=-1)
-            keys[kind] = gather(key.new_zeros(len(paired), key.shape[1]).index_copy(0, pairs, key))
-        ignored = ~gather(paired).expand(count, -1)  # [pair, global_batch]
-        if config.multi_positive:
-            ignored = ignored | same_caption(ids[pairs], gather(ids), positives)
+            keys[kind] = gather(key.new_zeros(len(paired), key.shape[1]).index_copy(0, pairs, key))[all_paired]
+        labels = (ids[pairs], gather(ids)[all_paired]) if config.multi_positive else None
 
         terms = []
         for loss in config.losses:  # ctr(A, B) = (NCE(A, B) + NCE(B, A))/2, Eqs. 1-4
             a, b = CONTRASTS[loss]
-            forth = info_nce(queries[a], keys[b], positives, 1 / config.temperature, ignored)
-            back = forth if a == b else info_nce(queries[b], keys[a], positives, 1 / config.temperature, ignored)
+            forth = info_nce(queries[a], keys[b], positives, 1 / config.temperature, labels)
+            back = forth if a == b else info_nce(queries[b], keys[a], positives, 1 / config.temperature, labels)
             terms.append(LossTerm(loss, (forth + back) / 2, count))
         for name, inputs, weight in (
             ("mlm", ("text", "joint"), config.mlm_weight),

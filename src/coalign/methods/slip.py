@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import clip_loss, nt_xent, same_caption
+from coalign.losses.contrastive import clip_loss, nt_xent
 from coalign.method import Method
 from coalign.networks.heads import MLP, spread
 from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
@@ -54,11 +54,9 @@ class SLIP(Method):
     def _clip(self, features: Features, gather: Gather) -> Tensor:
         image_embeds, text_embeds = features["image_embeds"], features["text_embeds"]
         positives = gather.own_rows(image_embeds)
-        ignored = None
-        if self.config.multi_positive:
-            ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
+        labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
         every_image, every_text, logit_scale = gather(image_embeds), gather(text_embeds), self.log_logit_scale.exp()
-        return clip_loss(image_embeds, text_embeds, every_image, every_text, positives, logit_scale, ignored)
+        return clip_loss(image_embeds, text_embeds, every_image, every_text, positives, logit_scale, labels)
 
     def _ssl(self, features: Features, gather: Gather) -> Tensor:
         first, second = (

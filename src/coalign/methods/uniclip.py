@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.losses.contrastive import same_caption
 from coalign.losses.multi_positive import (
     balancing_weights,
+    compare_views,
     domain_combinations,
-    domain_logits,
     mil_nce,
     mp_nce,
     sup_con,
@@ -84,18 +83,16 @@ class UniCLIP(Method):
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         embeds = features["embeds"]
-        positives = gather.own_rows(embeds)
-        ignored = None
-        if self.config.multi_positive:
-            ignored = same_caption(features["caption_ids"], gather(features["caption_ids"]), positives)
-        logits = domain_logits(embeds, gather(embeds), *self.similarity())  # [batch, view, global_batch, view]
-        total = logits.new_zeros(())
+        labels = features["caption_ids"] if self.config.multi_positive else gather.own_rows(embeds)
+        logit_scales, offsets = self.similarity()
+        scores = compare_views(embeds, gather(embeds), logit_scales, offsets, (labels, gather(labels)))
+        total = scores.own.new_zeros(())
         for anchors, others in self.blocks:
-            block, weights = logits[:, anchors, :, others], self.positive_weights[anchors, others]
+            block, weights = scores.among(anchors, others), self.positive_weights[anchors, others]
             if self.config.loss in LOSSES:  # Eq. 6, Eq. 4
-                total = total + LOSSES[self.config.loss](block, positives, weights > 0, ignored)
+                total = total + LOSSES[self.config.loss](block, weights > 0)
             else:  # Eq. 12, Eq. 11, Eq. 9
-                total = total + mp_nce(block, positives, weights, ignored)
+                total = total + mp_nce(block, weights)
         return [LossTerm(self.config.loss.replace("-", "_"), total, count=len(embeds) * self.terms_per_pair)]
 
     @torch.no_grad()

@@ -36,6 +36,7 @@ class Table:
     batch_size: int = 128
     image_size: int = 48
     val_fraction: float = 0.1
+    train_fraction: float = 1.0
     evals: int = 5
     image_lr: float | None = None  # of the arms that have none of their own; None: the recipe's
     classes: tuple[str, ...] = ()  # of zero-shot and of the probe, looked for in the samples' labels and tags
@@ -56,6 +57,7 @@ class Table:
             batch_size=self.batch_size,
             image_size=self.image_size,
             val_fraction=self.val_fraction,
+            train_fraction=self.train_fraction,
             probe=self.probe,
             evals=self.evals,
             seed=seed,
@@ -143,6 +145,14 @@ TABLES = {
         classes=_ONE_OBJECT,
         order=_TWO_TOWERS,
         headlines=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
+    ),
+    "scarce-openclipart": Table(
+        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on a quarter of Open Clip Art's pairs, after as many pairs as in the table of all of them",
+        {name: Arm(name, image_lr=_TUNED[name]) for name in _TWO_TOWERS},
+        epochs=40,
+        train_fraction=0.25,
+        classes=_CLIP_ART,
+        order=_TWO_TOWERS,
     ),
     "oner-openclipart": Table(
         "OneR's losses on Open Clip Art (its Tables 1 and 6), beside CLIP",

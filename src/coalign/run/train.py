@@ -19,7 +19,7 @@ from rich.console import Console
 from coalign.config import TrainConfig, flatten, to_json
 from coalign.data.randomness import stable_hash
 from coalign.data.sources import open_source
-from coalign.data.splits import assign_splits
+from coalign.data.splits import assign_splits, nested_share
 from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
@@ -140,6 +140,7 @@ def _open_data(data: str, settle: Settle, world: World) -> tuple[Data, TrainConf
         pairs = Data(source, splits["train"], source, splits["val"])
     if world.is_first:
         world.barrier()
+    pairs.train = nested_share(pairs.train, first.train_fraction)
     return pairs, settle(len(pairs.train))
 
 
@@ -163,6 +164,7 @@ def _check_settings(config: TrainConfig) -> None:
         "max_grad_norm": (config.max_grad_norm is None or config.max_grad_norm > 0, "more than 0"),
         "workers": (config.workers is None or config.workers >= 0, "at least 0"),
         "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and less than 1"),
+        "train_fraction": (0 < config.train_fraction <= 1, "more than 0 and at most 1"),
         "evals": (config.evals >= 0, "at least 0"),
         "patience": (config.patience is None or config.patience >= 1, "at least 1"),
         "save_every": (config.save_every is None or config.save_every >= 1, "at least 1"),

@@ -1,0 +1,126 @@
+"""UniCLIP's loss, forward and backward, in tiles: against the dense version of open implementations, and against bare matrix products.
+
+2,048 pairs of three images and a text, 256 wide, float32. The dense version makes the matrix of all similarities, as its equation reads.
+The bare products are the four of that size that a loss in tiles seems to need: similarities, the same again for the gradient, and one for
+each side's. RATIO is the median of rounds in which the three take turns; memory is the growth of the process's peak, each in a process of
+its own. With --scale: ours on 8,192 pairs, which no dense version could hold.
+
+Run: python benchmarks/tiled_losses.py [--pairs 2048] [--rounds 5] [--threads 2] [--scale]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from memory import clear_peak, peak
+from torch import Tensor
+from torch.nn import functional as F
+
+from coalign.losses.multi_positive import balancing_weights, compare_views, domain_combinations, mp_nce
+
+IMAGES, TEXTS, DIM = 3, 1, 256
+DOMAINS, WEIGHTS = domain_combinations(IMAGES, TEXTS), balancing_weights(IMAGES, TEXTS).float()
+FASTER, MEMORY, PRODUCTS, SCALE_GB = 5.0, 8.0, 2.0, 1.5  # the targets
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def inputs(pairs: int) -> Inputs:
+    """Embeddings [pair, view, dim], 1/τ and b of the three combinations."""
+    torch.manual_seed(0)
+    embeds = F.normalize(torch.randn(pairs, IMAGES + TEXTS, DIM), dim=-1)
+    return embeds.requires_grad_(), torch.tensor([14.0, 20.0, 10.0]).requires_grad_(), torch.zeros(3).requires_grad_()
+
+
+def ours(values: Inputs) -> Tensor:
+    embeds, scales, offsets = values
+    places = torch.arange(len(embeds))
+    return mp_nce(compare_views(embeds, embeds, scales[DOMAINS], offsets[DOMAINS], (places, places)), WEIGHTS)
+
+
+def dense(values: Inputs) -> Tensor:
+    """Eq. 12 of UniCLIP on the matrix of all similarities."""
+    embeds, scales, offsets = values
+    pairs = len(embeds)
+    logits = (torch.einsum("ivd,jwd->ivjw", embeds, embeds) - offsets[DOMAINS][:, None]) * scales[DOMAINS][:, None]
+    rows = torch.arange(pairs)
+    own = logits[rows, :, rows]  # [pair, view, view]
+    same = torch.eye(pairs, dtype=torch.bool)[:, None, :, None]
+    negatives = logits.masked_fill(same, -torch.inf).flatten(2).logsumexp(2)
+    return -(WEIGHTS * F.logsigmoid(own - negatives[:, :, None])).sum()
+
+
+def products(values: Inputs) -> None:
+    """The four of all embeddings, in tiles of their own, so that memory is not what they wait for."""
+    flat = values[0].detach().flatten(0, 1)
+    for _ in range(4):
+        for rows in flat.split(1024):
+            for columns in flat.split(1024):
+                rows @ columns.T
+
+
+def step(loss: Callable[[Inputs], Tensor], values: Inputs) -> float:
+    for value in values:
+        value.grad = None
+    total = loss(values)
+    total.backward()
+    return float(total.detach())
+
+
+def growth(what: str, pairs: int, threads: int) -> float:
+    """GB that the peak of a fresh process grows by in one step."""
+    command = [sys.executable, __file__, "--measure", what, "--pairs", str(pairs), "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure(what: str, pairs: int) -> None:
+    values, loss = inputs(pairs), {"ours": ours, "dense": dense}[what]
+    step(loss, inputs(64))  # what the libraries keep for themselves
+    clear_peak()
+    before = peak()
+    step(loss, values)
+    print(peak() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--measure", choices=("ours", "dense"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        return measure(args.measure, args.pairs)
+    values = inputs(args.pairs)
+    one, other = step(ours, values), step(dense, values)
+    assert abs(one - other) <= 1e-5 * abs(other), (one, other)
+    runs = {"ours": lambda: step(ours, values), "dense": lambda: step(dense, values), "bare": lambda: products(values)}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+
+    def ratio(name: str, over: str) -> str:
+        found = sorted(a / b for a, b in zip(times[name], times[over]))
+        return f"{found[len(found) // 2]:.2f} ({found[0]:.2f}–{found[-1]:.2f})"
+
+    print(f"{args.pairs:,} pairs × {IMAGES + TEXTS} × {DIM}, {args.threads} thread(s), {args.rounds} rounds")
+    print(f"  RATIO of the dense version's time to ours {ratio('dense', 'ours')} (target at least {FASTER})")
+    print(f"  of ours to the bare products' {ratio('ours', 'bare')} (target at most {PRODUCTS})")
+    memory = {name: growth(name, args.pairs, args.threads) for name in ("ours", "dense")}
+    print(f"  of the memory {memory['dense'] / memory['ours']:.1f} (target at least {MEMORY})")
+    if args.scale:
+        print(f"  ours on 8,192 pairs: {growth('ours', 8192, args.threads):.2f} GB (target at most {SCALE_GB})")
+
+
+if __name__ == "__main__":
+    main()
