@@ -19,6 +19,7 @@ from coalign.run import (
     export,
     import_model,
     localize,
+    profile,
     reporting,
     reproduce,
     search,
@@ -110,6 +111,8 @@ def called(monkeypatch, tmp_path):
         search, "search", lambda *args, **options: calls.append((args, options)) or Answers("text", [], 0, 0)
     )
     monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
+    monkeypatch.setattr(profile, "profile", lambda data, settle, **_: calls.append(settle(5000)))
+    monkeypatch.setattr(profile, "print_profile", record)
     return calls
 
 

@@ -55,10 +55,40 @@ class TrainCommand:
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
 
 
+@dataclass(frozen=True)
+class ProfileCommand:
+    """Say where the time of a training step goes, and what helps: trains for some steps, and keeps nothing.
+
+    Takes the settings of `coalign train`. Example: coalign profile --recipe declip --data my-pairs --steps 20
+    """
+
+    data: str
+    """The pairs, as for `coalign train`."""
+    recipe: str = "clip"
+    """Named settings; `coalign recipes` lists them."""
+    steps: int = 20
+    """Steps that are measured, after three that are not."""
+    device: str | None = None
+    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+
+
+def profile_command(args: list[str]) -> int:
+    @cache
+    def parse(num_pairs: int) -> tuple[ProfileCommand, TrainConfig]:
+        return _parse_settings(args, num_pairs, "profile", ProfileCommand)
+
+    command = parse(NOMINAL_PAIRS)[0]
+    from coalign.run.profile import print_profile, profile
+
+    found = profile(command.data, lambda num_pairs: parse(num_pairs)[1], steps=command.steps, device=command.device)
+    print_profile(found, command.steps)
+    return 0
+
+
 def train_command(args: list[str]) -> int:
     @cache
     def parse(num_pairs: int) -> tuple[TrainCommand, TrainConfig]:
-        return _parse_train(args, num_pairs)
+        return _parse_settings(args, num_pairs, "train", TrainCommand)
 
     command = parse(NOMINAL_PAIRS)[0]  # complains about wrong options before torch is imported and data are read
     from coalign.run.train import train
@@ -70,13 +100,13 @@ def train_command(args: list[str]) -> int:
     return INTERRUPTED if result is not None and result.ended == "interrupted" else 0
 
 
-def _parse_train(args: list[str], num_pairs: int) -> tuple[TrainCommand, TrainConfig]:
+def _parse_settings(args: list[str], num_pairs: int, name: str, command: Any) -> tuple[Any, TrainConfig]:
     """The options over the recipe's settings for that many pairs."""
     default = recipe(_given(args, "--recipe") or "clip")(num_pairs)
     options = dataclasses.make_dataclass(
-        "TrainOptions",
+        "Options",
         [
-            ("command", Annotated[TrainCommand, arg(name="")]),
+            ("command", Annotated[command, arg(name="")]),
             ("config", Annotated[TrainConfig, arg(name="")], dataclasses.field(default=default)),
             (
                 "method_config",
@@ -85,7 +115,7 @@ def _parse_train(args: list[str], num_pairs: int) -> tuple[TrainCommand, TrainCo
             ),
         ],
     )
-    parsed: Any = _parse(options, args, "train", description=inspect.cleandoc(TrainCommand.__doc__ or ""))
+    parsed: Any = _parse(options, args, name, description=inspect.cleandoc(command.__doc__ or ""))
     return parsed.command, dataclasses.replace(parsed.config, method_config=parsed.method_config)
 
 
@@ -203,6 +233,7 @@ COMMANDS = {
     "train": Command(
         "Train a model on image-text pairs, evaluate it on held-out ones, and write a report.", train_command
     ),
+    "profile": Command("Say where the time of a training step goes, and what helps.", profile_command),
     "eval": Command(
         "Evaluate a model, ours or another library's: retrieval, zero-shot classification and more.", eval_command
     ),

@@ -19,7 +19,7 @@ from coalign.data.splits import assign_splits
 from coalign.errors import UserError
 from coalign.recipes import recipe
 from coalign.run import model as runs
-from coalign.run import reporting
+from coalign.run import prepare, reporting
 from coalign.run import train as module
 from coalign.run.train import train
 from coalign.training import checkpoint
@@ -497,7 +497,7 @@ def test_weights_of_another_model(copy, pairs, model_file, capsys):
 
 def test_settings_are_checked():
     config = recipe("clip")(5000)
-    module._check_settings(config)
+    prepare.check_settings(config)
     for name, value in (
         ("epochs", math.nan),
         ("max_grad_norm", 0.0),
@@ -508,7 +508,7 @@ def test_settings_are_checked():
         ("probe", True),
     ):
         with pytest.raises(UserError, match=name.replace("_", "-")):
-            module._check_settings(replace(config, **{name: value}))
+            prepare.check_settings(replace(config, **{name: value}))
 
 
 # ---------------------------------------------------------------- a second stage

@@ -86,7 +86,7 @@ class SceneObjects:
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes, self.name, self.splits = scenes, scenes.name, scenes.splits
-        self.classnames, self.side, self.regions = list(SHAPES), 2 * scenes.size, 64
+        self.classnames, self.side, self.regions = list(SHAPES), 2 * scenes.size, 16
 
     def __len__(self) -> int:
         return len(self.scenes)

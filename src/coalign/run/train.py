@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from rich.console import Console
 
 from coalign.config import TrainConfig, flatten, to_json
-from coalign.data.randomness import stable_hash
-from coalign.data.sources import open_source
-from coalign.data.splits import assign_splits, nested_share
-from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from coalign.errors import BadSample, UserError
+from coalign.data.tokenizer import Tokenizer
+from coalign.errors import UserError
 from coalign.method import Method
-from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.towers import ImageTower, model_config
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.held_out import evaluate_held_out, validation
 from coalign.run.outcomes import write_outcomes
-from coalign.run.pairs import MAX_READ, Data, pair_loader
+from coalign.run.pairs import Data, pair_loader
+from coalign.run.prepare import Settle, fingerprint, open_data, run_tokenizer, settle_workers, starting_method
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.trainer import Trainer, TrainResult
-from coalign.types import Source
 
 # what may differ when a run is resumed: it changes nothing that the run computes
 FREE_TO_CHANGE = {
@@ -46,8 +38,6 @@ FREE_TO_CHANGE = {
     "evals",
     "probe",
 }
-
-Settle = Callable[[int], TrainConfig]  # number of training pairs -> configuration
 
 
 def train(
@@ -71,10 +61,10 @@ def train(
     world = join_world(runs.known_device(device))
     if not dry_run:
         _check_folder(out, resume)
-    pairs, settings = _open_data(data, settle, world)
-    settings = _settle_workers(settings, world)
-    tokenizer = _tokenizer(settings, pairs, out)
-    method = _method(settings, tokenizer, world)
+    pairs, settings = open_data(data, settle, world)
+    settings = settle_workers(settings, world)
+    tokenizer = run_tokenizer(settings, pairs, out)
+    method = starting_method(settings, tokenizer, world)
     if dry_run:
         if world.is_first:
             from coalign.run.dry_run import describe
@@ -92,7 +82,7 @@ def train(
     if settings.compile:
         for tower in (module for module in method.modules() if isinstance(module, ImageTower)):
             tower.compile()  # a text tower packs its captions: another shape at every step
-    saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val), _fingerprint(pairs))
+    saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val), fingerprint(pairs))
     with _lock(out, world):
         trainer.validate = validation(method, settings, pairs, tokenizer, world, tags)
         _prepare_folder(out, saved, tokenizer, world)  # once nothing in the settings can be wrong any more
@@ -122,105 +112,6 @@ def _check_folder(out: Path, resume: str) -> None:
         )
     if not (out / runs.CONFIG).exists() and out.is_dir() and any(out.glob("*.safetensors")):
         raise UserError(f"{out} holds other files; choose an empty folder with --out.")
-
-
-def _open_data(data: str, settle: Settle, world: World) -> tuple[Data, TrainConfig]:
-    """The pairs, and the configuration settled for their number."""
-    first = settle(10_000)  # the split needs no more than its fraction
-    _check_settings(first)
-    if not world.is_first:
-        world.barrier()  # the first rank builds indexes and caches, the others find them
-    source = open_source(data)
-    if first.val_data:
-        val_source = open_source(first.val_data)
-        val = (getattr(val_source, "splits", None) or {}).get("val", np.arange(len(val_source)))
-        pairs = Data(source, _splits(data, source, 0.0)["train"], val_source, val)
-    else:
-        splits = _splits(data, source, first.val_fraction)
-        pairs = Data(source, splits["train"], source, splits["val"])
-    if world.is_first:
-        world.barrier()
-    pairs.train = nested_share(pairs.train, first.train_fraction)
-    return pairs, settle(len(pairs.train))
-
-
-def _splits(data: str, source: Source, val_fraction: float) -> dict[str, np.ndarray]:
-    splits = dict(assign_splits(source, val_fraction)[0])
-    if "train" not in splits:
-        raise UserError(f"{data} has nothing to train on: it is all {' and '.join(splits)}; name the training data.")
-    return {"val": np.arange(0), **splits}
-
-
-def _check_settings(config: TrainConfig) -> None:
-    """UserError for a number that makes no sense; the optimiser checks its own."""
-    if config.probe and not config.classes:
-        raise UserError("--probe needs classes to tell apart; give them with --classes FILE.")
-    demands = {
-        "epochs": (config.epochs > 0, "more than 0"),
-        "context_length": (config.context_length >= 3, "at least 3: start, a token and end"),
-        "image_size": (config.image_size is None or config.image_size >= 1, "at least 1"),
-        "micro_batch": (config.micro_batch is None or config.micro_batch >= 1, "at least 1"),
-        "batch_norm_group": (config.batch_norm_group >= 1, "at least 1"),
-        "max_grad_norm": (config.max_grad_norm is None or config.max_grad_norm > 0, "more than 0"),
-        "workers": (config.workers is None or config.workers >= 0, "at least 0"),
-        "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and less than 1"),
-        "train_fraction": (0 < config.train_fraction <= 1, "more than 0 and at most 1"),
-        "evals": (config.evals >= 0, "at least 0"),
-        "patience": (config.patience is None or config.patience >= 1, "at least 1"),
-        "save_every": (config.save_every is None or config.save_every >= 1, "at least 1"),
-        "max_bad_fraction": (0 <= config.max_bad_fraction <= 1, "between 0 and 1"),
-        "max_non_finite": (config.max_non_finite >= 1, "at least 1"),
-    }
-    for name, (holds, what) in demands.items():
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but must be {what}.")
-
-
-def _method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
-    """The method as training starts with it, on its device."""
-    method = runs.build_method(config, tokenizer)
-    if config.init_from:
-        runs.initialise(method, config)
-    _check_batch_norm(method, config, world)
-    return method.to(world.device).to(memory_format=torch.channels_last)
-
-
-def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:
-    """The groups of the trunk's BatchNorm must divide a process's share of the batch, and what it holds at once."""
-    local = config.batch_size // world.size
-    for group in {module.group for module in method.modules() if isinstance(module, GroupedBatchNorm2d)}:
-        for held, what in ((local, "a process's share of the batch"), (config.micro_batch or group, "--micro-batch")):
-            if held % group:
-                raise UserError(
-                    f"{config.model} has BatchNorm over groups of {group} samples, of which {what}, {held}, is no multiple; "
-                    "change it or --batch-norm-group."
-                )
-
-
-def _settle_workers(config: TrainConfig, world: World) -> TrainConfig:
-    if config.workers is not None:
-        return config
-    return replace(config, workers=max(1, min(8, (os.cpu_count() or 1) // world.size)))
-
-
-def _tokenizer(config: TrainConfig, pairs: Data, out: Path) -> Tokenizer:
-    """The run's own when it is resumed; else as configured. Trained on the training captions, it is the same on every rank."""
-    if (out / runs.TOKENIZER).exists():
-        return load_tokenizer(out / runs.TOKENIZER)
-    if config.init_from:
-        runs.read_config(config.init_from)  # says what is wrong with the folder
-        return load_tokenizer(config.init_from / runs.TOKENIZER)
-    if config.tokenizer != "captions":
-        return load_tokenizer(config.tokenizer)
-    return train_bpe(_captions(pairs.source, pairs.train), runs.default_tokens(config.model))
-
-
-def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
-    for index in indices[:MAX_READ].tolist():
-        try:
-            yield from source.record(index).captions
-        except BadSample:
-            continue  # counted when training meets it
 
 
 def _lock(out: Path, world: World) -> RunLock | Any:
@@ -254,18 +145,6 @@ def _prepare_folder(out: Path, saved: runs.SavedConfig, tokenizer: Tokenizer, wo
         raise UserError(
             f"The run in {out} was started otherwise: {'; '.join(changed)}. Resume it as it was, or choose another --out."
         )
-
-
-def _fingerprint(pairs: Data) -> str:
-    """Of the names and captions of some training pairs: the same wherever the data lie."""
-    seen: list[Any] = []
-    for index in pairs.train[np.linspace(0, len(pairs.train) - 1, 64).astype(int)].tolist():
-        try:
-            record = pairs.source.record(index)
-            seen.append((record.key, record.captions))
-        except BadSample as bad:
-            seen.append(bad.reason)
-    return f"{stable_hash(*seen):016x}"
 
 
 # ---------------------------------------------------------------- the end

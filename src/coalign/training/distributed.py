@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from coalign.training.stopwatch import part
+
 BUCKET_ELEMENTS = 8_000_000  # 32 MB of float32 a reduction
 
 
@@ -93,7 +95,10 @@ class RankGather:
         self.world = world
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return _AllGather.apply(tensor) if self.world.size > 1 else tensor
+        if self.world.size == 1:
+            return tensor
+        with part("communication"):
+            return _AllGather.apply(tensor)
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         return torch.arange(len(tensor), device=tensor.device) + self.world.rank * len(tensor)

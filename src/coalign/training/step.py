@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coalign.method import Method
 from coalign.training.distributed import RankGather, World, reduce_gradients
+from coalign.training.stopwatch import part
 from coalign.types import Batch, Features, LossTerm, StepInfo
 
 
@@ -47,27 +48,31 @@ def forward_backward(
             torch.manual_seed((seed * 1_000_003 + step.step) * 1_009 + number)
             return method.encode(batch[slices[number]], step)
 
-    with torch.set_grad_enabled(not caching):
+    with torch.set_grad_enabled(not caching), part("encoders, forward"):
         features = _concatenate([encode(number) for number in range(len(slices))])
-    with torch.no_grad(), _autocast(world, autocast):
+    with torch.no_grad(), _autocast(world, autocast), part("teachers"):
         targets = _concatenate([method.encode_targets(batch[rows], step) for rows in slices])
     if caching:
         features = {name: t.requires_grad_(t.is_floating_point()) for name, t in features.items()}
-    with _autocast(world, autocast):
+    with _autocast(world, autocast), part("objective, forward"):
         terms = method.objective(features, targets, RankGather(world), step)
     share, loss, means = _weigh(terms, world)
-    (scaler.scale(share) if scaler else share).backward()
+    with part("objective, backward" if caching else "backward"):
+        (scaler.scale(share) if scaler else share).backward()
     if caching:
         for number, rows in enumerate(slices):
-            again = encode(number)
+            with part("encoders once more, for --micro-batch"):
+                again = encode(number)
             carried = [
                 (t, gradient[rows])
                 for name, t in again.items()
                 if t.requires_grad and (gradient := features[name].grad) is not None
             ]
             if carried:
-                torch.autograd.backward([t for t, _ in carried], [gradient for _, gradient in carried])
-    reduce_gradients(method.parameters(), world)
+                with part("encoders, backward"):
+                    torch.autograd.backward([t for t, _ in carried], [gradient for _, gradient in carried])
+    with part("communication"):
+        reduce_gradients(method.parameters(), world)
     return StepResult(loss, means, {name: t.detach() for name, t in features.items()}, targets)
 
 

@@ -21,6 +21,7 @@ from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
 from coalign.training.log import BadSampleLog, NonFiniteGuard, RunLog, StopSignal
 from coalign.training.step import StepResult, forward_backward, move_statistics
+from coalign.training.stopwatch import part
 from coalign.types import Batch, StepInfo
 
 CHECKPOINT_SECONDS = 600.0
@@ -135,7 +136,8 @@ class Trainer:
                 if self._out_of_patience():
                     ended = "stopped early"
                     break
-                interrupted = self._one_step(step, incoming, signal)
+                with part("the rest"):
+                    interrupted = self._one_step(step, incoming, signal)
                 self._after_step(step, interrupted)
                 if interrupted and step + 1 < self.total_steps:
                     ended = "interrupted"
@@ -148,16 +150,19 @@ class Trainer:
     def _one_step(self, step: int, incoming: Iterator[Loaded], signal: StopSignal) -> bool:
         """Trains on one batch. True when some rank was asked to stop."""
         asked = time.monotonic()
-        loaded = next(incoming)
+        with part("waiting for data"):
+            loaded = next(incoming)
         waited = time.monotonic() - asked
         info = StepInfo(step, self.total_steps)
-        batch = loaded.batch.to(self.world.device)
+        with part("to the device"):
+            batch = loaded.batch.to(self.world.device)
         lrs = self.optimisers.set_lr(step, self.total_steps)
         result = forward_backward(
             self.method, batch, info, self.world, slices=self._slices(len(batch)), autocast=self.autocast, scaler=self.scaler,
             seed=self.config.seed,
         )  # fmt: skip
-        grad_norm = self._update(result, batch, info)
+        with part("optimiser, teachers and queues"):
+            grad_norm = self._update(result, batch, info)
         requested, num_bad = self.world.sum(
             torch.tensor([signal.requested is not None, len(loaded.bad)], device=self.world.device)
         ).tolist()
