@@ -44,14 +44,14 @@ MODEL = {
 WORLD = World(0, 1, torch.device("cpu"))
 
 
-def make_batch(plan: ViewPlan, size: int) -> Batch:
+def make_batch(plan: ViewPlan, size: int, side: int = SIDE, patch: int = PATCH) -> Batch:
     """Random pixels, which cost what others cost, and real captions in the method's own views."""
     tokenizer, generator = load_tokenizer("clip"), np.random.default_rng(0)
     captions = [f"{CAPTIONS[row % len(CAPTIONS)]} {row // len(CAPTIONS) or ''}".strip() for row in range(size)]
-    rows, grid = torch.arange(size), SIDE // PATCH
+    rows, grid = torch.arange(size), side // patch
     images = {
         name: ImageView(
-            torch.randint(256, (size, 3, SIDE, SIDE), dtype=torch.uint8),
+            torch.randint(256, (size, 3, side, side), dtype=torch.uint8),
             torch.rand(size, 11),
             torch.rand(size, grid, grid) if plan.patch_ranks else None,
         )

@@ -13,23 +13,33 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
+import torch
 
 from coalign import __version__
+from coalign.data.detection import open_detection
+from coalign.evaluation.detection import DetectionConfig, measure_detector, train_detector
 from coalign.evaluation.metrics import over_runs
-from coalign.run.detect import open_detector
+from coalign.networks.detector import build_detector
 from coalign.run.model import Run, build_method, dual_encoder, load
-from coalign.run.subject import Subject
 
-TASK = "detection"
+TESTED = 200  # scenes
 
 
-def measure(run: Run, folder: str, pretrained: bool, data: str, epochs: int) -> dict[str, dict[str, float]]:
+def measure(run: Run, pretrained: bool, data: str, epochs: int) -> dict[str, dict[str, float]]:
     """AP, AP50 and AP75 with intervals over images."""
     method = run.method if pretrained else build_method(run.config, run.tokenizer)
-    encoder = dual_encoder(method, run.tokenizer, run.config.context_length, folder)
-    subject = Subject(encoder, run)
-    found = open_detector(subject, TASK, data, epochs=epochs)()
-    return found["intervals"]
+    encoder = dual_encoder(method, run.tokenizer, run.config.context_length, run.path.name)
+    assert encoder.image_module is not None
+    source = open_detection(data)
+    assert source.splits is not None
+    torch.manual_seed(run.config.seed)
+    detector = build_detector(
+        encoder.image_module(), "fpn", False, len(source.classnames), source.side, source.regions,
+        open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD,
+    )  # fmt: skip
+    bad = train_detector(detector, source, source.splits["train"], DetectionConfig(epochs=epochs), seed=run.config.seed)
+    return measure_detector(detector, source, source.splits["test"][:TESTED], bad).to_json()["intervals"]
 
 
 def main() -> None:
@@ -44,7 +54,7 @@ def main() -> None:
         run = load(folder)
         data = f"scenes:{args.scenes},size={run.encoder().image_size}"
         for pretrained in (True, False):
-            intervals = measure(run, folder.name, pretrained, data, args.epochs)
+            intervals = measure(run, pretrained, data, args.epochs)
             row = {"run": folder.name, "seed": run.config.seed, "pretrained": pretrained, "intervals": intervals}
             rows.append(row)
             print(
@@ -65,7 +75,8 @@ def main() -> None:
     }
     result = {
         "version": __version__,
-        "task": TASK,
+        "task": "Faster R-CNN with a pyramid",
+        "tested": TESTED,
         "data": data,
         "epochs": args.epochs,
         "rows": rows,

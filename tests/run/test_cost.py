@@ -10,7 +10,7 @@ from coalign.methods import METHODS
 from coalign.optim import OptimiserConfig, RoleConfig
 from coalign.recipes import recipe
 from coalign.run import cost
-from coalign.run.cost import step_cost
+from coalign.run.cost import measure_step
 from coalign.training.distributed import RankGather, World
 
 
@@ -21,6 +21,10 @@ def settings(name="clip", **changes):
 def estimate(method, batch_size=64, processes=1, autocast=None, seed=0, **changes):
     batch = make_batch(method.view_plan, 8, seed=seed)
     return step_cost(method, batch, settings(batch_size=batch_size, **changes), processes, autocast)
+
+
+def step_cost(method, batch, config, processes, autocast):
+    return cost.step_cost(measure_step(method, batch, autocast), config, processes)
 
 
 def single(method):

@@ -47,6 +47,7 @@ class StepCost:
     target_passes: dict[str, float]  # those of teachers, without gradient
     flops: dict[str, float]  # by part of the step; the backward pass counts twice the trained forward passes
     memory: dict[str, float]  # bytes, by what takes them
+    gathered: float  # bytes of features that the global batch's pairs send to every process
 
 
 @dataclass
@@ -58,15 +59,24 @@ class _Used:
     rows: Counter[str]  # samples that went through each kind of tower
 
 
-def step_cost(
-    method: Method, batch: Batch, config: TrainConfig, num_processes: int, autocast: torch.dtype | None
-) -> StepCost:
-    """The cost of a step of `config.batch_size` pairs, of which each process has its share.
+@dataclass
+class Measured:
+    """What SLICE pairs use in `encode` (and the part of its memory that does not grow with them), in `encode_targets`, and in `objective`
+    with 1, 2 and 3 times as many rows; and the bytes that are gathered of them."""
 
-    batch: some pairs, two or more. The method is not fit for training afterwards.
-    """
-    pairs = _typical(batch).to(next(method.parameters()).device)
-    encoded, casts, aimed, coupled = _measure(method, pairs, autocast)
+    method: Method
+    pairs: Batch
+    encoded: _Used
+    casts: float
+    aimed: _Used
+    coupled: list[_Used]
+    gathered: float
+
+
+def step_cost(measured: Measured, config: TrainConfig, num_processes: int) -> StepCost:
+    """The cost of a step of `config.batch_size` pairs, of which each process has its share."""
+    method, pairs, casts = measured.method, measured.pairs, measured.casts
+    encoded, aimed, coupled = measured.encoded, measured.aimed, measured.coupled
     local, whole = config.batch_size / num_processes, config.batch_size
     at_once = min(config.micro_batch or local, local)
     caching = at_once < local
@@ -87,18 +97,30 @@ def step_cost(
         activations = dict([max(activations.items(), key=lambda item: item[1])])
     memory = {**_state(method, config), "the batch": _bytes_of(pairs) / SLICE * local, **activations}
     passes, target_passes = ({kind: rows / SLICE for kind, rows in used.rows.items()} for used in (encoded, aimed))
-    return StepCost(passes, target_passes, flops, memory)
+    return StepCost(passes, target_passes, flops, memory, measured.gathered / SLICE * whole)
 
 
-def _measure(method: Method, pairs: Batch, autocast: torch.dtype | None) -> tuple[_Used, float, _Used, list[_Used]]:
-    """What SLICE pairs use in `encode` (and the part of its memory that does not grow with them), in `encode_targets`, and in
-    `objective` with 1, 2 and 3 times as many rows."""
+class _CountingGather(RankGather):
+    """Of a single process; counts the bytes that it is given."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(World(0, 1, device))
+        self.bytes = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.bytes += _size(tensor)
+        return super().__call__(tensor)
+
+
+def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> Measured:
+    """What a step costs, from some pairs, two or more. The method is not fit for training afterwards."""
+    pairs = _typical(batch).to(next(method.parameters()).device)
     for module in method.modules():
         if isinstance(module, GroupedBatchNorm2d):
             module.group = SLICE
     method.train()
     device = pairs.indices.device
-    gather = RankGather(World(0, 1, device))
+    gather = _CountingGather(device)
 
     def run(work: Callable[[], Any]) -> tuple[Any, _Used]:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
@@ -115,14 +137,20 @@ def _measure(method: Method, pairs: Batch, autocast: torch.dtype | None) -> tupl
         # a queue must hold other samples before it can be searched
         others = {name: value + 1 if value.dtype == torch.int64 else value for name, value in features.items()}
         run(lambda: method.objective(others, targets, gather, MIDWAY))
+        before = gather.bytes
         method.after_step(others, targets, gather, MIDWAY)
+        gathered = float(gather.bytes - before)
 
     def couple(times: int) -> _Used:
         rows, aims = _repeated(features, times), _repeated(targets, times)
         rows = {name: value.requires_grad_(value.is_floating_point()) for name, value in rows.items()}
         return run(lambda: method.objective(rows, aims, gather, MIDWAY))[1]
 
-    return encoded, casts, aimed, [couple(times) for times in (1, 2, 3)]
+    before = gather.bytes
+    coupled = [couple(1)]
+    gathered += float(gather.bytes - before)
+    coupled += [couple(2), couple(3)]
+    return Measured(method, pairs, encoded, casts, aimed, coupled, gathered)
 
 
 def _state(method: Method, config: TrainConfig) -> dict[str, float]:
@@ -154,8 +182,8 @@ def _measured(method: Method, work: Callable[[], Any]) -> tuple[Any, _Used]:
     saved: dict[int, Tensor] = {}  # held, so that no address is used again
 
     def save(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        # detached: an output that its own operation keeps would hold the graph, and be held by it, for ever
+        return saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
 
     rows: Counter[str] = Counter()
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)

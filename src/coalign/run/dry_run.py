@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from coalign.data.loader import LoadedBatch, check_batch_size
 from coalign.data.tokenizer import Tokenizer
 from coalign.method import Method
 from coalign.optim import build_optimisers
-from coalign.run.cost import StepCost, step_cost
+from coalign.run.cost import StepCost, measure_step, step_cost
 from coalign.run.pairs import Data, pair_loader
+from coalign.run.plan import AS_DECLIP, GOOD, Plan, plans
 from coalign.training.distributed import World
 from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch
@@ -56,12 +58,18 @@ def describe(
     tag_ids = pairs.tag_ids(method.view_plan.tags)
     loader = pair_loader(method, replace(config, workers=0), pairs.source, pairs.train, tokenizer, alone, few, tag_ids)
     loaded = next(loader.batches(0, 1))
+    began = time.process_time()
+    next(loader.batches(1, 2) if loader.steps_per_epoch > 1 else loader.batches(0, 1))
+    load_seconds = (time.process_time() - began) / few
     _print_batch(console, loaded, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "first_batch.png"
     Image.fromarray(_contact_sheet(loaded.batch)).save(picture)
     console.print(f"Its pictures, a row a view: {picture}", soft_wrap=True)
-    _print_cost(console, step_cost(method, loaded.batch, config, world.size, autocast), config, world, autocast)
+    measured = measure_step(method, loaded.batch, autocast)
+    _print_cost(console, step_cost(measured, config, world.size), config, world, autocast)
+    steps = max(1, round(config.epochs * (len(pairs.train) // config.batch_size)))
+    _print_plans(console, plans(measured, config, steps, load_seconds), load_seconds)
 
 
 def _print_steps(console: Console, data: str, config: TrainConfig, pairs: Data) -> None:
@@ -123,6 +131,37 @@ def _print_cost(
             table.add_row(name, _scaled(value, base, prefixes) + unit)
         console.print(table)
     console.print("The working memory of single operations comes on top: allow a third more.")
+
+
+def _print_plans(console: Console, found: Sequence[Plan], load_seconds: float) -> None:
+    table = Table(
+        "GPUs", "micro-batch", "memory", f"time at {GOOD:.0%}", f"at {AS_DECLIP:.0%}", "GPU hours", "sending", "cores to load",
+        title="All of it on GPUs: predicted, not measured", title_justify="left",
+    )  # fmt: skip
+    for each in found:
+        table.add_row(
+            f"{each.count} × {each.device.name}",
+            str(each.micro_batch or "") if each.fits else "none fits",
+            _scaled(each.memory, 1024, ("", "Ki", "Mi", "Gi", "Ti")) + "B",
+            duration(each.hours),
+            duration(each.slow_hours),
+            f"{each.gpu_hours:,.3g}",
+            f"{each.communication:.0%}",
+            f"{each.cores:,.1f}",
+        )
+    console.print(table)
+    console.print(
+        f"Times are for {GOOD:.0%} of the half-precision peak, as well-kept training reaches, and {AS_DECLIP:.0%}, as DeCLIP's authors "
+        f"report. Cores are this machine's, for a GPU at {GOOD:.0%}: one took {1000 * load_seconds:.1f} ms for a pair. See docs/scaling.md."
+    )
+
+
+def duration(hours: float) -> str:
+    """0.05 -> "3 min"."""
+    for unit, size in (("days", 24), ("h", 1), ("min", 1 / 60)):
+        if hours >= 2 * size:
+            return f"{hours / size:,.3g} {unit}"
+    return f"{3600 * hours:,.2g} s"
 
 
 def _scaled(value: float, base: int, prefixes: Sequence[str]) -> str:

@@ -1,0 +1,145 @@
+"""Real processes under torchrun: one is killed, some are fewer than before, two are on machines of their own. The run is the same."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_trainer import assert_equal_runs, untimed
+
+from coalign.training import checkpoint
+
+pytestmark = pytest.mark.slow
+OPTIONS = {"recipe": "declip", "epochs": 12, "save_every": 3, "evals": 2, "resume": "auto"}
+STEPS = 84
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def launch(args, *options, prefix=(), **environment):
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, "-m", "coalign.cli", *args]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(*processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, pairs, model_file):
+    """A run of two processes that nobody disturbs."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    finish(launch(tiny.train_args(pairs, out, model_file, **OPTIONS), "--standalone", "--nproc-per-node=2"))
+    assert checkpoint.load(out / "last").trainer["step"] == STEPS
+    return out
+
+
+def rows(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b'"loss"') if path.exists() else 0
+
+
+def wait_for(process, out, wanted):
+    deadline = time.monotonic() + 300
+    while rows(out) < wanted:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def workers(launcher):
+    """Rank -> process, of a launcher's children."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            values = dict(item.split("=", 1) for item in (folder / "environ").read_text().split("\0") if "=" in item)
+        except (OSError, ValueError):
+            continue
+        if parent == launcher.pid and "RANK" in values:
+            found[int(values["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_undisturbed(tmp_path, pairs, model_file, two, rank):
+    out = tmp_path / "run"
+    args = tiny.train_args(pairs, out, model_file, **OPTIONS)
+    process = launch(args, "--standalone", "--nproc-per-node=2", "--max-restarts=2")
+    wait_for(process, out, 10)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    finish(process)
+    assert_equal_runs(out, two)
+
+
+def test_resumed_by_one_process_it_goes_on_with_the_same_batches(tmp_path, pairs, model_file):
+    """And with the same gradients, up to the order of additions. CLIP: what DeCLIP finds nearest turns on the last digit."""
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    options = {**OPTIONS, "recipe": "clip"}
+    args = tiny.train_args(pairs, out, model_file, **options)
+    process = launch(args, "--standalone", "--nproc-per-node=2")
+    wait_for(process, out, 20)
+    for pid in workers(process).values():
+        os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=300)
+    done = checkpoint.load(out / "last").trainer["step"]
+    assert 20 <= done < STEPS
+    finish(tiny.start(args), tiny.start(tiny.train_args(pairs, alone, model_file, **options)))
+    losses, expected = ([row["loss"] for row in untimed(folder) if "loss" in row] for folder in (out, alone))
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(expected, rel=1e-4)
+    ours, theirs = (checkpoint.load(folder / "last").model for folder in (out, alone))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-3)
+
+
+@contextmanager
+def two_machines():
+    """Two network namespaces with a cable between them, or a skipped test that says why."""
+    if not shutil.which("ip") or os.getuid() != 0:
+        pytest.skip("network namespaces need root and ip")
+    names, links = [f"coalign-{os.getpid()}-{i}" for i in range(2)], [f"ca{os.getpid()}{i}" for i in range(2)]
+
+    def ip(*words):
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+        for number, (name, link) in enumerate(zip(names, links), 1):
+            ip("link", "set", link, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
+            for device in (link, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names, links
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_two_machines_train_as_one(tmp_path, pairs, model_file, two):
+    out = tmp_path / "run"
+    args = tiny.train_args(pairs, out, model_file, **OPTIONS)
+    with two_machines() as (names, links):
+        processes = [
+            launch(
+                args, "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1", "--master-addr=10.77.0.1", "--master-port=29511",
+                prefix=("ip", "netns", "exec", name), GLOO_SOCKET_IFNAME=link, TP_SOCKET_IFNAME=link,
+            )
+            for number, (name, link) in enumerate(zip(names, links))
+        ]  # fmt: skip
+        finish(*processes)
+    assert_equal_runs(out, two)
