@@ -42,7 +42,7 @@ class TrainCommand:
 
     data: str
     """The pairs: a folder of images with captions, a CSV/TSV/JSONL/Parquet table, tar shards ("cc3m/{00000..00331}.tar"), a COCO captions
-    file, a Hugging Face data set folder or hf:NAME, or scenes:8192 (made by code)."""
+    file, a Hugging Face data set folder or hf:NAME, scenes:8192 (made by code), or several with weights ("2*photos + pairs.csv")."""
     out: Path
     """Folder of the run."""
     recipe: str = "clip"

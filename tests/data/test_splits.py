@@ -213,6 +213,30 @@ def test_shards_and_files_split_alike_and_shards_move_freely(tmp_path: Path) -> 
     assert len(parts["val"]) > 50
 
 
+def test_the_split_of_shards_is_drawn_once(tmp_path: Path, monkeypatch) -> None:
+    """And again when a shard changes, or another share is asked for."""
+    drawn = []
+    real = splits_module._drawn
+    monkeypatch.setattr(splits_module, "_drawn", lambda *args: drawn.append(args) or real(*args))
+    path = write_tar(
+        tmp_path / "a.tar", [(f"{i}.{kind}", f"{i}".encode()) for i in range(60) for kind in ("jpg", "txt")]
+    )
+    first, counts = assign_splits(open_shards(str(path)), val_fraction=0.2)
+    again, same_counts = assign_splits(open_shards(str(path)), val_fraction=0.2)
+    assert len(drawn) == 1
+    assert counts == same_counts
+    for name in ("train", "val"):
+        assert np.array_equal(first[name], again[name])
+        assert first[name].dtype == np.uint32
+    assign_splits(open_shards(str(path)), val_fraction=0.3)
+    assert len(drawn) == 2
+    for damaged in (tmp_path / "cache" / "coalign" / "splits").iterdir():
+        damaged.write_bytes(b"PK nonsense")
+    assert np.array_equal(assign_splits(open_shards(str(path)), val_fraction=0.2)[0]["val"], first["val"])
+    write_tar(path, [(f"{i}.{kind}", f"{i}".encode()) for i in range(80) for kind in ("jpg", "txt")])
+    assert sum(map(len, assign_splits(open_shards(str(path)), val_fraction=0.2)[0].values())) == 80
+
+
 def test_image_files_are_read_once(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -102,7 +102,7 @@ class PairLoader:
             raise ValueError("a plan with tags needs tag_vocabulary")
         if plan.patch_ranks and patch_grid is None:
             raise ValueError("a plan with patch_ranks needs patch_grid")
-        self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices, np.int64), plan, tokenizer
+        self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices), plan, tokenizer
         self.image_size, self.context_length, self.batch_size, self.seed = image_size, context_length, batch_size, seed
         self.workers, self.rank = workers, rank
         self.steps_per_epoch = len(indices) // batch_size

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,11 +31,21 @@ from coalign.data.common import (
     tag_values,
     text_lines,
 )
-from coalign.data.shard_index import NONE, TEXT_FIELDS, ShardIndex, json_captions, json_fields, load_index, sample_name
+from coalign.data.shard_index import (
+    NONE,
+    TEXT_FIELDS,
+    json_captions,
+    json_fields,
+    load_index,
+    load_places,
+    sample_name,
+    shard_stamp,
+)
 from coalign.data.tar import BLOCK, DamagedTarError, Member, read_member
 from coalign.errors import BadSample, UserError
 from coalign.types import Record
 
+_T = TypeVar("_T")
 _MAX_OPEN = 256  # shards that stay open in one process; the others are opened for each read
 
 
@@ -53,17 +63,16 @@ class ShardSource:
         self._labels = [
             printable(os.path.relpath(shard, base).removesuffix(".tar").replace(os.sep, "/")) for shard in shards
         ]
-        indexes = _load_all(shards)
-        self._starts = np.concatenate(
-            [index.starts for index in indexes]
-        )  # uint32 [sample, 3], in blocks: image, .txt, .json
-        self._ends = np.cumsum([len(index.starts) for index in indexes])
+        indexes = _load_all(shards, load_places)
+        # uint32 [sample, 3] of each shard, in blocks: image, .txt, .json; not joined, which would take as much again
+        self._starts = [index.starts for index in indexes]
+        self._ends = np.cumsum([len(starts) for starts in self._starts])
         self.problems: Problems = [
             (f"{label}.tar: {where}" if where else f"{label}.tar", reason)
             for label, index in zip(self._labels, indexes)
             for where, reason in index.problems
         ]
-        if not len(self._starts):
+        if not len(self):
             first = ": ".join(self.problems[0]) if self.problems else "the shards are empty"
             raise UserError(f"no images found in {name} ({first})")
         folders = [label.split("/")[0] if "/" in label else "" for label in self._labels]
@@ -78,7 +87,7 @@ class ShardSource:
         }  # each process opens its own; a forked one may share them, since reads name their offset
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return int(self._ends[-1])
 
     def record(self, index: int) -> Record:
         shard, (image, text, meta) = self._locate(index)
@@ -101,7 +110,7 @@ class ShardSource:
 
     def fingerprints(self) -> Fingerprints:
         """What tells samples' keys, images and captions apart, from the indexes."""
-        indexes = _load_all(self._shards)
+        indexes = _load_all(self._shards, load_index)
         return Fingerprints(
             keys=np.concatenate(
                 [index.keys ^ np.uint64(hash64(label.encode())) for label, index in zip(self._labels, indexes)]
@@ -111,8 +120,15 @@ class ShardSource:
             caption_counts=np.concatenate([index.caption_counts for index in indexes]),
         )
 
+    def stamp(self) -> int:
+        """Changes when a shard does, or is another: what was found out about them can be kept under it."""
+        return hash64(
+            b"".join(label.encode() + shard_stamp(shard).tobytes() for label, shard in zip(self._labels, self._shards))
+        )
+
     def _locate(self, index: int) -> tuple[int, list[int]]:
-        return int(np.searchsorted(self._ends, index, side="right")), self._starts[index].tolist()
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, self._starts[shard][index - self._ends[shard]].tolist()  # from the shard's end on
 
     def _member(self, shard: int, block: int) -> Member:
         try:
@@ -150,9 +166,9 @@ class ShardSource:
             os.close(descriptor)
 
 
-def _load_all(shards: list[str]) -> list[ShardIndex]:
+def _load_all(shards: list[str], load: Callable[[str], _T]) -> list[_T]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(load_index, shards))
+        return list(pool.map(load, shards))
 
 
 # ---------------------------------------------------------------- which shards

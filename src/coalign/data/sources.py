@@ -11,6 +11,7 @@ from coalign.data.coco import is_coco, is_karpathy, open_coco, open_karpathy
 from coalign.data.common import choose_split, is_image_name, printable
 from coalign.data.folder import FolderSource
 from coalign.data.hf import is_saved_dataset, open_hf
+from coalign.data.mixture import MARK, open_mixture
 from coalign.data.shards import open_shards, shards_in
 from coalign.data.splits import assign_splits
 from coalign.data.sugarcrepe import SugarCrepe
@@ -36,11 +37,14 @@ def open_source(
     caption_columns: Sequence[str] | None = None,
     tags_column: str | None = None,
 ) -> Source:
-    """The data that `spec` names: a path, a shard pattern, "scenes…", "hf:…" or "coco:…".
+    """The data that `spec` names: a path, a shard pattern, "scenes…", "hf:…" or "coco:…"; or several, as "photos + 0.5*web/{00..10}.tar".
 
     `split` takes one part of it: of the source's own splits, or of those that `assign_splits` makes. The columns
     matter to tables only. Raises UserError for what is absent, empty or of an unknown kind.
     """
+    if MARK in spec:
+        mixture = open_mixture(spec, open_source)
+        return mixture if split is None else choose_split(mixture, split, assign_splits(mixture)[0])
     if spec == "scenes" or spec.startswith("scenes:"):
         from coalign.data.scenes import open_scenes
 

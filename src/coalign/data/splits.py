@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,45 @@ def assign_splits(source: Source, val_fraction: float = 0.05, seed: int = 0) -> 
     own: Splits = dict(getattr(source, "splits", None) or {})
     if "val" in own or (own and "train" not in own):
         return own, {name: len(indices) for name, indices in own.items()}
-    pool = own.get("train", np.arange(len(source)))
+    pool = own.get("train", _every(source))
+    in_val, counts = _kept(source, f"{val_fraction} {seed}", lambda: _drawn(source, pool, val_fraction, seed))
+    splits = own | {"train": pool[~in_val], "val": pool[in_val]}
+    return splits, {name: len(indices) for name, indices in splits.items()} | counts
+
+
+def _every(source: Source) -> np.ndarray:
+    """All indices, in half of the memory where they are small enough: of a hundred million samples it counts."""
+    return np.arange(len(source), dtype=np.uint32 if len(source) < 2**32 else np.int64)
+
+
+def _drawn(source: Source, pool: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, dict[str, int]]:
     prints = fingerprints(source)
     usable = (prints.caption_counts > 0)[pool]
     groups = _groups(prints)[pool]
-    in_val, counts = _val_mask(groups, prints.keys[pool], usable, val_fraction, seed)
-    splits = own | {"train": pool[~in_val], "val": pool[in_val]}
-    return splits, {name: len(indices) for name, indices in splits.items()} | counts
+    return _val_mask(groups, prints.keys[pool], usable, val_fraction, seed)
+
+
+def _kept(
+    source: Source, settings: str, draw: Callable[[], tuple[np.ndarray, dict[str, int]]]
+) -> tuple[np.ndarray, dict[str, int]]:
+    """What was drawn of a source in this state before, from the cache folder: grouping a hundred million samples takes long."""
+    if not hasattr(source, "stamp"):
+        return draw()
+    place = cache_folder() / "splits" / f"{hash64(f'{source.stamp()} {settings}'.encode()):016x}.npz"
+    try:
+        with np.load(place, allow_pickle=False) as stored:
+            counts = dict(zip(stored["names"].tolist(), stored["counts"].tolist()))
+            return np.unpackbits(stored["in_val"], count=int(stored["size"])).view(bool), counts
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        in_val, counts = draw()
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_suffix(f".{os.getpid()}.npz")
+        np.savez(
+            temporary, in_val=np.packbits(in_val), size=len(in_val), names=list(counts), counts=list(counts.values())
+        )
+        os.replace(temporary, place)
+    return in_val, counts
 
 
 def nested_share(indices: np.ndarray, fraction: float) -> np.ndarray:

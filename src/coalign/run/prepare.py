@@ -13,6 +13,7 @@ import torch
 
 from coalign import __version__
 from coalign.config import TrainConfig, flatten, to_json
+from coalign.data.mixture import Mixture
 from coalign.data.randomness import stable_hash
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits, nested_share
@@ -48,6 +49,8 @@ def _pairs(data: str, config: TrainConfig) -> Data:
         splits = _splits(data, source, config.val_fraction)
         pairs = Data(source, splits["train"], source, splits["val"])
     pairs.train = nested_share(pairs.train, config.train_fraction)
+    if isinstance(source, Mixture):
+        pairs.train = source.weighted(pairs.train)
     return pairs
 
 
