@@ -56,6 +56,9 @@ class TrainConfig:
     """Loader processes (default: one a core, at most 8). The run does not depend on it."""
     val_fraction: float = 0.05
     """Share of the pairs held out when the data has no split of its own."""
+    val_by: str | None = None
+    """Hold out whole groups of samples that have the same value in this column of the data (an author, a site), so that validation is on
+    others."""
     train_fraction: float = 1.0
     """Share of the training pairs to train on; a smaller share is part of a larger one, whatever the seed."""
     val_data: str | None = None

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from coalign.data.common import Subset
 from coalign.data.shards import open_shards
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits, connected_components, nested_share
-from coalign.errors import BadSample
+from coalign.errors import BadSample, UserError
 from coalign.types import Record
 
 
@@ -121,6 +121,35 @@ def test_groups_of_two_are_not_drawn_to_val_more_often() -> None:
     parts, counts = assign_splits(Memory(rows), val_fraction=0.1)
     assert counts["groups"] == 4_000
     assert len(parts["val"]) / 16_000 == pytest.approx(0.1, abs=0.02)
+
+
+class Drawn(Memory):
+    """With the artist of each sample in a column."""
+
+    def record(self, index: int) -> Record:
+        record = super().record(index)
+        return replace(record, facts={"style": record.key.partition("/")[0].strip("-")})
+
+
+def test_held_out_by_a_column_are_whole_groups() -> None:
+    """Captions may be on both sides, images may not, and who has drawn much stays in train."""
+    rows = [(f"artist {i % 200}/{i}", [f"caption {i % 300}"], f"image {i}".encode()) for i in range(2000)]
+    rows += [(f"busy/{i}", [f"busy {i}"], f"busy {i}".encode()) for i in range(100)]
+    rows += [(f"-/{i}", [f"nobody {i}"], f"nobody {i}".encode()) for i in range(40)]
+    rows += [("copier/1", ["a copy"], b"image 0")]
+    source = Drawn(rows)
+    parts, counts = assign_splits(source, val_fraction=0.4, by="style")
+    styles = {name: {source.record(i).facts["style"] for i in parts[name].tolist()} for name in ("train", "val")}
+    assert styles["train"] & styles["val"] <= {"", "artist 0", "copier"}
+    assert "busy" in styles["train"]
+    assert 0.3 * 2000 < len(parts["val"]) < 0.5 * 2100
+    captions = [{source.record(i).captions[0] for i in parts[name].tolist()} for name in ("train", "val")]
+    assert captions[0] & captions[1]
+    images = [{source.image(i) for i in parts[name].tolist()} for name in ("train", "val")]
+    assert not images[0] & images[1]
+    assert counts["groups"] == 200 + 1 + 40 + 1
+    with pytest.raises(UserError, match="no column 'artist'"):
+        assign_splits(source, by="artist")
 
 
 def test_shares_are_nested_exact_and_in_order() -> None:

@@ -16,14 +16,16 @@ import numpy as np
 
 from coalign.data.common import Fingerprints, Splits, cache_folder, hash64
 from coalign.data.randomness import stable_hash
-from coalign.errors import BadSample
+from coalign.errors import BadSample, UserError
 from coalign.types import Source
 
 _LARGE = 0.01  # share of the data from which a group is boilerplate and stays in train
 _log = logging.getLogger(__name__)
 
 
-def assign_splits(source: Source, val_fraction: float = 0.05, seed: int = 0) -> tuple[Splits, dict[str, int]]:
+def assign_splits(
+    source: Source, val_fraction: float = 0.05, seed: int = 0, by: str | None = None
+) -> tuple[Splits, dict[str, int]]:
     """The source's own splits; where it has no val, one taken from its train part (or from all of it) by a stable
     hash.
 
@@ -32,6 +34,9 @@ def assign_splits(source: Source, val_fraction: float = 0.05, seed: int = 0) -> 
     than 1 % of the data (a caption that is boilerplate) goes to train, as do samples that cannot be used. If the hash
     leaves val empty, the group with the lowest hash makes it.
 
+    With `by`, a column of the data such as an author's name, samples with the same value of it form a group instead, and what is held
+    out is by others than what is trained on. Captions may then be on both sides, images not. UserError if no sample has such a value.
+
     Returns the indices of each split, ascending, and counts for a report: samples per split, `groups`,
     `largest_group`, `grouped` (samples in groups of two or more), `unusable`.
     """
@@ -39,7 +44,8 @@ def assign_splits(source: Source, val_fraction: float = 0.05, seed: int = 0) -> 
     if "val" in own or (own and "train" not in own):
         return own, {name: len(indices) for name, indices in own.items()}
     pool = own.get("train", _every(source))
-    in_val, counts = _kept(source, f"{val_fraction} {seed}", lambda: _drawn(source, pool, val_fraction, seed))
+    draw = lambda: _drawn(source, pool, val_fraction, seed, by)  # noqa: E731
+    in_val, counts = _kept(source, f"{val_fraction} {seed} {by}", draw)
     splits = own | {"train": pool[~in_val], "val": pool[in_val]}
     return splits, {name: len(indices) for name, indices in splits.items()} | counts
 
@@ -49,11 +55,33 @@ def _every(source: Source) -> np.ndarray:
     return np.arange(len(source), dtype=np.uint32 if len(source) < 2**32 else np.int64)
 
 
-def _drawn(source: Source, pool: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, dict[str, int]]:
+def _drawn(
+    source: Source, pool: np.ndarray, val_fraction: float, seed: int, by: str | None
+) -> tuple[np.ndarray, dict[str, int]]:
     prints = fingerprints(source)
     usable = (prints.caption_counts > 0)[pool]
-    groups = _groups(prints)[pool]
-    return _val_mask(groups, prints.keys[pool], usable, val_fraction, seed)
+    groups = (_groups(prints) if by is None else _groups_by(source, by))[pool]
+    in_val, counts = _val_mask(groups, prints.keys[pool], usable, val_fraction, seed)
+    if by is not None:
+        images = prints.images[pool]
+        in_val &= ~np.isin(images, images[~in_val & usable])
+    return in_val, counts
+
+
+def _groups_by(source: Source, column: str) -> np.ndarray:
+    """One label a sample, equal where it has the same value in this column. Samples without one are groups of their own."""
+    labels = np.arange(len(source))
+    first: dict[str, int] = {}
+    for index in range(len(source)):
+        try:
+            value = str(source.record(index).facts.get(column) or "")
+        except BadSample:
+            continue
+        if value:
+            labels[index] = first.setdefault(value, index)
+    if not first:
+        raise UserError(f"{source.name} has no column {column!r} to hold out by.")
+    return labels
 
 
 def _kept(

@@ -44,9 +44,9 @@ def _pairs(data: str, config: TrainConfig) -> Data:
     if config.val_data:
         val_source = open_source(config.val_data)
         val = (getattr(val_source, "splits", None) or {}).get("val", np.arange(len(val_source)))
-        pairs = Data(source, _splits(data, source, 0.0)["train"], val_source, val)
+        pairs = Data(source, _splits(data, source, 0.0, None)["train"], val_source, val)
     else:
-        splits = _splits(data, source, config.val_fraction)
+        splits = _splits(data, source, config.val_fraction, config.val_by)
         pairs = Data(source, splits["train"], source, splits["val"])
     pairs.train = nested_share(pairs.train, config.train_fraction)
     if isinstance(source, Mixture):
@@ -97,8 +97,8 @@ def fingerprint(pairs: Data) -> str:
     return f"{stable_hash(*seen):016x}"
 
 
-def _splits(data: str, source: Source, val_fraction: float) -> dict[str, np.ndarray]:
-    splits = dict(assign_splits(source, val_fraction)[0])
+def _splits(data: str, source: Source, val_fraction: float, val_by: str | None) -> dict[str, np.ndarray]:
+    splits = dict(assign_splits(source, val_fraction, by=val_by)[0])
     if "train" not in splits:
         raise UserError(f"{data} has nothing to train on: it is all {' and '.join(splits)}; name the training data.")
     return {"val": np.arange(0), **splits}

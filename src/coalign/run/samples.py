@@ -34,7 +34,7 @@ def select_split(source: Source, data: str, run: Run | None, split: str | None) 
     own: dict[str, np.ndarray] | None = getattr(source, "splits", None)
     trained_on = run is not None and _same_data(run.data, data)
     if trained_on and split in (None, "train", "val") and run is not None and run.config.val_data is None:
-        splits = assign_splits(source, run.config.val_fraction)[0]
+        splits = assign_splits(source, run.config.val_fraction, by=run.config.val_by)[0]
         return split or "val", splits[split or "val"]
     if split is None:
         split = next((name for name in ("test", "val") if own and len(own.get(name, ()))), None)
