@@ -63,7 +63,7 @@ OPTIONS = {
     "max-non-finite probe train-fraction val-by temperature max-logit-scale multi-positive",
     "profile": "data recipe steps device model batch-size micro-batch workers lr temperature",
     "eval": "tasks weights split classes label prompts data-root preprocess precision cache epochs learn-from json report device workers",
-    "compare": "report json",
+    "compare": "data out methods minutes epochs fractions seeds jobs report json",
     "localize": "image text out device",
     "space": "data out pairs device",
     "search": "data text image top split report device workers",

@@ -14,6 +14,7 @@ from coalign.report.compare_page import Comparison
 from coalign.run import (
     card,
     compare,
+    contest,
     data,
     evaluate,
     export,
@@ -26,6 +27,7 @@ from coalign.run import (
     space,
     train,
 )
+from coalign.run.contest import Contest
 from coalign.run.search import Answers
 from coalign.types import DualEncoder
 
@@ -111,6 +113,10 @@ def called(monkeypatch, tmp_path):
         search, "search", lambda *args, **options: calls.append((args, options)) or Answers("text", [], 0, 0)
     )
     monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
+    monkeypatch.setattr(
+        contest, "contest", lambda *args, **_: calls.append(args) or Contest(Comparison([], {}, {}), "", {})
+    )
+    monkeypatch.setattr(contest, "print_contest", record)
     monkeypatch.setattr(profile, "profile", lambda data, settle, **_: calls.append(settle(5000)))
     monkeypatch.setattr(profile, "print_profile", record)
     return calls

@@ -11,27 +11,72 @@ from tyro.conf import Positional, arg
 from coalign.recipes import recipes
 
 
-def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
-    """Compare finished runs side by side on the same held-out pairs, with paired differences to the first.
+def compare_command(
+    runs: Positional[tuple[str, ...]] = (),
+    data: str | None = None,
+    out: Path | None = None,
+    methods: tuple[str, ...] = ("clip", "uniclip", "mcd"),
+    minutes: float = 60.0,
+    epochs: float | None = None,
+    fractions: tuple[float, ...] = (1.0,),
+    seeds: int = 2,
+    jobs: int | None = None,
+    report: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Compare methods on your data, or finished runs on the pairs that they held out, with intervals and paired differences.
 
-    Runs that differ in their seed alone become one line. Example: coalign compare runs/clip runs/slip --report compare.html
+    Which method is best for my pairs: coalign compare --data pairs.csv --out runs/contest --minutes 60
+    How many fewer pairs it needs than CLIP: … --fractions 0.25 0.5 1. Runs that are there: coalign compare runs/clip runs/slip
 
     Args:
-        runs: the folders of two or more runs
+        runs: the folders of two or more finished runs; those that differ in their seed alone become one line
+        data: train on this data instead: anything that `coalign train --data` takes
+        out: the folder of these runs, of contest.html and of contest.json; what was stopped goes on there
+        methods: the methods that are trained; clip is always among them
+        minutes: for all trials together, each method as long as any other
+        epochs: instead of the time: each method sees as many pairs as so many epochs have
+        fractions: shares of the pairs to train on, each with as many pairs seen
+        seeds: each method is trained with seeds 0, 1, … (as many)
+        jobs: trials at once, each on its share of the cores (default: one a core)
         report: write a page with figures to this HTML file
         json: write the figures to this file
     """
-    from coalign.run.compare import compare
+    from coalign.errors import UserError
     from coalign.run.findings import write_json
     from coalign.run.model import check_output
     from coalign.run.reporting import print_comparison
 
+    if bool(runs) == (data is not None):
+        raise UserError("Give either two runs or more, such as runs/clip runs/slip, or --data to train on, and not both.")
     if json:
         check_output(json)
-    comparison = compare(runs, report)
-    print_comparison(comparison)
+    if data is not None:
+        from coalign.run.contest import contest, print_contest
+
+        if out is None:
+            raise UserError("Name a folder for the runs with --out.")
+        result = contest(
+            data,
+            out,
+            methods,
+            minutes=minutes,
+            epochs=epochs,
+            fractions=fractions,
+            seeds=seeds,
+            jobs=jobs,
+            report=report,
+        )
+        print_contest(result)
+        values, report = result.to_json(), report or out / "contest.html"
+    else:
+        from coalign.run.compare import compare
+
+        comparison = compare(runs, report)
+        print_comparison(comparison)
+        values = comparison.to_json()
     if json:
-        write_json(comparison.to_json(), json)
+        write_json(values, json)
     if report:
         print(f"Report: {report}")
 

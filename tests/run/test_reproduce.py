@@ -52,7 +52,7 @@ def small(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Table, "config", config)
     monkeypatch.setitem(tables.TABLES, "test", sweep)
-    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(module, "run_trials", run)
     monkeypatch.chdir(tmp_path)
     return ran
 
@@ -91,7 +91,7 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
 
 
 def test_a_trial_that_fails_stops_no_other(small, tmp_path):
-    folder = Trial("test", "one", 0, "photos", tmp_path / "out").folder
+    folder = Trial(tables.TABLES["test"], "one", 0, "photos", tmp_path / "out").folder
     folder.parent.mkdir()
     folder.write_text("in the way")
     with pytest.raises(UserError, match=r"1 of 4 trials failed: one-seed0 \(.* is a file"):

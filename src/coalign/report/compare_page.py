@@ -60,11 +60,12 @@ class Comparison:
         return asdict(self)
 
 
-def compare_page(comparison: Comparison) -> Page:
-    """The report of a comparison."""
+def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
+    """The report of a comparison. `advice` stands at its top, instead of the headline's sentence."""
     groups = comparison.groups
     page = Page("Comparison", ", ".join(group.name for group in groups))
-    page.verdict(verdict(comparison))
+    for sentence in advice or [verdict(comparison)]:
+        page.verdict(sentence)
     _setup(page, comparison)
     _results(page, comparison)
     curves = compare_figures.learning_curves({group.name: group.validations for group in groups})

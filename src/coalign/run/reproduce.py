@@ -33,7 +33,7 @@ CLASSES = "classes.txt"
 class Trial:
     """One arm with one seed."""
 
-    table: str
+    sweep: Table
     arm: str
     seed: int
     data: str
@@ -64,12 +64,12 @@ def reproduce(
             (out / CLASSES).write_text("\n".join(sweep.classes) + "\n")
     except OSError as error:
         raise UserError(f"The table cannot be written to {out}: {error.strerror}; choose another --out.") from error
-    trials = [Trial(name, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
+    trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
     console = Console(highlight=False, soft_wrap=True)
-    failures = _run([trial for trial in trials if not _finished(trial)], jobs, console)
-    done = [Trial(name, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
-    done = [trial for trial in done if _finished(trial)]
-    comparison = _compare(sweep, done) if len(done) > 1 else None
+    failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
+    done = [Trial(sweep, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
+    done = [trial for trial in done if finished(trial)]
+    comparison = _compare(name, sweep, done) if len(done) > 1 else None
     if failures:
         raise UserError(
             f"{len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}. Their logs are beside them in {out}."
@@ -77,11 +77,11 @@ def reproduce(
     return comparison
 
 
-def _finished(trial: Trial) -> bool:
+def finished(trial: Trial) -> bool:
     return (trial.folder / RESULTS).exists()
 
 
-def _run(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
+def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
     """Runs the trials in processes of their own; what failed, and why."""
     failures: list[str] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -142,7 +142,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def _train(trial: Trial, threads: int) -> None:
     """One trial, in a process of its own; what it prints goes into a file beside its folder."""
-    sweep = table(trial.table)
+    sweep = trial.sweep
 
     def settle(num_pairs: int) -> TrainConfig:
         config = sweep.config(trial.arm, trial.seed, num_pairs)
@@ -161,16 +161,16 @@ def _train(trial: Trial, threads: int) -> None:
         raise UserError("stopped; call it again to go on")
 
 
-def _compare(sweep: Table, trials: Sequence[Trial]) -> Comparison:
+def _compare(name: str, sweep: Table, trials: Sequence[Trial]) -> Comparison:
     out = trials[0].out
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
     trained = {trial.arm for trial in trials}
     steps = [(lower, higher) for lower, higher in pairwise(sweep.order) if {lower, higher} <= trained]
     values: dict[str, Any] = {
-        "table": trials[0].table,
+        "table": name,
         "title": sweep.title,
         "version": __version__,
-        "arms": {name: asdict(arm) for name, arm in sweep.arms.items()},
+        "arms": {label: asdict(arm) for label, arm in sweep.arms.items()},
         "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
