@@ -48,7 +48,9 @@ def compare_command(
     from coalign.run.reporting import print_comparison
 
     if bool(runs) == (data is not None):
-        raise UserError("Give either two runs or more, such as runs/clip runs/slip, or --data to train on, and not both.")
+        raise UserError(
+            "Give either two runs or more, such as runs/clip runs/slip, or --data to train on, and not both."
+        )
     if json:
         check_output(json)
     if data is not None:
