@@ -40,7 +40,38 @@ def main() -> None:
         path = ROOT / f"results/{name}.json"
         if path.exists():
             parts += section(path, json.loads(path.read_text()))
+    detection = ROOT / "results/detection-scenes.json"
+    if detection.exists():
+        parts += detectors(detection, json.loads(detection.read_text()))
     (ROOT / "docs/evidence.md").write_text("\n".join(parts))
+
+
+def detectors(path: Path, values: dict[str, Any]) -> list[str]:
+    """What `scripts/detection_transfer.py` found."""
+    figures = {"box_ap": "AP", "box_ap50": "AP50", "box_ap75": "AP75"}
+    number = values["data"].split(",")[0].removeprefix("scenes:")
+    control = values["control"]
+    lines = [
+        "## Detectors on scenes, from pre-trained and from random towers",
+        "",
+        f"{values['task']}, trained for {values['epochs']} epochs on {number} scenes and asked about {values['tested']} others; in per "
+        "cent, with 95 % intervals over images. The runs are of `two-towers-scenes`. The control's tower learnt in another detector, on "
+        f"{control['scenes']} other scenes: what a tower has learnt does help a detector here, when it is enough. Made by `python "
+        f"scripts/detection_transfer.py RUN …`; all figures: [{path.name}](../results/{path.name}).",
+        "",
+    ]
+
+    def cells(intervals: dict[str, Any]) -> list[str]:
+        found = [intervals[name] for name in figures]
+        return [f"{100 * x['value']:.1f} ({100 * x['low']:.1f}–{100 * x['high']:.1f})" for x in found]
+
+    rows = [[row["run"], row["tower"], *cells(row["intervals"])] for row in values["rows"]]
+    found = [values["differences"][name] for name in figures]
+    differences = [f"{signed(x['mean'])} ({span(x['over_seeds'])})" for x in found]
+    rows.append(["pre-trained minus random, over runs", "", *differences])
+    rows.append([control["run"], "control", *cells(control["intervals"])])
+    lines += markdown(["run", "tower", *figures.values()], rows)
+    return [*lines, ""]
 
 
 def section(path: Path, values: dict[str, Any]) -> list[str]:
