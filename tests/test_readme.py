@@ -13,7 +13,6 @@ from coalign import cli
 from coalign.report.compare_page import Comparison
 from coalign.run import (
     card,
-    compare,
     contest,
     data,
     evaluate,
@@ -94,12 +93,14 @@ def called(monkeypatch, tmp_path):
         "train_tokenizer",
     ):
         monkeypatch.setattr(data, name, record)
-    monkeypatch.setattr(compare, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
+    monkeypatch.setattr(contest, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
     monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: calls.append(args) or {})
     for module, name in (
         (evaluate, "write_json"),
         (evaluate, "print_results"),
         (evaluate, "write_page"),
+        (contest, "print_comparison"),
+        (contest, "write_json"),
         (reporting, "print_comparison"),
         (reproduce, "reproduce"),
         (localize, "localize"),
@@ -116,7 +117,6 @@ def called(monkeypatch, tmp_path):
     monkeypatch.setattr(
         contest, "contest", lambda *args, **_: calls.append(args) or Contest(Comparison([], {}, {}), "", {})
     )
-    monkeypatch.setattr(contest, "print_contest", record)
     monkeypatch.setattr(profile, "profile", lambda data, settle, **_: calls.append(settle(5000)))
     monkeypatch.setattr(profile, "print_profile", record)
     return calls

@@ -42,45 +42,10 @@ def compare_command(
         report: write a page with figures to this HTML file
         json: write the figures to this file
     """
-    from coalign.errors import UserError
-    from coalign.run.findings import write_json
-    from coalign.run.model import check_output
-    from coalign.run.reporting import print_comparison
+    from coalign.run.contest import compare_and_write
 
-    if bool(runs) == (data is not None):
-        raise UserError(
-            "Give either two runs or more, such as runs/clip runs/slip, or --data to train on, and not both."
-        )
-    if json:
-        check_output(json)
-    if data is not None:
-        from coalign.run.contest import contest, print_contest
-
-        if out is None:
-            raise UserError("Name a folder for the runs with --out.")
-        result = contest(
-            data,
-            out,
-            methods,
-            minutes=minutes,
-            epochs=epochs,
-            fractions=fractions,
-            seeds=seeds,
-            jobs=jobs,
-            report=report,
-        )
-        print_contest(result)
-        values, report = result.to_json(), report or out / "contest.html"
-    else:
-        from coalign.run.compare import compare
-
-        comparison = compare(runs, report)
-        print_comparison(comparison)
-        values = comparison.to_json()
-    if json:
-        write_json(values, json)
-    if report:
-        print(f"Report: {report}")
+    options = {"methods": methods, "minutes": minutes, "epochs": epochs, "fractions": fractions, "seeds": seeds}
+    compare_and_write(runs, data, out, report, json, jobs=jobs, **options)
 
 
 def localize_command(

@@ -23,9 +23,11 @@ from coalign.methods import METHODS
 from coalign.recipes.tables import Arm, Table
 from coalign.report.compare_page import Comparison, Figure, compare_page
 from coalign.run.compare import compare
-from coalign.run.model import write_file
+from coalign.run.findings import write_json
+from coalign.run.model import check_output, write_file
 from coalign.run.prepare import open_data
 from coalign.run.profile import profile
+from coalign.run.reporting import print_comparison
 from coalign.run.reproduce import Trial, finished, run_trials
 from coalign.training.distributed import World
 
@@ -323,10 +325,29 @@ def _efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
     return words
 
 
-def print_contest(result: Contest) -> None:
-    from coalign.run.reporting import print_comparison
-
-    print_comparison(result.comparison)
-    print(result.advice)
-    for words in _efficiency_words(result.efficiency):
-        print(words)
+def compare_and_write(
+    runs: Sequence[str], data: str | None, out: Path | None, report: Path | None, json_path: Path | None, **options: Any
+) -> None:
+    """What `coalign compare` does: finished runs, or a contest on data; prints the comparison and writes what is asked for."""
+    if bool(runs) == (data is not None):
+        raise UserError(
+            "Give either two runs or more, such as runs/clip runs/slip, or --data to train on, and not both."
+        )
+    if data is not None and out is None:
+        raise UserError("Name a folder for the runs with --out.")
+    for path in (json_path, report):
+        if path:
+            check_output(path)  # before the work
+    if data is not None and out is not None:
+        report = report or out / "contest.html"
+        result: Contest | Comparison = contest(data, out, report=report, **options)
+    else:
+        result = compare(runs, report)
+    comparison = result.comparison if isinstance(result, Contest) else result
+    print_comparison(comparison)
+    if isinstance(result, Contest):
+        print("\n".join([result.advice, *_efficiency_words(result.efficiency)]))
+    if json_path:
+        write_json(result.to_json(), json_path)
+    if report:
+        print(f"Report: {report}")
