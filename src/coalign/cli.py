@@ -81,7 +81,8 @@ def profile_command(args: list[str]) -> int:
     from coalign.run.profile import print_profile, profile
 
     found = profile(command.data, lambda num_pairs: parse(num_pairs)[1], steps=command.steps, device=command.device)
-    print_profile(found, command.steps)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process tells
+        print_profile(found, command.steps)
     return 0
 
 

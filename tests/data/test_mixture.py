@@ -66,6 +66,8 @@ def test_own_splits_are_kept_and_a_source_without_any_is_for_training():
     mixture = Mixture([Few("a", ["one", "two"]), Few("b", ["three", "four"], own)], [1, 1])
     parts, _ = assign_splits(mixture)
     assert {name: indices.tolist() for name, indices in parts.items()} == {"train": [0, 1, 2], "val": [3]}
+    with pytest.raises(UserError, match="leave out --val-by style"):
+        assign_splits(mixture, by="style")
 
 
 def test_spec(tmp_path):
@@ -75,6 +77,11 @@ def test_spec(tmp_path):
     assert mixture.weights == [1, 0.5]
     assert mixture.sources[0].name == open_source(str(folder)).name
     assert mixture.image(len(mixture) - 1).shape == (24, 24, 3)
+
+
+def test_a_folder_with_a_plus_in_its_name_is_no_mixture(tmp_path):
+    folder = tiny.write_pairs(tmp_path / "cats + dogs", 12)
+    assert not isinstance(open_source(str(folder)), Mixture)
 
 
 @pytest.mark.parametrize(

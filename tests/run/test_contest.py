@@ -73,8 +73,12 @@ def test_methods_fractions_and_seeds_are_trained_once_and_judged(quick, tmp_path
 
     assert cli.main(command) == 0
     assert len(quick) == 8  # what is finished stays
-    assert cli.main([*command[:-1], "1", "--seeds", "3"]) == 2
-    assert "was started with other settings" in capsys.readouterr().err
+    for other in (["--seeds", "3"], ["--data", "elsewhere"]):
+        assert cli.main([*command, *other]) == 2
+        assert "was started with other settings" in capsys.readouterr().err
+    (tmp_path / "out/plan.json").write_text("{")
+    assert cli.main(command) == 2
+    assert "is not what a contest writes" in capsys.readouterr().err
 
 
 def test_time_is_shared_by_what_each_method_does_in_it(quick, tmp_path, monkeypatch):
@@ -96,6 +100,7 @@ def test_time_is_shared_by_what_each_method_does_in_it(quick, tmp_path, monkeypa
         (["--fractions", "2"], "A fraction is 2"),
         (["--fractions", "0.01", "--methods", "slip", "--epochs", "1"], "less than two batches"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--jobs", "0"], "--jobs is 0"),
         (["--minutes", "1"], "too little"),
     ],
 )
@@ -132,6 +137,13 @@ FRACTIONS = [0.25, 0.5, 1.0]
 )
 def test_the_factor_is_where_the_curves_meet(scores, expected):
     assert factor(FRACTIONS, scores, [10, 20, 40]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("scores", "bound"), [([45, 50, 60], True), ([45, 30, 50], False), ([1, 2, 3], True)])
+def test_a_factor_at_the_least_fraction_is_a_bound(scores, bound):
+    curves = {("mcd", f): {0: x} for f, x in zip(FRACTIONS, scores)}
+    curves |= {("clip", f): {0: x} for f, x in zip(FRACTIONS, [10, 20, 40])}
+    assert module._efficiency(curves, "mcd", FRACTIONS).bound == bound
 
 
 def test_a_dip_counts_from_above():

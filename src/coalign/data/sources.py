@@ -42,7 +42,7 @@ def open_source(
     `split` takes one part of it: of the source's own splits, or of those that `assign_splits` makes. The columns
     matter to tables only. Raises UserError for what is absent, empty or of an unknown kind.
     """
-    if MARK in spec:
+    if MARK in spec and not os.path.exists(spec):
         mixture = open_mixture(spec, open_source)
         return mixture if split is None else choose_split(mixture, split, assign_splits(mixture)[0])
     if spec == "scenes" or spec.startswith("scenes:"):

@@ -35,13 +35,16 @@ def assign_splits(
     leaves val empty, the group with the lowest hash makes it.
 
     With `by`, a column of the data such as an author's name, samples with the same value of it form a group instead, and what is held
-    out is by others than what is trained on. Captions may then be on both sides, images not. UserError if no sample has such a value.
+    out is by others than what is trained on. Captions may then be on both sides, images not. UserError if no sample has such a
+    value, or the data have their own validation part.
 
     Returns the indices of each split, ascending, and counts for a report: samples per split, `groups`,
     `largest_group`, `grouped` (samples in groups of two or more), `unusable`.
     """
     own: Splits = dict(getattr(source, "splits", None) or {})
     if "val" in own or (own and "train" not in own):
+        if by is not None:
+            raise UserError(f"{source.name} has its own validation part; leave out --val-by {by}.")
         return own, {name: len(indices) for name, indices in own.items()}
     pool = own.get("train", _every(source))
     draw = lambda: _drawn(source, pool, val_fraction, seed, by)  # noqa: E731

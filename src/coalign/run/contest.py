@@ -44,7 +44,7 @@ class Efficiency:
 
     factor: float
     over_seeds: tuple[float, float] | None  # 95 %, by the factor's logarithm
-    at_most_seen: bool  # it is ahead already with the least pairs that were tried: the factor is at least this
+    bound: bool  # the curves meet at the least pairs that were tried, or below: the factor is this or farther from 1
 
 
 @dataclass
@@ -79,10 +79,17 @@ def contest(
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
     methods = list(dict.fromkeys([BASE, *methods]))
-    jobs = jobs or max(1, os.cpu_count() or 1)
+    jobs = max(1, os.cpu_count() or 1) if jobs is None else jobs
     _check(methods, minutes, epochs, fractions, seeds, jobs)
     fractions = sorted({*fractions, 1.0})
-    asked = {"methods": methods, "minutes": minutes, "epochs": epochs, "fractions": fractions, "seeds": seeds}
+    asked = {
+        "data": data,
+        "methods": methods,
+        "minutes": minutes,
+        "epochs": epochs,
+        "fractions": fractions,
+        "seeds": seeds,
+    }
     sweep = _sweep(data, out, asked, jobs, console)
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in sweep.arms]
     failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
@@ -124,22 +131,26 @@ def _sweep(data: str, out: Path, asked: Mapping[str, Any], jobs: int, console: C
     """The arms and their epochs; settled once, so that what was stopped goes on as it was."""
     place = out / PLAN
     if place.exists():
-        stored = json.loads(place.read_text())
-        if stored["asked"] != asked:
-            was = {name: value for name, value in stored["asked"].items() if asked.get(name) != value}
+        try:
+            stored = json.loads(place.read_text())
+            was_asked = stored["asked"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{place} is not what a contest writes; choose another --out.") from error
+        if was_asked != asked:
+            was = {name: value for name, value in was_asked.items() if asked.get(name) != value}
             raise UserError(
                 f"The contest in {out} was started with other settings, {was}; give these, or another --out."
             )
         return _table(asked, stored["epochs"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The contest cannot be written to {out}: {error.strerror}; choose another --out.") from error
     epochs = dict.fromkeys(asked["methods"], asked["epochs"])
     if asked["epochs"] is None:
         epochs = _affordable(data, asked, jobs, console)
     else:
         _open(data, asked)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The contest cannot be written to {out}: {error.strerror}; choose another --out.") from error
     text = json.dumps({"asked": asked, "epochs": epochs}, indent=1) + "\n"
     write_file(place, lambda path: path.write_text(text))
     return _table(asked, epochs)
@@ -275,28 +286,25 @@ def _efficiency(
         return [one[seed] for one in each] if all(seed in one for one in each) else None
 
     means, base = curve(method, None), curve(BASE, None)
-    if means is None or base is None or (overall := factor(fractions, means, base)) is None:
+    if means is None or base is None:
         return None
+    overall = factor(fractions, means, base)
     seeds = sorted({seed for one in scores.values() for seed in one})
     curves = [(curve(method, seed), curve(BASE, seed)) for seed in seeds]
-    each = [factor(fractions, one, other) for one, other in curves if one is not None and other is not None]
-    logs = [math.log(value) for value in each if value is not None]
+    logs = [math.log(factor(fractions, one, other)) for one, other in curves if one is not None and other is not None]
     interval = over_runs(logs) if len(logs) == len(seeds) else None
     return Efficiency(
         overall,
         None if interval is None else (math.exp(interval[0]), math.exp(interval[1])),
-        at_most_seen=means[0] >= base[-1],
+        bound=overall in (fractions[0], 1 / fractions[0]),
     )
 
 
-def factor(fractions: Sequence[float], scores: Sequence[float], base: Sequence[float]) -> float | None:
+def factor(fractions: Sequence[float], scores: Sequence[float], base: Sequence[float]) -> float:
     """How many times fewer pairs give the base's score on all pairs: 1/f where the scores, straight between the logarithms of the
-    fractions, reach it. Where they do not, the base is asked for the method's score instead, and the factor is below 1. None where
-    neither reaches the other's."""
+    fractions, reach it. Where they do not, the base is asked for the method's score instead, and the factor is below 1."""
 
-    def reached(curve: Sequence[float], wanted: float) -> float | None:
-        if curve[-1] < wanted:
-            return None
+    def reached(curve: Sequence[float], wanted: float) -> float:
         place = len(curve) - 1
         while place and curve[place - 1] >= wanted:
             place -= 1
@@ -306,10 +314,7 @@ def factor(fractions: Sequence[float], scores: Sequence[float], base: Sequence[f
         low, high = math.log(fractions[place - 1]), math.log(fractions[place])
         return math.exp(low + share * (high - low))
 
-    if (own := reached(scores, base[-1])) is not None:
-        return 1 / own
-    other = reached(base, scores[-1])
-    return other
+    return 1 / reached(scores, base[-1]) if scores[-1] >= base[-1] else reached(base, scores[-1])
 
 
 def _efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
@@ -318,7 +323,7 @@ def _efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
         interval = (
             "" if found.over_seeds is None else f" (over seeds {found.over_seeds[0]:.2f} to {found.over_seeds[1]:.2f})"
         )
-        least = "at least " if found.at_most_seen else ""
+        least = ("at least " if found.factor > 1 else "at most ") if found.bound else ""
         words.append(
             f"{name}: {least}{found.factor:.2f} times fewer pairs than {BASE} for its score on all pairs{interval}."
         )

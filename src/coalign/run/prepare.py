@@ -21,6 +21,7 @@ from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.towers import ImageTower
 from coalign.run import model as runs
 from coalign.run.pairs import MAX_READ, Data
 from coalign.training.distributed import World
@@ -136,6 +137,12 @@ def starting_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> 
         runs.initialise(method, config)
     _check_batch_norm(method, config, world)
     return method.to(world.device).to(memory_format=torch.channels_last)
+
+
+def compile_towers(method: Method, config: TrainConfig) -> None:
+    """The image towers, if asked for. Not the text towers, which pack their captions: another shape at every step."""
+    for tower in (module for module in method.modules() if isinstance(module, ImageTower)) if config.compile else ():
+        tower.compile()
 
 
 def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:

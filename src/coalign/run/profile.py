@@ -18,7 +18,7 @@ from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.run import model as runs
 from coalign.run.pairs import pair_loader
-from coalign.run.prepare import Settle, open_data, run_tokenizer, settle_workers, starting_method
+from coalign.run.prepare import Settle, compile_towers, open_data, run_tokenizer, settle_workers, starting_method
 from coalign.training.distributed import join_world
 from coalign.training.stopwatch import Stopwatch
 from coalign.training.trainer import Trainer
@@ -53,11 +53,12 @@ def profile(data: str, settle: Settle, *, steps: int = 20, device: str | None = 
             method, config, world, Path(folder),
             batches=loader.batches, num_pairs=len(pairs.train), total_steps=UNCOUNTED + steps,
         )  # fmt: skip
-        with (
-            Stopwatch(world.device) as watch,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):  # no lines of a run's progress
-            trainer.fit()
+        compile_towers(method, config)
+        silence = contextlib.redirect_stdout(io.StringIO())  # of a run's progress
+        with Stopwatch(world.device) as watch, silence:
+            ended = trainer.fit().ended
+    if ended == "interrupted":
+        raise KeyboardInterrupt
     cores = max(1, (os.cpu_count() or 1) // world.size)
     counted = watch.steps[UNCOUNTED:]
     names = {name for step in counted for name in step}

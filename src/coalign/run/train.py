@@ -16,13 +16,21 @@ from coalign.config import TrainConfig, flatten, to_json
 from coalign.data.tokenizer import Tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
-from coalign.networks.towers import ImageTower, model_config
+from coalign.networks.towers import model_config
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.held_out import evaluate_held_out, validation
 from coalign.run.outcomes import write_outcomes
 from coalign.run.pairs import Data, pair_loader
-from coalign.run.prepare import Settle, fingerprint, open_data, run_tokenizer, settle_workers, starting_method
+from coalign.run.prepare import (
+    Settle,
+    compile_towers,
+    fingerprint,
+    open_data,
+    run_tokenizer,
+    settle_workers,
+    starting_method,
+)
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.trainer import Trainer, TrainResult
@@ -79,9 +87,7 @@ def train(
         batches=loader.batches, num_pairs=len(pairs.train), total_steps=total_steps,
         interactive=world.is_first and sys.stdout.isatty(),
     )  # fmt: skip
-    if settings.compile:
-        for tower in (module for module in method.modules() if isinstance(module, ImageTower)):
-            tower.compile()  # a text tower packs its captions: another shape at every step
+    compile_towers(method, settings)
     saved = runs.SavedConfig(data, settings, len(pairs.train), len(pairs.val), fingerprint(pairs))
     with _lock(out, world):
         trainer.validate = validation(method, settings, pairs, tokenizer, world, tags)
