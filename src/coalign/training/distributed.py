@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
+from coalign.errors import UserError
 from coalign.training.stopwatch import part
 
+TIMEOUT = timedelta(minutes=10)  # for a process that does not come, or does not answer
 BUCKET_ELEMENTS = 8_000_000  # 32 MB of float32 a reduction
 
 
@@ -67,8 +73,39 @@ def join_world(device: str | None = None) -> World:
         chosen = torch.device("cuda", local_rank if size > 1 else (chosen.index or 0))
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=fresh_prefix(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT,
+        )  # fmt: skip
     return World(rank, size, chosen)
+
+
+def fresh_prefix(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The store under a prefix that no earlier start of the processes has used, the same on every rank.
+
+    torchrun keeps one store through its restarts, and in it the addresses of the dead. Its count of restarts cannot tell
+    starts apart, since each machine counts its own. So the first rank offers a name, every other signs it with one of its
+    own, and has found the living first rank, not a dead one's offer, when that signature is acknowledged.
+    """
+    own = uuid4().hex
+    if rank == 0:
+        store.set("offer", own)
+        for other in range(1, size):
+            store.set(f"{own}/acknowledged/{other}", store.get(f"{own}/signed/{other}"))  # `get` waits for it
+        return dist.PrefixStore(own, store)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        offer = store.get("offer").decode()
+        store.set(f"{offer}/signed/{rank}", own)
+        with suppress(dist.DistStoreError):  # not yet, or never: perhaps there is another offer by now
+            store.wait([f"{offer}/acknowledged/{rank}"], timedelta(seconds=1))
+            if store.get(f"{offer}/acknowledged/{rank}").decode() == own:
+                return dist.PrefixStore(offer, store)
+        time.sleep(0.02)
+    raise UserError(
+        f"The first of {size} processes did not answer the one of rank {rank} within {TIMEOUT}; start them all anew."
+    )
 
 
 class _AllGather(torch.autograd.Function):
