@@ -8,12 +8,14 @@ Run: python scripts/render_evidence.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from coalign.recipes.tables import STEP_COST, TABLES
 from coalign.report.compare_figures import points
-from coalign.report.compare_page import title
+from coalign.report.compare_page import Comparison, Figure, Group, title
+from coalign.run.reproduce import rank_correlation
 
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Evidence
@@ -89,12 +91,22 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
         "",
     ]
     tabled = [*shown, *(["retrieval.modality_gap"] if "retrieval.modality_gap" in groups[0]["figures"] else [])]
-    header = ["", "pairs seen", "time", *map(title, tabled)]
-    rows = [["chance", "", "", *(percent(groups[0]["figures"][figure]["chance"]) for figure in tabled)]]
+    papers = {label: arm.paper for label, arm in TABLES[name].arms.items()}
+    has_paper = any(papers.get(group["name"]) is not None for group in groups)
+    header = ["", *(["the paper"] if has_paper else []), "pairs seen", "time", *map(title, tabled)]
+    chances = [percent(groups[0]["figures"][figure]["chance"]) for figure in tabled]
+    rows = [["chance", *([""] if has_paper else []), "", "", *chances]]
     for group in groups:
         cost = f"{group['seconds'] / groups[0]['seconds']:.2f} ×"
+        paper = papers.get(group["name"])
         rows.append(
-            [group["name"], f"{round(group['samples_seen']):,}", cost, *(value(group["figures"][f]) for f in tabled)]
+            [
+                group["name"],
+                *([f"{paper:g}" if paper is not None else ""] if has_paper else []),
+                f"{round(group['samples_seen']):,}",
+                cost,
+                *(value(group["figures"][f]) for f in tabled),
+            ]
         )
     lines += markdown(header, rows)
     lines += [f"\n![{values['title']}, with intervals]({name}.png)\n"]
@@ -123,9 +135,23 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
             ]
             for claim in values["claims"]
         ]
-        lines += ["", "The papers' order, step by step:", ""]
+        lines += ["", *correlations(name, groups, {claim["figure"]: None for claim in values["claims"]}), ""]
         lines += markdown(["claim", "figure", "difference", "over items", "over seeds", ""], rows)
     return [*lines, ""]
+
+
+def correlations(name: str, groups: list[dict[str, Any]], figures: Iterable[str]) -> list[str]:
+    """Of our means with the paper's column, and what the claims are."""
+    sweep = TABLES[name]
+    comparison = Comparison(
+        [Group(**{**g, "figures": {f: Figure(**x) for f, x in g["figures"].items()}}) for g in groups], {}, {}
+    )
+    found = {figure: rank_correlation(sweep, comparison, figure) for figure in figures}
+    said = [f"{title(figure)} {value:.2f}".replace("-", "−") for figure, value in found.items() if value is not None]
+    lines = [f"The paper's column: {sweep.paper}."] if sweep.paper else []
+    if said:
+        lines[-1] += f" Rank correlation with it (Spearman's, over the rows that have both): {'; '.join(said)}."
+    return [*lines, "", "The papers' claims:"]
 
 
 def columns(figures: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ one runs."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -184,6 +184,7 @@ def reproduce_command(
     table: Positional[str],
     data: str,
     out: Path,
+    scale: Literal["cpu", "paper"] = "cpu",
     seeds: int = 3,
     jobs: int = 1,
     arms: tuple[str, ...] = (),
@@ -196,6 +197,7 @@ def reproduce_command(
         table: the table's name; a wrong one lists them
         data: anything that `coalign train --data` takes
         out: the folder of the runs, of table.json and of table.html
+        scale: cpu trains small models in hours; paper trains nothing, but writes launch.sh with the commands of the paper's recipes
         seeds: each arm is trained with seeds 0, 1, … (as many)
         jobs: trials at once, each on its share of the cores
         arms: train only these (default: all)
@@ -203,7 +205,7 @@ def reproduce_command(
     from coalign.run.reporting import print_comparison
     from coalign.run.reproduce import reproduce
 
-    comparison = reproduce(table, data, out, seeds=seeds, jobs=jobs, arms=arms)
+    comparison = reproduce(table, data, out, scale=scale, seeds=seeds, jobs=jobs, arms=arms)
     if comparison is not None:
         print_comparison(comparison)
         print(f"Report: {out / 'table.html'}")

@@ -61,6 +61,8 @@ class TrainConfig:
     others."""
     train_fraction: float = 1.0
     """Share of the training pairs to train on; a smaller share is part of a larger one, whatever the seed."""
+    test_splits: tuple[str, ...] = ()
+    """Splits of the data's own on which retrieval is evaluated too at the end, such as `test`."""
     val_data: str | None = None
     """Validate on this data instead."""
     classes: Path | None = None

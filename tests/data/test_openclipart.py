@@ -387,3 +387,29 @@ def test_download_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         prepare_openclipart(tmp_path / "out", download=True)
     with pytest.raises(UserError, match="not both"):
         prepare_openclipart(tmp_path / "out", tmp_path, download=True)
+
+
+# ---------------------------------------------------------------- the split by style
+
+
+def test_style_shift_asks_others_for_the_concepts_of_its_own() -> None:
+    def row(style: str, *captions: str) -> dict[str, Any]:
+        return {"image": f"{style}{captions}", "captions": list(captions), "style": style}
+
+    rows = [
+        row("flat", "edit copy", "a long description"),
+        row("nicu buculei", "Kühe"),
+        row("lemon", "EditCopy", "an icon"),  # the same concept, written otherwise
+        row("jakob", "kühe"),
+        row("jakob", "a boat"),  # nothing that was learnt
+        row("flat", "..."),
+        row("", "???"),  # no letters are no concept
+    ]
+    found = openclipart.style_shift(rows)
+    assert [(r["split"], r["style"], r["captions"]) for r in found] == [
+        ("train", "flat", ["edit copy", "a long description"]),
+        ("train", "nicu buculei", ["Kühe"]),
+        ("train", "flat", ["..."]),
+        ("test", "lemon", ["EditCopy"]),
+        ("test", "jakob", ["kühe"]),
+    ]

@@ -9,7 +9,7 @@ import tiny
 
 from coalign import cli
 from coalign.errors import UserError
-from coalign.recipes.tables import Table
+from coalign.recipes.sweep import Table
 from coalign.run import contest as module
 from coalign.run import reproduce
 from coalign.run.contest import contest, factor

@@ -14,6 +14,7 @@ from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run.outcomes import read_outcomes, write_outcomes
+from coalign.run.pairs import Data
 from coalign.run.samples import captions_of, label_function
 from coalign.types import DualEncoder
 
@@ -38,7 +39,7 @@ def write(folder, data, indices, classes=("red", "green", "blue", "grey")):
         "zero_shot": classify(encoder(), images, labels.of_index, list(classes), ["a {} thing"]),
     }
     folder.mkdir()
-    write_outcomes(folder, source, evaluations)
+    write_outcomes(folder, Data(source, indices, source, indices), evaluations)
     return evaluations, *read_outcomes(folder)
 
 

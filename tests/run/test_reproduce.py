@@ -14,7 +14,7 @@ import tiny
 from coalign import cli
 from coalign.errors import UserError
 from coalign.recipes import tables
-from coalign.recipes.tables import Arm, Table
+from coalign.recipes.sweep import Arm, Table
 from coalign.run import reproduce as module
 from coalign.run.evaluate import evaluate
 from coalign.run.reproduce import Trial, reproduce
@@ -88,6 +88,38 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
 
     assert cli.main(command) == 0
     assert len(small) == 4  # finished trials stay
+
+    sweep = tables.TABLES["test"]
+    longer = replace(sweep, arms={**sweep.arms, "one": Arm("clip", epochs=3)})
+    tables.TABLES["test"] = longer  # the fixture puts the other back
+    assert cli.main(command) == 2
+    assert "one-seed0 holds a run with another epochs than this table's" in capsys.readouterr().err
+
+
+def test_it_is_held_against_the_papers_column(small, tmp_path, capsys, monkeypatch):
+    sweep = replace(
+        tables.TABLES["test"],
+        arms={"one": Arm("clip", paper=20.5), "two": Arm("clip", epochs=2, paper=30), "three": Arm("slip", paper=25)},
+        paper="top-1 of its Table 9",
+        claims=(("one", "two"),),
+        classes=(),
+        probe=False,
+    )
+    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    assert cli.main(["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "The paper: top-1 of its Table 9" in said
+    assert "two is better than one, by Image → text R@10: undecided" in said
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    name = "retrieval.image_to_text.r10"
+    ours = {group["name"]: group["figures"][name]["value"] for group in values["groups"]}
+    place = {arm: sorted(ours.values()).index(value) for arm, value in ours.items()}
+    if len(set(ours.values())) == 3:  # without ties: 1 - 6 Σ d² / (n (n² - 1))
+        squares = sum((place[arm] - rank) ** 2 for arm, rank in (("one", 0), ("three", 1), ("two", 2)))
+        assert values["rank_correlation"] == {name: pytest.approx(1 - 6 * squares / 24)}
+    else:
+        assert values["rank_correlation"] == {name: None}
+    assert values["arms"]["two"]["paper"] == 30
 
 
 def test_a_trial_that_fails_stops_no_other(small, tmp_path):

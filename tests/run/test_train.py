@@ -21,6 +21,8 @@ from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run import prepare, reporting
 from coalign.run import train as module
+from coalign.run.evaluate import evaluate
+from coalign.run.outcomes import read_outcomes
 from coalign.run.train import train
 from coalign.training import checkpoint
 from coalign.training.trainer import Trainer
@@ -558,3 +560,30 @@ def test_a_first_stage_that_does_not_fit_is_named(tmp_path, pairs, model_file, c
     assert "do not fit these settings" in refused(
         capsys, pairs, tmp_path / "y", model_file, init_from=first, context_length=20
     )
+
+
+def test_the_datas_own_test_split_is_evaluated_at_the_end(tmp_path, pairs, model_file, capsys):
+    rows = [
+        {
+            "image": str(path),
+            "caption": path.stem.replace("_", " "),
+            "split": "test" if "apple" in path.stem else "train",
+        }
+        for path in sorted(pairs.rglob("*.png"))
+    ]
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert go(table, tmp_path / "run", model_file, epochs=1, test_splits="test") == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["retrieval_test"]["images"] == sum(row["split"] == "test" for row in rows)
+    again = evaluate(str(tmp_path / "run"), [f"retrieval:{table}"], split="test")[f"retrieval:{table}"]
+    assert again["image_to_text"] == results["retrieval_test"]["image_to_text"]
+    assert again["images"] == results["retrieval_test"]["images"]
+    _, outcomes = read_outcomes(tmp_path / "run")
+    assert outcomes["retrieval_test.image_to_text.r1"].values.mean() == pytest.approx(
+        again["image_to_text"]["r1"]["value"]
+    )
+    said = refused(capsys, table, tmp_path / "other", model_file, test_splits="shifted")
+    assert "has no split 'shifted' to test on with --test-splits; there is test." in said
+    said = refused(capsys, pairs, tmp_path / "other", model_file, test_splits="test")
+    assert "there is none beside train and val" in said

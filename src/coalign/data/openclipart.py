@@ -23,6 +23,8 @@ from coalign.data.workers import fetch_all
 from coalign.errors import BadSample, UserError
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
+STYLE_SHIFT = "style-shift.jsonl"
+STYLES = ("flat", "nicu buculei")  # the theme and the author that share most concepts with others
 POOL_FROM = 200  # fewer files are done faster than worker processes start
 
 
@@ -63,7 +65,8 @@ def prepare_openclipart(
     were unpacked; or, with `download`, from Debian's archive through apt-get, without root. Every image becomes an RGB
     PNG whose longest side is at most `max_side`, with white where it was transparent. metadata.jsonl has the columns
     image, captions, tags, style (icon theme or author), category (folder) and source (path in the package);
-    skipped.jsonl and metadata_problems.jsonl list file, reason and detail; summary.json is the Summary.
+    style-shift.jsonl has those rows that `style_shift` divides into train and test; skipped.jsonl and
+    metadata_problems.jsonl list file, reason and detail; summary.json is the Summary.
 
     `progress(done, total)` is called as files are done. `out` appears complete or not at all. Raises UserError if
     `out` is not empty or the packages cannot be had.
@@ -237,10 +240,24 @@ def _write(made: Path, items: Sequence[_Item]) -> Summary:
         reason = next(iter(summary.skipped))
         raise UserError(f"None of the {len(items)} PNG files can be used ({reason}); unpack the packages again.")
     _write_lines(made / "metadata.jsonl", rows)
+    _write_lines(made / STYLE_SHIFT, style_shift(rows))
     _write_lines(made / "skipped.jsonl", skipped)
     _write_lines(made / "metadata_problems.jsonl", problems)
     (made / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def style_shift(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A split in which concepts stay and the drawing changes: `train` is what `STYLES` drew, `test` what others drew of the same.
+
+    A concept is the letters and digits of the first caption ("edit copy" is "editcopy"). `test` keeps the captions that are
+    concepts of `train`. Rows that are neither are left out.
+    """
+    concept = lambda caption: "".join(re.findall(r"[^\W_]+", caption.lower()))  # noqa: E731
+    train = [{**row, "split": "train"} for row in rows if row["style"] in STYLES]
+    known = {concept(row["captions"][0]) for row in train} - {""}
+    others = [row for row in rows if row["style"] not in STYLES and concept(row["captions"][0]) in known]
+    return train + [{**row, "captions": row["captions"][:1], "split": "test"} for row in others]
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -110,8 +110,11 @@ def _widest(figure: Figure) -> Interval:
 
 
 def title(name: str) -> str:
-    """ "retrieval.image_to_text.r5" -> "Image → text R@5"."""
+    """ "retrieval.image_to_text.r5" -> "Image → text R@5"; of the split "test", "Test: image → text R@5"."""
     task, _, rest = name.partition(".")
+    if task.startswith("retrieval_"):
+        what = title(f"retrieval.{rest}")
+        return f"{task.removeprefix('retrieval_').replace('_', ' ').capitalize()}: {what[0].lower()}{what[1:]}"
     words = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class", "median_rank": "median rank"}
     if task == "foils":
         return f"Foils: {'all kinds' if rest == 'mean_per_kind' else rest.removesuffix('.accuracy').replace('_', ' ')}"

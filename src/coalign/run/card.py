@@ -125,10 +125,12 @@ def _figures(folder: Path) -> list[str]:
         return []
     results = json.loads((folder / RESULTS).read_text())
     rows: list[tuple[str, dict[str, Any], float | None]] = []
-    for side, name in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
-        for key, entry in results.get("retrieval", {}).get(side, {}).items():
-            if key.startswith("r"):
-                rows.append((f"{name} R@{key[1:]}", entry, entry["chance"]))
+    for task in (task for task in results if task.startswith("retrieval")):
+        where = f"{task.removeprefix('retrieval_')}: " if task != "retrieval" else ""
+        for side, name in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
+            for key, entry in results[task][side].items():
+                if key.startswith("r"):
+                    rows.append((f"{where}{name} R@{key[1:]}", entry, entry["chance"]))
     for task, name in (("zero_shot", "zero-shot"), ("probe", "linear probe")):
         if task in results:
             rows.append((f"{name} top-1", results[task]["intervals"]["acc1"], results[task]["chance"]))

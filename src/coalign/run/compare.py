@@ -270,7 +270,7 @@ def _bootstrap(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> Me
 
 def _chance(results: dict[str, Any], name: str) -> float | None:
     task, *path = name.split(".")
-    if task != "retrieval":
+    if not task.startswith("retrieval"):
         return None if path == ["acc5"] else float(results[task]["chance"])
     if path == ["modality_gap"]:
         return None

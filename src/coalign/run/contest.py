@@ -20,7 +20,7 @@ from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.evaluation.metrics import over_runs
 from coalign.methods import METHODS
-from coalign.recipes.tables import Arm, Table
+from coalign.recipes.sweep import Arm, Table
 from coalign.report.compare_page import Comparison, Figure, compare_page
 from coalign.run.compare import compare
 from coalign.run.findings import write_json

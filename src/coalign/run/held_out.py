@@ -72,12 +72,12 @@ def validation(
 def evaluate_held_out(
     method: Method, config: TrainConfig, pairs: Data, tokenizer: Tokenizer, name: str
 ) -> dict[str, Evaluation]:
-    """Retrieval among all held-out pairs; scenes' foils; on the user's classes zero-shot and a probe that learns from the training pairs.
-    Empty with less than two pairs."""
+    """Retrieval among all held-out pairs, and in each of the test splits ("retrieval_" and its name); scenes' foils; on the user's classes
+    zero-shot and a probe that learns from the training pairs. Nothing of less than two pairs."""
     evaluations: dict[str, Evaluation] = {}
+    encoder = runs.dual_encoder(method, tokenizer, config.context_length, name)
+    size, workers = encoder.image_size, config.workers or 0
     if len(pairs.val) >= 2:
-        encoder = runs.dual_encoder(method, tokenizer, config.context_length, name)
-        size, workers = encoder.image_size, config.workers or 0
         images = embed_images(encoder, image_batches(pairs.val_source, pairs.val, size, workers=workers))
         evaluations["retrieval"] = retrieve(encoder, images, captions_of(pairs.val_source))
         if isinstance(pairs.val_source, Scenes):
@@ -96,4 +96,7 @@ def evaluate_held_out(
                     return image_features(encoder, image_batches(source, indices, size, workers=workers))
 
                 evaluations["probe"] = probe(features, learnt, None, test, labels.classnames)
+    for split, indices in pairs.tests.items():
+        images = embed_images(encoder, image_batches(pairs.source, indices, size, workers=workers))
+        evaluations[f"retrieval_{split}"] = retrieve(encoder, images, captions_of(pairs.source))
     return evaluations

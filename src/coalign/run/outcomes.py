@@ -14,6 +14,7 @@ from coalign.data.randomness import stable_hash
 from coalign.errors import BadSample, UserError
 from coalign.evaluation.embed import Evaluation
 from coalign.run.model import HELD_OUT, write_file
+from coalign.run.pairs import Data
 from coalign.types import Source
 
 
@@ -27,12 +28,13 @@ class Outcome:
     clusters: np.ndarray | None  # int64 [item]: what the bootstrap draws together; of a class rate, the classes
 
 
-def write_outcomes(folder: Path, source: Source, evaluations: Mapping[str, Evaluation]) -> None:
+def write_outcomes(folder: Path, pairs: Data, evaluations: Mapping[str, Evaluation]) -> None:
     """Writes folder/held_out.npz: of each evaluation, the items' hashes, clusters and outcomes."""
     arrays: dict[str, np.ndarray] = {}
     for task, evaluation in evaluations.items():
         arrays |= {f"{task}.{name}": values for name, values in evaluation.result.outcomes().items()}
-        classes: Sequence[str] = () if task == "retrieval" else evaluation.texts
+        classes: Sequence[str] = () if task.startswith("retrieval") else evaluation.texts
+        source = pairs.source if task.startswith("retrieval_") else pairs.val_source
         hashes = [_item(source, index, classes) for index in evaluation.images.indices]
         arrays[f"{task}.items"] = np.array(hashes, dtype=np.int64)
 

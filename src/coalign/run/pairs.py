@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Data:
     train: np.ndarray
     val_source: Source
     val: np.ndarray
+    tests: Mapping[str, np.ndarray] = field(default_factory=dict)  # further splits of `source`, for the end
 
     def tag_ids(self, size: int) -> dict[str, int]:
         """The most frequent tags of the training pairs and their ids, from the first pairs where there are very many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def _pairs(data: str, config: TrainConfig) -> Data:
     else:
         splits = _splits(data, source, config.val_fraction, config.val_by)
         pairs = Data(source, splits["train"], source, splits["val"])
+    pairs.tests = _test_splits(data, source, config.test_splits)
     pairs.train = nested_share(pairs.train, config.train_fraction)
     if isinstance(source, Mixture):
         pairs.train = source.weighted(pairs.train)
@@ -103,6 +104,16 @@ def _splits(data: str, source: Source, val_fraction: float, val_by: str | None) 
     if "train" not in splits:
         raise UserError(f"{data} has nothing to train on: it is all {' and '.join(splits)}; name the training data.")
     return {"val": np.arange(0), **splits}
+
+
+def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
+    own: dict[str, np.ndarray] = getattr(source, "splits", None) or {}
+    for name in names:
+        if name in ("train", "val") or len(own.get(name, ())) < 2:
+            known = [split for split in own if split not in ("train", "val") and len(own[split]) > 1]
+            there = f"there is {', '.join(known)}" if known else "there is none beside train and val"
+            raise UserError(f"{data} has no split {name!r} to test on with --test-splits; {there}.")
+    return {name: own[name] for name in names}
 
 
 def check_settings(config: TrainConfig) -> None:

@@ -67,6 +67,9 @@ def write_run_report(
     )
     if "retrieval" in evaluations:
         _add_retrieval(summary, evaluations["retrieval"], source)
+    for task, evaluation in evaluations.items():
+        if task.startswith("retrieval_"):
+            summary.metrics = [*summary.metrics, *_recalls(evaluation, f"{task.removeprefix('retrieval_')}: ")]
     if "zero_shot" in evaluations:
         zero_shot = evaluations["zero_shot"].result
         metrics = {"zero-shot top-1": zero_shot.top1, "zero-shot mean per class": zero_shot.mean_per_class}
@@ -145,7 +148,7 @@ def _add_retrieval(summary: RunSummary, evaluation: Evaluation, source: Source) 
     indices, texts = evaluation.images.indices, evaluation.texts
     sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
     summary.metrics = [
-        *(_row(f"{name} R@{k}", side.recall[k], side.chance[k]) for name, side in sides for k in side.recall),
+        *_recalls(evaluation),
         *(_row(f"{name} median rank", side.median_rank, side.chance_median_rank, "rank") for name, side in sides),
     ]
     summary.evaluated_on = f"{result.num_images:,} held-out pairs"
@@ -166,6 +169,12 @@ def _add_retrieval(summary: RunSummary, evaluation: Evaluation, source: Source) 
     summary.cosine_captions = [texts[row] for row in text_rows[:n].tolist()]
     summary.cosine_images = [view.pixels(row) for row in rows[:n].tolist()]
     summary.image_embeds, summary.text_embeds = images[:PAIRS_IN_SPACE].numpy(), captions[:PAIRS_IN_SPACE].numpy()
+
+
+def _recalls(evaluation: Evaluation, where: str = "") -> list[MetricRow]:
+    result = evaluation.result
+    sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
+    return [_row(f"{where}{name} R@{k}", side.recall[k], side.chance[k]) for name, side in sides for k in side.recall]
 
 
 def _rankings(view: _Thumbnails, side: Direction, rng: np.random.Generator, images_ask: bool) -> list[Ranking]:

@@ -6,27 +6,31 @@ import contextlib
 import json
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+from scipy.stats import spearmanr
 
 from coalign import __version__
 from coalign.config import TrainConfig
 from coalign.errors import UserError
-from coalign.recipes.tables import Table, table
-from coalign.report.compare_page import Comparison
+from coalign.recipes.sweep import Table
+from coalign.recipes.tables import table
+from coalign.report.compare_page import Comparison, title, value_text
 from coalign.run.compare import compare
-from coalign.run.model import RESULTS, write_file
+from coalign.run.launch import run_name, write_launch
+from coalign.run.model import RESULTS, read_config, write_file
 from coalign.run.train import train
 
-CLASSES = "classes.txt"
+CLASSES, LAUNCH = "classes.txt", "launch.sh"
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,26 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        return self.out / f"{self.arm.replace(' ', '-').replace(',', '').replace(chr(39), '')}-seed{self.seed}"
+        return self.out / run_name(self.arm, self.seed)
 
 
 def reproduce(
-    name: str, data: str, out: str | Path, *, seeds: int = 3, jobs: int = 1, arms: Sequence[str] = ()
+    name: str,
+    data: str,
+    out: str | Path,
+    *,
+    scale: Literal["cpu", "paper"] = "cpu",
+    seeds: int = 3,
+    jobs: int = 1,
+    arms: Sequence[str] = (),
 ) -> Comparison | None:
     """Trains every arm of a table with seeds 0 … seeds - 1 in the folder `out`, then compares them: out/table.json, out/table.html.
 
     What is finished stays; what was stopped goes on. `jobs` trials run at once, each on its share of the cores. `arms` are those to
     train (default: all); the comparison is of what is there, and None where that is less than two runs. A trial that fails stops no
     other; UserError at the end names it.
+
+    At the scale "paper" nothing is trained: out/launch.sh gets the commands that train the arms by the paper's own recipe.
     """
     sweep, out = table(name), Path(out)
     if unknown := [arm for arm in arms if arm not in sweep.arms]:
@@ -60,16 +73,22 @@ def reproduce(
         raise UserError(f"--seeds is {seeds} and --jobs {jobs}, but both must be at least 1.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if sweep.classes:
+        if sweep.classes and scale == "cpu":
             (out / CLASSES).write_text("\n".join(sweep.classes) + "\n")
     except OSError as error:
         raise UserError(f"The table cannot be written to {out}: {error.strerror}; choose another --out.") from error
-    trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
     console = Console(highlight=False, soft_wrap=True)
+    if scale == "paper":
+        left_out = write_launch(out / LAUNCH, name, sweep, list(arms or sweep.arms), data, seeds)
+        console.print(f"{out / LAUNCH}: the commands. Nothing was trained.")
+        if left_out:
+            console.print(f"Left out, for they have no recipe of that scale: {', '.join(left_out)}")
+        return None
+    trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
     failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
     done = [Trial(sweep, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
     done = [trial for trial in done if finished(trial)]
-    comparison = _compare(name, sweep, done) if len(done) > 1 else None
+    comparison = _compare(name, sweep, done, console) if len(done) > 1 else None
     if failures:
         raise UserError(
             f"{len(failures)} of {len(trials)} trials failed: {'; '.join(failures)}. Their logs are beside them in {out}."
@@ -78,7 +97,20 @@ def reproduce(
 
 
 def finished(trial: Trial) -> bool:
-    return (trial.folder / RESULTS).exists()
+    """Whether the trial is done. UserError if what is there is another table's, or this one's as it was once."""
+    if not (trial.folder / RESULTS).exists():
+        return False
+    saved = read_config(trial.folder)
+    wanted = trial.sweep.config(trial.arm, trial.seed, saved.num_train)
+    if changed := [
+        name
+        for name in ("method", "method_config", "epochs", "batch_size")
+        if getattr(saved.config, name) != getattr(wanted, name)
+    ]:
+        raise UserError(
+            f"{trial.folder} holds a run with another {changed[0]} than this table's; choose another --out."
+        )
+    return True
 
 
 def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
@@ -161,22 +193,58 @@ def _train(trial: Trial, threads: int) -> None:
         raise UserError("stopped; call it again to go on")
 
 
-def _compare(name: str, sweep: Table, trials: Sequence[Trial]) -> Comparison:
+def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console) -> Comparison:
     out = trials[0].out
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
     trained = {trial.arm for trial in trials}
-    steps = [(lower, higher) for lower, higher in pairwise(sweep.order) if {lower, higher} <= trained]
+    steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
     values: dict[str, Any] = {
         "table": name,
         "title": sweep.title,
         "version": __version__,
         "arms": {label: asdict(arm) for label, arm in sweep.arms.items()},
+        "paper": sweep.paper,
+        "rank_correlation": {figure: rank_correlation(sweep, comparison, figure) for figure in sweep.headlines},
         "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
     text = json.dumps(values, indent=1, default=str) + "\n"
     write_file(out / "table.json", lambda path: path.write_text(text))
+    if sweep.paper:
+        print_against_paper(comparison, values, console)
     return comparison
+
+
+def rank_correlation(sweep: Table, comparison: Comparison, figure: str) -> float | None:
+    """Spearman's, of our mean figures with the paper's, over the arms that have both; None with less than three."""
+    pairs = [
+        (group.figures[figure].value, paper)
+        for group in comparison.groups
+        if (paper := sweep.arms[group.name].paper) is not None
+    ]
+    ours, papers = zip(*pairs) if pairs else ((), ())
+    if len(set(ours)) < 3 or len(set(papers)) < 3:
+        return None
+    return float(spearmanr(ours, papers).statistic)
+
+
+def print_against_paper(comparison: Comparison, values: Mapping[str, Any], console: Console) -> None:
+    """The paper's column beside ours, the rank correlation of both, and a verdict on each claim."""
+    table = RichTable(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "the paper", *(title(figure) for figure in values["rank_correlation"])):
+        table.add_column(column, justify="right" if column else "left")
+    for group in comparison.groups:
+        paper = values["arms"][group.name]["paper"]
+        ours = [value_text(group.figures[figure]) for figure in values["rank_correlation"]]
+        table.add_row(escape(group.name), "" if paper is None else f"{paper:g}", *ours)
+    known = [
+        "-" if found is None else f"{found:.2f}".replace("-", "−") for found in values["rank_correlation"].values()
+    ]
+    table.add_row("rank correlation with the paper", "", *known)
+    console.print(f"The paper: {values['paper']}", markup=False)
+    console.print(table)
+    for claim in values["claims"]:
+        console.print(f"{claim['claim']}, by {title(claim['figure'])}: {claim['verdict']}", markup=False)
 
 
 def _claim(name: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[str, Any]:

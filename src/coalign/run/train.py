@@ -186,7 +186,7 @@ def _finish(
     verdict, report = write_run_report(
         data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
     )
-    write_outcomes(out, pairs.val_source, evaluations)
+    write_outcomes(out, pairs, evaluations)
     results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
     parameters = {role: sum(p.numel() for p in group) for role, group in method.parameter_groups().items()}
     values = {"run": asdict(result), "parameters": parameters, **results}

@@ -92,7 +92,7 @@ def fresh_prefix(store: dist.Store, rank: int, size: int) -> dist.Store:
     if rank == 0:
         store.set("offer", own)
         for other in range(1, size):
-            store.set(f"{own}/acknowledged/{other}", store.get(f"{own}/signed/{other}"))  # `get` waits for it
+            store.set(f"{own}/acknowledged/{other}", store.get(f"{own}/signed/{other}").decode())  # `get` waits
         return dist.PrefixStore(own, store)
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while time.monotonic() < deadline:

@@ -1,0 +1,94 @@
+"""What a table of experiments is: arms that differ in what they test and share everything else. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from coalign.config import TrainConfig
+from coalign.optim import RoleConfig
+from coalign.recipes import recipe, recipes
+
+PAPER_PAIRS = 1_000_000  # the papers' own recipes do not depend on the number of pairs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table: a recipe with changes to the method's settings."""
+
+    recipe: str
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to the method's configuration
+    epochs: float = 1.0  # times the table's
+    batch: float = 1.0  # times the table's batch size
+    image_lr: float | None = None  # peak learning rate of the image tower, where it was tuned for this arm
+    train_fraction: float = 1.0  # of the training pairs
+    paper: float | None = None  # what the paper reports of this row, in the table's `paper`
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sweep. Differences are to the first arm; every arm is trained with every seed."""
+
+    title: str
+    arms: Mapping[str, Arm]
+    epochs: float
+    batch_size: int | None = 128  # None: the recipe's
+    image_size: int | None = 48
+    val_fraction: float = 0.1
+    evals: int = 5
+    image_lr: float | None = None  # of the arms that have none of their own; None: the recipe's
+    classes: tuple[str, ...] = ()  # of zero-shot and of the probe, looked for in the samples' labels and tags
+    probe: bool = False
+    small: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # recipe -> further changes, which only this scale needs
+    test_splits: tuple[str, ...] = ()  # of the data, evaluated at the end beside the held-out pairs
+    claims: tuple[tuple[str, str], ...] = ()  # (lower, higher): by the paper, the second arm is better than the first
+    headlines: tuple[str, ...] = ("retrieval.image_to_text.r10",)  # the figures that the claims are about
+    paper: str = ""  # what the arms' `paper` is a figure of, in per cent, and where it is printed
+    paper_recipe: str = ""  # of the paper's own runs, where {method} is an arm's recipe; "": the table is ours alone
+    paper_task: str = "zeroshot:imagenet"  # what the paper evaluates by
+
+    def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
+        """The settings of one trial on that many training pairs."""
+        row = self.arms[arm]
+        config = recipe(row.recipe)(round(num_pairs / row.train_fraction))  # the model is that of all pairs
+        image_lr = row.image_lr or self.image_lr
+        roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
+        return replace(
+            config,
+            method_config=replace(config.method_config, **{**self.small.get(row.recipe, {}), **row.changes}),
+            epochs=self.epochs * row.epochs,
+            batch_size=round((self.batch_size or config.batch_size) * row.batch),
+            image_size=self.image_size or config.image_size,
+            val_fraction=self.val_fraction,
+            train_fraction=row.train_fraction,
+            test_splits=self.test_splits,
+            probe=self.probe,
+            evals=self.evals,
+            seed=seed,
+            optimiser=replace(config.optimiser, roles={**config.optimiser.roles, **roles}),
+        )
+
+    def paper_config(self, arm: str, seed: int) -> tuple[str, TrainConfig] | None:
+        """The paper's recipe for an arm, by name, and its settings at that scale; None where there is no such recipe."""
+        row = self.arms[arm]
+        name = self.paper_recipe.format(method=row.recipe)
+        if name not in recipes():
+            return None
+        config = recipe(name)(PAPER_PAIRS)
+        return name, replace(
+            config,
+            method_config=replace(config.method_config, **row.changes),
+            epochs=config.epochs * row.epochs,
+            batch_size=round(config.batch_size * row.batch),
+            train_fraction=row.train_fraction,
+            seed=seed,
+        )
+
+
+def chain(*arms: str) -> tuple[tuple[str, str], ...]:
+    """The claims of an order, the worst first: each step is one."""
+    return tuple(pairwise(arms))
