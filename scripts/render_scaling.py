@@ -95,7 +95,8 @@ torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST
 
 The first process writes the run's folder and the shards' indexes. With `--resume auto` and `--max-restarts` a run whose process died goes
 on from its last checkpoint, on as many processes as there are then. `coalign profile` under the same launcher says where a step's time
-goes. A model must fit in the memory of one device: nothing is sharded.
+goes. A model whose weights, gradients and moments do not fit one device is trained with `--shard`, which divides them over the processes
+(FSDP2), layer by layer, and sends weights instead: memory for time. The plans above do without.
 """
 
 

@@ -38,6 +38,8 @@ class TrainConfig:
     """Pairs a step, over all processes."""
     micro_batch: int | None = None
     """Pairs held in memory at once, a process; the gradient stays that of the whole batch."""
+    shard: bool = False
+    """Divide weights, gradients and optimiser states over the processes (FSDP2), for a model that is too large for one device each."""
     epochs: float = 32
     """Passes over the training pairs."""
     optimiser: Annotated[OptimiserConfig, arg(name="")] = field(default_factory=OptimiserConfig)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from coalign.divided import divided_like, is_divided
 from coalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -204,6 +206,8 @@ def _like(parameter: Tensor, value: Tensor, fused: bool) -> Tensor:
 
     if value.ndim == 0:
         return value.to(parameter.device if fused else "cpu", torch.float32, copy=True)
+    if is_divided(parameter):
+        return divided_like(parameter, value)
     return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
@@ -229,8 +233,8 @@ def build_optimisers(
     for role, parameters in groups.items():
         own = roles[role]
         settings = {"betas": own.betas, "eps": own.eps} if own.kind == "adamw" else {"momentum": own.momentum}
-        for decays in (True, False):
-            members = [parameter for parameter in parameters if (parameter.ndim >= 2) == decays]
+        for decays, divided in product((True, False), (False, True)):  # one kernel takes no tensors of both kinds
+            members = [p for p in parameters if (p.ndim >= 2) == decays and is_divided(p) == divided]
             if members:
                 decay = own.weight_decay if decays else 0.0
                 group = {"params": members, "role": role, "lr": own.lr, "weight_decay": decay, **settings}
@@ -263,10 +267,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     If the norm is not finite, the gradients are worthless afterwards: the caller skips the step.
     """
+    import torch
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    parameters = list(parameters)
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault(is_divided(parameter), []).append(parameter)
+    norms = []
+    for members in kinds.values():
+        own: Any = get_total_norm([parameter.grad for parameter in members if parameter.grad is not None])
+        norms.append(own.full_tensor() if is_divided(own) else own)
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
+        for members in kinds.values():
+            clip_grads_with_norm_(members, max_norm, norm)
     return norm

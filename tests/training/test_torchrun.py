@@ -144,3 +144,39 @@ def test_two_machines_train_as_one(tmp_path, pairs, model_file, two):
         ]  # fmt: skip
         finish(*processes)
     assert_equal_runs(out, two)
+
+
+DIVIDE = """
+from coalign import cli
+from coalign.divided import is_divided
+from coalign.run import prepare
+
+whole = prepare.shard
+
+def shard(method, world):  # of the tiny model's layers none is large enough by itself
+    whole(method, world, least=64)
+    assert sum(map(is_divided, method.parameters())) > 4
+
+prepare.shard = shard
+raise SystemExit(cli.main())
+"""
+
+
+def test_divided_weights_train_as_whole_ones_and_one_process_takes_them_up(tmp_path, pairs, model_file):
+    """--shard: the same run as without, checkpoints in the same form, evaluated by one process while the other waits."""
+    outs = [tmp_path / name for name in ("whole", "divided")]
+    args = [tiny.train_args(pairs, out, model_file, **{**OPTIONS, "recipe": "mcd", "epochs": 3}) for out in outs]
+    (tmp_path / "divide.py").write_text(DIVIDE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(tmp_path / "divide.py"), *args[1], "--shard"]
+    finish(
+        tiny.start(args[0], processes=2),
+        subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
+    )
+    for name in ("last", "best"):
+        one, other = (checkpoint.load(out / name).model for out in outs)
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-3, atol=2e-5, msg=key)
+    assert (outs[1] / "report.html").exists()
+    finish(tiny.start(args[1]))  # alone and without --shard: it finds the run complete

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from coalign.divided import own_share
 from coalign.types import StepInfo
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -39,7 +40,8 @@ def move_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    found = [*module.parameters(), *module.buffers()]
+    return [own_share(tensor) for tensor in found]  # teacher and student are divided alike
 
 
 def cosine_momentum(start: float, step: StepInfo) -> float:

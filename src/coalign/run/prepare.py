@@ -25,6 +25,7 @@ from coalign.networks.towers import ImageTower
 from coalign.run import model as runs
 from coalign.run.pairs import MAX_READ, Data
 from coalign.training.distributed import World
+from coalign.training.sharding import shard
 from coalign.types import Source
 
 Settle = Callable[[int], TrainConfig]  # number of training pairs -> configuration
@@ -148,6 +149,14 @@ def starting_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> 
         runs.initialise(method, config)
     _check_batch_norm(method, config, world)
     return method.to(world.device).to(memory_format=torch.channels_last)
+
+
+def divide(method: Method, config: TrainConfig, world: World) -> None:
+    """The weights over the processes, if asked for; one process alone has them whole."""
+    if config.shard and config.precision == "fp16":
+        raise UserError("--shard and --precision fp16 do not go together; take bf16 or fp32.")
+    if config.shard and world.size > 1:
+        shard(method, world)
 
 
 def compile_towers(method: Method, config: TrainConfig) -> None:

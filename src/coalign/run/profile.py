@@ -18,7 +18,15 @@ from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.run import model as runs
 from coalign.run.pairs import pair_loader
-from coalign.run.prepare import Settle, compile_towers, open_data, run_tokenizer, settle_workers, starting_method
+from coalign.run.prepare import (
+    Settle,
+    compile_towers,
+    divide,
+    open_data,
+    run_tokenizer,
+    settle_workers,
+    starting_method,
+)
 from coalign.training.distributed import join_world
 from coalign.training.stopwatch import Stopwatch
 from coalign.training.trainer import Trainer
@@ -47,6 +55,7 @@ def profile(data: str, settle: Settle, *, steps: int = 20, device: str | None = 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run_tokenizer(config, pairs, Path(folder))
         method = starting_method(config, tokenizer, world)
+        divide(method, config, world)
         tags = pairs.tag_ids(method.view_plan.tags)
         loader = pair_loader(method, config, pairs.source, pairs.train, tokenizer, world, config.batch_size, tags)
         trainer = Trainer(

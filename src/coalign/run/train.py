@@ -25,6 +25,7 @@ from coalign.run.pairs import Data, pair_loader
 from coalign.run.prepare import (
     Settle,
     compile_towers,
+    divide,
     fingerprint,
     open_data,
     run_tokenizer,
@@ -33,6 +34,7 @@ from coalign.run.prepare import (
 )
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
+from coalign.training.sharding import whole
 from coalign.training.trainer import Trainer, TrainResult
 
 # what may differ when a run is resumed: it changes nothing that the run computes
@@ -43,6 +45,7 @@ FREE_TO_CHANGE = {
     "max_bad_fraction",
     "max_non_finite",
     "micro_batch",
+    "shard",
     "evals",
     "probe",
 }
@@ -79,6 +82,7 @@ def train(
 
             describe(console, data, out, settings, method, tokenizer, pairs, world)
         return None
+    divide(method, settings, world)
     tags = pairs.tag_ids(method.view_plan.tags)
     loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags)
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
@@ -96,13 +100,14 @@ def train(
         if world.is_first:
             console.print(_opening_line(settings, method, pairs, total_steps, done, world))
         result = trainer.fit()
-        if world.is_first and result.ended == "interrupted":
-            console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
-        elif world.is_first and result.step == done and _reported(out, done):
-            console.print(f"The run was complete already. Report: {out / runs.REPORT}")
-        elif world.is_first:
-            _finish(console, data, out, settings, method, tokenizer, pairs, result)
-    world.barrier()
+        with whole(method):
+            if world.is_first and result.ended == "interrupted":
+                console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
+            elif world.is_first and result.step == done and _reported(out, done):
+                console.print(f"The run was complete already. Report: {out / runs.REPORT}")
+            elif world.is_first:
+                _finish(console, data, out, settings, method, tokenizer, pairs, result)
+            world.barrier()
     return result
 
 

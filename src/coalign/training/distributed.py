@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from coalign.divided import is_divided
 from coalign.errors import UserError
 from coalign.training.stopwatch import part
 
@@ -148,7 +149,7 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """
     if world.size == 1:
         return
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad and not is_divided(p)]  # FSDP2 sums those that are
     present = world.sum(torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=world.device))
     bucket: list[nn.Parameter] = []
     elements = 0

@@ -20,6 +20,7 @@ from coalign.training import checkpoint
 from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
 from coalign.training.log import BadSampleLog, NonFiniteGuard, RunLog, StopSignal
+from coalign.training.sharding import gathered, load_weights, whole
 from coalign.training.step import StepResult, forward_backward, move_statistics
 from coalign.training.stopwatch import part
 from coalign.types import Batch, StepInfo
@@ -102,7 +103,7 @@ class Trainer:
             return 0
         for warning in found.warnings if self.world.is_first else []:
             print(warning)
-        self.method.load_state_dict(found.model)
+        load_weights(self.method, found.model)
         self.optimisers.load_state_dict(found.optimiser)
         self.progress = Progress(**found.trainer)
         if self.scaler:
@@ -220,7 +221,7 @@ class Trainer:
     def _evaluate(self, info: StepInfo) -> None:
         assert self.validate is not None
         self.method.eval()
-        with torch.no_grad():
+        with torch.no_grad(), whole(self.method):
             result = self.validate(info)
         self.method.train()
         progress = self.progress
@@ -228,13 +229,17 @@ class Trainer:
             self._log.evaluation(info.step, result.values)
         if progress.best_score is None or result.score > progress.best_score:
             progress.best_score, progress.best_step, progress.evals_since_best = result.score, progress.step, 0
+            weights = gathered(self.method.state_dict(), self.world.is_first)
             if self.world.is_first:
-                checkpoint.save(self.run_dir, "best", self.method.state_dict())
+                checkpoint.save(self.run_dir, "best", weights)
         else:
             progress.evals_since_best += 1
 
     def _save(self) -> None:
         self._last_save = time.monotonic()
+        weights, optimiser = (
+            gathered(each.state_dict(), self.world.is_first) for each in (self.method, self.optimisers)
+        )
         if self.world.is_first:
             assert self._log is not None
             assert self._bad is not None
@@ -242,9 +247,7 @@ class Trainer:
             self.progress.seconds = time.monotonic() - self._began
             scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
             self.progress.state = {"guard": self._guard.state_dict(), "bad": self._bad.state_dict(), **scaler}
-            checkpoint.save(
-                self.run_dir, "last", self.method.state_dict(), self.optimisers.state_dict(), vars(self.progress)
-            )
+            checkpoint.save(self.run_dir, "last", weights, optimiser, vars(self.progress))
         self.world.barrier()
 
     def _time_to_save(self) -> bool:
