@@ -31,6 +31,7 @@ from coalign.data.common import (
     tag_values,
     text_lines,
 )
+from coalign.data.remote import is_remote, local_copies
 from coalign.data.shard_index import (
     NONE,
     TEXT_FIELDS,
@@ -176,7 +177,9 @@ def _load_all(shards: list[str], load: Callable[[str], _T]) -> list[_T]:
 
 def open_shards(spec: str) -> ShardSource:
     """Shards by brace pattern ("cc3m/{00000..00331}.tar"), glob, one file, or a folder of them (or of train, val, test
-    with them)."""
+    with them); all but the folder also behind a URL ("s3://bucket/{00000..00331}.tar")."""
+    if is_remote(spec):
+        return ShardSource(printable(spec), local_copies(spec, lambda pattern: list(expand_braces(pattern))))
     if os.path.isdir(spec):
         shards = shards_in(spec)
     elif os.path.exists(spec):

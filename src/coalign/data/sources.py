@@ -12,6 +12,7 @@ from coalign.data.common import choose_split, is_image_name, printable
 from coalign.data.folder import FolderSource
 from coalign.data.hf import is_saved_dataset, open_hf
 from coalign.data.mixture import MARK, open_mixture
+from coalign.data.remote import is_remote
 from coalign.data.shards import open_shards, shards_in
 from coalign.data.splits import assign_splits
 from coalign.data.sugarcrepe import SugarCrepe
@@ -69,6 +70,10 @@ def _open(
         return SugarCrepe(_existing(files), Path(images) if images else None)
     if spec.startswith("winoground:"):
         return Winoground(_existing(spec.removeprefix("winoground:")))
+    if is_remote(spec):
+        if not spec.split("?")[0].endswith(".tar"):
+            raise UserError(f"{spec} does not end with .tar: of what lies behind a URL coalign reads tar shards")
+        return open_shards(spec)
     spec = os.path.expanduser(spec)
     if not os.path.exists(spec) and any(mark in spec for mark in "{*?["):
         if not spec.endswith(".tar"):
