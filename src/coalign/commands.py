@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from coalign.errors import UserError
 from coalign.recipes import recipes
 
 
@@ -164,7 +165,6 @@ def card_command(run: Positional[str], out: Path | None = None) -> None:
         run: the folder of a run
         out: the Markdown file to write (default: show it)
     """
-    from coalign.errors import UserError
     from coalign.run.card import card
     from coalign.run.model import check_output, write_file
 
@@ -181,9 +181,9 @@ def card_command(run: Positional[str], out: Path | None = None) -> None:
 
 
 def reproduce_command(
-    table: Positional[str],
-    data: str,
-    out: Path,
+    table: Positional[str | None] = None,
+    data: str | None = None,
+    out: Path | None = None,
     scale: Literal["cpu", "paper"] = "cpu",
     seeds: int = 3,
     jobs: int = 1,
@@ -194,7 +194,7 @@ def reproduce_command(
     Example: coalign reproduce two-towers-scenes --data scenes:8192 --out runs/two-towers --jobs 2
 
     Args:
-        table: the table's name; a wrong one lists them
+        table: the table's name; without one, they are listed
         data: anything that `coalign train --data` takes
         out: the folder of the runs, of table.json and of table.html
         scale: cpu trains small models in hours; paper trains nothing, but writes launch.sh with the commands of the paper's recipes
@@ -202,6 +202,14 @@ def reproduce_command(
         jobs: trials at once, each on its share of the cores
         arms: train only these (default: all)
     """
+    from coalign.recipes import tables
+
+    if table is None:
+        print("".join(f"{name}\n    {sweep.title}\n" for name, sweep in tables.TABLES.items()), end="")
+        return
+    tables.table(table)  # says what is wrong with its name first
+    if data is None or out is None:
+        raise UserError(f"The table {table} needs --data and --out; see `coalign reproduce --help`.")
     from coalign.run.reporting import print_comparison
     from coalign.run.reproduce import reproduce
 

@@ -140,6 +140,10 @@ def test_wrong_words_are_answered(small, tmp_path, capsys):
     ):
         assert cli.main(["reproduce", *words, "--data", "photos", "--out", "out"]) == 2
         assert said in capsys.readouterr().err
+    assert cli.main(["reproduce", "test"]) == 2
+    assert "The table test needs --data and --out" in capsys.readouterr().err
+    assert cli.main(["reproduce"]) == 0
+    assert "test\n    a test\n" in capsys.readouterr().out
     (tmp_path / "file").write_text("in the way")
     assert cli.main(["reproduce", "test", "--data", "photos", "--out", "file"]) == 2
     assert "cannot be written to file" in capsys.readouterr().err
