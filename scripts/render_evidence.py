@@ -28,7 +28,8 @@ the bootstrap over held-out items. Differences have two 95 % intervals: over hel
 claim *holds*, or *does not hold*, where both lie on one side of zero; else these runs do not decide it. Nothing is corrected for the number
 of comparisons. Time is on the clock, over the first row's, on a machine that did other things too. "CLIP's time" is as many pairs as CLIP's
 time is enough for, by what a step costs: {costs}. The modality gap is the
-distance between the centroids of images and captions, 0 to 2.
+distance between the centroids of images and captions, 0 to 2. Tables on two styles of Open Clip Art (`style-shift.jsonl`) hold out a tenth
+of these, and are *tested* on 301 pictures of the same concepts that others drew.
 """
 
 

@@ -270,14 +270,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     import torch
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-    kinds: dict[bool, list[nn.Parameter]] = {}
+    kinds: dict[bool, list[nn.Parameter]] = {}  # one kernel takes no tensors of both kinds
     for parameter in parameters:
-        kinds.setdefault(is_divided(parameter), []).append(parameter)
-    norms = []
-    for members in kinds.values():
-        own: Any = get_total_norm([parameter.grad for parameter in members if parameter.grad is not None])
-        norms.append(own.full_tensor() if is_divided(own) else own)
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        if parameter.grad is not None:
+            kinds.setdefault(is_divided(parameter), []).append(parameter)
+    norms: list[Any] = [get_total_norm([p.grad for p in members if p.grad is not None]) for members in kinds.values()]
+    norms = [norm.full_tensor() if is_divided(norm) else norm for norm in norms]
+    norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
     if max_norm is not None:
         for members in kinds.values():
             clip_grads_with_norm_(members, max_norm, norm)

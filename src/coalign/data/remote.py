@@ -18,7 +18,7 @@ from typing import Any
 from coalign.data.common import cache_folder
 from coalign.errors import UserError
 
-_AT_ONCE = 8  # downloads
+_ASKED, _COPIED = 64, 8  # shards at once
 _SPARE = 1 << 30  # bytes that are left free on the disk
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def local_copies(spec: str, expand: Callable[[str], Sequence[str]]) -> list[str]
     filesystem, urls = _call(spec, lambda: _matching(spec, expand))
     if not urls:
         raise UserError(f"no shards match {spec}")
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_ASKED) as pool:
         infos = list(pool.map(lambda url: _info(filesystem, url), urls))
     if missing := [url for url, info in zip(urls, infos) if info is None]:
         raise UserError(f"{len(missing)} of {len(urls)} shards of {spec} are missing, the first is {missing[0]}")
@@ -46,7 +46,7 @@ def local_copies(spec: str, expand: Callable[[str], Sequence[str]]) -> list[str]
     if wanted := [copy for copy in copies if not copy.is_there()]:
         _check_space(spec, sum(copy.size for copy in wanted))
         _log.info("copying %s shards of %s", f"{len(wanted):,}", spec)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_COPIED) as pool:
             running = [pool.submit(_call, copy.url, copy.make) for copy in wanted]
             try:
                 for future in running:
