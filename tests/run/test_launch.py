@@ -16,7 +16,9 @@ OF_PAPERS = [name for name, sweep in TABLES.items() if sweep.paper_recipe]
 @pytest.mark.parametrize("name", OF_PAPERS)
 def test_every_command_gives_the_settings_of_its_arm(name, tmp_path, capsys):
     sweep, out = TABLES[name], tmp_path / "two words"
-    command = ["reproduce", name, "--data", "web/{00..10}.tar", "--out", str(out), "--scale", "paper", "--seeds", "2"]
+    seeds = 2 if name == "style-shift-openclipart" else 1
+    command = ["reproduce", name, "--data", "web/{00..10}.tar", "--out", str(out), "--scale", "paper"]
+    command += ["--seeds", str(seeds)]
     assert cli.main(command) == 0
     arms = [arm for arm in sweep.arms if sweep.paper_config(arm, 0)]
     said = capsys.readouterr().out
@@ -26,7 +28,7 @@ def test_every_command_gives_the_settings_of_its_arm(name, tmp_path, capsys):
     assert subprocess.run(["sh", "-n", str(script)]).returncode == 0
     lines = script.read_text().splitlines()
     trained = [shlex.split(line) for line in lines if line.startswith("torchrun")]
-    assert len(trained) == 2 * len(arms)
+    assert len(trained) == seeds * len(arms)
     for number, words in enumerate(trained):
         assert words[:6] == ["torchrun", "--nproc-per-node", "$GPUS", "-m", "coalign.cli", "train"]
         command, config = _parse_settings(words[6:], 1_000_000, "train", TrainCommand)

@@ -77,6 +77,7 @@ def assert_equal(ours, theirs):
             torch.testing.assert_close(value, other[name], rtol=1e-6, atol=slack, msg=name)
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_one_process_with_all_weights(tmp_path):
     wholes, cases = {}, []
     for name, model in CASES:
