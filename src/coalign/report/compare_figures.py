@@ -135,7 +135,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
         fontsize=8.5,
         labelcolor=SOFT,
         loc="outside upper center",
-        ncols=max(1, min(6, len(labels), 110 // (max(map(len, labels)) + 8))),  # a column is as wide as its longest name
+        ncols=max(
+            1, min(6, len(labels), 110 // (max(map(len, labels)) + 8))
+        ),  # a column is as wide as its longest name
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
