@@ -48,6 +48,7 @@ bench: $(STAMP)
 	@$(BIN)/python benchmarks/step_overhead.py
 	@$(BIN)/python benchmarks/tiled_losses.py --scale
 	@$(BIN)/python benchmarks/gradient_caching.py
+	@$(BIN)/python benchmarks/cost_curves.py
 	@$(BIN)/python benchmarks/data_at_scale.py
 	@$(BIN)/python benchmarks/queue_lookup.py
 	@$(BIN)/python benchmarks/linear_probe.py

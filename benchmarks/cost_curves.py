@@ -1,0 +1,126 @@
+"""How a step's cost grows: time and tensors against the batch, and time against the number of processes.
+
+Against the batch: a pair's time in a step over that in a step of the smallest batch, and the peak of the tensors of a step over that of
+the smallest, whole and in slices of 64 (`--micro-batch`). Against processes: a step of the same global batch on one thread of one process,
+over one on two processes of a thread each; two would be perfect. Model and batch of gradient_caching.py.
+
+Against the size of the data: data_at_scale.py.
+
+Run: python benchmarks/cost_curves.py [METHOD …] [--largest 1024] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from gradient_caching import INFO, MODEL, SLICE, build, repeated
+from memory import TensorPeak
+from step_overhead import WORLD, make_batch, timed
+
+from coalign.method import Method
+from coalign.training.distributed import World, join_world
+from coalign.training.step import forward_backward
+from coalign.types import Batch
+
+SMALLEST, SHARED = 64, 256
+
+
+def step(method: Method, batch: Batch, world: World = WORLD, size: int | None = None) -> None:
+    rows = [slice(start, start + size) for start in range(0, len(batch), size)] if size else None
+    forward_backward(method, batch, INFO, world, slices=rows)
+    method.zero_grad()
+
+
+def against_batch(name: str, model: str, largest: int, repeats: int) -> None:
+    method = build(name, model)
+    smallest = make_batch(method.view_plan, SMALLEST)
+    sizes = [SMALLEST << power for power in range((largest // SMALLEST).bit_length())]
+    batches = {size: repeated(smallest, size) for size in sizes}
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(1 + repeats):  # sizes take turns; the first is not counted
+        for size, batch in batches.items():
+            spent = timed(lambda batch=batch: step(method, batch)) / size  # type: ignore[misc]
+            if turn:
+                times[size].append(spent)
+
+    def peak(size: int, slices: int | None) -> float:
+        with TensorPeak() as tensors:
+            step(method, batches[size], size=slices)
+        return tensors.peak
+
+    base = peak(SMALLEST, None)
+    for size in sizes:
+        ratios = sorted(one / other for one, other in zip(times[size], times[SMALLEST]))
+        print(
+            f"{name}, batch {size:,}: a pair's time × {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}), tensors × "
+            f"{peak(size, None) / base:.2f}, in slices of {SLICE} × {peak(size, SLICE) / base:.2f}",
+            flush=True,
+        )
+
+
+def own_share(rank: int, size: int, port: int, name: str, model: str, repeats: int, out: str) -> None:
+    """In a process of its own: the seconds of its steps on its share of the batch."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    world = join_world("cpu")
+    method = build(name, model)
+    rows = SHARED // size
+    batch = make_batch(method.view_plan, SHARED)[slice(rank * rows, (rank + 1) * rows)]
+    spent = []
+    for _ in range(1 + repeats):
+        world.barrier()
+        start = time.perf_counter()
+        step(method, batch, world)
+        world.barrier()
+        spent.append(time.perf_counter() - start)
+    if rank == 0:
+        Path(out).write_text(json.dumps(spent[1:]))
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def against_processes(name: str, model: str, repeats: int) -> None:
+    found = []
+    for size in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        out = Path(model).with_name(f"{name}-{size}.json")
+        multiprocessing.spawn(own_share, (size, port, name, model, repeats, str(out)), nprocs=size)
+        found.append(json.loads(out.read_text()))
+    ratios = sorted(one / two for one, two in zip(*found))
+    print(
+        f"{name}: RATIO one process over two {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=["clip", "uniclip"], metavar="METHOD")
+    parser.add_argument("--largest", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.json"
+        model.write_text(json.dumps(MODEL))
+        for name in options.methods:
+            against_batch(name, str(model), options.largest, options.repeats)
+            against_processes(name, str(model), options.repeats)
+
+
+if __name__ == "__main__":
+    main()
