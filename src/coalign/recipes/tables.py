@@ -174,7 +174,15 @@ TABLES = {
     ),
     "style-shift-openclipart": Table(
         "All seven methods, trained on two styles of Open Clip Art and asked about the same concepts as others drew them",
-        {name: Arm(name, image_lr=TUNED.get(name), paper=_YFCC.get(name)) for name in (*_TWO_TOWERS, "oner", "mct")},
+        {
+            **{
+                name: Arm(name, image_lr=TUNED.get(name), paper=_YFCC.get(name))
+                for name in (*_TWO_TOWERS, "oner", "mct")
+            },
+            "clip, DeCLIP's views": Arm(
+                "clip", {"image_view": VIEW}, image_lr=TUNED["clip"]
+            ),  # what views alone do: a control
+        },
         small=_QUEUE,
         claims=chain(*_TWO_TOWERS),
         paper=_IMAGENET_YFCC,
