@@ -184,7 +184,7 @@ TABLES = {
             ),  # what views alone do: a control
         },
         small=_QUEUE,
-        claims=chain(*_TWO_TOWERS),
+        claims=(*chain(*_TWO_TOWERS), *(("clip, DeCLIP's views", name) for name in _TWO_TOWERS[1:])),
         paper=_IMAGENET_YFCC,
         paper_recipe="{method}-yfcc15m",
         **STYLES,
