@@ -18,24 +18,27 @@ def store_factory(port):
 
 
 def meet(port, delays):
-    """What each rank reads after all have started, `delays` seconds late, and written under the prefix they found."""
+    """Of each rank, started `delays` seconds late: whether an earlier start was under the prefix it found, and who else is."""
 
     def one(rank):
         sleep(delays[rank])
         store = fresh_prefix(store_factory(port), rank, SIZE)
-        assert not store.check([f"was here/{rank}"])  # no earlier start was under this prefix
-        store.set(f"was here/{rank}", "")
-        store.wait([f"was here/{other}" for other in range(SIZE)])
+        earlier = store.check([f"was here/{rank}"])
+        store.set(f"was here/{rank}", f"rank {rank}")
+        return earlier, [store.get(f"was here/{other}").decode() for other in range(SIZE)]
 
     with ThreadPoolExecutor(SIZE) as pool:
-        list(pool.map(one, range(SIZE)))
+        return list(pool.map(one, range(SIZE)))
+
+
+TOGETHER = [(False, ["rank 0", "rank 1", "rank 2"])] * SIZE
 
 
 @pytest.mark.parametrize("delays", [(0, 0, 0), (0.4, 0, 0), (0, 0.4, 0), (0, 0.1, 0.4)])
 def test_every_start_has_a_prefix_of_its_own_whoever_comes_first(delays):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
-        meet(server.port, delays)
+        assert meet(server.port, delays) == TOGETHER
 
 
 def test_a_start_whose_first_rank_had_died_half_way_is_passed_over():
@@ -43,7 +46,7 @@ def test_a_start_whose_first_rank_had_died_half_way_is_passed_over():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     server.set("offer", "dead")
     server.set("dead/acknowledged/1", "an earlier one")
-    meet(server.port, (0.4, 0, 0))
+    assert meet(server.port, (0.4, 0, 0)) == TOGETHER
 
 
 def test_a_first_rank_that_never_answers_is_said(monkeypatch):

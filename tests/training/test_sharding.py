@@ -1,16 +1,21 @@
 """Weights divided over two processes: the same step as one process with all of them, and the same run."""
 
 import copy
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from builders import TRANSFORMER, build_method, make_batch
+from open_clip.modified_resnet import AttentionPool2d
+from open_clip.transformer import ResidualAttentionBlock
 from processes import on_two_processes
 from test_step_equality import ALONE, BATCH, BATCH_NORM, MODELS, STEP, batch_for, takes
+from torch import nn
 
 from coalign.divided import is_divided
 from coalign.methods import METHODS
 from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
+from coalign.training import sharding
 from coalign.training.distributed import RankGather
 from coalign.training.sharding import gathered, load_weights, shard, whole
 from coalign.training.step import forward_backward, move_statistics
@@ -75,6 +80,18 @@ def assert_equal(ours, theirs):
         for name, value in one.items():
             # Adam moves a bias whose gradient is zero up to rounding by its sign: hence the slack of weights
             torch.testing.assert_close(value, other[name], rtol=1e-6, atol=slack, msg=name)
+
+
+def test_what_is_read_without_a_call_stays_whole(monkeypatch):
+    """Of torch's attention and of the pooling of CLIP's ResNets the weights are arguments of one function."""
+    divided = []
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(sharding, "fully_shard", lambda layer, **_: divided.append(layer) or MagicMock())
+    model = nn.ModuleDict(
+        {"pool": AttentionPool2d(2, 16, 2), "block": ResidualAttentionBlock(16, 2), "out": nn.Linear(16, 16)}
+    )
+    shard(model, ALONE, least=64)
+    assert divided == [model["block"].mlp.c_fc, model["block"].mlp.c_proj, model["out"]]
 
 
 @pytest.mark.slow

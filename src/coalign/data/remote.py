@@ -82,12 +82,14 @@ class _Copy:
                 return
             self._note.unlink(missing_ok=True)
             temporary = self.place.with_name(f"{self.place.name}.part")
-            with self.filesystem.open(self.url, "rb") as remote, open(temporary, "wb") as file:
-                shutil.copyfileobj(remote, file, 1 << 22)
-            if (got := temporary.stat().st_size) != self.size:
-                temporary.unlink()
-                raise OSError(f"{got:,} of {self.size:,} bytes came")
-            os.replace(temporary, self.place)
+            try:
+                with self.filesystem.open(self.url, "rb") as remote, open(temporary, "wb") as file:
+                    shutil.copyfileobj(remote, file, 1 << 22)
+                if (got := temporary.stat().st_size) != self.size:
+                    raise OSError(f"{got:,} of {self.size:,} bytes came")
+                os.replace(temporary, self.place)
+            finally:
+                temporary.unlink(missing_ok=True)  # of what broke off; a full disk has room again
             self._note.write_text(self.state)
 
 
@@ -156,8 +158,7 @@ def _call(what: str, work: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except ImportError as error:
-        protocol = what.split("://")[0]
-        raise UserError(f'{what} needs a package: pip install "fsspec[{protocol}]" ({error}).') from None
+        raise UserError(f'{what} needs a package ({error}): pip install "coalign[remote]", or that one.') from None
     except Exception as error:  # every file system has its own errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} cannot be read: {reason}") from error

@@ -41,9 +41,8 @@ class Table:
     image_lr: float | None = None  # of the arms that have none of their own; None: the recipe's
     classes: tuple[str, ...] = ()  # of zero-shot and of the probe, looked for in the samples' labels and tags
     probe: bool = False
-    small: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # recipe -> further changes, which only this scale needs
+    # recipe -> further changes to its method's configuration, which only this scale needs
+    small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     test_splits: tuple[str, ...] = ()  # of the data, evaluated at the end beside the held-out pairs
     claims: tuple[tuple[str, str], ...] = ()  # (lower, higher): by the paper, the second arm is better than the first
     headlines: tuple[str, ...] = ("retrieval.image_to_text.r10",)  # the figures that the claims are about

@@ -14,8 +14,7 @@ from coalign.recipes.sweep import PAPER_PAIRS, Table
 from coalign.run.model import write_file
 
 HEAD = """#!/bin/sh
-# {title}.
-# At the paper's scale; its column: {paper}. Stopped, it goes on where it was.
+# {name} at the paper's scale; its column: {paper}. Stopped, it goes on where it was.
 # GPUS: processes on this machine. DATA_ROOT: the folder with ImageNet, for the evaluation.
 set -e
 : "${{GPUS:=8}}" "${{DATA_ROOT:?is the folder with ImageNet in it}}"
@@ -28,7 +27,7 @@ def write_launch(path: Path, name: str, sweep: Table, arms: list[str], data: str
     chosen = [arm for arm in arms if arm not in without]
     if not chosen:
         raise UserError(f"The table {name} is of no paper; it can be run with --scale cpu alone.")
-    text = HEAD.format(title=sweep.title, paper=sweep.paper)
+    text = HEAD.format(name=name, paper=sweep.paper)
     text += "".join(f"\n{line}" for line in _lines(sweep, chosen, data, path.parent, seeds)) + "\n"
 
     def write(temporary: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -21,12 +22,18 @@ LEAST = 1 << 16  # parameters of a layer: smaller ones are not worth a communica
 def shard(module: nn.Module, world: World, least: int = LEAST) -> None:
     """Divides the weights of every large layer over the processes. A layer has them whole while it computes, and no longer.
 
-    It is each layer by itself that is divided, not a block, as the methods read blocks in ways of their own; the input projection of
-    attention, which is no layer, stays whole.
+    It is each layer by itself that is divided, not a block, as the methods read blocks in ways of their own. Attention stays whole where
+    its weights are read without a call of their layer: torch's own, and the pooling of some ResNets.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))]:
-        if sum(p.numel() for p in layer.parameters(recurse=False)) >= least and not isinstance(layer, FSDPModule):
+    read = {
+        part
+        for attention in module.modules()
+        if isinstance(attention, (nn.MultiheadAttention, AttentionPool2d))
+        for part in attention.modules()
+    }
+    for layer in [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding)) and m not in read]:
+        if sum(p.numel() for p in layer.parameters(recurse=False)) >= least:
             layer.to(memory_format=torch.contiguous_format)  # FSDP cannot divide channels-last weights
             divided: Any = fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             # the loss of a process is its share of the whole: gradients are added, not averaged
