@@ -13,7 +13,7 @@ def test_arms_of_a_table_differ_in_what_they_declare_alone(name):
     first_row = next(iter(sweep.arms.values()))
     first = flatten(to_json(sweep.config(next(iter(sweep.arms)), 0, 6000)))
     for arm, row in sweep.arms.items():
-        config = sweep.config(arm, 3, 6000)
+        config = sweep.config(arm, 3, round(6000 * row.train_fraction))
         settings = flatten(to_json(config))
         differ = {key for key in first.keys() & settings.keys() if first[key] != settings[key]}
         allowed = {
@@ -21,15 +21,29 @@ def test_arms_of_a_table_differ_in_what_they_declare_alone(name):
             "seed",
             *(["model"] if row.recipe == "oner" else []),
             *(["epochs"] if row.epochs != 1 else []),
+            *(["epochs", "train_fraction"] if row.train_fraction != 1 else []),
             *(["batch_size"] if row.batch != 1 else []),
             *(["optimiser.roles.image.lr"] if row.image_lr != first_row.image_lr else []),
         }
         allowed |= {key for key in differ if key.startswith("method_config.")}
         assert differ <= allowed
-        assert (config.seed, config.epochs) == (3, sweep.epochs * row.epochs)
+        assert config.seed == 3
+        if row.train_fraction == 1:
+            assert config.epochs == sweep.epochs * row.epochs
         for field, value in row.changes.items():
             assert getattr(config.method_config, field) == value
         dataclasses.replace(config.method_config)  # its own checks pass
+
+
+@pytest.mark.parametrize("pairs", [1426, 6000])
+def test_an_arm_on_fewer_pairs_takes_as_many_steps_with_the_same_model(pairs):
+    sweep = TABLES["fractions-openclipart"]
+    whole = sweep.config("uniclip", 0, pairs)
+    for share in (0.5, 0.25):
+        few = sweep.config(f"uniclip, {100 * share:g} %", 0, round(pairs * share))
+        steps = [round(c.epochs * (n // c.batch_size)) for c, n in ((whole, pairs), (few, round(pairs * share)))]
+        assert steps[0] == steps[1]
+        assert (few.train_fraction, few.model) == (share, whole.model)
 
 
 def test_equal_time_is_equal_epochs_over_what_a_step_costs():

@@ -20,7 +20,7 @@ class Arm:
 
     recipe: str
     changes: Mapping[str, Any] = field(default_factory=dict)  # to the method's configuration
-    epochs: float = 1.0  # times the table's
+    epochs: float = 1.0  # times the table's, of all pairs: an arm on fewer sees them so much more often
     batch: float = 1.0  # times the table's batch size
     image_lr: float | None = None  # peak learning rate of the image tower, where it was tuned for this arm
     train_fraction: float = 1.0  # of the training pairs
@@ -53,14 +53,19 @@ class Table:
     def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
         """The settings of one trial on that many training pairs."""
         row = self.arms[arm]
-        config = recipe(row.recipe)(round(num_pairs / row.train_fraction))  # the model is that of all pairs
+        all_pairs = round(num_pairs / row.train_fraction)
+        config = recipe(row.recipe)(all_pairs)  # the model is that of all pairs
+        batch_size = round((self.batch_size or config.batch_size) * row.batch)
+        epochs = self.epochs * row.epochs
+        if row.train_fraction < 1:  # as many steps as on all pairs; an epoch's last incomplete batch is no step
+            epochs *= (all_pairs // batch_size) / max(1, num_pairs // batch_size)
         image_lr = row.image_lr or self.image_lr
         roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
         return replace(
             config,
             method_config=replace(config.method_config, **{**self.small.get(row.recipe, {}), **row.changes}),
-            epochs=self.epochs * row.epochs,
-            batch_size=round((self.batch_size or config.batch_size) * row.batch),
+            epochs=epochs,
+            batch_size=batch_size,
             image_size=self.image_size or config.image_size,
             val_fraction=self.val_fraction,
             train_fraction=row.train_fraction,
@@ -81,7 +86,7 @@ class Table:
         return name, replace(
             config,
             method_config=replace(config.method_config, **row.changes),
-            epochs=config.epochs * row.epochs,
+            epochs=config.epochs * row.epochs / row.train_fraction,
             batch_size=round(config.batch_size * row.batch),
             train_fraction=row.train_fraction,
             seed=seed,
@@ -91,3 +96,8 @@ class Table:
 def chain(*arms: str) -> tuple[tuple[str, str], ...]:
     """The claims of an order, the worst first: each step is one."""
     return tuple(pairwise(arms))
+
+
+def fraction_name(arm: str, fraction: float) -> str:
+    """Of an arm on a share of the pairs."""
+    return arm if fraction == 1 else f"{arm}, {100 * fraction:g} %"

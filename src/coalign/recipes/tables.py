@@ -12,7 +12,7 @@ from coalign.recipes.ablation_tables import ABLATION_TABLES, STYLES, TUNED
 from coalign.recipes.declip import VIEW
 from coalign.recipes.mct import CHANGES as MCT
 from coalign.recipes.oner import CHANGES as ONER
-from coalign.recipes.sweep import Arm, Table, chain
+from coalign.recipes.sweep import Arm, Table, chain, fraction_name
 
 _TWO_TOWERS = ("clip", "slip", "declip", "uniclip", "mcd")
 # ImageNet zero-shot top-1 of ViT-B/32 on YFCC15M: UniCLIP's Table 1 and MCD's
@@ -187,6 +187,16 @@ TABLES = {
         claims=(*chain(*_TWO_TOWERS), *(("clip, DeCLIP's views", name) for name in _TWO_TOWERS[1:])),
         paper=_IMAGENET_YFCC,
         paper_recipe="{method}-yfcc15m",
+        **STYLES,
+    ),
+    "fractions-openclipart": Table(
+        "All seven methods on all, half and a quarter of the pairs, in two styles of Open Clip Art, in as many steps",
+        {
+            fraction_name(name, share): Arm(name, image_lr=TUNED.get(name), train_fraction=share)
+            for share in (1.0, 0.5, 0.25)
+            for name in (*_TWO_TOWERS, "oner", "mct")
+        },
+        small=_QUEUE,
         **STYLES,
     ),
     **ABLATION_TABLES,

@@ -18,11 +18,11 @@ from rich.console import Console
 from coalign import __version__
 from coalign.config import TrainConfig
 from coalign.errors import UserError
-from coalign.evaluation.metrics import over_runs
 from coalign.methods import METHODS
-from coalign.recipes.sweep import Arm, Table
+from coalign.recipes.sweep import Arm, Table, fraction_name
 from coalign.report.compare_page import Comparison, Figure, compare_page
 from coalign.run.compare import compare
+from coalign.run.efficiency import BASE, Efficiency, efficiencies, efficiency_words
 from coalign.run.findings import write_json
 from coalign.run.model import check_output, write_file
 from coalign.run.prepare import open_data
@@ -32,19 +32,9 @@ from coalign.run.reproduce import Trial, finished, run_trials
 from coalign.training.distributed import World
 
 HEADLINE = ("retrieval.image_to_text.r10", "retrieval.text_to_image.r10")  # their mean decides
-BASE = "clip"
 OVERHEAD = 40.0  # seconds that a trial takes beside its training: to start, to evaluate, to report
 PLAN, RESULT = "plan.json", "contest.json"
 VAL_FRACTION, EVALS, PROFILED = 0.1, 5, 6
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """How many times fewer pairs a method needs for CLIP's score on all of them; below 1 it would need more."""
-
-    factor: float
-    over_seeds: tuple[float, float] | None  # 95 %, by the factor's logarithm
-    bound: bool  # the curves meet at the least pairs that were tried, or below: the factor is this or farther from 1
 
 
 @dataclass
@@ -97,7 +87,7 @@ def contest(
     if len({trial.arm for trial in done}) < 2:
         raise UserError(f"There is nothing to compare: {'; '.join(failures)}. Their logs are beside them in {out}.")
     result = judge(done)
-    page = compare_page(result.comparison, [result.advice, *_efficiency_words(result.efficiency)])
+    page = compare_page(result.comparison, [result.advice, *efficiency_words(result.efficiency)])
     page.write(report or out / "contest.html")
     text = json.dumps(result.to_json(), indent=1, default=str) + "\n"
     write_file(out / RESULT, lambda path: path.write_text(text))
@@ -121,10 +111,6 @@ def _check(
 
 
 # ---------------------------------------------------------------- what is trained
-
-
-def arm_name(method: str, fraction: float) -> str:
-    return method if fraction == 1 else f"{method}, {100 * fraction:g} %"
 
 
 def _sweep(data: str, out: Path, asked: Mapping[str, Any], jobs: int, console: Console) -> Table:
@@ -158,7 +144,7 @@ def _sweep(data: str, out: Path, asked: Mapping[str, Any], jobs: int, console: C
 
 def _table(asked: Mapping[str, Any], epochs: Mapping[str, float]) -> Table:
     arms = {
-        arm_name(method, fraction): Arm(method, epochs=epochs[method] / fraction, train_fraction=fraction)
+        fraction_name(method, fraction): Arm(method, epochs=epochs[method], train_fraction=fraction)
         for fraction in reversed(asked["fractions"])
         for method in asked["methods"]
     }
@@ -222,8 +208,8 @@ def judge(trials: Sequence[Trial]) -> Contest:
             f"No method is told from chance yet: R@10 of the best, {best}, is {100 * scores[best]:.1f} %; train longer."
         )
         return Contest(comparison, advice, {})
-    efficiencies = _efficiencies(trials, arms) if BASE in learnt else {}
-    return Contest(comparison, _advice(trials, best, others, scores), efficiencies)
+    found = efficiencies(trials) if BASE in learnt else {}
+    return Contest(comparison, _advice(trials, best, others, scores), found)
 
 
 def _above_chance(figure: Figure) -> bool:
@@ -259,77 +245,6 @@ def _advice(trials: Sequence[Trial], best: str, others: Sequence[str], scores: M
     return f"{lead}; {', '.join(close)} cannot be told from it."
 
 
-def _efficiencies(trials: Sequence[Trial], arms: Mapping[str, Arm]) -> dict[str, Efficiency]:
-    fractions = sorted({arm.train_fraction for arm in arms.values()})
-    if len(fractions) < 2:
-        return {}
-    scores: dict[tuple[str, float], dict[int, float]] = {}
-    for trial in trials:
-        arm = arms[trial.arm]
-        results = json.loads((trial.folder / "results.json").read_text())["retrieval"]
-        value = np.mean([results[side]["r10"]["value"] for side in ("image_to_text", "text_to_image")])
-        scores.setdefault((arm.recipe, arm.train_fraction), {})[trial.seed] = float(value)
-    found = {}
-    for method in dict.fromkeys(arm.recipe for arm in arms.values()):
-        if method != BASE and (efficiency := _efficiency(scores, method, fractions)) is not None:
-            found[method] = efficiency
-    return found
-
-
-def _efficiency(
-    scores: Mapping[tuple[str, float], Mapping[int, float]], method: str, fractions: Sequence[float]
-) -> Efficiency | None:
-    def curve(name: str, seed: int | None) -> list[float] | None:
-        each = [scores.get((name, fraction), {}) for fraction in fractions]
-        if seed is None:
-            return [float(np.mean(list(one.values()))) for one in each] if all(each) else None
-        return [one[seed] for one in each] if all(seed in one for one in each) else None
-
-    means, base = curve(method, None), curve(BASE, None)
-    if means is None or base is None:
-        return None
-    overall = factor(fractions, means, base)
-    seeds = sorted({seed for one in scores.values() for seed in one})
-    curves = [(curve(method, seed), curve(BASE, seed)) for seed in seeds]
-    logs = [math.log(factor(fractions, one, other)) for one, other in curves if one is not None and other is not None]
-    interval = over_runs(logs) if len(logs) == len(seeds) else None
-    return Efficiency(
-        overall,
-        None if interval is None else (math.exp(interval[0]), math.exp(interval[1])),
-        bound=overall in (fractions[0], 1 / fractions[0]),
-    )
-
-
-def factor(fractions: Sequence[float], scores: Sequence[float], base: Sequence[float]) -> float:
-    """How many times fewer pairs give the base's score on all pairs: 1/f where the scores, straight between the logarithms of the
-    fractions, reach it. Where they do not, the base is asked for the method's score instead, and the factor is below 1."""
-
-    def reached(curve: Sequence[float], wanted: float) -> float:
-        place = len(curve) - 1
-        while place and curve[place - 1] >= wanted:
-            place -= 1
-        if place == 0:
-            return fractions[0]
-        share = (wanted - curve[place - 1]) / (curve[place] - curve[place - 1])
-        low, high = math.log(fractions[place - 1]), math.log(fractions[place])
-        return math.exp(low + share * (high - low))
-
-    return 1 / reached(scores, base[-1]) if scores[-1] >= base[-1] else reached(base, scores[-1])
-
-
-def _efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
-    words = []
-    for name, found in efficiency.items():
-        interval = (
-            "" if found.over_seeds is None else f" (over seeds {found.over_seeds[0]:.2f} to {found.over_seeds[1]:.2f})"
-        )
-        least = ("at least " if found.factor > 1 else "at most ") if found.bound else ""
-        words.append(
-            f"{name}: {least}{found.factor:.2f} times fewer pairs than {BASE} for its score on all pairs{interval}."
-        )
-    return words
-
-
 def compare_and_write(
     runs: Sequence[str], data: str | None, out: Path | None, report: Path | None, json_path: Path | None, **options: Any
 ) -> None:
@@ -351,7 +266,7 @@ def compare_and_write(
     comparison = result.comparison if isinstance(result, Contest) else result
     print_comparison(comparison)
     if isinstance(result, Contest):
-        print("\n".join([result.advice, *_efficiency_words(result.efficiency)]))
+        print("\n".join([result.advice, *efficiency_words(result.efficiency)]))
     if json_path:
         write_json(result.to_json(), json_path)
     if report:

@@ -26,6 +26,7 @@ from coalign.recipes.sweep import Table
 from coalign.recipes.tables import table
 from coalign.report.compare_page import Comparison, title, value_text
 from coalign.run.compare import compare
+from coalign.run.efficiency import efficiencies, efficiency_words
 from coalign.run.launch import run_name, write_launch
 from coalign.run.model import RESULTS, read_config, write_file
 from coalign.run.train import train
@@ -198,6 +199,8 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
     trained = {trial.arm for trial in trials}
     steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
+    tasks = dict.fromkeys(figure.split(".")[0] for figure in sweep.headlines if figure.startswith("retrieval"))
+    efficiency = {task: found for task in tasks if (found := efficiencies(trials, task))}
     values: dict[str, Any] = {
         "table": name,
         "title": sweep.title,
@@ -205,6 +208,9 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
         "arms": {label: asdict(arm) for label, arm in sweep.arms.items()},
         "paper": sweep.paper,
         "rank_correlation": {figure: rank_correlation(sweep, comparison, figure) for figure in sweep.headlines},
+        "efficiency": {
+            task: {name: asdict(one) for name, one in of_task.items()} for task, of_task in efficiency.items()
+        },
         "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
@@ -212,6 +218,11 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     write_file(out / "table.json", lambda path: path.write_text(text))
     if sweep.paper:
         print_against_paper(comparison, values, console)
+    for task, found in efficiency.items():
+        split = task.removeprefix("retrieval").removeprefix("_") or "pairs held out"
+        console.print(
+            f"By R@10 of {split}, the mean of both directions:", *efficiency_words(found), sep="\n", markup=False
+        )
     return comparison
 
 
