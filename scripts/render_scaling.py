@@ -97,6 +97,10 @@ The first process writes the run's folder and the shards' indexes. With `--resum
 on from its last checkpoint, on as many processes as there are then. `coalign profile` under the same launcher says where a step's time
 goes. A model whose weights, gradients and moments do not fit one device is trained with `--shard`, which divides them over the processes
 (FSDP2), layer by layer, and sends weights instead: memory for time. The plans above do without.
+
+With `COALIGN_TRITON=1` the losses of a CUDA device are Triton kernels, in which similarities never leave the chip (NVIDIA, from Ampere
+on). They are tested in Triton's interpreter and compiled, but were never run on a GPU: compare `coalign profile` with and without it, and
+the loss of the first steps, before you rely on it.
 """
 
 

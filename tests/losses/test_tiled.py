@@ -104,6 +104,19 @@ def test_half_precision_is_computed_in_float32_also_under_autocast():
     assert embeds.grad.dtype == torch.bfloat16
 
 
+def test_keys_without_a_gradient_leave_the_others_as_they_are():
+    """As a queue's: the other gradients are those with one."""
+    torch.manual_seed(0)
+    queries, keys, scale = leaf(5, 4), leaf(7, 4), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(5)[:, None], torch.arange(7)[:, None]
+    both = [
+        torch.autograd.grad(tiled.sum_over_others(queries, k, scale, *labels).sum(), (queries, scale))
+        for k in (keys, keys.detach())
+    ]
+    for a, b in zip(*both):
+        assert torch.equal(a, b)
+
+
 def test_by_rows_is_the_function_and_its_gradient(monkeypatch):
     monkeypatch.setattr(tiled, "TILE", 2)
     torch.manual_seed(0)

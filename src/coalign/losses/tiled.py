@@ -6,8 +6,12 @@ for its rows and its columns.
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from coalign.errors import UserError
 
 TILE = 512  # rows and columns that are compared at once on a CPU: 1 MB of float32, which its cache holds
 LOG2_E = math.log2(math.e)  # logits are to base 2 within a tile: 2^x costs a third of e^x
@@ -75,9 +81,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 class _Sums(torch.autograd.Function):
-    """Rows' sums, followed by columns' sums in the direction "both". With x_ij = s·q_i·k_j and G = ∂L/∂x, whose tiles the softmaxes of
-    rows and columns give, the gradients are s·G·K, s·Gᵀ·Q, and Σ_i q_i·(G·K)_i of s. "within", x is symmetric and q = k: a tile above the
-    diagonal stands for its mirror image too."""
+    """Rows' sums, followed by columns' sums in the direction "both"."""
 
     @staticmethod
     def forward(
@@ -87,36 +91,75 @@ class _Sums(torch.autograd.Function):
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = at_least_float32(queries), at_least_float32(keys)
             rows, columns = _compact(rows, columns)
-            sums = queries.new_full([len(queries)], -torch.inf)
-            of_columns = sums if way == "within" else queries.new_full([len(keys)], -torch.inf)
-            for i, j, logits, spare in _tiles(queries, keys, scale, rows, columns, way):
-                _add(sums[i], logits, 1, spare)
-                if _counts_columns(way, i, j):
-                    _add(of_columns[j], logits, 0, spare)
-            sums = torch.cat([sums, of_columns]) if way == "both" else sums
-            context.save_for_backward(queries, keys, scale, rows, columns, sums)
-            return sums / LOG2_E
+            found = _made_by(queries).sums(queries, keys, scale, rows, columns, way)
+            context.save_for_backward(queries, keys, scale, rows, columns, found)
+            return found / LOG2_E
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, scale, rows, columns, sums = context.saved_tensors
-        way: Direction = context.way
+        queries, keys, scale, rows, columns, found = context.saved_tensors
         with torch.autocast(queries.device.type, enabled=False):
             # a sum over nothing has no gradient
-            gradient = gradient.to(sums).masked_fill(sums <= floor(sums.dtype) / 2, 0.0)
-            of_rows, of_columns = sums[: len(queries)], sums[-len(keys) :]
-            row_gradient, column_gradient = gradient[: len(queries)], gradient[-len(keys) :]
-            query_sums, key_sums = torch.zeros_like(queries), torch.zeros_like(keys)  # G·K, Gᵀ·Q
-            for i, j, logits, spare in _tiles(queries, keys, scale, rows, columns, way):
-                tile = torch.sub(logits, of_rows[i, None], out=spare).exp2_().mul_(row_gradient[i, None])
-                if _counts_columns(way, i, j):
-                    tile += logits.sub_(of_columns[j]).exp2_().mul_(column_gradient[j])
-                query_sums[i].addmm_(tile, keys[j])
-                key_sums[j].addmm_(tile.T, queries[i])
+            gradient = gradient.to(found).masked_fill(found <= floor(found.dtype) / 2, 0.0)
+            keys_too = context.needs_input_grad[1]  # a queue's have no gradient
+            query_sums, key_sums = _made_by(queries).gradient_sums(
+                queries, keys, scale, rows, columns, context.way, found, gradient, keys_too
+            )
             of_scale = (queries * query_sums).sum().to(context.dtypes[2]).expand(scale.shape)
-            query_sums, key_sums = query_sums.mul_(scale), key_sums.mul_(scale)
-            return query_sums.to(context.dtypes[0]), key_sums.to(context.dtypes[1]), of_scale, None, None, None
+            of_queries = query_sums.mul_(scale).to(context.dtypes[0])
+            of_keys = None if key_sums is None else key_sums.mul_(scale).to(context.dtypes[1])
+            return of_queries, of_keys, of_scale, None, None, None
+
+
+def _made_by(tensor: Tensor) -> ModuleType:
+    """The module whose `sums` and `gradient_sums` are for this tensor: this one, or on request the one in Triton."""
+    if os.environ.get("COALIGN_TRITON") == "1" and tensor.is_cuda and tensor.dtype == torch.float32:
+        try:
+            return importlib.import_module("coalign.losses.tiled_triton")
+        except ImportError as error:
+            raise UserError(
+                f"COALIGN_TRITON=1 needs Triton, which cannot be imported: {error}. Install it, or unset it."
+            ) from error
+    return sys.modules[__name__]
+
+
+def sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: Direction) -> Tensor:
+    """log2 Σ 2^x with x_ij = log2(e)·s·q_i·k_j, of the rows [row], and in the direction "both" then of the columns."""
+    found = queries.new_full([len(queries)], -torch.inf)
+    of_columns = found if way == "within" else queries.new_full([len(keys)], -torch.inf)
+    for i, j, logits, spare in _tiles(queries, keys, scale, rows, columns, way):
+        _add(found[i], logits, 1, spare)
+        if _counts_columns(way, i, j):
+            _add(of_columns[j], logits, 0, spare)
+    return torch.cat([found, of_columns]) if way == "both" else found
+
+
+def gradient_sums(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    way: Direction,
+    of: Tensor,
+    gradient: Tensor,
+    keys_too: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """G·K, and on request Gᵀ·Q, with the tiles of G = ∂L/∂(s·q·k) from the sums `of` and their gradient: what the gradients of queries and keys are
+    over s, and Σ_i q_i·(G·K)_i is that of s. "within", x is symmetric and q = k: a tile above the diagonal stands for its mirror image too,
+    and both together are the gradient of q."""
+    of_rows, of_columns = of[: len(queries)], of[-len(keys) :]
+    row_gradient, column_gradient = gradient[: len(queries)], gradient[-len(keys) :]
+    query_sums, key_sums = torch.zeros_like(queries), torch.zeros_like(keys) if keys_too else None
+    for i, j, logits, spare in _tiles(queries, keys, scale, rows, columns, way):
+        tile = torch.sub(logits, of_rows[i, None], out=spare).exp2_().mul_(row_gradient[i, None])
+        if _counts_columns(way, i, j):
+            tile += logits.sub_(of_columns[j]).exp2_().mul_(column_gradient[j])
+        query_sums[i].addmm_(tile, keys[j])
+        if key_sums is not None:
+            key_sums[j].addmm_(tile.T, queries[i])
+    return query_sums, key_sums
 
 
 def _tiles(
