@@ -146,9 +146,11 @@ def gradient_sums(
     gradient: Tensor,
     keys_too: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """G·K, and on request Gᵀ·Q, with the tiles of G = ∂L/∂(s·q·k) from the sums `of` and their gradient: what the gradients of queries and keys are
-    over s, and Σ_i q_i·(G·K)_i is that of s. "within", x is symmetric and q = k: a tile above the diagonal stands for its mirror image too,
-    and both together are the gradient of q."""
+    """G·K, and on request Gᵀ·Q, with the tiles of G = ∂L/∂(s·q·k) from the sums `of` and their gradient.
+
+    Times s they are the gradients of queries and keys, and Σ_i q_i·(G·K)_i is that of s. "within", x is symmetric and q = k: a tile above
+    the diagonal stands for its mirror image too, and both results together are the gradient of q.
+    """
     of_rows, of_columns = of[: len(queries)], of[-len(keys) :]
     row_gradient, column_gradient = gradient[: len(queries)], gradient[-len(keys) :]
     query_sums, key_sums = torch.zeros_like(queries), torch.zeros_like(keys) if keys_too else None
