@@ -98,6 +98,10 @@ on from its last checkpoint, on as many processes as there are then. `coalign pr
 goes. A model whose weights, gradients and moments do not fit one device is trained with `--shard`, which divides them over the processes
 (FSDP2), layer by layer, and sends weights instead: memory for time. The plans above do without.
 
+Where loader processes cannot keep up, `--image-cache GB` keeps decoded images in the machine's temporary folder (its processes share it)
+for the epochs after the first, and `--device-views` makes colours and blur on the device: with both, about a third of a process's work
+is left of three views of such a JPEG, in `benchmarks/views_3.py`.
+
 With `COALIGN_TRITON=1` the losses of a CUDA device are Triton kernels, in which similarities never leave the chip (NVIDIA, from Ampere
 on). They are tested in Triton's interpreter and compiled, but were never run on a GPU: compare `coalign profile` with and without it, and
 the loss of the first steps, before you rely on it.

@@ -271,7 +271,7 @@ def test_large_images_are_converted_in_tiles(mode: str, monkeypatch: pytest.Monk
         image = image.convert(mode)
     data = encode(image)
     whole = decode(data)
-    monkeypatch.setattr(images, "_TILE", 16)
+    monkeypatch.setattr(images, "TILE", 16)
     assert (decode(data) == whole).all()
     for factor in (2, 5, 20):
         reduced = open_image(data).decode(1 / factor)

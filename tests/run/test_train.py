@@ -19,6 +19,7 @@ from coalign.data.splits import assign_splits
 from coalign.errors import UserError
 from coalign.recipes import recipe
 from coalign.run import model as runs
+from coalign.run import pairs as run_pairs
 from coalign.run import prepare, reporting
 from coalign.run import train as module
 from coalign.run.evaluate import evaluate
@@ -587,3 +588,25 @@ def test_the_datas_own_test_split_is_evaluated_at_the_end(tmp_path, pairs, model
     assert "has no split 'shifted' to test on with --test-splits; there is test." in said
     said = refused(capsys, pairs, tmp_path / "other", model_file, test_splits="test")
     assert "there is none beside train and val" in said
+
+
+def test_images_are_kept_while_a_run_lasts(pairs, model_file, trained, tmp_path, monkeypatch):
+    """Also when it is stopped; the run that goes on trains the same, reads no picture of training again, and leaves nothing behind."""
+    monkeypatch.setattr(run_pairs, "gettempdir", lambda: str(tmp_path / "temporary"))
+    original = Trainer._one_step
+
+    def stopping(self, step, incoming, stop):
+        if step == 9:  # in the second epoch
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step, incoming, stop)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_one_step", stopping)
+        assert go(pairs, tmp_path / "run", model_file, image_cache=1) == cli.INTERRUPTED
+    (folder,) = (tmp_path / "temporary").iterdir()
+    used = np.fromfile(folder / "index", np.uint64, 2)
+    assert used[0] > 0
+    assert go(pairs, tmp_path / "run", model_file, image_cache=1, resume="auto") == 0
+    assert not list((tmp_path / "temporary").iterdir())
+    one, other = (checkpoint.load(folder / "last").model for folder in (trained, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coalign.data.image_cache import CachedImage
 from coalign.data.images import open_image
 from coalign.types import AugmentationParams, AugmentationPolicy
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_GREY = np.tile(_LUMA, (3, 1))  # a colour's grey
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_GREY = np.tile(LUMA, (3, 1))  # a colour's grey
 _CHROMA = (
     np.eye(3) - _GREY
 )  # what a colour has beside its grey; hue turns it, in the plane of I and Q of the YIQ colour space
-_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _QUARTER_TURN = (
     np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ _YIQ
 )  # from red towards yellow, as HSV's hue
@@ -83,8 +84,15 @@ def _box(
 # ---------------------------------------------------------------- making
 
 
-def apply(image: np.ndarray, params: AugmentationParams, output_size: int, interpolation: str = "bilinear") -> Tensor:
-    """Make the view: crop and antialiased resize in one pass, flip, colour, blur. Deterministic.
+def apply(
+    image: np.ndarray,
+    params: AugmentationParams,
+    output_size: int,
+    interpolation: str = "bilinear",
+    finish: bool = True,
+) -> Tensor:
+    """Make the view: crop and antialiased resize in one pass, flip, colour, blur. Deterministic. Without `finish`, `device_views` has
+    colour and blur still to do.
 
     image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels.
     Returns uint8 [3, output_size, output_size]. `interpolation` is "bilinear" or "bicubic".
@@ -98,6 +106,8 @@ def apply(image: np.ndarray, params: AugmentationParams, output_size: int, inter
     if params.flipped:
         view = view[:, ::-1]
     view = np.ascontiguousarray(view.transpose(2, 0, 1))
+    if not finish:
+        return torch.from_numpy(view)
     if params.brightness or params.contrast or params.saturation or params.hue or params.greyed:
         view = _colour(view, params)
     if params.blur:
@@ -126,10 +136,10 @@ def _crop_resize(image: np.ndarray, params: AugmentationParams, size: int, inter
 def _colour(view: np.ndarray, params: AugmentationParams) -> np.ndarray:
     """uint8 [3, size, size] -> uint8 [3 (1 if greyed), size, size]."""
     pixels = torch.from_numpy(view).reshape(3, -1).to(torch.float32)
-    matrix = torch.from_numpy(_LUMA[None] * _gain(params) if params.greyed else colour_matrix(params))
+    matrix = torch.from_numpy(grey_matrix(params)[:1] if params.greyed else colour_matrix(params))
     offset = 0.5  # makes the cut to whole numbers below a rounding
     if params.contrast:
-        offset -= params.contrast * (1 + params.brightness) * float(pixels.mean(1).numpy() @ _LUMA)
+        offset -= params.contrast * (1 + params.brightness) * float(pixels.mean(1).numpy() @ LUMA)
     changed = (matrix @ pixels).add_(offset).clamp_(0, 255.5)
     # numpy's cast, because torch's from float to uint8 is slow.
     return changed.numpy().astype(np.uint8).reshape(-1, *view.shape[1:])
@@ -139,14 +149,29 @@ def _gain(params: AugmentationParams) -> float:
     return (1 + params.brightness) * (1 + params.contrast)
 
 
+def grey_matrix(params: AugmentationParams) -> np.ndarray:
+    """`colour_matrix` of a view that is made grey."""
+    return (_gain(params) * _GREY).astype(np.float32)
+
+
 def colour_matrix(params: AugmentationParams) -> np.ndarray:
     """What brightness, contrast, saturation and hue, in this order, do to a colour, beside contrast's shift along the grey axis.
 
-    float32 [3, 3]. Saturation and hue leave grey and luma alone, so that their product has this short form.
+    float32 [3, 3], or [view, 3, 3] of parameters that are arrays [view, 1, 1]. Saturation and hue leave grey and luma alone, so that their
+    product has this short form.
     """
     angle = 2 * math.pi * params.hue
-    colourful = (1 + params.saturation) * (math.cos(angle) * _CHROMA + math.sin(angle) * _QUARTER_TURN)
+    colourful = (1 + params.saturation) * (np.cos(angle) * _CHROMA + np.sin(angle) * _QUARTER_TURN)
     return (_gain(params) * (_GREY + colourful)).astype(np.float32)
+
+
+def blur_weights(sigma: float, size: int) -> np.ndarray:
+    """Of the neighbours at distance 1, 2, …, in 256ths, uint16; the pixel's own is what is left of the whole."""
+    taps = np.arange(1, min(size - 1, math.ceil(3 * sigma)) + 1)
+    half = np.exp(-0.5 * (taps / sigma) ** 2)
+    # Rounding sums instead of weights keeps the whole at 256 for any sigma.
+    sums = np.rint(np.cumsum(256 * half / (1 + 2 * half.sum())))
+    return np.trim_zeros(np.diff(sums, prepend=0).astype(np.uint16), "b")
 
 
 def _blur(view: np.ndarray, sigma: float) -> np.ndarray:
@@ -155,11 +180,7 @@ def _blur(view: np.ndarray, sigma: float) -> np.ndarray:
     The weights are multiples of 1/256, so that sums fit 16 bits. A channel's three arrays fit a core's cache, all channels' do not.
     """
     size = view.shape[-1]
-    taps = np.arange(1, min(size - 1, math.ceil(3 * sigma)) + 1)
-    half = np.exp(-0.5 * (taps / sigma) ** 2)
-    # Rounding sums instead of weights keeps the whole at 256 for any sigma.
-    sums = np.rint(np.cumsum(256 * half / (1 + 2 * half.sum())))
-    weights = np.trim_zeros(np.diff(sums, prepend=0).astype(np.uint16), "b")
+    weights = blur_weights(sigma, size)
     radius = len(weights)
     if radius == 0:
         return view
@@ -189,23 +210,27 @@ def _blur(view: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def make_views(
-    data: bytes | np.ndarray,
+    data: bytes | np.ndarray | CachedImage,
     policies: Mapping[str, AugmentationPolicy],
     generators: Callable[[str], np.random.Generator],
     output_size: int,
+    finish: bool = True,
 ) -> dict[str, tuple[Tensor, AugmentationParams]]:
     """All views of one image, by name: (uint8 [3, output_size, output_size], what was drawn).
 
     The parameters are drawn from the size in the header; then the image is decoded once, at the smallest resolution at which no
     view is enlarged that would not be enlarged from the full image. Evaluation views are resized bicubically, as CLIP's are.
-    Raises `BadSample` for what cannot be decoded.
+    Without `finish`, colour and blur are left to `device_views`. Raises `BadSample` for what cannot be decoded.
     """
-    image = open_image(data)
+    image = data if isinstance(data, CachedImage) else open_image(data)
     width, height = image.size
     params = {name: sample_params(generators(name), policy, image.size) for name, policy in policies.items()}
     scale = max(max(output_size / (p.w * width), output_size / (p.h * height)) for p in params.values())
     pixels = image.decode(min(1.0, scale))
     return {
-        name: (apply(pixels, drawn, output_size, "bicubic" if policies[name].crop_scale is None else "bilinear"), drawn)
+        name: (
+            apply(pixels, drawn, output_size, "bicubic" if policies[name].crop_scale is None else "bilinear", finish),
+            drawn,
+        )
         for name, drawn in params.items()
     }

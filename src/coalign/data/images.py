@@ -31,7 +31,8 @@ for _category in (UserWarning, Image.DecompressionBombWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 MAX_BYTES = 1 << 30  # decoding one image takes at most about this much memory; what needs more is "image too large"
-_TILE = 4096  # images of more pixels than a square of this side are converted tile by tile, so that a conversion needs no second copy
+REDUCTIONS = (1, 2, 4, 8)  # by which a JPEG's decoder makes it smaller, at less work
+TILE = 4096  # images of more pixels than a square of this side are converted tile by tile, so that a conversion needs no second copy
 
 # The formats that are tried (nothing that runs a program, as EPS does) and what their decoders hold per pixel beside Pillow's raster:
 # libjpeg the coefficients of a progressive file, libwebp and libavif two canvases, openjpeg 32 bits a channel, libtiff a strip.
@@ -76,8 +77,16 @@ _LOOKS_LIKE = (  # what else comes under an image's name
 )
 
 
+def reduction(min_scale: float) -> int:
+    """The largest of a JPEG decoder's reductions that keeps this share of the resolution."""
+    return max(f for f in REDUCTIONS if f <= int(1 / min_scale + 1e-9))
+
+
 class OpenedImage:
-    """An image whose header has been read. `size` is (width, height) as it is shown, after EXIF rotation; no pixel is decoded yet."""
+    """An image whose header has been read; no pixel is decoded yet.
+
+    size: (width, height) as it is shown, after EXIF rotation. reducible: whether its decoder gives fewer pixels at less work.
+    """
 
     def __init__(self, data: bytes | np.ndarray) -> None:
         if isinstance(data, np.ndarray):
@@ -85,7 +94,7 @@ class OpenedImage:
                 raise BadSample(
                     "unsupported mode", f"{data.dtype} array of shape {data.shape}, not uint8 [height, width, 3]"
                 )
-            self.size = (data.shape[1], data.shape[0])
+            self.size, self.reducible = (data.shape[1], data.shape[0]), False
         else:
             self._image: Image.Image | None = _open(data)
             self._orientation = (
@@ -93,6 +102,7 @@ class OpenedImage:
             )  # Pillow turns TIFFs
             width, height = self._image.size
             self.size = (height, width) if self._orientation >= 5 else (width, height)
+            self.reducible = _is_jpeg(self._image)
         self._data = data
 
     def decode(self, min_scale: float = 1.0) -> np.ndarray:
@@ -108,9 +118,9 @@ class OpenedImage:
         image = self._image or _open(self._data)
         self._image = None  # Pillow's object can be decoded once
         factor = int(1 / min_scale + 1e-9)
-        reduced = max(f for f in (1, 2, 4, 8) if f <= factor) if _is_jpeg(image) else 1
+        reduced = reduction(min_scale) if self.reducible else 1
         factor //= reduced
-        factor = factor if _pixels(image, reduced) > _TILE**2 else 1
+        factor = factor if _pixels(image, reduced) > TILE**2 else 1
         _check_memory(image, reduced, reduced * factor)
         with _bad_samples(image, self._data):
             if reduced > 1:
@@ -234,9 +244,9 @@ def _orientation(exif: bytes) -> int:
 def _rgb(image: Image.Image, factor: int) -> Image.Image:
     """The loaded image as RGB, averaged over squares of `factor` pixels; large images in tiles, so that only the result is held twice."""
     grey_range = _grey_range(image) if image.mode in _DEEP_GREY else None
-    if _pixels(image, 1) <= _TILE**2:
+    if _pixels(image, 1) <= TILE**2:
         return _tile_rgb(image, grey_range)  # a factor above 1 comes with large images only
-    side = max(_TILE // factor, 1) * factor
+    side = max(TILE // factor, 1) * factor
     result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
     for top in range(0, image.height, side):
         for left in range(0, image.width, side):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coalign.data.device_views import finish_views
+from coalign.data.image_cache import CachedImage, ImageCache
 from coalign.data.image_views import make_views
 from coalign.data.order import order
 from coalign.data.randomness import generator, stable_hash
@@ -76,6 +78,7 @@ class PairLoader:
     An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
     view from text/NAME; the caption, which all text views of a sample share, is drawn from "caption". `caption_ids` are
     equal where the chosen captions are equal character for character; a sample without any has an id of its own.
+    With a `cache`, an image is decoded once; with `finish_on`, batches are on that device, where colour and blur of views are made.
     Stored paraphrases are looked up in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}. Views that ask for one get
     different ones; the caption itself stands in where there are too few. Who gets which is drawn from "paraphrases".
     """
@@ -96,6 +99,8 @@ class PairLoader:
         world_size: int = 1,
         tag_vocabulary: Mapping[str, int] | None = None,
         patch_grid: tuple[int, int] | None = None,
+        cache: ImageCache | None = None,
+        finish_on: torch.device | None = None,
     ) -> None:
         _check_sizes(len(indices), batch_size, world_size)
         if plan.tags and tag_vocabulary is None:
@@ -104,7 +109,7 @@ class PairLoader:
             raise ValueError("a plan with patch_ranks needs patch_grid")
         self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices), plan, tokenizer
         self.image_size, self.context_length, self.batch_size, self.seed = image_size, context_length, batch_size, seed
-        self.workers, self.rank = workers, rank
+        self.workers, self.rank, self.cache, self.finish_on = workers, rank, cache, finish_on
         self.steps_per_epoch = len(indices) // batch_size
         self._vocabulary = tag_vocabulary or {}
         self._local = batch_size // world_size
@@ -123,7 +128,8 @@ class PairLoader:
             for chunk in fetched:
                 chunks.append(chunk)
                 if len(chunks) == self._chunks:
-                    yield LoadedBatch(self._join(chunks), [entry for chunk in chunks for entry in chunk.bad])
+                    batch, bad = self._join(chunks), [entry for chunk in chunks for entry in chunk.bad]
+                    yield LoadedBatch(batch if self.finish_on is None else finish_views(batch, self.finish_on), bad)
                     chunks = []
 
     def _chunk(self, task: int) -> _Chunk:
@@ -172,20 +178,25 @@ class PairLoader:
                 raise
             return bad.record
 
-    def _image(self, index: int) -> bytes | np.ndarray | None:
+    def _image(self, index: int) -> bytes | np.ndarray | CachedImage | None:
         try:
-            return self.source.image(index)
+            return self._cached(index)
         except NoImage:
             if not self.plan.imageless:
                 raise
             return None
 
-    def _other_image(self, index: int, epoch: int) -> bytes | np.ndarray | None:
+    def _cached(self, index: int) -> bytes | np.ndarray | CachedImage:
+        if self.cache is None:
+            return self.source.image(index)
+        return self.cache.open(index, lambda: self.source.image(index))
+
+    def _other_image(self, index: int, epoch: int) -> bytes | np.ndarray | CachedImage | None:
         """Another sample's, so that statistics of a batch stay those of images; None where as many have none as are tried."""
         for attempt in range(MAX_ATTEMPTS):
             number = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
             with suppress(BadSample):
-                return self.source.image(int(self.indices[number]))
+                return self._cached(int(self.indices[number]))
         return None
 
     def _sample(
@@ -206,7 +217,7 @@ class PairLoader:
         if image is None:
             pixels[:] = 0
         else:
-            views = make_views(image, self.plan.images, draw, self.image_size)
+            views = make_views(image, self.plan.images, draw, self.image_size, finish=self.finish_on is None)
             for view, (made, params) in enumerate(views[name] for name in self.plan.images):
                 pixels[view] = made.numpy()
                 row["params"][view] = params.vector()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 
 from coalign.config import TrainConfig
+from coalign.data.image_cache import ImageCache
 from coalign.data.loader import PairLoader, tag_vocabulary
+from coalign.data.randomness import stable_hash
 from coalign.data.tokenizer import Tokenizer
 from coalign.method import Method
 from coalign.run import model as runs
@@ -42,8 +46,14 @@ def pair_loader(
     world: World,
     batch_size: int,
     tag_ids: Mapping[str, int],
+    out: Path | None = None,
 ) -> PairLoader:
-    """The training pairs' or the validation pairs' batches, as the method wants them."""
+    """The training pairs' or the validation pairs' batches, as the method wants them.
+
+    With the run's folder `out`, decoded images are kept if the configuration says so: on this machine, under the run's name, for all its
+    processes and for when it goes on.
+    """
+    images = Path(gettempdir()) / f"coalign-images-{stable_hash(out.resolve()):016x}" if out else None
     return PairLoader(
         source,
         indices,
@@ -58,4 +68,6 @@ def pair_loader(
         world_size=world.size,
         tag_vocabulary=tag_ids,
         patch_grid=runs.patch_grid(method),
+        cache=ImageCache(images, len(source), config.image_cache * 1e9) if images and config.image_cache else None,
+        finish_on=world.device if config.device_views else None,
     )

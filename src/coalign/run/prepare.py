@@ -128,6 +128,7 @@ def check_settings(config: TrainConfig) -> None:
         "micro_batch": (config.micro_batch is None or config.micro_batch >= 1, "at least 1"),
         "batch_norm_group": (config.batch_norm_group >= 1, "at least 1"),
         "max_grad_norm": (config.max_grad_norm is None or config.max_grad_norm > 0, "more than 0"),
+        "image_cache": (config.image_cache >= 0, "at least 0"),
         "workers": (config.workers is None or config.workers >= 0, "at least 0"),
         "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and less than 1"),
         "train_fraction": (0 < config.train_fraction <= 1, "more than 0 and at most 1"),

@@ -57,7 +57,9 @@ def profile(data: str, settle: Settle, *, steps: int = 20, device: str | None = 
         method = starting_method(config, tokenizer, world)
         divide(method, config, world)
         tags = pairs.tag_ids(method.view_plan.tags)
-        loader = pair_loader(method, config, pairs.source, pairs.train, tokenizer, world, config.batch_size, tags)
+        loader = pair_loader(
+            method, config, pairs.source, pairs.train, tokenizer, world, config.batch_size, tags, Path(folder)
+        )
         trainer = Trainer(
             method, config, world, Path(folder),
             batches=loader.batches, num_pairs=len(pairs.train), total_steps=UNCOUNTED + steps,
@@ -81,8 +83,13 @@ def advice(parts: Mapping[str, float], seconds: float, config: TrainConfig, core
     """What a step loses most to, and what helps. `cores`: of this machine, for each process."""
     workers = config.workers or 0
     loading = f"raise --workers {workers} ({cores} cores a process)" if workers < cores else "all cores load already"
+    relief = [
+        *(["--image-cache GB, where decoded images fit, decodes each once"] if not config.image_cache else []),
+        *(["--device-views makes colours and blur on the device"] if not config.device_views else []),
+        "keep images no larger than training needs",
+    ]
     remedies = {
-        "waiting for data": f"waits for data: {loading}; keep images no larger than training needs.",
+        "waiting for data": f"waits for data: {loading}; {'; '.join(relief)}.",
         "communication": "is communication, or waits for a slower process: a larger --batch-size computes more for it.",
         "optimiser, teachers and queues": "updates weights: a larger --batch-size does so more rarely.",
         "encoders once more, for --micro-batch": f"saves memory: raise --micro-batch {config.micro_batch} as far as it goes.",

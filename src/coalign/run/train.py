@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from coalign.config import TrainConfig, flatten, to_json
+from coalign.data.image_cache import ImageCache
 from coalign.data.tokenizer import Tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
@@ -40,6 +41,7 @@ from coalign.training.trainer import Trainer, TrainResult
 # what may differ when a run is resumed: it changes nothing that the run computes
 FREE_TO_CHANGE = {
     "workers",
+    "image_cache",
     "save_every",
     "patience",
     "max_bad_fraction",
@@ -84,7 +86,7 @@ def train(
         return None
     divide(method, settings, world)
     tags = pairs.tag_ids(method.view_plan.tags)
-    loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags)
+    loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, out)
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
     trainer = Trainer(
         method, settings, world, out,
@@ -99,7 +101,7 @@ def train(
         done = trainer.resume() if resume == "auto" else 0
         if world.is_first:
             console.print(_opening_line(settings, method, pairs, total_steps, done, world))
-        result = trainer.fit()
+        result = _fit(trainer, loader.cache, world)
         with whole(method):
             if world.is_first and result.ended == "interrupted":
                 console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
@@ -108,6 +110,18 @@ def train(
             elif world.is_first:
                 _finish(console, data, out, settings, method, tokenizer, pairs, result)
             world.barrier()
+    return result
+
+
+def _fit(trainer: Trainer, cache: ImageCache | None, world: World) -> TrainResult:
+    """Trains. The images of a run that was stopped stay for when it goes on."""
+    if cache and trainer.progress.step == 0:
+        cache.remove()  # what a run of this name left that was given up
+    world.barrier()
+    result = trainer.fit()
+    world.barrier()  # nobody reads images any more
+    if cache and result.ended != "interrupted":
+        cache.remove()
     return result
 
 
