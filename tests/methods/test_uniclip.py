@@ -177,6 +177,17 @@ def test_without_the_embedding_the_head_is_agnostic_too(tmp_path):
     assert not any("augmentation" in name for name, _ in method.named_parameters())
 
 
+def test_the_control_tells_the_head_how_another_samples_view_was_made(tmp_path):
+    method, control = aware(tmp_path), aware(tmp_path, parameters_random=True)
+    control.load_state_dict(method.state_dict())
+    batch, other = make_batch(method.view_plan, 4), make_batch(method.view_plan, 4)
+    for view in other.images.values():
+        view.params = torch.stack([view.params[number - 1] for number in range(4)])
+    assert torch.equal(encoded(control, batch)[1], encoded(method, other)[1])
+    pixels = next(iter(batch.images.values())).pixels
+    assert torch.equal(control.encode_image(pixels), method.encode_image(pixels))
+
+
 def test_evaluation_embeds_an_unchanged_image(tmp_path):
     method = aware(tmp_path)
     batch = make_batch(method.view_plan, 4)

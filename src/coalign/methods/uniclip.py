@@ -76,7 +76,8 @@ class UniCLIP(Method):
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         views = [batch.images[name] for name in self.view_plan.images]
         features = self.image(torch.cat([view.pixels for view in views]))  # [view · batch, width]: f_I(A(x)), without A
-        images = self.project_image(features, torch.cat([view.params for view in views]))
+        shift = int(self.config.parameters_random)  # 1: those of another sample of the batch
+        images = self.project_image(features, torch.cat([view.params.roll(shift, 0) for view in views]))
         captions = [batch.texts[name] for name in self.view_plan.texts]
         embeds = [*images.chunk(len(views)), *(self.encode_text(c.ids, c.lengths) for c in captions)]
         return {"embeds": torch.stack(embeds, dim=1), "caption_ids": batch.caption_ids}  # [batch, view, dim], [batch]

@@ -22,6 +22,7 @@ class UniCLIPConfig:
     # image projection head: layers of an MLP or residual blocks, then linear (Table 4a)
     head: Literal["linear", "mlp-3", "mlp-6", "residual-1", "residual-3"] = "residual-3"
     augmentation_embedding: bool = True  # the head sees how each image view was made (Table 4a)
+    parameters_random: bool = False  # control: in training the head is told how another sample's view was made
     # Table 6: MP-NCE (Eq. 12), it without weights (Eq. 11), nor trivial pair (Eq. 9), SupCon (Eq. 6), MIL-NCE (Eq. 4)
     loss: Literal["mp-nce", "mp-nce-unweighted", "mp-nce-no-trivial", "supcon", "mil-nce"] = "mp-nce"
     domain_similarity: bool = True  # own τ and b for image-image, image-text and text-text, not shared ones (Table 5)
