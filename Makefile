@@ -43,13 +43,5 @@ lint: $(STAMP)
 	@said=$$($(BIN)/lint-imports) || { echo "$$said"; exit 1; }
 
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/views_3.py
-	@$(BIN)/python benchmarks/step_clip.py
-	@$(BIN)/python benchmarks/step_overhead.py
-	@$(BIN)/python benchmarks/tiled_losses.py --scale
-	@$(BIN)/python benchmarks/gradient_caching.py
-	@$(BIN)/python benchmarks/cost_curves.py
-	@$(BIN)/python benchmarks/data_at_scale.py
-	@$(BIN)/python benchmarks/queue_lookup.py
-	@$(BIN)/python benchmarks/linear_probe.py
+	@$(BIN)/python benchmarks/all.py
 	@test -z "$(DATA)" || $(BIN)/python benchmarks/startup.py "$(DATA)"

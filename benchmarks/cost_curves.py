@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from gradient_caching import INFO, MODEL, SLICE, build, repeated
+from lines import line
 from memory import TensorPeak
 from step_overhead import WORLD, make_batch, timed
 
@@ -60,12 +60,9 @@ def against_batch(name: str, model: str, largest: int, repeats: int) -> None:
 
     base = peak(SMALLEST, None)
     for size in sizes:
-        ratios = sorted(one / other for one, other in zip(times[size], times[SMALLEST]))
-        print(
-            f"{name}, batch {size:,}: a pair's time × {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}), tensors × "
-            f"{peak(size, None) / base:.2f}, in slices of {SLICE} × {peak(size, SLICE) / base:.2f}",
-            flush=True,
-        )
+        more = f"tensors × {peak(size, None) / base:.2f}, in slices of {SLICE} × {peak(size, SLICE) / base:.2f}"
+        ratios = [one / other for one, other in zip(times[size], times[SMALLEST])]
+        line(f"{name}, a pair's time in a batch of {size:,} over one of {SMALLEST}", ratios, more=more)
 
 
 def own_share(rank: int, size: int, port: int, name: str, model: str, repeats: int, out: str) -> None:
@@ -100,11 +97,7 @@ def against_processes(name: str, model: str, repeats: int) -> None:
         out = Path(model).with_name(f"{name}-{size}.json")
         multiprocessing.spawn(own_share, (size, port, name, model, repeats, str(out)), nprocs=size)
         found.append(json.loads(out.read_text()))
-    ratios = sorted(one / two for one, two in zip(*found))
-    print(
-        f"{name}: RATIO one process over two {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})",
-        flush=True,
-    )
+    line(f"{name}'s step on one process over two", [one / two for one, two in zip(*found)])
 
 
 def main() -> None:

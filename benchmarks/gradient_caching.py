@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lines import line
 from memory import TensorPeak
 from step_overhead import CONTEXT, PATCH, SIDE, WORLD, fill_queues, make_batch, timed
 
@@ -108,13 +108,10 @@ def measure(name: str, model: str, repeats: int) -> None:
         (timed(lambda: step(method, batch, SLICE)), timed(lambda: step(method, batch, None)))
         for _ in range(1 + repeats)
     ]
-    ratios = sorted(sliced / whole for sliced, whole in pairs[1:])
-    print(
-        f"{name}: {small * 1024:.0f} MB in a step of {SMALL:,}, {large * 1024:.0f} MB in one of {LARGE:,}; "
-        f"growth over what is counted {(large - small) / (large_counted - small_counted):.2f} (target at most {MEMORY})\n"
-        f"  RATIO of time {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}; target at most {TIME})",
-        flush=True,
-    )
+    print(f"{name}: {small * 1024:.0f} MB in a step of {SMALL:,}, {large * 1024:.0f} MB in one of {LARGE:,}")
+    growth = (large - small) / (large_counted - small_counted)
+    line(f"{name} in slices, growth of memory over features and heads", [growth], at_most=MEMORY)
+    line(f"{name} in slices, time over the whole step's", [sliced / whole for sliced, whole in pairs[1:]], at_most=TIME)
 
 
 def main() -> None:

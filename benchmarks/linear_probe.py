@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from lines import line
 from sklearn.datasets import load_digits
 
 from coalign.evaluation.accuracy import Part
@@ -43,7 +44,7 @@ def main() -> None:
     print(
         f"accuracy: search {ours.top1.value:.4f} with {len(ours.searched)} penalties | sweep {theirs:.4f} with {STEPS + 1}"
     )
-    print(f"  RATIO {(end - middle) / (middle - start):.1f} (one run of each; target at least {TARGET:.0f})")
+    line("the probe's sweep over our search, time", [(end - middle) / (middle - start)], at_least=TARGET)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ Run: python benchmarks/queue_lookup.py [--batch-size 32] [--steps 3] [--threads 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from lines import line
 from torch.nn import functional as F
 
 from coalign.methods import declip
@@ -95,8 +95,7 @@ def measure(pairs: str, options: argparse.Namespace) -> None:
     finally:
         declip.nearest_neighbours = original
     print(f"{pairs}\n  a step {step:.3g} s, of which look-ups {lookup.seconds:.3g} s (the last step)")
-    spread = f"from {min(shares):.2%} to {max(shares):.2%}; {len(shares)} steps; target at most {TARGET:.0%}"
-    print(f"  RATIO {statistics.median(shares):.2%} ({spread})", flush=True)
+    line(f"look-up of neighbours over the step, {pairs}", shares, at_most=TARGET)
 
 
 def main() -> None:

@@ -29,10 +29,13 @@ import numpy as np
 import open_clip
 import torch
 from captions import CAPTIONS
+from limits import bandwidth, product_flops
+from lines import line
 from open_clip_train import params, train
 from open_clip_train.distributed import init_distributed_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from coalign.data.sources import open_source
 from coalign.data.tokenizer import load_tokenizer
@@ -180,8 +183,9 @@ class Side:
         self.pipe.send("step")
         return self.pipe.recv()
 
-    def close(self) -> float:
-        """Ends it. Gigabytes that it held at most."""
+    def close(self) -> tuple[float, float, float, float]:
+        """Ends it: gigabytes that it held at most; of ours, a step's operations, what products do a second, and the optimiser's share of
+        the memory's speed."""
         self.pipe.send("end")
         return self.pipe.recv()
 
@@ -200,7 +204,26 @@ def serve(name: str, captions: list[str], precision: str, weights: Path, threads
     pipe.send("ready")
     while pipe.recv() == "step":
         pipe.send(timed(step))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    pipe.send((memory, 0.0, 0.0, 0.0) if name == "open_clip" else (memory, *of_limits(step, method, precision)))
+
+
+def of_limits(step: Step, method: CLIP, precision: str) -> tuple[float, float, float]:
+    """A step's operations, the operations a second of products alone, and AdamW's bytes over what memory moves in its time."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    speed = product_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
+    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
+    numbers = sum(parameter.numel() for parameter in optimisers.parameters())
+    times = []
+    for _ in range(3):  # the first makes the moments
+        for parameter in optimisers.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        start = time.perf_counter()
+        optimisers.step()
+        times.append(time.perf_counter() - start)
+    moved = 7 * 4 * numbers  # weight, gradient and two moments are read, all but the gradient written
+    return float(counter.get_total_flops()), speed, moved / min(times[1:]) / bandwidth()
 
 
 def compare(captions: list[str], precision: str, repeats: int) -> None:
@@ -210,7 +233,9 @@ def compare(captions: list[str], precision: str, repeats: int) -> None:
             Side(name, captions, precision, Path(folder) / "weights.safetensors") for name in ("open_clip", "coalign")
         )
         turns = [(peer.step(), ours.step()) for _ in range(1 + repeats)]
-        memory = peer.close(), ours.close()
+        (their_memory, *_), (our_memory, flops, speed, moved) = peer.close(), ours.close()
+    memory = their_memory, our_memory
+    shares = [flops / mine[0] / speed for _, mine in turns[1:]]
     losses = [(theirs[1], mine[1]) for theirs, mine in turns]
     times = [(theirs[0], mine[0]) for theirs, mine in turns[1:]]
     compared = ", ".join(f"{a:.5f} | {b:.5f}" for a, b in losses[:LOSS_STEPS])
@@ -219,9 +244,10 @@ def compare(captions: list[str], precision: str, repeats: int) -> None:
     assert worst < LOSS_TOLERANCE[precision], f"the losses differ by {worst:.1e}"
     for name, values, peak in zip(("open_clip", "coalign"), zip(*times), memory):
         print(f"  {name:10s} {len(captions) / statistics.median(values):6.2f} pairs/s, peak memory {peak:.2f} GB")
-    ratios = sorted(theirs / mine for theirs, mine in times)
-    spread = f"from {ratios[0]:.2f} to {ratios[-1]:.2f}; {repeats} pairs of steps; target at least 1.5"
-    print(f"  RATIO {statistics.median(ratios):.2f} ({spread}); of memory {memory[0] / memory[1]:.2f}", flush=True)
+    line(f"step of ViT-B/32 in {precision}, open_clip's time over ours", [a / b for a, b in times], at_least=1.5)
+    line(f"step of ViT-B/32 in {precision}, open_clip's peak memory over ours", [memory[0] / memory[1]])
+    line(f"step of ViT-B/32 in {precision}, its operations over what products alone do in its time", shares)
+    line("AdamW's bytes over what memory moves in its time", [moved])
 
 
 def timed(step: Step) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from captions import CAPTIONS
+from lines import line
 from torch import Tensor, nn
 
 from coalign.data.text_views import text_view
@@ -154,9 +154,8 @@ def measure(name: str, model: Path, size: int, repeats: int) -> None:
     bare, kinds = bare_step(method, batch)
     full = full_step(method, batch)
     times = [(timed(full), timed(bare)) for _ in range(1 + repeats)][1:]
-    ratios = sorted(one / other for one, other in times)
-    spread = f"from {ratios[0]:.3f} to {ratios[-1]:.3f}; {repeats} pairs of steps; target at most {TARGET}"
-    print(f"{name}: {', '.join(kinds)}\n  RATIO {statistics.median(ratios):.3f} ({spread})", flush=True)
+    print(f"{name}: {', '.join(kinds)}")
+    line(f"{name}'s step over its bare encoder passes", [one / other for one, other in times], at_most=TARGET)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from lines import line
 from memory import clear_peak, peak
 from torch import Tensor
 from torch.nn import functional as F
@@ -109,17 +110,16 @@ def main() -> None:
             run()
             times[name].append(time.perf_counter() - start)
 
-    def ratio(name: str, over: str) -> str:
-        found = sorted(a / b for a, b in zip(times[name], times[over]))
-        return f"{found[len(found) // 2]:.2f} ({found[0]:.2f}–{found[-1]:.2f})"
+    def ratios(name: str, over: str) -> list[float]:
+        return [a / b for a, b in zip(times[name], times[over])]
 
     print(f"{args.pairs:,} pairs × {IMAGES + TEXTS} × {DIM}, {args.threads} thread(s), {args.rounds} rounds")
-    print(f"  RATIO of the dense version's time to ours {ratio('dense', 'ours')} (target at least {FASTER})")
-    print(f"  of ours to the bare products' {ratio('ours', 'bare')} (target at most {PRODUCTS})")
+    line("UniCLIP's loss, the dense version's time over ours", ratios("dense", "ours"), at_least=FASTER)
+    line("UniCLIP's loss, our time over four bare products'", ratios("ours", "bare"), at_most=PRODUCTS)
     memory = {name: growth(name, args.pairs, args.threads) for name in ("ours", "dense")}
-    print(f"  of the memory {memory['dense'] / memory['ours']:.1f} (target at least {MEMORY})")
+    line("UniCLIP's loss, the dense version's memory over ours", [memory["dense"] / memory["ours"]], at_least=MEMORY)
     if args.scale:
-        print(f"  ours on 8,192 pairs: {growth('ours', 8192, args.threads):.2f} GB (target at most {SCALE_GB})")
+        line("UniCLIP's loss on 8,192 pairs, GB", [growth("ours", 8192, args.threads)], at_most=SCALE_GB)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lines import line
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision import transforms
 
@@ -147,15 +148,13 @@ def main() -> None:
         per_image = statistics.median(values)
         each = f", {len(POLICIES) / per_image:6.0f} views/s" if name != "decoding" else ""
         print(f"{name:37s} {1000 * per_image:6.2f} ms/image, {1 / per_image:6.0f} images/s{each}")
-    for name, base, target in (
-        ("ours", "SLIP's", "; target at least 4"),
-        ("ours, cached", "ours", ""),
-        ("ours, cached, without colour and blur", "ours, cached", ""),
+    for base, name, target in (
+        ("SLIP's", "ours", 4),
+        ("ours", "ours, cached", None),
+        ("ours, cached", "ours, cached, without colour and blur", None),
     ):
-        ratios = sorted(before / after for before, after in zip(times[base], times[name]))
-        print(
-            f"{name}: RATIO {statistics.median(ratios):.2f} of {base} (from {ratios[0]:.2f} to {ratios[-1]:.2f}{target})"
-        )
+        ratios = [before / after for before, after in zip(times[base], times[name])]
+        line(f"time of three views, {base} over {name}", ratios, at_least=target)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coalign.recipes.tables import STEP_COST, TABLES
-from coalign.report.compare_figures import points
+from coalign.report import compare_figures
 from coalign.report.compare_page import Comparison, Figure, Group, title
 from coalign.run.reproduce import rank_correlation
 
@@ -148,7 +148,7 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
     lines += [f"\n![{values['title']}, with intervals]({name}.png)\n"]
     triples = {g["name"]: [interval(g["figures"][f]) for f in shown] for g in groups}
     chance = [groups[0]["figures"][f]["chance"] for f in shown]
-    points([title(f) for f in shown], triples, chance).savefig(ROOT / f"docs/{name}.png", dpi=110)
+    compare_figures.points([title(f) for f in shown], triples, chance).savefig(ROOT / f"docs/{name}.png", dpi=110)
     lines += [
         f"Differences to {groups[0]['name']}, in points of per cent, with their intervals over items; over seeds:",
         "",
@@ -159,6 +159,8 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
         lines += ["", "True or false captions, by what the false one is wrong about (chance 50):", ""]
         rows = [[group["name"], *(value(group["figures"][f]) for f in kinds)] for group in groups]
         lines += markdown(["", *(title(f).removeprefix("Foils: ") for f in kinds)], rows)
+    for task, of_task in values.get("efficiency", {}).items():
+        lines += data_efficiency(name, task, of_task, values["by_fraction"][task])
     if values.get("claims"):
         rows = [
             [
@@ -174,6 +176,33 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
         lines += ["", *correlations(name, groups, {claim["figure"]: None for claim in values["claims"]}), ""]
         lines += markdown(["claim", "figure", "difference", "over items", "over seeds", ""], rows)
     return [*lines, ""]
+
+
+def data_efficiency(name: str, task: str, found: dict[str, Any], by_fraction: dict[str, Any]) -> list[str]:
+    """How many fewer pairs each method needs, with the curves."""
+    scores = {
+        method: {float(fraction): of_seed for fraction, of_seed in curve.items()}
+        for method, curve in by_fraction.items()
+    }
+    what = "of the pairs held out" if task == "retrieval" else f"of {task.removeprefix('retrieval_')}"
+    compare_figures.by_fraction(scores, title=f"R@10 {what}, both directions").savefig(
+        ROOT / f"docs/{name}-{task}.png", dpi=110
+    )
+    rows = []
+    for method, one in found.items():
+        edge = ("≥ " if one["factor"] > 1 else "≤ ") if one["bound"] else ""
+        interval = "–" if one["over_seeds"] is None else f"{one['over_seeds'][0]:.2f} to {one['over_seeds'][1]:.2f}"
+        rows.append([method, f"{edge}{one['factor']:.2f}", interval])
+    return [
+        "",
+        f"Data-efficiency factor, by R@10 {what} (the mean of both directions): how many times fewer pairs than CLIP for CLIP's score on "
+        "all of them, straight between the logarithms of the fractions; below 1, CLIP needs fewer for the method's score. ≥ and ≤: the "
+        "curves meet beyond the fractions tried.",
+        "",
+        *markdown(["", "factor", "over seeds"], rows),
+        "",
+        f"![R@10 {what} by the share of the pairs]({name}-{task}.png)",
+    ]
 
 
 def correlations(name: str, groups: list[dict[str, Any]], figures: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from coalign.recipes.sweep import Table
 from coalign.run import contest as module
 from coalign.run import reproduce
 from coalign.run.contest import contest
-from coalign.run.efficiency import _efficiency, factor
+from coalign.run.efficiency import efficiencies, factor
 from coalign.run.profile import Profile
 
 
@@ -63,7 +63,11 @@ def test_methods_fractions_and_seeds_are_trained_once_and_judged(quick, tmp_path
     assert "Report: out/contest.html" in said
     values = json.loads((tmp_path / "out/contest.json").read_text())
     assert json.loads((tmp_path / "figures.json").read_text())["advice"] == values["advice"] in said
-    assert values["advice"] in (tmp_path / "out/contest.html").read_text()
+    page = (tmp_path / "out/contest.html").read_text()
+    assert values["advice"] in page
+    assert "By the number of pairs" in page
+    assert values["by_fraction"]["slip"].keys() == {"0.5", "1.0"}
+    assert values["efficiency"].keys() <= {"slip"}
     groups = {group["name"]: group for group in values["groups"]}
     assert list(groups) == arms
     steps = {group["steps"] for group in groups.values()}
@@ -144,9 +148,21 @@ def test_the_factor_is_where_the_curves_meet(scores, expected):
 
 @pytest.mark.parametrize(("scores", "bound"), [([45, 50, 60], True), ([45, 30, 50], False), ([1, 2, 3], True)])
 def test_a_factor_at_the_least_fraction_is_a_bound(scores, bound):
-    curves = {("mcd", f): {0: x} for f, x in zip(FRACTIONS, scores)}
-    curves |= {("clip", f): {0: x} for f, x in zip(FRACTIONS, [10, 20, 40])}
-    assert _efficiency(curves, "mcd", FRACTIONS).bound == bound
+    curves = {"mcd": {f: {0: x} for f, x in zip(FRACTIONS, scores)}}
+    curves["clip"] = {f: {0: x} for f, x in zip(FRACTIONS, [10, 20, 40])}
+    assert efficiencies(curves)["mcd"].bound == bound
+
+
+def test_a_factor_has_an_interval_where_every_seed_has_a_curve():
+    curves = {"clip": {f: {0: x, 1: x + 2} for f, x in zip(FRACTIONS, [10, 20, 40])}}
+    curves["mcd"] = {f: {0: x, 1: x} for f, x in zip(FRACTIONS, [10, 40, 60])}
+    found = efficiencies(curves)["mcd"]
+    low, high = found.over_seeds
+    assert low < found.factor < high
+    del curves["mcd"][0.5][1]
+    assert efficiencies(curves)["mcd"].over_seeds is None
+    del curves["mcd"][0.5]
+    assert not efficiencies(curves)
 
 
 def test_a_dip_counts_from_above():

@@ -101,6 +101,33 @@ def learning_curves(runs: Mapping[str, Validations]) -> Figure | None:
     return figure
 
 
+def by_fraction(
+    scores: Mapping[str, Mapping[float, Mapping[int, float]]], base: str = "clip", title: str = ""
+) -> Figure:
+    """Rates of methods on fractions of the pairs, by seed; a dotted line is the base's mean on all that it has seen."""
+    figure = new_figure(WIDTH, 3.6)
+    axes = figure.add_subplot()
+    style(axes, title)
+    if base in scores:
+        level = np.mean(list(scores[base][max(scores[base])].values()))
+        axes.axhline(float(level), color=SOFT, linewidth=1.6, linestyle=":")
+    colours = _colours(scores)
+    for name, of_fraction in scores.items():
+        fractions = sorted(of_fraction)
+        means = [np.mean(list(of_fraction[fraction].values())) for fraction in fractions]
+        axes.plot(fractions, means, color=colours[name], linewidth=1.7, label=name)
+        for fraction in fractions:
+            values = list(of_fraction[fraction].values())
+            axes.plot([fraction] * len(values), values, "o", color=colours[name], markersize=3.2, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    every = sorted({fraction for of_fraction in scores.values() for fraction in of_fraction})
+    axes.set_xticks(every, [f"{100 * fraction:g} %" for fraction in every])
+    axes.set_xlabel("pairs trained on", fontsize=9, color=SOFT)
+    axes.yaxis.set_major_formatter(percent_axis())
+    _legend(figure, axes)
+    return figure
+
+
 def _lines(axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, name: str) -> None:
     """One run as a line; several as pale lines, with their mean where all were validated equally often."""
     series = [one for one in series if len(one[0])]

@@ -20,9 +20,10 @@ from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.methods import METHODS
 from coalign.recipes.sweep import Arm, Table, fraction_name
+from coalign.report import compare_figures
 from coalign.report.compare_page import Comparison, Figure, compare_page
 from coalign.run.compare import compare
-from coalign.run.efficiency import BASE, Efficiency, efficiencies, efficiency_words
+from coalign.run.efficiency import BASE, Efficiency, Scores, efficiencies, efficiency_words, fraction_scores
 from coalign.run.findings import write_json
 from coalign.run.model import check_output, write_file
 from coalign.run.prepare import open_data
@@ -41,11 +42,13 @@ VAL_FRACTION, EVALS, PROFILED = 0.1, 5, 6
 class Contest:
     comparison: Comparison
     advice: str
-    efficiency: dict[str, Efficiency]  # by method, where fractions were tried and its scores cross CLIP's
+    efficiency: dict[str, Efficiency]  # by method, where fractions were tried
+    by_fraction: Scores
 
     def to_json(self) -> dict[str, Any]:
         efficiency = {name: asdict(found) for name, found in self.efficiency.items()}
-        return {"version": __version__, "advice": self.advice, "efficiency": efficiency, **self.comparison.to_json()}
+        found = {"efficiency": efficiency, "by_fraction": self.by_fraction}
+        return {"version": __version__, "advice": self.advice, **found, **self.comparison.to_json()}
 
 
 def contest(
@@ -88,6 +91,13 @@ def contest(
         raise UserError(f"There is nothing to compare: {'; '.join(failures)}. Their logs are beside them in {out}.")
     result = judge(done)
     page = compare_page(result.comparison, [result.advice, *efficiency_words(result.efficiency)])
+    if result.by_fraction:
+        page.section("By the number of pairs")
+        page.figure(
+            compare_figures.by_fraction(result.by_fraction),
+            "R@10, the mean of both directions, against the share of the pairs that were trained on, in as many steps. Points are seeds, "
+            "lines their means. Where a line reaches CLIP's score on all pairs (dotted), so many pairs are enough.",
+        )
     page.write(report or out / "contest.html")
     text = json.dumps(result.to_json(), indent=1, default=str) + "\n"
     write_file(out / RESULT, lambda path: path.write_text(text))
@@ -207,9 +217,9 @@ def judge(trials: Sequence[Trial]) -> Contest:
         advice = (
             f"No method is told from chance yet: R@10 of the best, {best}, is {100 * scores[best]:.1f} %; train longer."
         )
-        return Contest(comparison, advice, {})
-    found = efficiencies(trials) if BASE in learnt else {}
-    return Contest(comparison, _advice(trials, best, others, scores), found)
+        return Contest(comparison, advice, {}, {})
+    by_fraction = fraction_scores(trials) if BASE in learnt else {}
+    return Contest(comparison, _advice(trials, best, others, scores), efficiencies(by_fraction), by_fraction)
 
 
 def _above_chance(figure: Figure) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coalign.evaluation.metrics import over_runs
+from coalign.run.model import RESULTS
 
 if TYPE_CHECKING:
     from coalign.run.reproduce import Trial
@@ -27,42 +28,41 @@ class Efficiency:
     bound: bool  # the curves meet at the least pairs that were tried, or below: the factor is this or farther from 1
 
 
-def efficiencies(trials: Sequence[Trial], task: str = "retrieval") -> dict[str, Efficiency]:
-    """Of each method that was trained on several fractions of the pairs, as CLIP was; by R@10 of a task, the mean of both directions."""
-    arms = {trial.arm: trial.sweep.arms[trial.arm] for trial in trials}
-    fractions = sorted({arm.train_fraction for arm in arms.values()})
-    if len(fractions) < 2:
-        return {}
-    scores: dict[tuple[str, float], dict[int, float]] = {}
+# method -> fraction of the pairs -> seed -> R@10, the mean of both directions
+Scores = dict[str, dict[float, dict[int, float]]]
+
+
+def fraction_scores(trials: Sequence[Trial], task: str = "retrieval") -> Scores:
+    """Of every method that was trained on several fractions; empty if none was."""
+    scores: Scores = {}
     for trial in trials:
-        arm = arms[trial.arm]
-        results = json.loads((trial.folder / "results.json").read_text())[task]
+        arm = trial.sweep.arms[trial.arm]
+        results = json.loads((trial.folder / RESULTS).read_text())[task]
         value = np.mean([results[side]["r10"]["value"] for side in ("image_to_text", "text_to_image")])
-        scores.setdefault((arm.recipe, arm.train_fraction), {})[trial.seed] = float(value)
-    found = {}
-    for method in dict.fromkeys(arm.recipe for arm in arms.values()):
-        if method != BASE and (efficiency := _efficiency(scores, method, fractions)) is not None:
-            found[method] = efficiency
-    return found
+        scores.setdefault(arm.recipe, {}).setdefault(arm.train_fraction, {})[trial.seed] = float(value)
+    return {method: of_fraction for method, of_fraction in scores.items() if len(of_fraction) > 1}
 
 
-def _efficiency(
-    scores: Mapping[tuple[str, float], Mapping[int, float]], method: str, fractions: Sequence[float]
-) -> Efficiency | None:
-    def curve(name: str, seed: int | None) -> list[float] | None:
-        each = [scores.get((name, fraction), {}) for fraction in fractions]
-        if seed is None:
-            return [float(np.mean(list(one.values()))) for one in each] if all(each) else None
-        return [one[seed] for one in each] if all(seed in one for one in each) else None
+def efficiencies(scores: Scores) -> dict[str, Efficiency]:
+    """Of each method that was trained on the fractions that CLIP was."""
+    base = scores.get(BASE, {})
+    return {
+        method: _efficiency(of_fraction, base)
+        for method, of_fraction in scores.items()
+        if method != BASE and of_fraction.keys() == base.keys()
+    }
 
-    means, base = curve(method, None), curve(BASE, None)
-    if means is None or base is None:
-        return None
-    overall = factor(fractions, means, base)
-    seeds = sorted({seed for one in scores.values() for seed in one})
-    curves = [(curve(method, seed), curve(BASE, seed)) for seed in seeds]
-    logs = [math.log(factor(fractions, one, other)) for one, other in curves if one is not None and other is not None]
-    interval = over_runs(logs) if len(logs) == len(seeds) else None
+
+def _efficiency(scores: Mapping[float, Mapping[int, float]], base: Mapping[float, Mapping[int, float]]) -> Efficiency:
+    fractions = sorted(scores)
+    means = [[float(np.mean(list(one[fraction].values()))) for fraction in fractions] for one in (scores, base)]
+    overall = factor(fractions, *means)
+    every = {seed for one in (scores, base) for of_seed in one.values() for seed in of_seed}
+    complete = [seed for seed in sorted(every) if all(seed in one[f] for one in (scores, base) for f in fractions)]
+    logs = [
+        math.log(factor(fractions, *([one[f][seed] for f in fractions] for one in (scores, base)))) for seed in complete
+    ]
+    interval = over_runs(logs) if len(complete) == len(every) else None
     return Efficiency(
         overall,
         None if interval is None else (math.exp(interval[0]), math.exp(interval[1])),

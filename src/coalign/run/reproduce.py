@@ -26,7 +26,7 @@ from coalign.recipes.sweep import Table
 from coalign.recipes.tables import table
 from coalign.report.compare_page import Comparison, title, value_text
 from coalign.run.compare import compare
-from coalign.run.efficiency import efficiencies, efficiency_words
+from coalign.run.efficiency import efficiencies, efficiency_words, fraction_scores
 from coalign.run.launch import run_name, write_launch
 from coalign.run.model import RESULTS, read_config, write_file
 from coalign.run.train import train
@@ -200,7 +200,8 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     trained = {trial.arm for trial in trials}
     steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
     tasks = dict.fromkeys(figure.split(".")[0] for figure in sweep.headlines if figure.startswith("retrieval"))
-    efficiency = {task: found for task in tasks if (found := efficiencies(trials, task))}
+    by_fraction = {task: found for task in tasks if (found := fraction_scores(trials, task))}
+    efficiency = {task: efficiencies(found) for task, found in by_fraction.items()}
     values: dict[str, Any] = {
         "table": name,
         "title": sweep.title,
@@ -211,6 +212,7 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
         "efficiency": {
             task: {name: asdict(one) for name, one in of_task.items()} for task, of_task in efficiency.items()
         },
+        "by_fraction": by_fraction,
         "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
