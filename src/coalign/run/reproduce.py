@@ -220,10 +220,10 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     write_file(out / "table.json", lambda path: path.write_text(text))
     if sweep.paper:
         print_against_paper(comparison, values, console)
-    for task, found in efficiency.items():
+    for task, factors in efficiency.items():
         split = task.removeprefix("retrieval").removeprefix("_") or "pairs held out"
         console.print(
-            f"By R@10 of {split}, the mean of both directions:", *efficiency_words(found), sep="\n", markup=False
+            f"By R@10 of {split}, the mean of both directions:", *efficiency_words(factors), sep="\n", markup=False
         )
     return comparison
 
