@@ -1,7 +1,7 @@
 """All benchmarks, one after another, and one table of their ratios: what `make bench` runs. A busy machine shows in the spread.
 
-With --out, the table is kept as JSON, with what machine it was. What needs more than coalign's development tools is run alone: startup.py,
-zero_shot.py.
+With --out, the table is kept as JSON, with what machine it was; lines of scripts that are not run again stay in it. What needs more than
+coalign's development tools is run alone: startup.py, zero_shot.py.
 
 Run: python benchmarks/all.py [SCRIPT …] [--out results/benchmarks.json]
 """
@@ -78,6 +78,9 @@ def main() -> None:
                 failed.append(name)
             print(f"({(time.monotonic() - began) / 60:.1f} min)\n", flush=True)
         lines = [json.loads(text) for text in kept.read_text().splitlines()]
+    if options.out and options.out.exists():
+        before = [old for old in json.loads(options.out.read_text())["lines"] if old["script"] not in options.scripts]
+        lines = sorted([*before, *lines], key=lambda kept: list(SCRIPTS).index(kept["script"]))
     show(lines)
     if options.out:
         machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__}

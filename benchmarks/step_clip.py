@@ -43,6 +43,7 @@ from coalign.methods.clip import CLIP
 from coalign.networks.towers import TowerSpec
 from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
 from coalign.recipes.clip import CLIPConfig
+from coalign.run.cost import CPU_ATTENTION
 from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
@@ -210,7 +211,7 @@ def serve(name: str, captions: list[str], precision: str, weights: Path, threads
 
 def of_limits(step: Step, method: CLIP, precision: str) -> tuple[float, float, float]:
     """A step's operations, the operations a second of products alone, and AdamW's bytes over what memory moves in its time."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         step()
     speed = product_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
     optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
@@ -247,7 +248,7 @@ def compare(captions: list[str], precision: str, repeats: int) -> None:
     line(f"step of ViT-B/32 in {precision}, open_clip's time over ours", [a / b for a, b in times], at_least=1.5)
     line(f"step of ViT-B/32 in {precision}, open_clip's peak memory over ours", [memory[0] / memory[1]])
     line(f"step of ViT-B/32 in {precision}, its operations over what products alone do in its time", shares)
-    line("AdamW's bytes over what memory moves in its time", [moved])
+    line(f"AdamW's bytes over what memory moves in its time, beside {precision}", [moved])
 
 
 def timed(step: Step) -> tuple[float, float]:

@@ -216,7 +216,7 @@ def correlations(name: str, groups: list[dict[str, Any]], figures: Iterable[str]
     lines = [f"The paper's column: {sweep.paper}."] if sweep.paper else []
     if said:
         lines[-1] += f" Rank correlation with it (Spearman's, over the rows that have both): {'; '.join(said)}."
-    return [*lines, "", "The papers' claims:"]
+    return [*lines, "", "Claims, the papers' and what controls are there for:"]
 
 
 def columns(figures: list[str]) -> list[str]:

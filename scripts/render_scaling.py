@@ -100,7 +100,7 @@ goes. A model whose weights, gradients and moments do not fit one device is trai
 
 Where loader processes cannot keep up, `--image-cache GB` keeps decoded images in the machine's temporary folder (its processes share it)
 for the epochs after the first, and `--device-views` makes colours and blur on the device: with both, about a third of a process's work
-is left of three views of such a JPEG, in `benchmarks/views_3.py`.
+is left of three views of a JPEG of 500 × 375, in `benchmarks/views_3.py`.
 
 With `COALIGN_TRITON=1` the losses of a CUDA device are Triton kernels, in which similarities never leave the chip (NVIDIA, from Ampere
 on). They are tested in Triton's interpreter and compiled, but were never run on a GPU: compare `coalign profile` with and without it, and

@@ -57,10 +57,10 @@ class TrainConfig:
     workers: int | None = None
     """Loader processes (default: one a core, at most 8). The run does not depend on it."""
     image_cache: float = 0.0
-    """Gigabytes of decoded images to keep in the system's temporary folder for the next epochs, for processes of a machine together. For
-    data of which a good part fits, and large images: decoding is then done once."""
+    """Gigabytes of decoded images to keep in the system's temporary folder for the next epochs, for all processes of a machine. Helps where
+    a good part of the data fits; a JPEG is kept at each of the sizes that views ask for, at most a third more than its full one."""
     device_views: bool = False
-    """Make colours and blur of the image views on the device, a batch at a time, and not in the loader processes."""
+    """Make colours and blur of the image views on the GPU, a batch at a time, and not in the loader processes."""
     val_fraction: float = 0.05
     """Share of the pairs held out when the data has no split of its own."""
     val_by: str | None = None

@@ -178,7 +178,7 @@ def test_without_the_embedding_the_head_is_agnostic_too(tmp_path):
 
 
 def test_the_control_tells_the_head_how_another_samples_view_was_made(tmp_path):
-    method, control = aware(tmp_path), aware(tmp_path, parameters_random=True)
+    method, control = aware(tmp_path), aware(tmp_path, foreign_parameters=True)
     control.load_state_dict(method.state_dict())
     batch, other = make_batch(method.view_plan, 4), make_batch(method.view_plan, 4)
     for view in other.images.values():

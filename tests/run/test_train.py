@@ -319,13 +319,15 @@ def test_all_samples_bad(tmp_path, model_file, capsys):
     assert "coalign data check" in said
 
 
-def test_more_bad_samples_than_the_budget(tmp_path, model_file, capsys):
+def test_more_bad_samples_than_the_budget(tmp_path, model_file, capsys, monkeypatch):
     data = tiny.write_pairs(tmp_path / "data", 64)
     for path in sorted(data.rglob("*.png"))[::2]:
         path.write_bytes(b"")
-    said = refused(capsys, data, tmp_path / "run", model_file, epochs=3)
+    monkeypatch.setattr(run_pairs, "gettempdir", lambda: str(tmp_path / "temporary"))
+    said = refused(capsys, data, tmp_path / "run", model_file, epochs=3, image_cache=1)
     assert "budget of 1 %" in said
     assert "empty file" in said
+    assert not list((tmp_path / "temporary").iterdir())  # no decoded images are left
     assert go(data, tmp_path / "run", model_file, epochs=3, resume="auto", max_bad_fraction=1) == 0
 
 
@@ -590,7 +592,7 @@ def test_the_datas_own_test_split_is_evaluated_at_the_end(tmp_path, pairs, model
     assert "there is none beside train and val" in said
 
 
-def test_images_are_kept_while_a_run_lasts(pairs, model_file, trained, tmp_path, monkeypatch):
+def test_images_are_kept_while_a_run_lasts(pairs, model_file, trained, tmp_path, monkeypatch, capsys):
     """Also when it is stopped; the run that goes on trains the same, reads no picture of training again, and leaves nothing behind."""
     monkeypatch.setattr(run_pairs, "gettempdir", lambda: str(tmp_path / "temporary"))
     original = Trainer._one_step
@@ -604,7 +606,8 @@ def test_images_are_kept_while_a_run_lasts(pairs, model_file, trained, tmp_path,
         patched.setattr(Trainer, "_one_step", stopping)
         assert go(pairs, tmp_path / "run", model_file, image_cache=1) == cli.INTERRUPTED
     (folder,) = (tmp_path / "temporary").iterdir()
-    used = np.fromfile(folder / "index", np.uint64, 2)
+    assert f"Decoded images wait for it in {folder}." in capsys.readouterr().out
+    used = np.fromfile(folder / "index", np.uint64, 2)  # bytes of the first files
     assert used[0] > 0
     assert go(pairs, tmp_path / "run", model_file, image_cache=1, resume="auto") == 0
     assert not list((tmp_path / "temporary").iterdir())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coalign.data.image_cache import CachedImage
-from coalign.data.images import open_image
+from coalign.data.images import OpenedImage, open_image
 from coalign.types import AugmentationParams, AugmentationPolicy
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -210,7 +210,7 @@ def _blur(view: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def make_views(
-    data: bytes | np.ndarray | CachedImage,
+    data: bytes | np.ndarray | OpenedImage | CachedImage,
     policies: Mapping[str, AugmentationPolicy],
     generators: Callable[[str], np.random.Generator],
     output_size: int,
@@ -222,7 +222,7 @@ def make_views(
     view is enlarged that would not be enlarged from the full image. Evaluation views are resized bicubically, as CLIP's are.
     Without `finish`, colour and blur are left to `device_views`. Raises `BadSample` for what cannot be decoded.
     """
-    image = data if isinstance(data, CachedImage) else open_image(data)
+    image = open_image(data) if isinstance(data, (bytes, np.ndarray)) else data
     width, height = image.size
     params = {name: sample_params(generators(name), policy, image.size) for name, policy in policies.items()}
     scale = max(max(output_size / (p.w * width), output_size / (p.h * height)) for p in params.values())

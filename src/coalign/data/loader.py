@@ -20,6 +20,7 @@ from torch import Tensor
 from coalign.data.device_views import finish_views
 from coalign.data.image_cache import CachedImage, ImageCache
 from coalign.data.image_views import make_views
+from coalign.data.images import OpenedImage, open_image
 from coalign.data.order import order
 from coalign.data.randomness import generator, stable_hash
 from coalign.data.text_views import choose_caption, text_view
@@ -78,7 +79,7 @@ class PairLoader:
     An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
     view from text/NAME; the caption, which all text views of a sample share, is drawn from "caption". `caption_ids` are
     equal where the chosen captions are equal character for character; a sample without any has an id of its own.
-    With a `cache`, an image is decoded once; with `finish_on`, batches are on that device, where colour and blur of views are made.
+    With a `cache`, decoded images are kept; with `finish_on`, batches are on that device, where colour and blur of views are made.
     Stored paraphrases are looked up in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}. Views that ask for one get
     different ones; the caption itself stands in where there are too few. Who gets which is drawn from "paraphrases".
     """
@@ -178,25 +179,25 @@ class PairLoader:
                 raise
             return bad.record
 
-    def _image(self, index: int) -> bytes | np.ndarray | CachedImage | None:
+    def _image(self, index: int) -> OpenedImage | CachedImage | None:
         try:
-            return self._cached(index)
+            return self._opened(index)
         except NoImage:
             if not self.plan.imageless:
                 raise
             return None
 
-    def _cached(self, index: int) -> bytes | np.ndarray | CachedImage:
+    def _opened(self, index: int) -> OpenedImage | CachedImage:
         if self.cache is None:
-            return self.source.image(index)
+            return open_image(self.source.image(index))
         return self.cache.open(index, lambda: self.source.image(index))
 
-    def _other_image(self, index: int, epoch: int) -> bytes | np.ndarray | CachedImage | None:
+    def _other_image(self, index: int, epoch: int) -> OpenedImage | CachedImage | None:
         """Another sample's, so that statistics of a batch stay those of images; None where as many have none as are tried."""
         for attempt in range(MAX_ATTEMPTS):
             number = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
             with suppress(BadSample):
-                return self._cached(int(self.indices[number]))
+                return self._opened(int(self.indices[number]))
         return None
 
     def _sample(

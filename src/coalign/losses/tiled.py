@@ -119,7 +119,7 @@ def _made_by(tensor: Tensor) -> ModuleType:
             return importlib.import_module("coalign.losses.tiled_triton")
         except ImportError as error:
             raise UserError(
-                f"COALIGN_TRITON=1 needs Triton, which cannot be imported: {error}. Install it, or unset it."
+                f"COALIGN_TRITON=1 needs Triton, which cannot be imported ({error}): install triton, or unset COALIGN_TRITON."
             ) from error
     return sys.modules[__name__]
 

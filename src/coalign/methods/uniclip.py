@@ -76,7 +76,7 @@ class UniCLIP(Method):
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         views = [batch.images[name] for name in self.view_plan.images]
         features = self.image(torch.cat([view.pixels for view in views]))  # [view · batch, width]: f_I(A(x)), without A
-        shift = int(self.config.parameters_random)  # 1: those of another sample of the batch
+        shift = int(self.config.foreign_parameters)  # 1: those of another sample of the batch
         images = self.project_image(features, torch.cat([view.params.roll(shift, 0) for view in views]))
         captions = [batch.texts[name] for name in self.view_plan.texts]
         embeds = [*images.chunk(len(views)), *(self.encode_text(c.ids, c.lengths) for c in captions)]

@@ -40,7 +40,7 @@ _PLAIN = {"augmentation_embedding": False, "head": "residual-1"}  # Table 4b's h
 _WEAK, _STRONG = {"views": ("weak",) * 3}, {"views": ("strong",) * 3}
 _VIEWS: Rows = {
     "UniCLIP": ({}, 27.84),
-    "another view's parameters": ({"parameters_random": True}, None),  # a control that the paper lacks
+    "another view's parameters": ({"foreign_parameters": True}, None),  # a control that the paper lacks
     "3 weak views": (_WEAK, 23.40),
     "3 strong views": (_STRONG, 26.43),
     "no embedding": (_PLAIN, 24.76),

@@ -22,7 +22,8 @@ class UniCLIPConfig:
     # image projection head: layers of an MLP or residual blocks, then linear (Table 4a)
     head: Literal["linear", "mlp-3", "mlp-6", "residual-1", "residual-3"] = "residual-3"
     augmentation_embedding: bool = True  # the head sees how each image view was made (Table 4a)
-    parameters_random: bool = False  # control: in training the head is told how another sample's view was made
+    # control, for batches that are encoded whole on one process: the head is told how another sample's view was made, in training
+    foreign_parameters: bool = False
     # Table 6: MP-NCE (Eq. 12), it without weights (Eq. 11), nor trivial pair (Eq. 9), SupCon (Eq. 6), MIL-NCE (Eq. 4)
     loss: Literal["mp-nce", "mp-nce-unweighted", "mp-nce-no-trivial", "supcon", "mil-nce"] = "mp-nce"
     domain_similarity: bool = True  # own τ and b for image-image, image-text and text-text, not shared ones (Table 5)
@@ -38,6 +39,8 @@ class UniCLIPConfig:
     def __post_init__(self) -> None:
         if not self.views:
             raise UserError("views is empty, but must name at least one image view, weak or strong.")
+        if self.foreign_parameters and not self.augmentation_embedding:
+            raise UserError("foreign_parameters is on, but without augmentation_embedding the head is told none.")
         if self.text_views < 1:
             raise UserError(f"text_views is {self.text_views}, but must be a number of at least 1.")
         if not 0 < self.temperature < math.inf:

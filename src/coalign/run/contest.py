@@ -95,8 +95,8 @@ def contest(
         page.section("By the number of pairs")
         page.figure(
             compare_figures.by_fraction(result.by_fraction),
-            "R@10, the mean of both directions, against the share of the pairs that were trained on, in as many steps. Points are seeds, "
-            "lines their means. Where a line reaches CLIP's score on all pairs (dotted), so many pairs are enough.",
+            "R@10, the mean of both directions, against the share of the pairs that were trained on, in about as many steps. Points are "
+            "seeds, lines their means. Where a line reaches CLIP's score on all pairs (dotted), so many pairs are enough.",
         )
     page.write(report or out / "contest.html")
     text = json.dumps(result.to_json(), indent=1, default=str) + "\n"

@@ -186,7 +186,7 @@ def _measured(method: Method, work: Callable[[], Any]) -> tuple[Any, _Used]:
         return saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
 
     rows: Counter[str] = Counter()
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with ExitStack() as stack:
         stack.enter_context(_watched(method, rows))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor))
@@ -216,7 +216,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
 
 
 # the counter knows the kernels of other devices
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def _typical(batch: Batch) -> Batch:

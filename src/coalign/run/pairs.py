@@ -46,14 +46,12 @@ def pair_loader(
     world: World,
     batch_size: int,
     tag_ids: Mapping[str, int],
-    out: Path | None = None,
+    images: Path | None = None,
 ) -> PairLoader:
     """The training pairs' or the validation pairs' batches, as the method wants them.
 
-    With the run's folder `out`, decoded images are kept if the configuration says so: on this machine, under the run's name, for all its
-    processes and for when it goes on.
+    With the folder `images`, decoded images are kept there if the configuration says so.
     """
-    images = Path(gettempdir()) / f"coalign-images-{stable_hash(out.resolve()):016x}" if out else None
     return PairLoader(
         source,
         indices,
@@ -71,3 +69,11 @@ def pair_loader(
         cache=ImageCache(images, len(source), config.image_cache * 1e9) if images and config.image_cache else None,
         finish_on=world.device if config.device_views else None,
     )
+
+
+def image_folder(out: Path, source: Source) -> Path:
+    """Where the decoded images of the run in `out` are kept: on this machine, until it starts again, for all processes and for when the run
+    goes on with as many samples."""
+    started = Path("/proc/sys/kernel/random/boot_id")
+    marks = (out.resolve(), len(source), started.read_text() if started.exists() else "")
+    return Path(gettempdir()) / f"coalign-images-{stable_hash(*marks):016x}"

@@ -58,7 +58,15 @@ def profile(data: str, settle: Settle, *, steps: int = 20, device: str | None = 
         divide(method, config, world)
         tags = pairs.tag_ids(method.view_plan.tags)
         loader = pair_loader(
-            method, config, pairs.source, pairs.train, tokenizer, world, config.batch_size, tags, Path(folder)
+            method,
+            config,
+            pairs.source,
+            pairs.train,
+            tokenizer,
+            world,
+            config.batch_size,
+            tags,
+            Path(folder) / "images",
         )
         trainer = Trainer(
             method, config, world, Path(folder),
@@ -76,16 +84,19 @@ def profile(data: str, settle: Settle, *, steps: int = 20, device: str | None = 
     parts = {name: statistics.fmean(step.get(name, 0.0) for step in counted) for name in names}
     seconds = statistics.fmean(sum(step.values()) for step in counted)
     ordered = dict(sorted(parts.items(), key=lambda item: -item[1]))
-    return Profile(seconds, ordered, config.batch_size / seconds, advice(ordered, seconds, config, cores))
+    on_gpu = world.device.type != "cpu"
+    return Profile(seconds, ordered, config.batch_size / seconds, advice(ordered, seconds, config, cores, on_gpu))
 
 
-def advice(parts: Mapping[str, float], seconds: float, config: TrainConfig, cores: int) -> list[str]:
+def advice(
+    parts: Mapping[str, float], seconds: float, config: TrainConfig, cores: int, on_gpu: bool = False
+) -> list[str]:
     """What a step loses most to, and what helps. `cores`: of this machine, for each process."""
     workers = config.workers or 0
     loading = f"raise --workers {workers} ({cores} cores a process)" if workers < cores else "all cores load already"
     relief = [
-        *(["--image-cache GB, where decoded images fit, decodes each once"] if not config.image_cache else []),
-        *(["--device-views makes colours and blur on the device"] if not config.device_views else []),
+        *(["--image-cache GB keeps decoded images, where they fit"] if not config.image_cache else []),
+        *(["--device-views makes colours and blur on the GPU"] if on_gpu and not config.device_views else []),
         "keep images no larger than training needs",
     ]
     remedies = {

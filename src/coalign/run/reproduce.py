@@ -201,7 +201,7 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
     tasks = dict.fromkeys(figure.split(".")[0] for figure in sweep.headlines if figure.startswith("retrieval"))
     by_fraction = {task: found for task in tasks if (found := fraction_scores(trials, task))}
-    efficiency = {task: efficiencies(found) for task, found in by_fraction.items()}
+    efficiency = {task: factors for task, found in by_fraction.items() if (factors := efficiencies(found))}
     values: dict[str, Any] = {
         "table": name,
         "title": sweep.title,

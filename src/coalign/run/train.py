@@ -8,12 +8,12 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, Literal
 
 from rich.console import Console
 
 from coalign.config import TrainConfig, flatten, to_json
-from coalign.data.image_cache import ImageCache
 from coalign.data.tokenizer import Tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
@@ -22,7 +22,7 @@ from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run.held_out import evaluate_held_out, validation
 from coalign.run.outcomes import write_outcomes
-from coalign.run.pairs import Data, pair_loader
+from coalign.run.pairs import Data, image_folder, pair_loader
 from coalign.run.prepare import (
     Settle,
     compile_towers,
@@ -85,8 +85,10 @@ def train(
             describe(console, data, out, settings, method, tokenizer, pairs, world)
         return None
     divide(method, settings, world)
-    tags = pairs.tag_ids(method.view_plan.tags)
-    loader = pair_loader(method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, out)
+    tags, images = pairs.tag_ids(method.view_plan.tags), image_folder(out, pairs.source)
+    loader = pair_loader(
+        method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, images
+    )
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
     trainer = Trainer(
         method, settings, world, out,
@@ -101,10 +103,10 @@ def train(
         done = trainer.resume() if resume == "auto" else 0
         if world.is_first:
             console.print(_opening_line(settings, method, pairs, total_steps, done, world))
-        result = _fit(trainer, loader.cache, world)
+        result = _fit(trainer, images, world)
         with whole(method):
             if world.is_first and result.ended == "interrupted":
-                console.print(f"Stopped at step {result.step:,}; go on with --resume auto.")
+                console.print(_stopping_line(result, images))
             elif world.is_first and result.step == done and _reported(out, done):
                 console.print(f"The run was complete already. Report: {out / runs.REPORT}")
             elif world.is_first:
@@ -113,15 +115,19 @@ def train(
     return result
 
 
-def _fit(trainer: Trainer, cache: ImageCache | None, world: World) -> TrainResult:
-    """Trains. The images of a run that was stopped stay for when it goes on."""
-    if cache and trainer.progress.step == 0:
-        cache.remove()  # what a run of this name left that was given up
+def _fit(trainer: Trainer, images: Path, world: World) -> TrainResult:
+    """Trains. The decoded images of a run that was stopped stay for when it goes on."""
+    if trainer.progress.step == 0:
+        rmtree(images, ignore_errors=True)  # what a run of this name left that was given up
     world.barrier()
-    result = trainer.fit()
-    world.barrier()  # nobody reads images any more
-    if cache and result.ended != "interrupted":
-        cache.remove()
+    try:
+        result = trainer.fit()
+        world.barrier()  # nobody reads them any more
+    except Exception:
+        rmtree(images, ignore_errors=True)
+        raise
+    if result.ended != "interrupted":
+        rmtree(images, ignore_errors=True)
     return result
 
 
@@ -173,6 +179,11 @@ def _prepare_folder(out: Path, saved: runs.SavedConfig, tokenizer: Tokenizer, wo
 
 
 # ---------------------------------------------------------------- the end
+
+
+def _stopping_line(result: TrainResult, images: Path) -> str:
+    kept = f" Decoded images wait for it in {images}." if images.exists() else ""
+    return f"Stopped at step {result.step:,}; go on with --resume auto.{kept}"
 
 
 def _opening_line(config: TrainConfig, method: Method, pairs: Data, total_steps: int, done: int, world: World) -> str:
