@@ -160,7 +160,8 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
         rows = [[group["name"], *(value(group["figures"][f]) for f in kinds)] for group in groups]
         lines += markdown(["", *(title(f).removeprefix("Foils: ") for f in kinds)], rows)
     for task, of_task in values.get("efficiency", {}).items():
-        lines += data_efficiency(name, task, of_task, values["by_fraction"][task])
+        level = groups[0]["figures"][f"{task}.image_to_text.r10"]["chance"]
+        lines += data_efficiency(name, task, of_task, values["by_fraction"][task], level)
     if values.get("claims"):
         rows = [
             [
@@ -178,7 +179,9 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def data_efficiency(name: str, task: str, found: dict[str, Any], by_fraction: dict[str, Any]) -> list[str]:
+def data_efficiency(
+    name: str, task: str, found: dict[str, Any], by_fraction: dict[str, Any], chance: float
+) -> list[str]:
     """How many fewer pairs each method needs, with the curves."""
     scores = {
         method: {float(fraction): of_seed for fraction, of_seed in curve.items()}
@@ -188,6 +191,7 @@ def data_efficiency(name: str, task: str, found: dict[str, Any], by_fraction: di
     compare_figures.by_fraction(scores, title=f"R@10 {what}, both directions").savefig(
         ROOT / f"docs/{name}-{task}.png", dpi=110
     )
+    clip = list(scores["clip"][1.0].values())
     rows = []
     for method, one in found.items():
         edge = ("≥ " if one["factor"] > 1 else "≤ ") if one["bound"] else ""
@@ -197,7 +201,8 @@ def data_efficiency(name: str, task: str, found: dict[str, Any], by_fraction: di
         "",
         f"Data-efficiency factor, by R@10 {what} (the mean of both directions): how many times fewer pairs than CLIP for CLIP's score on "
         "all of them, straight between the logarithms of the fractions; below 1, CLIP needs fewer for the method's score. ≥ and ≤: the "
-        "curves meet beyond the fractions tried.",
+        "curves meet beyond the fractions tried. CLIP's score on all pairs is "
+        f"{100 * sum(clip) / len(clip):.1f}, chance {percent(chance)}.",
         "",
         *markdown(["", "factor", "over seeds"], rows),
         "",
