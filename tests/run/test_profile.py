@@ -9,6 +9,7 @@ from coalign import cli
 from coalign.data import loader
 from coalign.recipes import recipe
 from coalign.run.profile import advice, profile
+from coalign.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,13 @@ def test_the_parts_are_the_step(settings):
     }
     assert expected <= set(found.parts)
     assert list(found.parts.values()) == sorted(found.parts.values(), reverse=True)
+
+
+def test_nothing_that_was_learnt_is_written(settings, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint, "save", lambda *_: written.append(1))
+    profile(settings[0], lambda _: settings[1], steps=1)
+    assert not written
 
 
 def test_what_is_slow_is_found(settings, monkeypatch):

@@ -70,7 +70,7 @@ def profile(data: str, settle: Settle, *, steps: int = 20, device: str | None = 
         )
         trainer = Trainer(
             method, config, world, Path(folder),
-            batches=loader.batches, num_pairs=len(pairs.train), total_steps=UNCOUNTED + steps,
+            batches=loader.batches, num_pairs=len(pairs.train), total_steps=UNCOUNTED + steps, saves=False,
         )  # fmt: skip
         compile_towers(method, config)
         silence = contextlib.redirect_stdout(io.StringIO())  # of a run's progress

@@ -69,7 +69,7 @@ class Trainer:
     """Trains one method in one run directory.
 
     batches: (first step, stop step) -> iterator of this rank's `Loaded`. validate: called on every rank, in evaluation mode, after the
-    steps in `eval_steps`. With `resume`, goes on from the newest whole checkpoint if there is one.
+    steps in `eval_steps`. saves: whether checkpoints are written. With `resume`, goes on from the newest whole checkpoint if there is one.
     """
 
     def __init__(
@@ -84,10 +84,11 @@ class Trainer:
         total_steps: int,
         validate: Callable[[StepInfo], Score] | None = None,
         interactive: bool = False,
+        saves: bool = True,
     ) -> None:
         self.method, self.config, self.world, self.run_dir = method, config, world, run_dir
         self.batches, self.num_pairs, self.total_steps, self.validate = batches, num_pairs, total_steps, validate
-        self.interactive = interactive
+        self.interactive, self.saves = interactive, saves
         self.autocast = autocast_dtype(config.precision, world.device)
         self.scaler = torch.amp.GradScaler(init_scale=2.0**12) if self.autocast == torch.float16 else None
         self.optimisers = build_optimisers(method.parameter_groups(), config.optimiser, method)
@@ -212,7 +213,7 @@ class Trainer:
             self._evaluate(StepInfo(step, self.total_steps))
         due = done in self.eval_steps if self.config.save_every is None else done % self.config.save_every == 0
         ends = interrupted or done == self.total_steps or self._out_of_patience()
-        if due or ends or self._time_to_save():
+        if self.saves and (due or ends or self._time_to_save()):
             self._save()
 
     def _out_of_patience(self) -> bool:
