@@ -29,7 +29,7 @@ import numpy as np
 import open_clip
 import torch
 from captions import CAPTIONS
-from limits import bandwidth, product_flops
+from limits import product_flops
 from lines import line
 from open_clip_train import params, train
 from open_clip_train.distributed import init_distributed_device
@@ -184,9 +184,8 @@ class Side:
         self.pipe.send("step")
         return self.pipe.recv()
 
-    def close(self) -> tuple[float, float, float, float]:
-        """Ends it: gigabytes that it held at most; of ours, a step's operations, what products do a second, and the optimiser's share of
-        the memory's speed."""
+    def close(self) -> tuple[float, float, float]:
+        """Ends it: gigabytes that it held at most; of ours, a step's operations, and what products alone do a second."""
         self.pipe.send("end")
         return self.pipe.recv()
 
@@ -206,25 +205,15 @@ def serve(name: str, captions: list[str], precision: str, weights: Path, threads
     while pipe.recv() == "step":
         pipe.send(timed(step))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    pipe.send((memory, 0.0, 0.0, 0.0) if name == "open_clip" else (memory, *of_limits(step, method, precision)))
+    pipe.send((memory, *((0.0, 0.0) if name == "open_clip" else of_limits(step, precision))))
 
 
-def of_limits(step: Step, method: CLIP, precision: str) -> tuple[float, float, float]:
-    """A step's operations, the operations a second of products alone, and AdamW's bytes over what memory moves in its time."""
+def of_limits(step: Step, precision: str) -> tuple[float, float]:
+    """A step's operations, and the operations a second of products alone."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         step()
     speed = product_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
-    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
-    numbers = sum(parameter.numel() for parameter in optimisers.parameters())
-    times = []
-    for _ in range(3):  # the first makes the moments
-        for parameter in optimisers.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        start = time.perf_counter()
-        optimisers.step()
-        times.append(time.perf_counter() - start)
-    moved = 7 * 4 * numbers  # weight, gradient and two moments are read, all but the gradient written
-    return float(counter.get_total_flops()), speed, moved / min(times[1:]) / bandwidth()
+    return float(counter.get_total_flops()), speed
 
 
 def compare(captions: list[str], precision: str, repeats: int) -> None:
@@ -234,7 +223,7 @@ def compare(captions: list[str], precision: str, repeats: int) -> None:
             Side(name, captions, precision, Path(folder) / "weights.safetensors") for name in ("open_clip", "coalign")
         )
         turns = [(peer.step(), ours.step()) for _ in range(1 + repeats)]
-        (their_memory, *_), (our_memory, flops, speed, moved) = peer.close(), ours.close()
+        (their_memory, *_), (our_memory, flops, speed) = peer.close(), ours.close()
     memory = their_memory, our_memory
     shares = [flops / mine[0] / speed for _, mine in turns[1:]]
     losses = [(theirs[1], mine[1]) for theirs, mine in turns]
@@ -248,7 +237,6 @@ def compare(captions: list[str], precision: str, repeats: int) -> None:
     line(f"step of ViT-B/32 in {precision}, open_clip's time over ours", [a / b for a, b in times], at_least=1.5)
     line(f"step of ViT-B/32 in {precision}, open_clip's peak memory over ours", [memory[0] / memory[1]])
     line(f"step of ViT-B/32 in {precision}, its operations over what products alone do in its time", shares)
-    line(f"AdamW's bytes over what memory moves in its time, beside {precision}", [moved])
 
 
 def timed(step: Step) -> tuple[float, float]:

@@ -18,13 +18,15 @@ from coalign.types import StepInfo
 
 BATCH, STEP = 8, StepInfo(3, 10)
 ALONE = World(0, 1, torch.device("cpu"))
+CONTROL = "foreign_parameters"  # UniCLIP's, for batches that are encoded whole: it takes what is told to the head from the row before
 MODELS = {"transformer": TRANSFORMER, "batch norm": BATCH_NORM}
 
 
 def switched(name):
     """Changes to a method's configuration: none, and each of its switches turned over."""
     values = vars(config_class(name)())
-    return [{}, *({switch: not value} for switch, value in values.items() if isinstance(value, bool))]
+    switches = [switch for switch, value in values.items() if isinstance(value, bool) and switch != CONTROL]
+    return [{}, *({switch: not values[switch]} for switch in switches)]
 
 
 def takes(name, model):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -69,16 +71,39 @@ class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
         if not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        rows = gather(x.new_tensor([len(x)])).sum()  # of all ranks, which may hold unequally many
-        mean = gather(x.sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
-        x = x - mean
-        variance = gather(x.square().sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
+        x, mean, variance, rows = _Normalise.apply(x, self.eps, gather)
         if torch.is_grad_enabled() and rows:
-            self.pending.append(torch.stack([mean, variance * rows / (rows - 1).clamp(min=1)]).detach())
-        x = x * (variance + self.eps).rsqrt()
+            self.pending.append(torch.stack([mean, variance * rows / (rows - 1).clamp(min=1)]))
         if self.affine:
             x = x * self.weight + self.bias
         return x.to(input.dtype)
+
+
+class _Normalise(torch.autograd.Function):
+    """Rows less their mean, over their standard deviation, both over the rows of all ranks; and the mean, the variance and how many rows
+    there are. For the gradient it keeps the result alone, where autograd would keep the centred rows, too."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, eps: float, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        rows = gather(x.new_tensor([len(x)])).sum()  # ranks may hold unequally many
+        mean = gather(x.sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
+        result = x - mean
+        variance = gather(result.square().sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
+        scale = (variance + eps).rsqrt()
+        result *= scale
+        context.gather = gather
+        context.save_for_backward(result, scale, rows)
+        context.mark_non_differentiable(mean, variance, rows)
+        return result, mean, variance, rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        result, scale, rows = context.saved_tensors
+        sums = torch.stack([gradient.sum(0), (gradient * result).sum(0)])[None]  # [1, 2, channel]
+        with_ones, with_result = context.gather(sums).sum(0) / rows.clamp(min=1)
+        of_x = (result * -with_result).add_(gradient).sub_(with_ones).mul_(scale)
+        return of_x, None, None
 
 
 def group_batch_norms(module: nn.Module, group: int) -> nn.Module:

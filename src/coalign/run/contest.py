@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Contest:
     comparison: Comparison
     advice: str
     efficiency: dict[str, Efficiency]  # by method, where fractions were tried
-    by_fraction: Scores
+    by_fraction: Scores = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         efficiency = {name: asdict(found) for name, found in self.efficiency.items()}
@@ -217,7 +217,7 @@ def judge(trials: Sequence[Trial]) -> Contest:
         advice = (
             f"No method is told from chance yet: R@10 of the best, {best}, is {100 * scores[best]:.1f} %; train longer."
         )
-        return Contest(comparison, advice, {}, {})
+        return Contest(comparison, advice, {})
     by_fraction = fraction_scores(trials) if BASE in learnt else {}
     return Contest(comparison, _advice(trials, best, others, scores), efficiencies(by_fraction), by_fraction)
 
