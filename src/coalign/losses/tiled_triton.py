@@ -103,6 +103,7 @@ def _weighted_kernel(
 def sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: str) -> Tensor:
     """`tiled.sums`, on a GPU."""
     queries, keys, rows, columns = (x.contiguous() for x in (queries, keys, rows, columns))
+    scale = scale.float()
     of_rows = _sums(queries, keys, scale, rows, columns)
     return torch.cat([of_rows, _sums(keys, queries, scale, columns, rows)]) if way == "both" else of_rows
 
@@ -113,6 +114,7 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`tiled.gradient_sums`, on a GPU."""
     queries, keys, rows, columns = (x.contiguous() for x in (queries, keys, rows, columns))
+    scale = scale.float()
     by_rows = (of[: len(queries)], gradient[: len(queries)].contiguous())
     if way == "within":  # G + Gᵀ for what is row and column at once: half for each
         half = _weighted(queries, keys, scale, rows, columns, by_rows, by_rows).div_(2)
