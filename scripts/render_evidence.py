@@ -119,10 +119,12 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
     lines = [f"## {values['title']}", ""]
     held_out = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in values["held_out"].items())
     seeds = len(groups[0]["seeds"])
+    others = [f"{group['name']}: {len(group['seeds'])}" for group in groups if len(group["seeds"]) != seeds]
+    fewer = f" ({'; '.join(others)})" if others else ""
     settings = {**values["settings"], **groups[0]["settings"]}
     lines += [
         f"`{name}`: model `{settings['model']}`, {settings['image_size']} pixels, batches of {settings['batch_size']}, "
-        f"{settings['num_train']:,} training pairs; {seeds} {'seed' if seeds == 1 else 'seeds'}; held out: {held_out}. "
+        f"{settings['num_train']:,} training pairs; {seeds} {'seed' if seeds == 1 else 'seeds'}{fewer}; held out: {held_out}. "
         f"All figures: [{path.name}](../results/{path.name}).",
         "",
     ]
