@@ -66,6 +66,12 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [name for name in options.scripts if name not in SCRIPTS]:
         parser.error(f"there is no {unknown[0]} among {', '.join(SCRIPTS)}")
+    before = []
+    if options.out:  # what is wrong with it is seen before an hour of measuring, not after
+        if options.out.exists() and options.out.stat().st_size:
+            before = json.loads(options.out.read_text())["lines"]
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("a").close()
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "lines.jsonl"
@@ -78,9 +84,8 @@ def main() -> None:
                 failed.append(name)
             print(f"({(time.monotonic() - began) / 60:.1f} min)\n", flush=True)
         lines = [json.loads(text) for text in kept.read_text().splitlines()]
-    if options.out and options.out.exists():
-        before = [old for old in json.loads(options.out.read_text())["lines"] if old["script"] not in options.scripts]
-        lines = sorted([*before, *lines], key=lambda kept: list(SCRIPTS).index(kept["script"]))
+    kept_on = [old for old in before if old["script"] in SCRIPTS and old["script"] not in options.scripts]
+    lines = sorted([*kept_on, *lines], key=lambda one: list(SCRIPTS).index(one["script"]))
     show(lines)
     if options.out:
         machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__}

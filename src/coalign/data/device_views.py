@@ -5,6 +5,7 @@ Loader processes then only decode, crop and resize. A colour may differ by 1 of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,15 @@ _AT_ONCE = 256  # views, which are floating-point numbers for a moment
 
 def finish_views(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device, with colour and blur in its image views."""
-    images, batch.images = batch.images, {}
-    finished = batch.to(device)
-    finished.images = {
+    images = {
         name: ImageView(
             finish(view.pixels, view.params, device),
             view.params.to(device, non_blocking=True),
             None if view.patch_ranks is None else view.patch_ranks.to(device, non_blocking=True),
         )
-        for name, view in images.items()
+        for name, view in batch.images.items()
     }
-    return finished
+    return replace(replace(batch, images={}).to(device), images=images)
 
 
 def finish(pixels: Tensor, params: Tensor, device: torch.device) -> Tensor:
@@ -44,9 +43,8 @@ def finish(pixels: Tensor, params: Tensor, device: torch.device) -> Tensor:
         part = slice(start, start + _AT_ONCE)
         views = on_device[part].flatten(2).float()
         matrix, shift, luma = (torch.from_numpy(x).to(device) for x in (matrices[part], shifts[part], LUMA))
-        offset = (
-            0.5 + shift * (views.mean(2) @ luma)[:, None, None]
-        )  # 0.5 makes the cut to whole numbers below a rounding
+        # 0.5 makes the cut to whole numbers below a rounding
+        offset = 0.5 + shift * (views.mean(2) @ luma)[:, None, None]
         finished[part] = torch.baddbmm(offset, matrix, views).clamp_(0, 255.5).to(torch.uint8).view_as(finished[part])
         blurred = start + np.flatnonzero(drawn.blur[part])
         if len(blurred):

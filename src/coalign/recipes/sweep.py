@@ -44,9 +44,8 @@ class Table:
     # recipe -> further changes to its method's configuration, which only this scale needs
     small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     test_splits: tuple[str, ...] = ()  # of the data, evaluated at the end beside the held-out pairs
-    claims: tuple[
-        tuple[str, str], ...
-    ] = ()  # (lower, higher): by the paper, or by what a control is for, the second is better
+    # (lower, higher): by the paper, or by what a control is for, the second arm is better
+    claims: tuple[tuple[str, str], ...] = ()
     headlines: tuple[str, ...] = ("retrieval.image_to_text.r10",)  # the figures that the claims are about
     paper: str = ""  # what the arms' `paper` is a figure of, in per cent, and where it is printed
     paper_recipe: str = ""  # of the paper's own runs, where {method} is an arm's recipe; "": the table is ours alone
