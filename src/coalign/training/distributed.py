@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Iterable
@@ -79,7 +80,15 @@ def join_world(device: str | None = None) -> World:
             "nccl" if chosen.type == "cuda" else "gloo",
             store=fresh_prefix(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT,
         )  # fmt: skip
+        if chosen.type == "cpu":
+            atexit.register(_end_gloo)
     return World(rank, size, chosen)
+
+
+def _end_gloo() -> None:
+    """Joins gloo's threads: freeing a last tensor while the interpreter ends, they would abort a process that did its work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def fresh_prefix(store: dist.Store, rank: int, size: int) -> dist.Store:
