@@ -10,9 +10,9 @@ Flipped pictures, for UniCLIP, whose head is told how a view was made: "left" or
 said to be so, and flipped without a word. A head that has understood says of the second what it said of the first, and of the third the
 contrary.
 
-    python scripts/misalignment.py runs/scenes/clip-seed0 runs/scenes/uniclip-seed0 … --out results/misalignment-scenes.json
+    python scripts/misalignment.py runs/views/clip-seed0 runs/views/uniclip-seed0 … --out results/misalignment-scenes.json
 
-Runs of one method, of several seeds, become one row.
+Runs of one name, of several seeds, become one row.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ def measure(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, An
         figures = {"broken facts": broken_facts(run, source), "swapped captions": swapped_captions(run)}
         if isinstance(run.method, UniCLIP):
             figures |= flips(run, source)
-        row = found.setdefault(run.config.method, {})
+        row = found.setdefault(folder.name.rpartition("-seed")[0], {})
         for name, value in figures.items():
             row.setdefault(name, []).append(value)
         say(f"{folder.name}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}")
-    return {method: {name: summary(values) for name, values in row.items()} for method, row in found.items()}
+    return {arm: {name: summary(values) for name, values in row.items()} for arm, row in found.items()}
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ class TrainConfig:
     model: str = "ViT-B-32"
     """Towers: an open_clip model name, a JSON file or a folder in open_clip's form, `timm:TRUNK`, or one of ours (`small`)."""
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag, a safetensors file or a folder of an open_clip model, `timm` for a timm trunk's own, or
-    `hf` for those of a Hugging Face text tower."""
+    """Start from these weights: an open_clip tag, a safetensors file or a folder of an open_clip model, a safetensors file of a timm trunk
+    (as `coalign export --to timm` writes it; the text tower starts anew), `timm` for a trunk's own, or `hf` for those of a Hugging Face
+    text tower."""
     init_from: Path | None = None
     """Start from the weights of this run's folder, of the same method and model; the image size may be another one."""
     image_size: int | None = None

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -191,6 +192,34 @@ def test_pretrained_weights_from_a_file(tiny, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             build_text_tower(replace(spec, **wrong))
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:test_vit", "tiny", "convnext_tiny"]
+)  # ours, ours with a shape of its own, and open_clip's adapter
+def test_a_trunks_own_weights_from_a_file(name, tmp_path):
+    vision = model_config(name)["vision_cfg"]
+    peer = timm.create_model(vision["timm_model_name"], num_classes=0, **vision.get("timm_kwargs", {})).eval()
+    file = tmp_path / "trunk.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in peer.state_dict().items()}, file)
+    size = getattr(peer, "patch_embed", None) and peer.patch_embed.img_size[0]
+    spec = TowerSpec(name, vocab_size=100, image_size=size or 64, pretrained=str(file))
+    tower = build_image_tower(spec).eval()
+    pixels = torch.randint(256, (2, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), peer((pixels - tower.mean) / tower.std), atol=1e-4, rtol=1e-4)
+    torch.manual_seed(0)
+    fresh = build_text_tower(replace(spec, pretrained=None)).state_dict()
+    torch.manual_seed(0)
+    for key, value in build_text_tower(spec).state_dict().items():
+        assert torch.equal(value, fresh[key])
+
+    save_file({key: tensor.contiguous() for key, tensor in list(peer.state_dict().items())[1:]}, file)
+    with pytest.raises(UserError, match=rf"trunk\.safetensors are not those of {name}'s trunk: Missing key"):
+        build_image_tower(spec)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"trunk\.safetensors cannot be read"):
+        build_image_tower(spec)
 
 
 def test_weights_that_cannot_be_fetched():

@@ -10,13 +10,17 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file
 
 from coalign import cli
 from coalign.errors import UserError
+from coalign.networks.towers import TowerSpec, build_image_tower
 from coalign.recipes import tables
 from coalign.recipes.sweep import Arm, Table
 from coalign.run import reproduce as module
 from coalign.run.evaluate import evaluate
+from coalign.run.model import read_config
 from coalign.run.reproduce import Trial, reproduce
 
 
@@ -94,6 +98,25 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
     tables.TABLES["test"] = longer  # the fixture puts the other back
     assert cli.main(command) == 2
     assert "one-seed0 holds a run with another epochs than this table's" in capsys.readouterr().err
+
+
+def test_arms_start_from_a_tower_that_has_learnt_tags(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "test", replace(tables.TABLES["test"], tag_scenes=128, classes=(), probe=False))
+    monkeypatch.setattr(module.tag_tower, "EPOCHS", 1)
+    command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]
+    assert cli.main(command) == 0
+    assert "learns the tags of 128 other scenes" in capsys.readouterr().out
+    tower = load_file("out/tag_tower.safetensors")
+    for arm in ("one", "other-longer"):
+        config = read_config(tmp_path / f"out/{arm}-seed0").config
+        assert (config.model, config.pretrained) == ("tiny", "out/tag_tower.safetensors")
+        trunk = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=config.pretrained)).trunk
+        assert all(torch.equal(value, tower[name]) for name, value in trunk.state_dict().items())
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    assert values["settings"]["pretrained"] == "tag_tower.safetensors"
+    assert cli.main(command) == 0
+    assert "learns the tags" not in capsys.readouterr().out  # it is there
+    assert len(small) == 2
 
 
 def test_it_is_held_against_the_papers_column(small, tmp_path, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _build_vision_tower
 from open_clip.transformer import TextTransformer, VisionTransformer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from coalign.networks.hugging_face_text import HuggingFaceTextTower
 
 OWN_CONFIGS = Path(__file__).parent / "configs"
-OF_A_PART = (None, "timm", "hf")  # `pretrained` that is not of both towers
+OF_A_PART = (None, "timm", "hf")  # `pretrained` that is no name of both towers' weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class TowerSpec:
     vocab_size: int
     context_length: int = 77
     image_size: int | None = None  # None: the model's own
-    # an open_clip tag, a safetensors file of an open_clip model, "timm" for a trunk's own weights, "hf" for a Hugging Face text tower's
+    # an open_clip tag, a safetensors file of an open_clip model or of a timm trunk, "timm" for a trunk's own weights, "hf" for a Hugging
+    # Face text tower's
     pretrained: str | None = None
     batch_norm_group: int = 32
 
@@ -193,6 +195,15 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         raise UserError(
             f"The model {spec.name} takes images of {size[0]} × {size[1]} pixels; only square ones are supported."
         )
+    if _is_of_trunk(spec):
+        tower = build_image_tower(replace(spec, pretrained=None))
+        trunk = getattr(tower.trunk, "trunk", tower.trunk)  # open_clip's adapter has it within
+        try:
+            trunk.load_state_dict(load_file(spec.pretrained or ""))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"The weights {spec.pretrained} are not those of {spec.name}'s trunk: {reason}") from error
+        return tower
     if spec.pretrained not in OF_A_PART:
         visual = _pretrained(spec).visual
     elif spec.name.startswith("timm:") or "timm_kwargs" in vision:
@@ -273,6 +284,19 @@ def check_activation(name: str, tag: str) -> None:
         raise UserError(f"The weights {tag} were trained with the activation of {other}; use this model's name.")
 
 
+def _is_of_trunk(spec: TowerSpec) -> bool:
+    """Whether `spec.pretrained` is a file of a timm trunk's weights alone, such as `coalign export --to timm` writes."""
+    file = spec.pretrained or ""
+    if not file.endswith(".safetensors") or not Path(file).is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as weights:
+            of_towers = any(name.startswith(("visual.", "text.")) for name in weights.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"The weights {file} cannot be read: {error}; it must be a whole safetensors file.") from error
+    return not of_towers and "timm_model_name" in model_config(spec.name)["vision_cfg"]
+
+
 def _timm_trunk(vision: dict[str, Any], size: int, pretrained: bool) -> nn.Module:
     name = vision["timm_model_name"]
     options = dict(vision.get("timm_kwargs", {}), num_classes=0, pretrained=pretrained)
@@ -304,7 +328,7 @@ def build_text_tower(
         )
     if spec.pretrained == "hf":
         raise UserError(f"--pretrained hf: {spec.name} has no Hugging Face text tower.")
-    if spec.pretrained not in OF_A_PART:
+    if spec.pretrained not in OF_A_PART and not _is_of_trunk(spec):
         tower = _pretrained(spec).text
         _fit_text(tower, spec)
     else:

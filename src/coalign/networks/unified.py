@@ -223,7 +223,7 @@ def build_unified_tower(spec: TowerSpec, masks_patches: bool) -> UnifiedTower:
     """The tower of a model with a plain ViT for an image tower: its width, layers, heads, patch and image size. The vocabulary and the
     context are the spec's."""
     if spec.pretrained:
-        raise UserError(f"The weights {spec.pretrained} are of two towers; a single tower is trained from scratch.")
+        raise UserError(f"The weights {spec.pretrained} are not of a single tower, which is trained from scratch.")
     vision = dict(model_config(spec.name)["vision_cfg"])
     cfg = CLIPVisionCfg(**{name: value for name, value in vision.items() if name in CLIPVisionCfg.__annotations__})
     if cfg.timm_model_name or not isinstance(cfg.layers, int):

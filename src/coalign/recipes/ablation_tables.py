@@ -10,6 +10,7 @@ from typing import Any
 
 from coalign.recipes.sweep import Arm, Table, chain
 
+TWO_TOWERS = ("clip", "slip", "declip", "uniclip", "mcd")
 # The better of 1e-3 and 3e-3 by the mean recall of `learning-rates-openclipart`; UniCLIP's two were equal.
 TUNED = {"clip": 1e-3, "slip": 3e-3, "declip": 3e-3, "uniclip": 1e-3, "mcd": 3e-3}
 STYLES: dict[str, Any] = {
@@ -38,7 +39,7 @@ _LOSSES: Rows = {
 }
 _PLAIN = {"augmentation_embedding": False, "head": "residual-1"}  # Table 4b's head where there is no embedding
 _WEAK, _STRONG = {"views": ("weak",) * 3}, {"views": ("strong",) * 3}
-_VIEWS: Rows = {
+VIEWS: Rows = {
     "UniCLIP": ({}, 27.84),
     "another view's parameters": ({"foreign_parameters": True}, None),  # a control that the paper lacks
     "3 weak views": (_WEAK, 23.40),
@@ -73,7 +74,7 @@ _DECLIP: dict[str, Arm] = {
 }
 
 _CONTRAST = {"distill_positive": False, "distill_negative": False, "distill_noisy": False, "progressive": False}
-_DISTILLATION: Rows = {
+DISTILLATION: Rows = {
     "MP-NCE": (_CONTRAST, 39.6),
     "MP-NCE, ramp only": (_CONTRAST | {"progressive": True}, None),  # a control that the paper lacks
     "positive": ({"distill_negative": False, "distill_noisy": False}, 43.9),
@@ -81,10 +82,10 @@ _DISTILLATION: Rows = {
     "MCD": ({}, 44.7),
 }
 _MCD: dict[str, Arm] = {
-    **_arms("mcd", _DISTILLATION),
+    **_arms("mcd", DISTILLATION),
     "UniCLIP": Arm("uniclip", image_lr=TUNED["uniclip"], paper=42.8),
     # the paper contradicts itself on masked language modelling
-    **_arms("mcd", {f"{name}, no MLM": ({**row, "mlm": False}, None) for name, (row, _) in _DISTILLATION.items()}),
+    **_arms("mcd", {f"{name}, no MLM": ({**row, "mlm": False}, None) for name, (row, _) in DISTILLATION.items()}),
 }
 
 _MASKING: Rows = {
@@ -107,7 +108,7 @@ ABLATION_TABLES = {
     ),
     "uniclip-views-openclipart": Table(
         "UniCLIP's views, with and without the augmentation embedding (its Table 4b), on two styles of Open Clip Art",
-        _arms("uniclip", _VIEWS),
+        _arms("uniclip", VIEWS),
         claims=(
             ("no embedding", "UniCLIP"),
             ("another view's parameters", "UniCLIP"),

@@ -11,6 +11,8 @@ from coalign.config import TrainConfig
 from coalign.optim import RoleConfig
 from coalign.recipes import recipe, recipes
 
+# what the recipe's share of the tables' batches of 128 is
+QUEUE: dict[str, dict[str, Any]] = {"mct": {"queue_size": 256}}
 PAPER_PAIRS = 1_000_000  # the papers' own recipes do not depend on the number of pairs
 
 
@@ -43,6 +45,9 @@ class Table:
     probe: bool = False
     # recipe -> further changes to its method's configuration, which only this scale needs
     small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tag_scenes: int = (
+        0  # every arm starts from an image tower that has learnt the tags of so many other scenes; 0: from scratch
+    )
     test_splits: tuple[str, ...] = ()  # of the data, evaluated at the end beside the held-out pairs
     # (lower, higher): by the paper, or by what a control is for, the second arm is better
     claims: tuple[tuple[str, str], ...] = ()
@@ -102,3 +107,12 @@ def chain(*arms: str) -> tuple[tuple[str, str], ...]:
 def fraction_name(arm: str, fraction: float) -> str:
     """Of an arm on a share of the pairs."""
     return arm if fraction == 1 else f"{arm}, {100 * fraction:g} %"
+
+
+def by_fraction(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """The arms on all, half and a quarter of the pairs."""
+    return {
+        fraction_name(name, share): replace(arm, train_fraction=share)
+        for share in (1.0, 0.5, 0.25)
+        for name, arm in arms.items()
+    }

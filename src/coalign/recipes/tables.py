@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from coalign.errors import UserError
-from coalign.recipes.ablation_tables import ABLATION_TABLES, STYLES, TUNED
+from coalign.recipes.ablation_tables import ABLATION_TABLES, STYLES, TUNED, TWO_TOWERS
 from coalign.recipes.declip import VIEW
 from coalign.recipes.mct import CHANGES as MCT
 from coalign.recipes.oner import CHANGES as ONER
-from coalign.recipes.sweep import Arm, Table, chain, fraction_name
+from coalign.recipes.scene_tables import FLAT, ONE_OBJECT, SCENE_TABLES
+from coalign.recipes.sweep import QUEUE, Arm, Table, by_fraction, chain
 
-_TWO_TOWERS = ("clip", "slip", "declip", "uniclip", "mcd")
 # ImageNet zero-shot top-1 of ViT-B/32 on YFCC15M: UniCLIP's Table 1 and MCD's
 _YFCC = {"clip": 31.3, "slip": 38.3, "declip": 41.2, "uniclip": 42.8, "mcd": 44.7}
 _IMAGENET_YFCC = "ImageNet zero-shot top-1 after YFCC15M, MCD's Table 1"
@@ -51,9 +51,6 @@ def _oner(clip_lr: float) -> dict[str, Arm]:
     return {"clip": Arm("clip", image_lr=clip_lr), **arms}
 
 
-_QUEUE: dict[str, dict[str, Any]] = {"mct": {"queue_size": 256}}  # the recipe's share of these tables' batches of 128
-
-
 def _mct(image_lr: float) -> dict[str, Arm]:
     """What §4.4 compares: terms, and heads of one size or two."""
     rows: dict[str, tuple[dict[str, Any], float | None]] = {
@@ -79,12 +76,6 @@ def _mct_heads(image_lr: float) -> dict[str, Arm]:
     return {"distinct, of two sizes": Arm("mct", MCT["captions"], image_lr=image_lr, paper=54.9), **rows}
 
 
-# On scenes every run begins on a plateau, where nothing is told apart. Of what was tried with CLIP (temperatures, learning rates, moments,
-# decay, warm-up, batches of 16 to 128) a flat distribution at first is what shortens it most.
-_FLAT = {"temperature": 0.2}
-_COLOURS = ("red", "pink", "brown", "gold", "green", "lime", "blue", "cyan")
-_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
-_ONE_OBJECT = tuple(f"{colour} {shape}" for shape in _SHAPES for colour in _COLOURS)  # of the scenes that show one
 # Open Clip Art's tags, as `tag = class`; of two that a picture has, the first counts.
 _CLIP_ART = (
     "flag", "card = playing card", "fruit", "dessert", "beverage = drink", "insect", "mammal", "bird", "fish", "flower", "tree",
@@ -96,24 +87,24 @@ TABLES = {
     "two-towers-openclipart": Table(
         "CLIP, SLIP, DeCLIP, UniCLIP and MCD on Open Clip Art, after as many pairs, and after as much processor time",
         _two_towers(
-            {name: Arm(name, image_lr=TUNED[name], paper=_YFCC[name]) for name in _TWO_TOWERS}, STEP_COST["openclipart"]
+            {name: Arm(name, image_lr=TUNED[name], paper=_YFCC[name]) for name in TWO_TOWERS}, STEP_COST["openclipart"]
         ),
         epochs=10,
         classes=_CLIP_ART,
-        claims=chain(*_TWO_TOWERS),
+        claims=chain(*TWO_TOWERS),
         paper=_IMAGENET_YFCC,
         paper_recipe="{method}-yfcc15m",
     ),
     "two-towers-scenes": Table(
         "CLIP, SLIP, DeCLIP, UniCLIP and MCD on scenes, after as many pairs, and after as much processor time",
-        _two_towers({name: Arm(name, paper=_YFCC[name]) for name in _TWO_TOWERS}, STEP_COST["scenes"]),
-        small=dict.fromkeys(_TWO_TOWERS, _FLAT),
+        _two_towers({name: Arm(name, paper=_YFCC[name]) for name in TWO_TOWERS}, STEP_COST["scenes"]),
+        small=dict.fromkeys(TWO_TOWERS, FLAT),
         epochs=12,
         image_size=32,
         image_lr=5e-3,
         evals=4,
-        classes=_ONE_OBJECT,
-        claims=chain(*_TWO_TOWERS),
+        classes=ONE_OBJECT,
+        claims=chain(*TWO_TOWERS),
         paper=_IMAGENET_YFCC,
         paper_recipe="{method}-yfcc15m",
         headlines=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
@@ -134,11 +125,11 @@ TABLES = {
             "oner": Arm("oner"),
             "mct": Arm("mct", image_lr=5e-3),
         },
-        small={"clip": _FLAT} | _QUEUE,
+        small={"clip": FLAT} | QUEUE,
         epochs=12,
         image_size=32,
         evals=4,
-        classes=_ONE_OBJECT,
+        classes=ONE_OBJECT,
         headlines=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
     "mct-openclipart": Table(
@@ -151,7 +142,7 @@ TABLES = {
         paper="ImageNet linear probe after COCO, MCT's Table 1",
         paper_recipe="{method}-coco",
         paper_task="probe-mct:imagenet",
-        small=_QUEUE,
+        small=QUEUE,
         headlines=("probe.acc1",),
     ),
     "mct-heads-openclipart": Table(
@@ -160,7 +151,7 @@ TABLES = {
         epochs=10,
         classes=_CLIP_ART,
         probe=True,
-        small=_QUEUE,
+        small=QUEUE,
         claims=(
             *chain(
                 "unified, 128", "unified, 1024", "unified, 1152", "distinct, 128", "distinct, 1024", "distinct, 1152"
@@ -177,32 +168,29 @@ TABLES = {
         {
             **{
                 name: Arm(name, image_lr=TUNED.get(name), paper=_YFCC.get(name))
-                for name in (*_TWO_TOWERS, "oner", "mct")
+                for name in (*TWO_TOWERS, "oner", "mct")
             },
             "clip, DeCLIP's views": Arm(
                 "clip", {"image_view": VIEW}, image_lr=TUNED["clip"]
             ),  # what views alone do: a control
         },
-        small=_QUEUE,
-        claims=(*chain(*_TWO_TOWERS), *(("clip, DeCLIP's views", name) for name in _TWO_TOWERS[1:])),
+        small=QUEUE,
+        claims=(*chain(*TWO_TOWERS), *(("clip, DeCLIP's views", name) for name in TWO_TOWERS[1:])),
         paper=_IMAGENET_YFCC,
         paper_recipe="{method}-yfcc15m",
         **STYLES,
     ),
     "fractions-openclipart": Table(
         "All seven methods on all, half and a quarter of the pairs, in two styles of Open Clip Art, in as many steps",
-        {
-            fraction_name(name, share): Arm(name, image_lr=TUNED.get(name), train_fraction=share)
-            for share in (1.0, 0.5, 0.25)
-            for name in (*_TWO_TOWERS, "oner", "mct")
-        },
-        small=_QUEUE,
+        by_fraction({name: Arm(name, image_lr=TUNED.get(name)) for name in (*TWO_TOWERS, "oner", "mct")}),
+        small=QUEUE,
         **STYLES,
     ),
     **ABLATION_TABLES,
+    **SCENE_TABLES,
     "learning-rates-openclipart": Table(
         "The image tower's learning rate, for each method, on the training pairs of Open Clip Art alone",
-        {f"{name}, {lr:g}": Arm(name, image_lr=lr) for name in _TWO_TOWERS for lr in (1e-3, 3e-3)},
+        {f"{name}, {lr:g}": Arm(name, image_lr=lr) for name in TWO_TOWERS for lr in (1e-3, 3e-3)},
         epochs=6,
         val_fraction=0.2,  # the split is a stable hash: of data without the tenth that the other table holds out, the next tenth
     ),

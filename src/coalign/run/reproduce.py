@@ -25,13 +25,14 @@ from coalign.errors import UserError
 from coalign.recipes.sweep import Table
 from coalign.recipes.tables import table
 from coalign.report.compare_page import Comparison, title, value_text
+from coalign.run import tag_tower
 from coalign.run.compare import compare
 from coalign.run.efficiency import efficiencies, efficiency_words, fraction_scores
 from coalign.run.launch import run_name, write_launch
 from coalign.run.model import RESULTS, read_config, write_file
 from coalign.run.train import train
 
-CLASSES, LAUNCH = "classes.txt", "launch.sh"
+CLASSES, LAUNCH, TAG_TOWER = "classes.txt", "launch.sh", "tag_tower.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Trial:
     @property
     def folder(self) -> Path:
         return self.out / run_name(self.arm, self.seed)
+
+    def config(self, num_pairs: int) -> TrainConfig:
+        config = self.sweep.config(self.arm, self.seed, num_pairs)
+        if not self.sweep.tag_scenes:
+            return config
+        return replace(config, model=tag_tower.MODEL, pretrained=str(self.out / TAG_TOWER))
 
 
 def reproduce(
@@ -86,6 +93,11 @@ def reproduce(
             console.print(f"Left out, for they have no recipe of that scale: {', '.join(left_out)}")
         return None
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
+    if sweep.tag_scenes and not (out / TAG_TOWER).exists():
+        console.print(
+            f"The image tower in which every arm starts learns the tags of {sweep.tag_scenes:,} other scenes …"
+        )
+        tag_tower.train(sweep.tag_scenes, sweep.image_size or 64, out / TAG_TOWER)
     failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
     done = [Trial(sweep, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
     done = [trial for trial in done if finished(trial)]
@@ -102,7 +114,7 @@ def finished(trial: Trial) -> bool:
     if not (trial.folder / RESULTS).exists():
         return False
     saved = read_config(trial.folder)
-    wanted = trial.sweep.config(trial.arm, trial.seed, saved.num_train)
+    wanted = trial.config(saved.num_train)
     if changed := [
         name
         for name in ("method", "method_config", "epochs", "batch_size")
@@ -178,7 +190,7 @@ def _train(trial: Trial, threads: int) -> None:
     sweep = trial.sweep
 
     def settle(num_pairs: int) -> TrainConfig:
-        config = sweep.config(trial.arm, trial.seed, num_pairs)
+        config = trial.config(num_pairs)
         classes = trial.out / CLASSES if sweep.classes else None
         # with a core to itself a trial loads its own data: another process would only take turns with it
         return replace(config, classes=classes, workers=0 if threads == 1 else None)
@@ -216,6 +228,8 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
         "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
+    if sweep.tag_scenes:
+        values["settings"]["pretrained"] = TAG_TOWER  # where it lay is nobody else's business
     text = json.dumps(values, indent=1, default=str) + "\n"
     write_file(out / "table.json", lambda path: path.write_text(text))
     if sweep.paper:

@@ -1,0 +1,39 @@
+"""The tower in which tables on scenes start knows more of other scenes' colours than a random one, and is the same every time."""
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from coalign.data.scenes import Scenes
+from coalign.networks.towers import TowerSpec, build_image_tower
+from coalign.run import tag_tower
+
+
+def area_under_the_curve(pretrained):
+    """Of a probe for "blue", on the second half of other scenes."""
+    source = Scenes(600, seed=1, size=32, split="train")
+    torch.manual_seed(0)
+    tower = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=pretrained)).eval()
+    pixels = torch.from_numpy(np.stack([source.image(index) for index in range(600)])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        features = tower(pixels).numpy()
+    blue = np.array(["blue" in source.record(index).tags for index in range(600)])
+    probe = LogisticRegression(max_iter=2000).fit(features[:300], blue[:300])
+    return roc_auc_score(blue[300:], probe.decision_function(features[300:]))
+
+
+def test_it_has_learnt_tags(tmp_path, monkeypatch):
+    path = tmp_path / "tower.safetensors"
+    monkeypatch.setattr(tag_tower, "EPOCHS", 16)
+    tag_tower.train(1024, 32, path)
+    assert area_under_the_curve(str(path)) > area_under_the_curve(None) + 0.1
+
+
+def test_it_is_the_same_every_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_tower, "EPOCHS", 1)
+    for name in ("first", "second"):
+        tag_tower.train(256, 32, tmp_path / name)
+    once, again = (load_file(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(value, again[name]) for name, value in once.items())
