@@ -147,7 +147,8 @@ class EvalCommand:
     """One or more of retrieval:DATA and retrieval-1k:DATA (among 1,000 images at a time), zeroshot:DATA, and, on frozen image features,
     probe:DATA (logistic regression), probe-mct:DATA and probe-slip:DATA (by the descent of these papers), fewshot:DATA (1 to 16 images a
     class), knn:DATA (20 nearest neighbours), and MCT's tagging:DATA (of data with tags) and vse:DATA (retrieval with a GRU over words);
-    finetune:DATA (from zero-shot on, and the weights between both); where DATA is anything that `coalign train --data` takes, or, with
+    finetune:DATA (from zero-shot on, and the weights between both) and finetune-retrieval:DATA (of both encoders); where DATA is anything
+    that `coalign train --data` takes, or, with
     --data-root, one of oxford_pets, cifar10, cifar100, sun397, food101, flowers102, stanford_cars, caltech101, fgvc_aircraft, dtd and
     imagenet; suite11 and suite11-probe are all of these in a row; foils:scenes and foils:sugarcrepe:FOLDER (true or false captions, by
     kind) and pairs:winoground:FOLDER; detection:, detection-c4: and segmentation: of scenes, coco:instances.json:images or voc:VOCdevkit

@@ -240,7 +240,8 @@ class DualEncoder:
     encode_text: sequence of strings -> float [batch, dim]
     image_features: the same pixels -> float [batch, width], the image encoder's output before its projection; probes need it.
     preprocess: an upright RGB PIL image -> uint8 [3, size, size], where it is not the evaluation view.
-    image_module: makes a copy of the image encoder to be trained, a module of the same pixels -> [batch, dim]; fine-tuning needs it.
+    modules: makes copies of both encoders to be trained, modules of the same pixels and of the same strings, which may share weights;
+        fine-tuning and detectors need them.
     weights: all weights, by which embeddings are kept and found again.
     Embeddings need not be normalised; evaluation normalises. `logit_scale` multiplies cosines where probabilities are shown.
     """
@@ -253,4 +254,4 @@ class DualEncoder:
     image_features: Callable[[Tensor], Tensor] | None = None
     preprocess: Callable[[Any], Tensor] | None = None
     weights: Callable[[], Mapping[str, Tensor]] | None = None
-    image_module: Callable[[], nn.Module] | None = None
+    modules: Callable[[], tuple[nn.Module, nn.Module]] | None = None

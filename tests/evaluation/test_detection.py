@@ -62,7 +62,7 @@ def test_the_task_on_vocs_layout(tmp_path, capsys):
     for split, names in (("trainval", ["1", "2"]), ("test", ["3", "4"])):
         voc(tmp_path, "VOC2007", split, names)
     (tmp_path / "VOC2007" / "JPEGImages" / "4.jpg").write_bytes(b"")
-    encoder = DualEncoder(None, None, 64, "a ResNet", image_module=trunk)
+    encoder = DualEncoder(None, None, 64, "a ResNet", modules=lambda: (trunk(), None))
     task = f"detection-c4:voc:{tmp_path}"
     result = evaluate(encoder, [task], epochs=1)[task]
     assert (result["split"], result["samples"], result["images"], result["unreadable"]) == (
@@ -79,7 +79,7 @@ def test_the_task_on_vocs_layout(tmp_path, capsys):
         (encoder, {"split": "all"}, "has no train part, and all of it is asked for; name other data by --learn-from"),
         (encoder, {"split": "val"}, "has no split named 'val'; there is train, test, all"),
         (encoder, {"learn_from": "scenes:8,size=32"}, "has other classes than"),
-        (replace(encoder, image_module=None), {}, "does not give its image encoder"),
+        (replace(encoder, modules=None), {}, "does not give its image encoder"),
     ):
         with pytest.raises(UserError, match=words):
             evaluate(model, [task], **options)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +16,12 @@ from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
 from coalign.errors import UserError
+from coalign.evaluation import finetune
 from coalign.evaluation.embed import embed_images
 from coalign.evaluation.finetune import FineTuneConfig
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.run import model as runs
-from coalign.run import tasks as tasks_of_evaluation
 from coalign.run.evaluate import evaluate
 from coalign.run.export import export
 from coalign.run.findings import print_results
@@ -399,7 +398,7 @@ def models(trained, oner, tmp_path_factory):
 @pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
 def test_fine_tuning_any_model(models, tmp_path, capsys, monkeypatch, name):
     """From names that are given to the wrong colours, which zero-shot believes. So small models need a higher rate."""
-    monkeypatch.setattr(tasks_of_evaluation, "FineTuneConfig", partial(FineTuneConfig, lr=1e-2, batch_size=16))
+    monkeypatch.setattr(finetune, "recipe", lambda images, epochs: FineTuneConfig(epochs, lr=1e-2, batch_size=16))
     data = tiny.write_pairs(tmp_path / "photos", 160)
     (data / "red" / "red_apple_standing.png").write_bytes(b"")
     for number, path in enumerate(sorted(data.rglob("*.png"))):
@@ -424,6 +423,32 @@ def test_fine_tuning_any_model(models, tmp_path, capsys, monkeypatch, name):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no training image could be read"):
         evaluate(model, tasks[:1], epochs=1, **options)
+
+
+@pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
+def test_fine_tuning_any_model_for_retrieval(models, tmp_path, capsys, monkeypatch, name):
+    """On captions that tell of every colour as of another one."""
+    monkeypatch.setattr(finetune, "recipe", lambda images, epochs: FineTuneConfig(epochs, lr=1e-2, batch_size=16))
+    photos = tiny.write_pairs(tmp_path / "photos", 160)
+    wrong = dict(zip(tiny.COLOURS, [*list(tiny.COLOURS)[1:], "red"]))
+    rows = [
+        {
+            "image": str(path.relative_to(tmp_path)),
+            "caption": wrong[path.parent.name],
+            "split": "train" if number % 4 else "test",
+        }
+        for number, path in enumerate(sorted(photos.rglob("*.png")))
+    ]
+    (photos / "red" / "red_apple_standing.png").write_bytes(b"")
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tasks = [f"{kind}:{tmp_path / 'data.jsonl'}" for kind in ("finetune-retrieval", "retrieval")]
+    tuned, before = evaluate(str(models[name]), tasks, epochs=12, preprocess="coalign").values()
+    side = "image to text R@1"
+    assert tuned["intervals"][f"{side}, zero-shot"] == before["image_to_text"]["r1"]
+    assert tuned["intervals"][f"{side}, fine-tuned"]["value"] > before["image_to_text"]["r1"]["value"] + 0.2
+    assert tuned["unreadable"] == {"empty file": 1}
+    print_results({tasks[0]: tuned})
+    assert "text to image R@1, 0.5 of the way" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("swapped", [False, True])

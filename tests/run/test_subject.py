@@ -125,7 +125,11 @@ def test_two_callables(pairs, tmp_path):
     assert (result["split"], result["images"]) == ("all", 64)
     for part in ("train", "test"):
         shutil.copytree(pairs, tmp_path / "split" / part)
-    for kind, what in (("probe", "its image features"), ("finetune", "its image encoder")):
+    for kind, what in (
+        ("probe", "its image features"),
+        ("finetune", "its encoders"),
+        ("finetune-retrieval", "its encoders"),
+    ):
         with pytest.raises(UserError, match=f"does not give {what}"):
             evaluate(encoder, [f"{kind}:{tmp_path / 'split'}"])
     with pytest.raises(UserError, match="no run of coalign's, which alone can be asked for image and text as one"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,21 @@ class FineTuneConfig:
     max_grad_norm: float = 1.0
 
 
+def recipe(num_images: int, epochs: int) -> FineTuneConfig:
+    """The settings for so many images. From 100,000 on, as of ImageNet, batch, decay and loss are those of Wortsman et al. 2022."""
+    if num_images < 100_000:
+        return FineTuneConfig(epochs=epochs)
+    return FineTuneConfig(epochs=epochs, batch_size=512, weight_decay=0.1, label_smoothing=0.0)
+
+
 @dataclass
 class FineTuneResult:
     by_alpha: dict[float, AccuracyResult]
 
     def to_json(self) -> dict[str, Any]:
         chance = 1 / next(iter(self.by_alpha.values())).num_classes
-        intervals = {_name(alpha): result.top1.to_json() for alpha, result in self.by_alpha.items()}
-        per_class = {_name(alpha): result.mean_per_class.to_json() for alpha, result in self.by_alpha.items()}
+        intervals = {name_of(alpha): result.top1.to_json() for alpha, result in self.by_alpha.items()}
+        per_class = {name_of(alpha): result.mean_per_class.to_json() for alpha, result in self.by_alpha.items()}
         return {
             "task": "fine_tuning",
             "acc1": self.by_alpha[1.0].top1.value,
@@ -55,7 +62,7 @@ class FineTuneResult:
         }
 
 
-def _name(alpha: float) -> str:
+def name_of(alpha: float) -> str:
     return {0.0: "zero-shot", 1.0: "fine-tuned"}.get(alpha, f"{alpha:g} of the way")
 
 
@@ -66,16 +73,21 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module, weights: Tensor, scale: float, size: int) -> None:
         super().__init__()
         self.encoder, self.head, self.scale = encoder.eval(), nn.Parameter(weights.clone()), scale
-        floating = [parameter for parameter in encoder.parameters() if parameter.is_floating_point()]
-        for parameter in floating:
-            parameter.requires_grad_(True)
-        encoder(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=weights.device)).square().sum().backward()
-        for parameter in floating:
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
+        train_what_passes(encoder, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=weights.device))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(self.encoder(pixels), dim=-1), self.head)
+
+
+def train_what_passes(encoder: nn.Module, inputs: Any) -> None:
+    """Lets those parameters be trained that the inputs pass, and no others."""
+    floating = [parameter for parameter in encoder.parameters() if parameter.is_floating_point()]
+    for parameter in floating:
+        parameter.requires_grad_(True)
+    encoder(inputs).square().sum().backward()
+    for parameter in floating:
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 _LAYER = re.compile(
@@ -110,7 +122,26 @@ def fine_tune(
     layers = layers_of(classifier.encoder)
     if not layers:
         raise UserError("There is nothing to fine-tune: the image encoder has no trained weights.")
-    groups = {f"layer {depth}": layer for depth, layer in enumerate(layers)} | {"head": [classifier.head]}
+    classifier.eval()
+
+    def losses(epoch: int) -> Iterator[Tensor]:
+        for indices, pixels, _ in batches(epoch):
+            if len(indices):
+                truth = torch.tensor([labels[index] for index in indices], device=device)
+                yield F.cross_entropy(classifier(pixels.to(device)), truth, label_smoothing=config.label_smoothing)
+
+    descend(losses, [*layers, [classifier.head]], -(-num_images // config.batch_size), config)
+
+
+def descend(
+    losses: Callable[[int], Iterable[Tensor]],
+    layers: Sequence[Sequence[nn.Parameter]],
+    steps: int,
+    config: FineTuneConfig,
+) -> None:
+    """AdamW on the losses of each epoch, of so many steps; of the layers the last has the configuration's learning rate, one before it
+    less. UserError where there is no loss at all."""
+    groups = {f"layer {depth}": list(layer) for depth, layer in enumerate(layers)}
     multipliers = {name: config.layer_decay ** (len(groups) - 1 - depth) for depth, name in enumerate(groups)}
     settings = OptimiserConfig(
         lr=config.lr,
@@ -122,18 +153,14 @@ def fine_tune(
         roles={name: RoleConfig(lr_multiplier=value) for name, value in multipliers.items()},
     )
     optimisers = build_optimisers(groups, settings, None)
-    classifier.eval()
-    total, step = config.epochs * -(-num_images // config.batch_size), 0
+    trained = [parameter for layer in layers for parameter in layer]
+    step = 0
     for epoch in range(config.epochs):
-        for indices, pixels, _ in batches(epoch):
-            if not len(indices):
-                continue
-            truth = torch.tensor([labels[index] for index in indices], device=device)
-            loss = F.cross_entropy(classifier(pixels.to(device)), truth, label_smoothing=config.label_smoothing)
-            optimisers.set_lr(step, total)
+        for loss in losses(epoch):
+            optimisers.set_lr(step, config.epochs * steps)
             optimisers.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(classifier.parameters(), config.max_grad_norm)
+            nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimisers.step()
             step += 1
     if not step:
@@ -150,19 +177,26 @@ def between(
     device: torch.device | str = "cpu",
 ) -> FineTuneResult:
     """Accuracies on the test images of the weights between `start` and the classifier's. Leaves the classifier as it was."""
-    end = {name: value.clone() for name, value in classifier.state_dict().items()}
     kept = list(test)
     truth = np.array([labels[index] for indices, _, _ in kept for index in indices])
     if not len(truth):
         raise UserError("There is nothing to evaluate: the test part has no readable image with a class.")
     results = {}
-    for alpha in ALPHAS:
-        mixed = {
-            name: torch.lerp(start[name], value, alpha) if value.is_floating_point() else value
-            for name, value in end.items()
-        }
-        classifier.load_state_dict(mixed)
+    for alpha in weights_between(classifier, start):
         predicted = torch.cat([classifier(pixels.to(device)).argmax(1).cpu() for _, pixels, _ in kept if len(pixels)])
         results[alpha] = accuracy("fine_tuning", predicted.numpy(), truth, num_classes)
-    classifier.load_state_dict(end)
     return FineTuneResult(results)
+
+
+def weights_between(module: nn.Module, start: Mapping[str, Tensor]) -> Iterator[float]:
+    """Each share of ALPHAS, while the module has the weights there between `start` and its own, which it has again at the end."""
+    end = {name: value.clone() for name, value in module.state_dict().items()}
+    for alpha in ALPHAS:
+        module.load_state_dict(
+            {
+                name: torch.lerp(start[name], value, alpha) if value.is_floating_point() else value
+                for name, value in end.items()
+            }
+        )
+        yield alpha
+    module.load_state_dict(end)

@@ -42,18 +42,16 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (cfg.mean, cfg.std))
     image = _image_tower(model.visual, size)
     image.mean, image.std = mean * 255, std * 255
-    encode_text = _packed_text(model.text, tokenizer) or (
-        lambda texts: model.encode_text(tokenizer(list(texts)).to(device))
-    )
+    encoders = _ImageEncoder(image), _text_encoder(model.text, tokenizer)
     return DualEncoder(
-        encode_image=lambda pixels: image.projection(image(pixels.to(device))),
-        encode_text=encode_text,
+        encode_image=lambda pixels: encoders[0](pixels.to(device)),
+        encode_text=encoders[1],
         image_size=size,
         name=spec,
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=lambda pixels: image(pixels.to(device)),
         preprocess=open_clip_preprocess(cfg),
-        image_module=lambda: _ImageEncoder(copy.deepcopy(image)),
+        modules=lambda: copy.deepcopy(encoders),
         weights=lambda: {**image.state_dict(), **model.state_dict()},
     )
 
@@ -65,6 +63,31 @@ class _ImageEncoder(torch.nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.image.projection(self.image(pixels))
+
+
+class _TextEncoder(torch.nn.Module):
+    """open_clip's text tower with its tokenizer."""
+
+    def __init__(self, text: torch.nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.text, self.tokenizer = text, tokenizer
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        return self.text(self.tokenizer(list(texts)).to(next(self.parameters()).device))
+
+
+class _PackedTextEncoder(torch.nn.Module):
+    """The same by our text tower, which spares the padding."""
+
+    def __init__(self, text: TextTransformer, tokenizer: Any) -> None:
+        super().__init__()
+        self.projection, self.tokenizer = transposed(text.text_projection), tokenizer
+        self.tower = TextTower(text, self.projection.out_features, "causal", "end", self.projection).eval()
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer(list(texts)).to(self.projection.weight.device)
+        lengths = ids.argmax(1) + 1  # the end token is the largest id
+        return self.projection(self.tower(ids[:, : int(lengths.max())], lengths).pooled)
 
 
 def open_clip_preprocess(cfg: PreprocessCfg) -> Any:
@@ -107,8 +130,8 @@ def _image_tower(visual: Any, size: int) -> ImageTower:
     return ImageTower(visual, width, 0, size, projection).eval()
 
 
-def _packed_text(text: Any, tokenizer: Any) -> Any:
-    """encode_text by our text tower, which spares the padding; None for a tower that it cannot stand for."""
+def _text_encoder(text: Any, tokenizer: Any) -> torch.nn.Module:
+    """Packed, unless it is a tower that ours cannot stand for."""
     fits = (
         isinstance(text, TextTransformer)
         and is_plain(text.transformer)
@@ -117,14 +140,4 @@ def _packed_text(text: Any, tokenizer: Any) -> Any:
         and text.cls_emb is None
         and isinstance(text.text_projection, torch.nn.Parameter)
     )
-    if not fits:
-        return None
-    projection = transposed(text.text_projection)
-    tower = TextTower(text, projection.out_features, "causal", "end", projection).eval()
-
-    def encode_text(texts: Sequence[str]) -> Tensor:
-        ids = tokenizer(list(texts)).to(projection.weight.device)
-        lengths = ids.argmax(1) + 1  # the end token is the largest id
-        return projection(tower(ids[:, : int(lengths.max())], lengths).pooled)
-
-    return encode_text
+    return _PackedTextEncoder(text, tokenizer) if fits else _TextEncoder(text, tokenizer)

@@ -43,19 +43,19 @@ def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEnco
     def image_features(pixels: Tensor) -> Tensor:
         return model.vision_model((pixels.to(device) / 255 - mean) / std).pooler_output
 
-    def encode_text(texts: Sequence[str]) -> Tensor:
-        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device)
-        return model.text_projection(model.text_model(inputs.input_ids, inputs.attention_mask).pooler_output)
+    def modules() -> tuple[nn.Module, nn.Module]:
+        own = copy.deepcopy(model)
+        return _ImageEncoder(own, mean, std), _TextEncoder(own, tokenizer)
 
     return DualEncoder(
         encode_image=lambda pixels: model.visual_projection(image_features(pixels)),
-        encode_text=encode_text,
+        encode_text=_TextEncoder(model, tokenizer),
         image_size=model.config.vision_config.image_size,
         name=name,
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=image_features,
         preprocess=TransformersPreprocess(processor),
-        image_module=lambda: _ImageEncoder(copy.deepcopy(model), mean, std),
+        modules=modules,
         weights=model.state_dict,
     )
 
@@ -70,6 +70,19 @@ class _ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.visual_projection(self.vision_model((pixels / 255 - self.mean) / self.std).pooler_output)
+
+
+class _TextEncoder(nn.Module):
+    """Texts -> embeds of a CLIPModel."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_model, self.text_projection, self.tokenizer = model.text_model, model.text_projection, tokenizer
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        inputs = inputs.to(self.text_projection.weight.device)
+        return self.text_projection(self.text_model(inputs.input_ids, inputs.attention_mask).pooler_output)
 
 
 def is_transformers_folder(folder: Path) -> bool:

@@ -51,7 +51,7 @@ def open_detector(
         raise UserError(f"{data} has no train part, and all of it is asked for; name other data by --learn-from.")
     if learnt_from.classnames != source.classnames:
         raise UserError(f"{learn_from} has other classes than {data}.")
-    if subject.encoder.image_module is None:
+    if subject.encoder.modules is None:
         raise UserError(f"{subject.encoder.name} does not give its image encoder, which a detector is built on.")
     kind, with_masks = DETECTION_TASKS[task]
     if with_masks and not (source.has_masks and learnt_from.has_masks):
@@ -59,7 +59,7 @@ def open_detector(
     if find_spec("pycocotools") is None:  # before the training
         raise UserError('Average precision needs the extra "detection": pip install "coalign[detection]".')
     detector = build_detector(
-        subject.encoder.image_module().cpu(), kind, with_masks, len(source.classnames), source.side, source.regions,
+        subject.encoder.modules()[0].cpu(), kind, with_masks, len(source.classnames), source.side, source.regions,
         open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD,
     )  # fmt: skip
 

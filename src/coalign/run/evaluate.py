@@ -16,15 +16,16 @@ from coalign.evaluation.suite import suite_row
 from coalign.run.detect import DETECTION_TASKS, open_detector
 from coalign.run.findings import print_results, write_json, write_page
 from coalign.run.model import Run, check_output, known_device
+from coalign.run.question import Question
 from coalign.run.samples import select_split
 from coalign.run.scene_tasks import SCENE_TASKS
 from coalign.run.subject import Subject, open_subject
-from coalign.run.tasks import LEARNING, TASKS, Question
+from coalign.run.tasks import LEARNING, TASKS
 from coalign.training.distributed import World, join_world
 from coalign.types import DualEncoder
 
 KINDS = (*TASKS, *SCENE_TASKS, *DETECTION_TASKS)
-NOT_IN_BFLOAT16 = ("finetune", "bootstrap", *SCENE_TASKS, *DETECTION_TASKS)
+NOT_IN_BFLOAT16 = ("finetune", "finetune-retrieval", "bootstrap", *SCENE_TASKS, *DETECTION_TASKS)
 SUITES = {"suite11": "zeroshot", "suite11-probe": "probe"}  # all of DATA_SETS by one kind of task
 
 
@@ -50,11 +51,12 @@ def evaluate(
     """Task -> its figures as plain values, with the split and how many samples could not be read.
 
     `model`: what `run.subject.open_subject` takes. A task is `retrieval:DATA`, `retrieval-1k:`, `zeroshot:`, a question to frozen image
-    features (`probe:`, `probe-mct:`, `probe-slip:`, `fewshot:`, `knn:`, `tagging:`, `vse:`), `finetune:`, a detector (`detection:`,
-    `detection-c4:`, `segmentation:` of what `open_detection` takes), or, for a model that takes image and text as one, `bootstrap:DATA`,
-    zero-shot with its own first answers beside the image. On scenes and SugarCrepe also `foils:`, two-way choices between a true and a
-    false caption, on Winoground `pairs:`; on scenes `localization:`, maps against the objects' masks, and `guided:`, the size of the object
-    that a text beside the image names. `suite11` and `suite11-probe` are zero-shot and probe on all data sets of DeCLIP's Table 6.
+    features (`probe:`, `probe-mct:`, `probe-slip:`, `fewshot:`, `knn:`, `tagging:`, `vse:`), `finetune:` or `finetune-retrieval:`, a
+    detector (`detection:`, `detection-c4:`, `segmentation:` of what `open_detection` takes), or, for a model that takes image and text as
+    one, `bootstrap:DATA`, zero-shot with its own first answers beside the image. On scenes and SugarCrepe also `foils:`, two-way choices
+    between a true and a false caption, on Winoground `pairs:`; on scenes `localization:`, maps against the objects' masks, and `guided:`,
+    the size of the object that a text beside the image names. `suite11` and `suite11-probe` are zero-shot and probe on all data sets of
+    DeCLIP's Table 6.
 
     DATA is anything that `open_source` takes, or one of those eleven below `data_root`, with its own classes, prompts and splits. `split`:
     train, val, test, … or all; by default the pairs that the run held out where DATA is what it was trained on, else DATA's own test or val

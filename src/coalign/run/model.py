@@ -85,8 +85,9 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         method.eval()
         return method.image_features(pixels.to(device))
 
-    def image_module() -> nn.Module:
-        return _ImageEncoder(copy.deepcopy(method))
+    def modules() -> tuple[nn.Module, nn.Module]:
+        own = copy.deepcopy(method)
+        return _ImageEncoder(own), _TextEncoder(own, tokenizer, context_length)
 
     scale = method.scalars().get("logit_scale", 100.0)
     return DualEncoder(
@@ -97,7 +98,7 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         float(scale),
         image_features,
         weights=method.state_dict,
-        image_module=image_module,
+        modules=modules,
     )
 
 
@@ -110,6 +111,19 @@ class _ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.method.encode_image(pixels)
+
+
+class _TextEncoder(nn.Module):
+    """The same of its text encoder, tokenizer included."""
+
+    def __init__(self, method: Method, tokenizer: Tokenizer, context_length: int) -> None:
+        super().__init__()
+        self.method, self.tokenizer, self.context_length = method, tokenizer, context_length
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        ids, lengths = self.tokenizer(texts, self.context_length)
+        device = next(self.method.parameters()).device
+        return self.method.encode_text(ids.to(device), lengths.to(device))
 
 
 def image_size(method: Method) -> int:
