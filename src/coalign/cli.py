@@ -145,7 +145,8 @@ class EvalCommand:
     transformers:NAME (a CLIPModel of the hub, or its folder)."""
     tasks: tuple[str, ...]
     """One or more of retrieval:DATA and retrieval-1k:DATA (among 1,000 images at a time), zeroshot:DATA, and, on frozen image features,
-    probe:DATA (logistic regression), probe-mct:DATA and probe-slip:DATA (by the descent of these papers), fewshot:DATA (1 to 16 images a
+    probe:DATA (logistic regression), probe-mct:DATA and probe-slip:DATA (by the descent of these papers, SLIP's on 90 crops an image),
+    fewshot:DATA (1 to 16 images a
     class), knn:DATA (20 nearest neighbours), and MCT's tagging:DATA (of data with tags) and vse:DATA (retrieval with a GRU over words);
     finetune:DATA (from zero-shot on, and the weights between both) and finetune-retrieval:DATA (of both encoders); where DATA is anything
     that `coalign train --data` takes, or, with

@@ -60,7 +60,7 @@ def test_descent_is_the_protocols(digits, name):
             optimiser.step()
             schedule.step()
     expected = layer(torch.from_numpy(test[0])).argmax(1).numpy() == test[1]
-    found = sgd_probe(name, train, test, 10)
+    found = sgd_probe(name, lambda epoch: train, test, 10)
     assert (found.correct == expected).mean() > 0.995
     assert found.top1.value > 0.88
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_probed(digits):
     none, one = (train[0][:0], train[1][:0]), (train[0][:1], train[1][:1])
     for probe in (
         lambda a, b: knn(a, b, 10),
-        lambda a, b: sgd_probe("mct", a, b, 10),
+        lambda a, b: sgd_probe("mct", lambda epoch: a, b, 10),
         lambda a, b: few_shot(a, val, b, 10),
     ):
         with pytest.raises(UserError, match="the train part has no labelled image"):

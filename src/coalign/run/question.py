@@ -19,7 +19,7 @@ from coalign.run.probe import Labelled
 from coalign.run.samples import Labels, label_function
 from coalign.run.subject import Subject
 from coalign.training.distributed import World
-from coalign.types import Source
+from coalign.types import EVALUATION, AugmentationPolicy, Source
 
 
 @dataclass
@@ -63,20 +63,27 @@ class Question:
         return np.setdiff1d(own.get("train", np.arange(len(self.source))), self.indices)
 
     def batches(
-        self, source: Source, indices: Iterable[int]
+        self, source: Source, indices: Iterable[int], policy: AugmentationPolicy | None = None, epoch: int = 0
     ) -> Generator[tuple[list[int], Tensor, list[Any]], None, None]:
+        """The images as the model is to see them, or the views of a policy and epoch."""
         model, chosen = self.subject.encoder, np.array(list(indices), dtype=np.int64)
-        return image_batches(source, chosen, model.image_size, workers=self.workers, preprocess=model.preprocess)
+        size, preprocess = model.image_size, None if policy else model.preprocess
+        return image_batches(
+            source, chosen, size, workers=self.workers, preprocess=preprocess, policy=policy or EVALUATION, epoch=epoch
+        )
 
     def images(self, indices: Iterable[int]) -> ImageEmbeds:
         """Embeddings; every process makes its share of them, and has all."""
         own = sorted(indices)[self.world.rank :: self.world.size]
         return embed_images(self.subject.encoder, self.batches(self.source, own), self.world.gather_objects)
 
-    def features(self, source: Source, indices: np.ndarray) -> ImageEmbeds:
+    def features(
+        self, source: Source, indices: np.ndarray, policy: AugmentationPolicy | None = None, epoch: int = 0
+    ) -> ImageEmbeds:
         """The same of the image encoder's features."""
         own = sorted(indices.tolist())[self.world.rank :: self.world.size]
-        return image_features(self.subject.encoder, self.batches(source, own), self.world.gather_objects)
+        batches = self.batches(source, own, policy, epoch)
+        return image_features(self.subject.encoder, batches, self.world.gather_objects)
 
 
 def parts(asked: Question) -> tuple[Labelled, Labelled | None, Labelled, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from coalign.data.scenes import Scenes
 from coalign.data.sugarcrepe import SugarCrepe
 from coalign.data.winoground import Winoground
 from coalign.errors import UserError
-from coalign.evaluation.accuracy import Part
+from coalign.evaluation.accuracy import AccuracyResult, Part
 from coalign.evaluation.compositionality import choose_captions, tell_pairs_apart
 from coalign.evaluation.embed import ImageEmbeds
 from coalign.evaluation.few_shot import few_shot
@@ -26,6 +27,9 @@ from coalign.run.finetune_tasks import fine_tune_classifier, fine_tune_encoders
 from coalign.run.probe import labelled_features, probe
 from coalign.run.question import Question, counted, parts
 from coalign.run.samples import captions_of, tags_of
+from coalign.types import AugmentationPolicy
+
+CROPS = AugmentationPolicy(crop_scale=(0.08, 1.0), flip_p=0.5)  # of SLIP's probe
 
 
 def _retrieval(asked: Question) -> dict[str, Any]:
@@ -65,10 +69,29 @@ def _probe(asked: Question) -> dict[str, Any]:
     return {"unreadable": counted(evaluation.images.bad), **evaluation.result.to_json(), **asked.of_data_set()}
 
 
-def _sgd_probe(name: str) -> Callable[[Question], dict[str, Any]]:
-    return lambda asked: _on_features(
-        asked, lambda train, val, test, count: sgd_probe(name, _joined(train, val), test, count)
-    )
+def _mct_probe(asked: Question) -> dict[str, Any]:
+    def classify(train: Part, val: Part, test: Part, count: int) -> AccuracyResult:
+        joined = _joined(train, val)
+        return sgd_probe("mct", lambda epoch: joined, test, count)
+
+    return _on_features(asked, classify)
+
+
+def _slip_probe(asked: Question) -> dict[str, Any]:
+    """Encodes the train part anew for every epoch, from random crops and flips."""
+    train, val, test, classnames = parts(asked)
+    measured, images = labelled_features(asked.features, test)
+    bad = list(images.bad)
+
+    def learnt(epoch: int) -> Part:
+        features = partial(asked.features, policy=CROPS, epoch=epoch)
+        found = [labelled_features(features, part) for part in (train, val) if part is not None]
+        if epoch == 0:
+            bad.extend(entry for _, images in found for entry in images.bad)
+        return reduce(_joined, (part for part, _ in found))
+
+    figures = sgd_probe("slip", learnt, measured, len(classnames)).to_json()
+    return {"unreadable": counted(bad), **figures, **asked.of_data_set()}
 
 
 def _knn(asked: Question) -> dict[str, Any]:
@@ -142,8 +165,8 @@ TASKS: Mapping[str, Callable[[Question], dict[str, Any]]] = {
     "zeroshot": _zero_shot,
     "bootstrap": _bootstrap,
     "probe": _probe,
-    "probe-mct": _sgd_probe("mct"),
-    "probe-slip": _sgd_probe("slip"),
+    "probe-mct": _mct_probe,
+    "probe-slip": _slip_probe,
     "fewshot": _few_shot,
     "knn": _knn,
     "tagging": _tagging,
