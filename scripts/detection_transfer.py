@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ TESTED = 200  # scenes
 def measure(run: Run, tower: str, data: str, epochs: int, control: int = 0) -> dict[str, dict[str, float]]:
     """AP, AP50 and AP75 with intervals over images. tower: as trained by the run ("pre-trained"), as before ("random"), or from there
     trained in a detector of `control` other scenes ("by detection")."""
-    method = run.method if tower == "pre-trained" else build_method(run.config, run.tokenizer)
+    method = run.method if tower == "pre-trained" else build_method(replace(run.config, pretrained=None), run.tokenizer)
     encoder = dual_encoder(method, run.tokenizer, run.config.context_length, run.path.name)
-    assert encoder.image_module is not None
-    trunk, seed, config = encoder.image_module(), run.config.seed, DetectionConfig(epochs=epochs)
+    assert encoder.modules is not None
+    trunk, seed, config = encoder.modules()[0], run.config.seed, DetectionConfig(epochs=epochs)
     if tower == "by detection":
         others = open_detection(f"scenes:{control},seed=5,{data.partition(',')[2]}")
         train_detector(fresh(trunk, others, seed), others, train_part(others), config, seed=seed)
