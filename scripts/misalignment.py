@@ -12,7 +12,7 @@ contrary.
 
     python scripts/misalignment.py runs/views/clip-seed0 runs/views/uniclip-seed0 … --out results/misalignment-scenes.json
 
-Runs of one name, of several seeds, become one row.
+Runs of one arm, of several seeds, become one row.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ from coalign.data.scenes import Scenes
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import embed_texts
 from coalign.methods.uniclip import UniCLIP
+from coalign.recipes.tables import TABLES
+from coalign.run.launch import run_name
 from coalign.run.model import Run, load
 from coalign.types import EVALUATION, STRONG, AugmentationParams, Foil
 
 SCENES, VIEWS, BATCH = 500, 4, 250
+# the name of a run's folder -> the table's name of its arm
+ARMS = {run_name(arm, 0).rpartition("-seed")[0]: arm for table in TABLES.values() for arm in table.arms}
 FLIPPED = AugmentationParams(flipped=1.0)
 
 
@@ -133,7 +137,8 @@ def measure(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, An
         figures = {"broken facts": broken_facts(run, source), "swapped captions": swapped_captions(run)}
         if isinstance(run.method, UniCLIP):
             figures |= flips(run, source)
-        row = found.setdefault(folder.name.rpartition("-seed")[0], {})
+        name = folder.name.partition("-seed")[0]
+        row = found.setdefault(ARMS.get(name, name), {})
         for name, value in figures.items():
             row.setdefault(name, []).append(value)
         say(f"{folder.name}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}")

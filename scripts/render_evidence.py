@@ -35,15 +35,14 @@ of these, and are *tested* on 301 pictures of the same concepts that others drew
 
 MISALIGNMENT = """## What runs on scenes know of the harm that augmentation does
 
-The runs of `two-towers-scenes`, by `python scripts/misalignment.py RUN …`; ± over seeds. *Broken facts*: Spearman's correlation, over
+The runs of `views-scenes`, by `python scripts/misalignment.py RUN …`; ± over seeds. *Broken facts*: Spearman's correlation, over
 {scenes} scenes and {views} strong views of each, of how much further from its caption a view lies than the whole picture with the share
 of the caption's facts that the view broke, as counted from its parameters; 0 is no knowledge. *Swapped captions*: area under the ROC curve
-of finding by their distance the tenth of 2,000 pairs whose captions were exchanged; 0.5 is chance. These models tell little apart (see
-their table): MCD's claim is not seen here, and not refuted. All figures: [{file}](../results/{file}).
+of finding by their distance the tenth of 2,000 pairs whose captions were exchanged; 0.5 is chance. *Left or right*: how often, asked
+which is true of the picture as it was drawn, a run is right about the picture as it is, about the same flipped and said to be so, and
+flipped without a word (chance 50 %). A head that has understood its parameters would have the first two equal, and the third as far below
+50 as they are above. All figures: [{file}](../results/{file}).
 """
-FLIPS = """Asked whether "left" or "right" is true of the picture as it was drawn, {name} is right for the picture {told} (chance
-50). A head that has understood its parameters would have the first two equal, and the third as far below 50 as they are above; these
-runs have not learnt left and right at all."""
 
 
 def main() -> None:
@@ -102,14 +101,18 @@ def misalignment(path: Path, values: dict[str, Any]) -> list[str]:
         return " ± ".join(f"{scale * number:.{2 if scale == 1 else 1}f}" for number in numbers).replace("-", "−")
 
     words = MISALIGNMENT.format(scenes=values["scenes"], views=values["views"], file=path.name)
-    table = [[name, cell(row["broken facts"]), cell(row["swapped captions"])] for name, row in rows.items()]
-    lines = [words, *markdown(["", "broken facts", "swapped captions"], table)]
     cases = ("as it is", "flipped, and said so", "flipped, without a word")
-    for name, row in rows.items():
-        if cases[0] in row:
-            told = ", ".join(f"{case} {cell(row[case], 100)} %" for case in cases)
-            lines += ["", FLIPS.format(name=name, told=told)]
-    return [*lines, ""]
+    table = [
+        [
+            name,
+            cell(row["broken facts"]),
+            cell(row["swapped captions"]),
+            *(cell(row[case], 100) if case in row else "" for case in cases),
+        ]
+        for name, row in rows.items()
+    ]
+    header = ["", "broken facts", "swapped captions", *(f"left or right, {case}" for case in cases)]
+    return [words, *markdown(header, table), ""]
 
 
 def section(path: Path, values: dict[str, Any]) -> list[str]:

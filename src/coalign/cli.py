@@ -173,9 +173,9 @@ class EvalCommand:
     precision: str = "fp32"
     """fp32, or bf16, which is refused where it gives other embeddings."""
     cache: Path | None = None
-    """Keep embeddings in this folder and find them again, by the content of weights and inputs."""
+    """Keep embeddings in this folder and find them again, by the content of weights and inputs (of probe-slip: of every crop)."""
     epochs: int = 10
-    """Epochs of finetune: and of the detectors."""
+    """Epochs of fine-tuning and of the detectors."""
     learn_from: str | None = None
     """What detectors learn from, where the data have no train part."""
     json: Path | None = None

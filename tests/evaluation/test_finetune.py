@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.evaluation.finetune import ALPHAS, Classifier, FineTuneConfig, between, fine_tune, layers_of
+from coalign.evaluation.finetune import ALPHAS, Classifier, FineTuneConfig, between, fine_tune, layers_of, recipe
 
 
 class Encoder(nn.Module):
@@ -123,6 +123,12 @@ def test_deep_layers_move_less(classifier):
     ):
         assert moved[shallow] == pytest.approx(2 * moved[deep], rel=0.2)
     assert moved["encoder.blocks.0.0.weight"] == pytest.approx(2 * moved["encoder.stem.weight"], rel=0.2)
+
+
+def test_settings_by_the_number_of_images():
+    assert recipe(99_999, 3) == FineTuneConfig(epochs=3)
+    large = recipe(100_000, 3)
+    assert (large.epochs, large.batch_size, large.weight_decay, large.label_smoothing) == (3, 512, 0.1, 0.0)
 
 
 def test_nothing_to_measure(classifier):

@@ -12,6 +12,7 @@ from coalign.evaluation.embed import embed_images
 from coalign.evaluation.finetune import ALPHAS, FineTuneConfig
 from coalign.evaluation.finetune_retrieval import Retriever, fine_tune_retrieval, retrieval_between
 from coalign.evaluation.retrieval import retrieve
+from coalign.optim import Optimisers
 from coalign.types import DualEncoder
 
 WORDS = ("red", "green", "blue", "dark", "light", "plain")
@@ -85,18 +86,21 @@ def test_layers_lie_side_by_side_from_the_last(retriever):
     ]
 
 
-def test_what_both_pass_is_trained_once():
-    shared = nn.Linear(8, 8)
+def test_what_both_pass_is_trained_once_and_in_its_place():
+    shared = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)])
+    shared.forward = lambda x: shared[1](shared[0](x))
     retriever = Retriever(Image(shared), Text(shared), 10.0, 2)
     trained = [parameter for layer in retriever.layers for parameter in layer]
     assert len(trained) == len(set(trained)) == len(list(retriever.parameters())) - 1  # but the scale
     assert all(parameter.requires_grad and parameter.grad is None for parameter in trained)
+    place = {id(parameter): depth for depth, layer in enumerate(retriever.layers) for parameter in layer}
+    assert place[id(shared[1][0].weight)] == 4
+    assert place[id(retriever.image.blocks[1][0].weight)] == place[id(retriever.text.blocks[0][0].weight)] == 2
 
 
 def test_it_learns_and_measures_the_weights_between(retriever):
     pixels, captions = pairs(300, 0)
     test, of_test = pairs(60, 1)
-    captions[7] = ()  # has none
     start = copy.deepcopy(retriever.state_dict())
     batches = [(list(range(s, min(s + 64, 300))), pixels[s : s + 64], []) for s in range(0, 300, 64)]
     fine_tune_retrieval(retriever, lambda epoch: batches, 300, captions.__getitem__, FineTuneConfig(epochs=20, lr=3e-2))
@@ -115,6 +119,19 @@ def test_it_learns_and_measures_the_weights_between(retriever):
     encoder = DualEncoder(half.image, half.text, 2)
     by_hand = retrieve(encoder, embed_images(encoder, asked), of_test.__getitem__).result
     assert result.by_alpha[0.5].to_json() == by_hand.to_json()
+
+
+def test_the_rate_ends_where_the_steps_do(retriever, monkeypatch):
+    """A last batch of one pair, which has nothing to be told from, is no step."""
+    pixels, captions = pairs(65, 0)
+    batches = [([*range(64)], pixels[:64], []), ([64], pixels[64:], [])]
+    asked = []
+    original = Optimisers.set_lr
+    monkeypatch.setattr(
+        Optimisers, "set_lr", lambda self, step, total: asked.append((step, total)) or original(self, step, total)
+    )
+    fine_tune_retrieval(retriever, lambda epoch: batches, 65, captions.__getitem__, FineTuneConfig(epochs=3))
+    assert asked == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_deep_layers_move_less(retriever):

@@ -40,9 +40,12 @@ def test_more_neighbours_than_images(digits):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_descent_is_the_protocols(digits, name):
-    """Against a loop that reads like the papers' sentences."""
+    """Against a loop that reads like the papers' sentences. Every epoch has views of its own."""
     train, _, test = digits
-    x, y = torch.from_numpy(train[0]), torch.from_numpy(train[1])
+    views = [
+        train[0] + np.random.default_rng(epoch).normal(0, 0.2, train[0].shape).astype(np.float32) for epoch in range(90)
+    ]
+    y = torch.from_numpy(train[1])
     lr, size, epochs = {"mct": (30, 256, 60), "slip": (1.6, 4096, 90)}[name]
     layer = torch.nn.Linear(64, 10)
     torch.nn.init.zeros_(layer.weight)
@@ -53,14 +56,15 @@ def test_descent_is_the_protocols(digits, name):
     else:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 900)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        x = torch.from_numpy(views[epoch])
         for rows in torch.randperm(900, generator=generator).split(90):
             optimiser.zero_grad()
             F.cross_entropy(layer(x[rows]), y[rows]).backward()
             optimiser.step()
             schedule.step()
     expected = layer(torch.from_numpy(test[0])).argmax(1).numpy() == test[1]
-    found = sgd_probe(name, lambda epoch: train, test, 10)
+    found = sgd_probe(name, lambda epoch: (views[epoch], train[1]), test, 10)
     assert (found.correct == expected).mean() > 0.995
     assert found.top1.value > 0.88
 

@@ -214,6 +214,15 @@ def test_a_trunks_own_weights_from_a_file(name, tmp_path):
     for key, value in build_text_tower(spec).state_dict().items():
         assert torch.equal(value, fresh[key])
 
+    whole = timm.create_model(vision["timm_model_name"], num_classes=7, **vision.get("timm_kwargs", {}))
+    of_folder = tmp_path / "with its classifier"
+    of_folder.mkdir()
+    save_file({key: tensor.contiguous() for key, tensor in whole.state_dict().items()}, of_folder / "a.safetensors")
+    trunk = build_image_tower(replace(spec, pretrained=str(of_folder))).trunk
+    known = whole.state_dict()
+    for key, value in getattr(trunk, "trunk", trunk).state_dict().items():
+        assert torch.equal(value, known[key])
+
     save_file({key: tensor.contiguous() for key, tensor in list(peer.state_dict().items())[1:]}, file)
     with pytest.raises(UserError, match=rf"trunk\.safetensors are not those of {name}'s trunk: Missing key"):
         build_image_tower(spec)

@@ -26,6 +26,7 @@ from coalign.run.evaluate import evaluate
 from coalign.run.export import export
 from coalign.run.findings import print_results
 from coalign.run.samples import captions_of, label_function, select_split
+from coalign.run.subject import open_subject
 from coalign.types import DualEncoder
 
 
@@ -362,6 +363,22 @@ def test_other_classifiers_of_features(trained, tmp_path, capsys, kind):
     assert ("8-shot" if kind == "fewshot" else "mean per class") in capsys.readouterr().out
 
 
+def test_slips_probe_sees_crops_that_every_epoch_draws_anew(run, tmp_path, monkeypatch):
+    data = tiny.write_pairs(tmp_path / "photos", 40)
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("train", "test")[number % 4 == 0] / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    seen = []
+    encoder = run.encoder()
+    features = encoder.image_features
+    encoder.image_features = lambda pixels: seen.append(pixels.clone()) or features(pixels)
+    evaluate(encoder, [f"probe-slip:{tmp_path / 'split'}"])
+    (test,), learnt = seen[:1], seen[1:]
+    assert (len(test), len(learnt), {len(pixels) for pixels in learnt}) == (10, 90, {30})
+    assert not torch.equal(learnt[0], learnt[1])
+
+
 @pytest.mark.parametrize("kind", ["knn", "probe-mct"])
 def test_a_train_part_too_small_to_hold_a_fifth_out(trained, tmp_path, kind):
     data = tiny.write_pairs(tmp_path / "photos", 8)
@@ -449,6 +466,29 @@ def test_fine_tuning_any_model_for_retrieval(models, tmp_path, capsys, monkeypat
     assert tuned["unreadable"] == {"empty file": 1}
     print_results({tasks[0]: tuned})
     assert "text to image R@1, 0.5 of the way" in capsys.readouterr().out
+    for part, words in (("train", "the train part has 0 pairs"), ("test", "the test part has no caption")):
+        bare = [{**row, "caption": ""} if row["split"] == part else row for row in rows]
+        (tmp_path / "bare.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in bare))
+        with pytest.raises(UserError, match=words):
+            evaluate(str(models[name]), [f"finetune-retrieval:{tmp_path / 'bare.jsonl'}"])
+
+
+@pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
+def test_layers_of_any_model_are_in_the_order_of_depth(models, name):
+    """The stem and the words' embedding come first, what leads into the shared space last."""
+    encoder = open_subject(str(models[name])).encoder
+    image, text = encoder.modules()
+    finetune.train_what_passes(image, torch.zeros(2, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8))
+    of_image = finetune.layers_of(image)
+    finetune.train_what_passes(text, ["a text", "another"])
+    of_text = finetune.layers_of(text)
+    names = {id(parameter): name for module in (image, text) for name, parameter in module.named_parameters()}
+    first, last = ({names[id(p)] for layer in (of_image[end], of_text[end]) for p in layer} for end in (0, -1))
+    assert any("embedding" in name for name in first)
+    assert any("conv" in name or "stem" in name or "patch_embedding" in name for name in first)
+    assert not any("project" in name for name in first)
+    assert any("project" in name for name in last)
+    assert not any("embedding" in name or "conv1" in name or "stem" in name for name in last)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -109,14 +109,22 @@ def test_arms_start_from_a_tower_that_has_learnt_tags(small, tmp_path, capsys, m
     tower = load_file("out/tag_tower.safetensors")
     for arm in ("one", "other-longer"):
         config = read_config(tmp_path / f"out/{arm}-seed0").config
-        assert (config.model, config.pretrained) == ("tiny", "out/tag_tower.safetensors")
+        assert (config.model, config.pretrained) == ("tiny", str(tmp_path / "out/tag_tower.safetensors"))
         trunk = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=config.pretrained)).trunk
         assert all(torch.equal(value, tower[name]) for name, value in trunk.state_dict().items())
     values = json.loads((tmp_path / "out/table.json").read_text())
     assert values["settings"]["pretrained"] == "tag_tower.safetensors"
+    assert str(tmp_path) not in (tmp_path / "out/table.html").read_text()
     assert cli.main(command) == 0
     assert "learns the tags" not in capsys.readouterr().out  # it is there
     assert len(small) == 2
+    assert cli.main([*command[:3], "nowhere", "--out", "other"]) == 2
+    said = capsys.readouterr()
+    assert "nowhere" in said.err
+    assert "learns the tags" not in said.out
+    monkeypatch.setitem(tables.TABLES, "test", replace(tables.TABLES["test"], tag_scenes=0))
+    assert cli.main(command) == 2  # the same from scratch is another table
+    assert "holds a run with another" in capsys.readouterr().err
 
 
 def test_it_is_held_against_the_papers_column(small, tmp_path, capsys, monkeypatch):
@@ -187,7 +195,8 @@ def test_trials_run_in_processes_of_their_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_by_ctrl_c_it_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("by", ["Ctrl-C", "the death of the first process alone"])
+def test_stopped_it_goes_on_where_it_was(tmp_path, by):
     command = [sys.executable, "-m", "coalign.cli", "reproduce", "two-towers-scenes", "--data", "scenes:512"]
     command += ["--out", str(tmp_path), "--seeds", "1", "--jobs", "1", "--arms", "clip", "mcd"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -196,10 +205,14 @@ def test_stopped_by_ctrl_c_it_goes_on_where_it_was(tmp_path):
     while not (log.exists() and "step 1/" in log.read_text()):
         assert time.monotonic() < deadline, "the first trial did not begin"
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == cli.INTERRUPTED
+    if by == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.kill()
+    _, said = process.communicate(timeout=120)  # the trial has its end of the pipe, too
+    assert process.returncode == (cli.INTERRUPTED if by == "Ctrl-C" else -signal.SIGKILL)
     assert "Traceback" not in said
+    assert "Stopped at step" in log.read_text()
     assert (tmp_path / "clip-seed0/last").is_dir()
     assert not (tmp_path / "mcd-seed0").exists()  # the second trial was not begun
     reproduce("two-towers-scenes", "scenes:512", tmp_path, seeds=1, jobs=2, arms=["clip"])

@@ -340,3 +340,22 @@ def test_two_processes_find_what_one_does(trained, tmp_path):
         process = tiny.start(words, processes=count)
         assert process.wait(timeout=300) == 0, process.stderr.read()
     assert json.loads((tmp_path / "one.json").read_text()) == json.loads((tmp_path / "two.json").read_text())
+
+
+def test_coca(tmp_path):
+    """Its text tower gives tokens beside the embedding."""
+    cfg = open_clip.get_model_config("coca_ViT-B-32")
+    cfg["vision_cfg"] |= {"layers": 1, "width": 64, "head_width": 32, "image_size": 32, "patch_size": 16}
+    cfg["vision_cfg"] |= {"attn_pooler_heads": 2}
+    cfg["text_cfg"] |= {"layers": 1, "width": 64, "heads": 2}
+    cfg["multimodal_cfg"] |= {"layers": 1, "width": 64, "heads": 2}
+    cfg["embed_dim"] = 64
+    parts = ("embed_dim", "multimodal_cfg", "text_cfg", "vision_cfg")
+    torch.manual_seed(0)
+    peer = open_clip.CoCa(**{part: cfg[part] for part in parts}).eval()
+    save_file({k: v.contiguous() for k, v in peer.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
+    encoder = open_subject(tmp_path).encoder
+    with torch.no_grad():
+        theirs = peer.encode_text(open_clip.tokenize(TEXTS, context_length=76), normalize=False)
+        torch.testing.assert_close(encoder.encode_text(TEXTS), theirs, atol=1e-5, rtol=1e-5)

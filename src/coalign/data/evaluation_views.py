@@ -33,7 +33,7 @@ def image_batches(
     """The evaluation view of each of `indices`, in order: (indices, uint8 pixels [b, 3, size, size], bad samples).
 
     Bad samples are left out of the first two and listed in the third, with epoch 0; b may be 0. With `preprocess`, what it makes of the
-    upright RGB picture takes the place of the evaluation view. With a `policy`, it is the view of that policy and epoch, for fine-tuning.
+    upright RGB picture takes the place of the evaluation view. With a `policy`, it is the view of that policy and epoch, for training.
     """
     make = partial(
         _image_batch, source, np.asarray(indices, np.int64), image_size, batch_size, preprocess, policy, epoch

@@ -97,12 +97,12 @@ _LAYER = re.compile(
 
 def layers_of(encoder: nn.Module) -> list[list[nn.Parameter]]:
     """The trained parameters by depth: a layer is what is numbered in the parameters' names, such as blocks.3 or layer2.0; what comes
-    before the first is a layer of its own, and what has no number belongs to the layer before it."""
+    before the first is a layer of its own, and what has no number belongs to the layer before it. open_clip's towers hold their projection
+    as a bare parameter, which is named first and comes last."""
     layers: dict[str, list[nn.Parameter]] = {"": []}
     current = ""
-    for name, parameter in encoder.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    trained = [(name, parameter) for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    for name, parameter in sorted(trained, key=lambda item: item[0].split(".")[-1] in ("text_projection", "proj")):
         numbered = _LAYER.match(name)
         current = numbered.group(1) if numbered else current
         layers.setdefault(current, []).append(parameter)

@@ -43,8 +43,8 @@ class Retriever(nn.Module):
         of_text = layers_of(text)
         known = {id(parameter) for layer in of_image for parameter in layer}
         own = [[parameter for parameter in layer if id(parameter) not in known] for layer in of_text]
-        sides = of_image[::-1], [layer for layer in own if layer][::-1]
-        self.layers = [[*(one or []), *(other or [])] for one, other in zip_longest(*sides)][::-1]
+        sides = zip_longest(of_image[::-1], own[::-1])
+        self.layers = [layer for layer in ([*(one or []), *(other or [])] for one, other in sides) if layer][::-1]
         for layer in self.layers:
             for parameter in layer:
                 parameter.requires_grad_(True)
@@ -78,19 +78,18 @@ class RetrievalFineTuneResult:
 def fine_tune_retrieval(
     retriever: Retriever, batches: Callable[[int], Batches], num_images: int, captions: Captions, config: FineTuneConfig
 ) -> None:
-    """Trains the retriever on `batches(epoch)` of `num_images` images, each with one of its captions, drawn anew in every epoch. It stays
-    in evaluation mode: statistics of BatchNorm are those of the pre-training."""
+    """Trains the retriever on `batches(epoch)` of `num_images` images with captions, each with one of its own, drawn anew in every epoch.
+    It stays in evaluation mode: statistics of BatchNorm are those of the pre-training."""
 
     def losses(epoch: int) -> Iterator[Tensor]:
         draw = np.random.default_rng(epoch)
         for indices, pixels, _ in batches(epoch):
-            found = [captions(index) for index in indices]
-            rows = [row for row, own in enumerate(found) if own]
-            if len(rows) > 1:  # a pair alone has nothing to be told from
-                texts = [str(draw.choice(found[row])) for row in rows]
-                yield retriever.loss(pixels[rows].to(retriever.log_scale.device), texts)
+            if len(indices) > 1:  # a pair alone has nothing to be told from
+                texts = [str(draw.choice(captions(index))) for index in indices]
+                yield retriever.loss(pixels.to(retriever.log_scale.device), texts)
 
-    descend(losses, [*retriever.layers, [retriever.log_scale]], -(-num_images // config.batch_size), config)
+    whole, rest = divmod(num_images, config.batch_size)
+    descend(losses, [*retriever.layers, [retriever.log_scale]], whole + (rest > 1), config)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def sgd_probe(name: str, train: Callable[[int], Part], test: Part, num_classes: 
     peak, steps = protocol.lr * batch_size / protocol.batch_size, -(-count // batch_size)
     for epoch in range(protocol.epochs):
         features, labels = (torch.from_numpy(np.ascontiguousarray(part)) for part in (train(epoch) if epoch else first))
-        for step, rows in enumerate(torch.randperm(count, generator=generator).split(batch_size)):
+        for step, rows in enumerate(torch.randperm(len(labels), generator=generator).split(batch_size)):
             optimiser.param_groups[0]["lr"] = peak * protocol.decay((epoch + step / steps) / protocol.epochs)
             loss = F.cross_entropy(F.linear(features[rows], weight, bias), labels[rows])
             optimiser.zero_grad()

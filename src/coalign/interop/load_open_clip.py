@@ -73,7 +73,8 @@ class _TextEncoder(torch.nn.Module):
         self.text, self.tokenizer = text, tokenizer
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        return self.text(self.tokenizer(list(texts)).to(next(self.parameters()).device))
+        embeds = self.text(self.tokenizer(list(texts)).to(next(self.parameters()).device))
+        return embeds[0] if isinstance(embeds, tuple) else embeds  # CoCa's tower gives its tokens, too
 
 
 class _PackedTextEncoder(torch.nn.Module):
@@ -81,13 +82,14 @@ class _PackedTextEncoder(torch.nn.Module):
 
     def __init__(self, text: TextTransformer, tokenizer: Any) -> None:
         super().__init__()
-        self.projection, self.tokenizer = transposed(text.text_projection), tokenizer
-        self.tower = TextTower(text, self.projection.out_features, "causal", "end", self.projection).eval()
+        projection = transposed(text.text_projection)
+        self.tower = TextTower(text, projection.out_features, "causal", "end", projection).eval()
+        self.tokenizer = tokenizer
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        ids = self.tokenizer(list(texts)).to(self.projection.weight.device)
+        ids = self.tokenizer(list(texts)).to(next(self.parameters()).device)
         lengths = ids.argmax(1) + 1  # the end token is the largest id
-        return self.projection(self.tower(ids[:, : int(lengths.max())], lengths).pooled)
+        return self.tower.projection(self.tower(ids[:, : int(lengths.max())], lengths).pooled)
 
 
 def open_clip_preprocess(cfg: PreprocessCfg) -> Any:

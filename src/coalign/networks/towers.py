@@ -197,9 +197,13 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         )
     if _is_of_trunk(spec):
         tower = build_image_tower(replace(spec, pretrained=None))
-        trunk = getattr(tower.trunk, "trunk", tower.trunk)  # open_clip's adapter has it within
+        trunk: Any = getattr(tower.trunk, "trunk", tower.trunk)  # open_clip's adapter has it within
+        weights = load_file(_weights_file(spec.pretrained) or "")
+        heads = trunk.pretrained_cfg.get("classifier") or ()  # a file of the hub has them, the tower has not
+        for head in (heads,) if isinstance(heads, str) else heads:
+            weights = {key: value for key, value in weights.items() if not key.startswith(f"{head}.")}
         try:
-            trunk.load_state_dict(load_file(spec.pretrained or ""))
+            trunk.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise UserError(f"The weights {spec.pretrained} are not those of {spec.name}'s trunk: {reason}") from error
@@ -208,7 +212,7 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         visual = _pretrained(spec).visual
     elif spec.name.startswith("timm:") or "timm_kwargs" in vision:
         trunk = _timm_trunk(vision, size, spec.pretrained == "timm")
-        width: int = trunk.num_features  # type: ignore[assignment]
+        width: int = trunk.num_features
         return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), width, embed_dim, size)
     else:
         vision.update(image_size=size, timm_model_pretrained=False)
@@ -241,22 +245,15 @@ def transposed(matrix: Tensor) -> nn.Linear:
 @lru_cache(maxsize=1)  # both towers ask for it
 def _pretrained(spec: TowerSpec) -> Any:
     """open_clip's model with the weights of `spec.pretrained`, one of its tags or a safetensors file of one of its models."""
-    tag = spec.pretrained or ""
+    tag, file = spec.pretrained or "", _weights_file(spec.pretrained)
     config = dict(model_config(spec.name))
-    if Path(tag).is_dir():
-        found = sorted(Path(tag).glob("*.safetensors"))
-        if len(found) != 1:
-            raise UserError(f"{tag} holds {len(found)} .safetensors files; name the one with the weights.")
-        tag = str(found[0])
-    if tag.endswith(".safetensors"):
-        if not Path(tag).is_file():
-            raise UserError(f"The weights {tag} do not exist.")
+    if file:
         vision = {**config["vision_cfg"], "image_size": spec.image_size or config["vision_cfg"].get("image_size", 224)}
         model = open_clip.CustomTextCLIP(
             config["embed_dim"], vision, config["text_cfg"], quick_gelu=config.get("quick_gelu", False)
         )
         try:
-            open_clip.load_checkpoint(model, tag)
+            open_clip.load_checkpoint(model, file)
         except (RuntimeError, KeyError, AssertionError, SafetensorError) as error:
             raise UserError(f"The weights {tag} are not those of {spec.name}: {str(error).splitlines()[0]}") from error
         return model
@@ -284,10 +281,24 @@ def check_activation(name: str, tag: str) -> None:
         raise UserError(f"The weights {tag} were trained with the activation of {other}; use this model's name.")
 
 
+def _weights_file(pretrained: str | None) -> str | None:
+    """The safetensors file that is meant: itself, or the one in the folder of that name. None where it is no file's name."""
+    if pretrained and Path(pretrained).is_dir():
+        found = sorted(Path(pretrained).glob("*.safetensors"))
+        if len(found) != 1:
+            raise UserError(f"{pretrained} holds {len(found)} .safetensors files; name the one with the weights.")
+        return str(found[0])
+    if not pretrained or not pretrained.endswith(".safetensors"):
+        return None
+    if not Path(pretrained).is_file():
+        raise UserError(f"The weights {pretrained} do not exist.")
+    return pretrained
+
+
 def _is_of_trunk(spec: TowerSpec) -> bool:
     """Whether `spec.pretrained` is a file of a timm trunk's weights alone, such as `coalign export --to timm` writes."""
-    file = spec.pretrained or ""
-    if not file.endswith(".safetensors") or not Path(file).is_file():
+    file = _weights_file(spec.pretrained)
+    if file is None:
         return False
     try:
         with safe_open(file, "pt") as weights:
@@ -319,7 +330,7 @@ def build_text_tower(
     config = model_config(spec.name)
     text, embed_dim = dict(config["text_cfg"]), config["embed_dim"]
     if "hf_model_name" in text:
-        if spec.pretrained not in OF_A_PART:
+        if spec.pretrained not in OF_A_PART and not _is_of_trunk(spec):
             raise UserError(f"Of {spec.name}'s text tower only its own weights can be taken: --pretrained hf.")
         from coalign.networks.hugging_face_text import build_hugging_face_tower  # it builds on this file
 

@@ -78,7 +78,7 @@ class UnifiedTower(nn.Module):
         masks_patches: bool,
     ) -> None:
         super().__init__()
-        self.transformer, self.width = transformer, transformer.width
+        self.width = transformer.width
         self.context_length, self.patch_size, self.image_size = context_length, patch_size, image_size
         self.patch_grid = (image_size // patch_size, image_size // patch_size)  # rows, columns
         self.stem = conv_stem(patch_size, self.width)
@@ -86,6 +86,7 @@ class UnifiedTower(nn.Module):
         self.word_norm = nn.LayerNorm(self.width)  # positions would drown words of BERT's standard deviation
         self.cls = nn.Parameter(torch.randn(self.width) * 0.02)
         self.mask_patch = nn.Parameter(torch.randn(self.width) * 0.02) if masks_patches else None
+        self.transformer = transformer  # registered in the order of the depth, by which fine-tuning tells layers
         self.norm = nn.LayerNorm(self.width)
         nn.init.normal_(self.word_embedding.weight, std=0.02)
         for module in self.transformer.modules():

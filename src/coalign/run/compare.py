@@ -102,8 +102,9 @@ def _read(folder: Path, name: str) -> Finished:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{folder / RESULTS} is not what a finished run writes: {reason}.") from error
     flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
-    if flat["classes"]:
-        flat["classes"] = Path(flat["classes"]).name
+    for key in ("classes", "pretrained"):
+        if flat[key]:
+            flat[key] = Path(flat[key]).name
     settings = {key: value for key, value in flat.items() if key not in NO_DIFFERENCE}
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
     return Finished(

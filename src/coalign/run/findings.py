@@ -94,7 +94,8 @@ def _rows(values: Mapping[str, Any]) -> Iterator[Row]:
     for how, entry in values.get("by_how", {}).items():
         yield f"mean of what was {_PAST[how]}", *_cells(entry), _percent(values["chance"])
     for metric, entry in values.get("intervals", {}).items():
-        of_chance = "" if chance is None or metric == "acc5" else _percent(chance)
+        own = entry.get("chance", chance)
+        of_chance = "" if own is None or metric == "acc5" else _percent(own)
         yield _NAMED.get(metric, metric), *_cells(entry), of_chance
     for name, entry in values.get("row", {}).items():
         yield f"{name}, {_NAMED[values['metrics'][name]]}", *_cells(entry), ""

@@ -48,12 +48,17 @@ def fine_tune_encoders(asked: Question) -> dict[str, Any]:
     encoder, device = asked.subject.encoder, asked.world.device
     image, text = _modules(asked)
     own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
-    learnt_from = np.setdiff1d(np.union1d(asked.rest(), own.get("val", asked.rest()[:0])), asked.indices)
+    rest = np.setdiff1d(np.union1d(asked.rest(), own.get("val", asked.rest()[:0])), asked.indices)
+    captions = captions_of(asked.source)
+    learnt_from = [index for index in rest.tolist() if captions(index)]
+    if len(learnt_from) < 2:
+        raise UserError(f"There is nothing to fine-tune on: the train part has {len(learnt_from)} pairs.")
+    if not any(captions(index) for index in asked.indices.tolist()):
+        raise UserError("There is nothing to evaluate: the test part has no caption.")
     retriever = Retriever(image.to(device), text.to(device), encoder.logit_scale, encoder.image_size).to(device)
     start = {name: value.clone() for name, value in retriever.state_dict().items()}
     config = finetune.recipe(len(learnt_from), asked.epochs)
-    views = _Views(asked, learnt_from.tolist(), config.batch_size, FOR_CAPTIONS)
-    captions = captions_of(asked.source)
+    views = _Views(asked, learnt_from, config.batch_size, FOR_CAPTIONS)
     fine_tune_retrieval(retriever, views, len(learnt_from), captions, config)
     measured = asked.batches(asked.source, asked.indices.tolist())
     result, bad = retrieval_between(retriever, start, measured, captions, encoder.image_size)

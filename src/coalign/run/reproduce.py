@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from rich.console import Console
@@ -21,6 +24,7 @@ from scipy.stats import spearmanr
 
 from coalign import __version__
 from coalign.config import TrainConfig
+from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.recipes.sweep import Table
 from coalign.recipes.tables import table
@@ -53,7 +57,7 @@ class Trial:
         config = self.sweep.config(self.arm, self.seed, num_pairs)
         if not self.sweep.tag_scenes:
             return config
-        return replace(config, model=tag_tower.MODEL, pretrained=str(self.out / TAG_TOWER))
+        return replace(config, model=tag_tower.MODEL, pretrained=str((self.out / TAG_TOWER).resolve()))
 
 
 def reproduce(
@@ -93,12 +97,14 @@ def reproduce(
             console.print(f"Left out, for they have no recipe of that scale: {', '.join(left_out)}")
         return None
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
-    if sweep.tag_scenes and not (out / TAG_TOWER).exists():
+    missing = [trial for trial in trials if not finished(trial)]
+    if missing and sweep.tag_scenes and not (out / TAG_TOWER).exists():
+        open_source(data)  # says what is wrong with it before the minutes that this takes
         console.print(
             f"The image tower in which every arm starts learns the tags of {sweep.tag_scenes:,} other scenes …"
         )
         tag_tower.train(sweep.tag_scenes, sweep.image_size or 64, out / TAG_TOWER)
-    failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
+    failures = run_trials(missing, jobs, console)
     done = [Trial(sweep, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
     done = [trial for trial in done if finished(trial)]
     comparison = _compare(name, sweep, done, console) if len(done) > 1 else None
@@ -117,13 +123,18 @@ def finished(trial: Trial) -> bool:
     wanted = trial.config(saved.num_train)
     if changed := [
         name
-        for name in ("method", "method_config", "epochs", "batch_size")
-        if getattr(saved.config, name) != getattr(wanted, name)
+        for name in ("method", "method_config", "epochs", "batch_size", "model", "image_size", "pretrained")
+        if _bare(getattr(saved.config, name)) != _bare(getattr(wanted, name))
     ]:
         raise UserError(
             f"{trial.folder} holds a run with another {changed[0]} than this table's; choose another --out."
         )
     return True
+
+
+def _bare(value: Any) -> Any:
+    """A file's name without its folder, which may have been moved."""
+    return Path(value).name if isinstance(value, str) else value
 
 
 def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
@@ -164,12 +175,21 @@ def _in_a_process(trial: Trial, threads: int) -> str | None:
 
 def _report(trial: Trial, threads: int, sender: Connection) -> None:
     """In the trial's process: trains, and tells what went wrong."""
+    Thread(target=_stop_with, args=(os.getppid(),), daemon=True).start()
+    said: str | None = None
     try:
         _train(trial, threads)
     except (Exception, KeyboardInterrupt) as error:
-        sender.send(str(error) or type(error).__name__)
-    else:
-        sender.send(None)
+        said = str(error) or type(error).__name__
+    with contextlib.suppress(BrokenPipeError):  # there is nobody to be told
+        sender.send(said)
+
+
+def _stop_with(parent: int) -> None:
+    """Stops this process as SIGTERM does, with a checkpoint, when its parent is gone: a next call goes on, and finds nobody at work."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -228,8 +248,6 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
         "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
         **comparison.to_json(),
     }
-    if sweep.tag_scenes:
-        values["settings"]["pretrained"] = TAG_TOWER  # where it lay is nobody else's business
     text = json.dumps(values, indent=1, default=str) + "\n"
     write_file(out / "table.json", lambda path: path.write_text(text))
     if sweep.paper:
