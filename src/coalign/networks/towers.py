@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from coalign.networks.hugging_face_text import HuggingFaceTextTower
 
 OWN_CONFIGS = Path(__file__).parent / "configs"
-OF_A_PART = (None, "timm", "hf")  # `pretrained` that is no name of both towers' weights
+OF_A_PART = (None, "timm", "hf")  # words for `pretrained` that are of one tower, or none
 
 
 @dataclass(frozen=True)

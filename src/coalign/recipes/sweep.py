@@ -11,8 +11,7 @@ from coalign.config import TrainConfig
 from coalign.optim import RoleConfig
 from coalign.recipes import recipe, recipes
 
-# what the recipe's share of the tables' batches of 128 is
-QUEUE: dict[str, dict[str, Any]] = {"mct": {"queue_size": 256}}
+QUEUE: dict[str, dict[str, Any]] = {"mct": {"queue_size": 256}}  # the recipe's share of the tables' batches of 128
 PAPER_PAIRS = 1_000_000  # the papers' own recipes do not depend on the number of pairs
 
 
@@ -46,7 +45,7 @@ class Table:
     # recipe -> further changes to its method's configuration, which only this scale needs
     small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tag_scenes: int = (
-        0  # every arm starts from an image tower that has learnt the tags of so many other scenes; 0: from scratch
+        0  # where not 0, every arm starts from an image tower that has learnt the tags of so many other scenes
     )
     test_splits: tuple[str, ...] = ()  # of the data, evaluated at the end beside the held-out pairs
     # (lower, higher): by the paper, or by what a control is for, the second arm is better
