@@ -131,6 +131,12 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
         f"All figures: [{path.name}](../results/{path.name}).",
         "",
     ]
+    if TABLES[name].tag_scenes:
+        lines += [
+            f"Every arm starts from the same image tower, which has learnt the tags of {TABLES[name].tag_scenes:,} other scenes. Its "
+            "learning rate was chosen between two by CLIP alone, which favours CLIP.",
+            "",
+        ]
     tabled = [*shown, *(["retrieval.modality_gap"] if "retrieval.modality_gap" in groups[0]["figures"] else [])]
     papers = {label: arm.paper for label, arm in TABLES[name].arms.items()}
     has_paper = any(papers.get(group["name"]) is not None for group in groups)

@@ -41,7 +41,7 @@ def copy(tmp_path_factory):
 def run(root, *words):
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     done = subprocess.run(
-        [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout

@@ -209,7 +209,7 @@ def test_stopped_it_goes_on_where_it_was(tmp_path, by):
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.kill()
-    _, said = process.communicate(timeout=120)  # the trial has its end of the pipe, too
+    _, said = process.communicate(timeout=300)  # the trial has its end of the pipe, too
     assert process.returncode == (cli.INTERRUPTED if by == "Ctrl-C" else -signal.SIGKILL)
     assert "Traceback" not in said
     assert "Stopped at step" in log.read_text()
