@@ -1,12 +1,14 @@
 """The tower in which tables on scenes start knows more of other scenes' colours than a random one, and is the same every time."""
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from coalign.data.scenes import Scenes
+from coalign.errors import UserError
 from coalign.networks.towers import TowerSpec, build_image_tower
 from coalign.run import tag_tower
 
@@ -29,6 +31,12 @@ def test_it_has_learnt_tags(tmp_path, monkeypatch):
     monkeypatch.setattr(tag_tower, "EPOCHS", 16)
     tag_tower.train(1024, 32, path)
     assert area_under_the_curve(str(path)) > area_under_the_curve(None) + 0.1
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(tag_tower, "EPOCHS", 1)
+    with pytest.raises(UserError, match="could not be written to"):
+        tag_tower.train(128, 32, tmp_path / "nowhere" / "tower.safetensors")
 
 
 def test_it_is_the_same_every_time(tmp_path, monkeypatch):

@@ -17,19 +17,13 @@ from coalign.evaluation.accuracy import AccuracyResult, accuracy
 from coalign.evaluation.embed import Batches
 from coalign.optim import OptimiserConfig, RoleConfig, build_optimisers
 
-ALPHAS = (
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-)  # shares of the fine-tuned weights; 0 is the zero-shot classifier, 1 the fine-tuned one
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the fine-tuned weights; 0 is the model as it was, 1 the fine-tuned one
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
     epochs: int = 10
-    lr: float = 1e-4  # of the classifier; the encoder's layers have less, the deeper they lie
+    lr: float = 1e-4  # of what is last, such as the classifier; an encoder's layers have less, the deeper they lie
     layer_decay: float = 0.75  # from a layer to the one before it (as in BEiT)
     weight_decay: float = 0.05
     batch_size: int = 64

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from coalign.data.evaluation_views import image_batches
 from coalign.errors import UserError
 from coalign.evaluation import finetune
 from coalign.evaluation.embed import Batches
@@ -47,10 +46,8 @@ def fine_tune_encoders(asked: Question) -> dict[str, Any]:
     """For retrieval, on the pairs of the source's train part and its validation part, or what was not asked for."""
     encoder, device = asked.subject.encoder, asked.world.device
     image, text = _modules(asked)
-    own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
-    rest = np.setdiff1d(np.union1d(asked.rest(), own.get("val", asked.rest()[:0])), asked.indices)
     captions = captions_of(asked.source)
-    learnt_from = [index for index in rest.tolist() if captions(index)]
+    learnt_from = [index for index in np.union1d(asked.rest(), asked.val()).tolist() if captions(index)]
     if len(learnt_from) < 2:
         raise UserError(f"There is nothing to fine-tune on: the train part has {len(learnt_from)} pairs.")
     if not any(captions(index) for index in asked.indices.tolist()):
@@ -80,10 +77,8 @@ class _Views:
         self.bad: list[Any] = []
 
     def __call__(self, epoch: int) -> Batches:
-        asked, size = self.asked, self.asked.subject.encoder.image_size
         order = np.random.default_rng(epoch).permutation(self.indices)
-        rows, workers = self.batch_size, asked.workers
-        for batch in image_batches(asked.source, order, size, rows, workers, policy=self.policy, epoch=epoch):
+        for batch in self.asked.batches(self.asked.source, order, self.policy, epoch, self.batch_size):
             if epoch == 0:
                 self.bad.extend(batch[2])
             yield batch

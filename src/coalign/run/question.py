@@ -62,14 +62,24 @@ class Question:
         own: dict[str, np.ndarray] = getattr(self.source, "splits", None) or {}
         return np.setdiff1d(own.get("train", np.arange(len(self.source))), self.indices)
 
+    def val(self) -> np.ndarray:
+        """The source's validation part, without what is asked for; none where it has none."""
+        own: dict[str, np.ndarray] = getattr(self.source, "splits", None) or {}
+        return np.setdiff1d(own.get("val", np.empty(0, np.int64)), self.indices)
+
     def batches(
-        self, source: Source, indices: Iterable[int], policy: AugmentationPolicy | None = None, epoch: int = 0
+        self,
+        source: Source,
+        indices: Iterable[int],
+        policy: AugmentationPolicy | None = None,
+        epoch: int = 0,
+        batch_size: int = 256,
     ) -> Generator[tuple[list[int], Tensor, list[Any]], None, None]:
         """The images as the model is to see them, or the views of a policy and epoch."""
         model, chosen = self.subject.encoder, np.array(list(indices), dtype=np.int64)
         size, preprocess = model.image_size, None if policy else model.preprocess
         return image_batches(
-            source, chosen, size, workers=self.workers, preprocess=preprocess, policy=policy or EVALUATION, epoch=epoch
+            source, chosen, size, batch_size, self.workers, preprocess, policy=policy or EVALUATION, epoch=epoch
         )
 
     def images(self, indices: Iterable[int]) -> ImageEmbeds:
@@ -89,9 +99,7 @@ class Question:
 def parts(asked: Question) -> tuple[Labelled, Labelled | None, Labelled, list[str]]:
     """The asked samples are the test part; what a classifier learns from is the source's train part, or what was not asked for; its
     validation part, if it has one, is for choosing. And the names of the classes."""
-    own: dict[str, np.ndarray] = getattr(asked.source, "splits", None) or {}
-    rest = asked.rest()
-    val = np.setdiff1d(own.get("val", rest[:0]), asked.indices)
+    rest, val = asked.rest(), asked.val()
     labels = asked.labels(np.concatenate([asked.indices, rest, val]))
     found = Labelled(asked.source, labels.of_index)
     train, held_out, test = (found.among(indices) for indices in (rest, val, asked.indices))

@@ -9,11 +9,13 @@ import numpy as np
 import timm
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.data.scenes import Scenes
+from coalign.errors import UserError
 from coalign.networks.towers import model_config
 from coalign.run.model import write_file
 
@@ -25,7 +27,8 @@ EPOCHS, BATCH, LR, WEIGHT_DECAY = 20, 128, 3e-3, 0.05
 def train(number: int, image_size: int, path: Path) -> None:
     """Trains MODEL's image tower on the tags of so many scenes, and writes its trunk's weights to `path`, by timm's names.
 
-    A logistic regression of each tag on the features, without views of the pictures; the same weights at every call.
+    A logistic regression of each tag on the features, without views of the pictures; the same weights at every call. UserError where it
+    cannot be written.
     """
     source = Scenes(number, seed=SEED, size=image_size, split="train")
     pixels = torch.from_numpy(np.stack([source.image(index) for index in range(number)])).permute(0, 3, 1, 2)
@@ -45,7 +48,10 @@ def train(number: int, image_size: int, path: Path) -> None:
             schedule.step()
     network.reset_classifier(0)
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    write_file(path, lambda temporary: save_file(weights, temporary))
+    try:
+        write_file(path, lambda temporary: save_file(weights, temporary))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The image tower could not be written to {path}: {error}") from error
 
 
 def _tags(source: Scenes) -> Tensor:

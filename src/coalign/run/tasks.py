@@ -125,9 +125,9 @@ def _rest_and_asked(asked: Question) -> list[ImageEmbeds]:
 
 
 def _tagging(asked: Question) -> dict[str, Any]:
-    parts = _rest_and_asked(asked)
-    train, test = ((part.embeds.numpy(), [tags_of(asked.source, index) for index in part.indices]) for part in parts)
-    unreadable = counted(entry for part in parts for entry in part.bad)
+    found = _rest_and_asked(asked)
+    train, test = ((part.embeds.numpy(), [tags_of(asked.source, index) for index in part.indices]) for part in found)
+    unreadable = counted(entry for part in found for entry in part.bad)
     return {"unreadable": unreadable, **tagging(train, test).to_json()}
 
 
