@@ -218,3 +218,14 @@ def test_stopped_it_goes_on_where_it_was(tmp_path, by):
     reproduce("two-towers-scenes", "scenes:512", tmp_path, seeds=1, jobs=2, arms=["clip"])
     assert "going on at step" in log.read_text()
     assert (tmp_path / "clip-seed0/results.json").exists()
+
+
+def test_a_trial_stops_whose_first_process_died_while_it_started():
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    code = f"""
+import multiprocessing, time
+from coalign.run import reproduce
+reproduce._train = lambda trial, threads: time.sleep(120)
+reproduce._report(None, 1, {int(gone.stdout)}, multiprocessing.Pipe()[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == -signal.SIGTERM

@@ -161,7 +161,7 @@ def _in_a_process(trial: Trial, threads: int) -> str | None:
     """Runs one trial to its end. What went wrong, if anything did."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(trial, threads, sender))
+    process = context.Process(target=_report, args=(trial, threads, os.getpid(), sender))
     process.start()
     sender.close()
     try:
@@ -173,9 +173,9 @@ def _in_a_process(trial: Trial, threads: int) -> str | None:
         process.join()
 
 
-def _report(trial: Trial, threads: int, sender: Connection) -> None:
+def _report(trial: Trial, threads: int, parent: int, sender: Connection) -> None:
     """In the trial's process: trains, and tells what went wrong."""
-    Thread(target=_stop_with, args=(os.getppid(),), daemon=True).start()
+    Thread(target=_stop_with, args=(parent,), daemon=True).start()
     said: str | None = None
     try:
         _train(trial, threads)
