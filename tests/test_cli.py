@@ -60,7 +60,7 @@ OPTIONS = {
     "train": "data out recipe resume dry-run device model pretrained init-from image-size context-length tokenizer batch-size "
     "micro-batch epochs optimiser lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
-    "max-non-finite probe train-fraction val-by image-cache device-views temperature max-logit-scale multi-positive",
+    "max-non-finite probe train-fraction rest-as-texts val-by image-cache device-views temperature max-logit-scale multi-positive",
     "profile": "data recipe steps device model batch-size micro-batch workers lr temperature",
     "eval": "tasks weights split classes label prompts data-root preprocess precision cache epochs learn-from json report device workers",
     "compare": "data out methods minutes epochs fractions seeds jobs report json",

@@ -69,6 +69,8 @@ class TrainConfig:
     others."""
     train_fraction: float = 1.0
     """Share of the training pairs to train on; a smaller share is part of a larger one, whatever the seed."""
+    rest_as_texts: bool = False
+    """Train on what train_fraction leaves out, too, by its captions alone, with methods that take texts without images (MCT, OneR)."""
     test_splits: tuple[str, ...] = ()
     """Splits of the data's own on which retrieval is evaluated too at the end, such as `test`."""
     val_data: str | None = None

@@ -13,7 +13,7 @@ def test_arms_of_a_table_differ_in_what_they_declare_alone(name):
     first_row = next(iter(sweep.arms.values()))
     first = flatten(to_json(sweep.config(next(iter(sweep.arms)), 0, 6000)))
     for arm, row in sweep.arms.items():
-        config = sweep.config(arm, 3, round(6000 * row.train_fraction))
+        config = sweep.config(arm, 3, round(6000 * row.share))
         settings = flatten(to_json(config))
         differ = {key for key in first.keys() & settings.keys() if first[key] != settings[key]}
         allowed = {
@@ -21,14 +21,15 @@ def test_arms_of_a_table_differ_in_what_they_declare_alone(name):
             "seed",
             *(["model"] if row.recipe == "oner" else []),
             *(["epochs"] if row.epochs != 1 else []),
-            *(["epochs", "train_fraction"] if row.train_fraction != 1 else []),
+            *(["epochs", "train_fraction"] if row.train_fraction != first_row.train_fraction else []),
+            *(["rest_as_texts"] if row.rest_as_texts else []),
             *(["batch_size"] if row.batch != 1 else []),
             *(["optimiser.roles.image.lr"] if row.image_lr != first_row.image_lr else []),
         }
         allowed |= {key for key in differ if key.startswith("method_config.")}
         assert differ <= allowed
         assert config.seed == 3
-        if row.train_fraction == 1:
+        if row.share == 1:
             assert config.epochs == sweep.epochs * row.epochs
         for field, value in row.changes.items():
             assert getattr(config.method_config, field) == value

@@ -16,7 +16,7 @@ from coalign import cli
 from coalign.data.evaluation_views import image_batches
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits
-from coalign.errors import UserError
+from coalign.errors import NoImage, UserError
 from coalign.recipes import recipe
 from coalign.run import model as runs
 from coalign.run import pairs as run_pairs
@@ -26,6 +26,7 @@ from coalign.run.evaluate import evaluate
 from coalign.run.outcomes import read_outcomes
 from coalign.run.train import train
 from coalign.training import checkpoint
+from coalign.training.distributed import World
 from coalign.training.trainer import Trainer
 
 
@@ -278,6 +279,40 @@ def test_a_share_of_the_pairs(tmp_path, pairs, model_file):
     assert half["num_val"] == whole["num_val"] > 0
     rows = tiny.rows(tmp_path / "0.5" / "metrics.jsonl")
     assert [row["epoch"] for row in rows if "loss" in row][-1] == pytest.approx(1, abs=0.3)
+
+
+def test_what_a_share_leaves_out_is_trained_on_as_texts(tmp_path, pairs, model_file, capsys):
+    config = replace(recipe("mct")(64), train_fraction=0.25, val_fraction=0.1)
+    few, every = (
+        prepare.open_data(
+            str(pairs), lambda _, also=also: replace(config, rest_as_texts=also), World(0, 1, torch.device("cpu"))
+        )[0]
+        for also in (False, True)
+    )
+
+    def has_image(index):
+        try:
+            return len(every.source.image(index)) > 0
+        except NoImage:
+            return False
+
+    assert {index for index in every.train.tolist() if has_image(index)} == set(few.train.tolist())
+    assert len(every.train) > 3 * len(few.train)
+    assert all(every.source.record(index).captions for index in every.train.tolist())
+    assert all(map(has_image, every.val.tolist()))
+
+    def train_on(folder, name, fraction):
+        words = tiny.train_args(pairs, tmp_path / folder, model_file, recipe=name, train_fraction=fraction, epochs=1)
+        return cli.main([*words, "--rest-as-texts"]), capsys.readouterr().err
+
+    assert train_on("run", "mct", 0.25) == (0, "")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["num_train"] == len(every.train)
+    assert not (tmp_path / "run" / "bad_samples.jsonl").read_text()
+    assert train_on("clip", "clip", 0.25) == (
+        2,
+        "coalign: --rest-as-texts: clip, as it is set, takes no texts without images; mct and oner do by their defaults.\n",
+    )
+    assert "nothing is left out" in train_on("whole", "mct", 1)[1]
 
 
 def test_nothing_held_out(tmp_path, pairs, model_file, real_report):

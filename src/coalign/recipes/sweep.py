@@ -25,7 +25,13 @@ class Arm:
     batch: float = 1.0  # times the table's batch size
     image_lr: float | None = None  # peak learning rate of the image tower, where it was tuned for this arm
     train_fraction: float = 1.0  # of the training pairs
+    rest_as_texts: bool = False  # the others are trained on by their captions alone
     paper: float | None = None  # what the paper reports of this row, in the table's `paper`
+
+    @property
+    def share(self) -> float:
+        """Of the training samples, what an epoch has, with or without their images."""
+        return 1.0 if self.rest_as_texts else self.train_fraction
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Table:
     title: str
     arms: Mapping[str, Arm]
     epochs: float
+    remark: str = ""  # what to know of how the settings were chosen
     batch_size: int | None = 128  # None: the recipe's
     image_size: int | None = 48
     val_fraction: float = 0.1
@@ -58,11 +65,11 @@ class Table:
     def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
         """The settings of one trial on that many training pairs."""
         row = self.arms[arm]
-        all_pairs = round(num_pairs / row.train_fraction)
+        all_pairs = round(num_pairs / row.share)
         config = recipe(row.recipe)(all_pairs)  # the model is that of all pairs
         batch_size = round((self.batch_size or config.batch_size) * row.batch)
         epochs = self.epochs * row.epochs
-        if row.train_fraction < 1:  # as many steps as on all pairs; an epoch's last incomplete batch is no step
+        if row.share < 1:  # as many steps as on all pairs; an epoch's last incomplete batch is no step
             epochs *= (all_pairs // batch_size) / max(1, num_pairs // batch_size)
         image_lr = row.image_lr or self.image_lr
         roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
@@ -74,6 +81,7 @@ class Table:
             image_size=self.image_size or config.image_size,
             val_fraction=self.val_fraction,
             train_fraction=row.train_fraction,
+            rest_as_texts=row.rest_as_texts,
             test_splits=self.test_splits,
             probe=self.probe,
             evals=self.evals,
@@ -91,9 +99,10 @@ class Table:
         return name, replace(
             config,
             method_config=replace(config.method_config, **row.changes),
-            epochs=config.epochs * row.epochs / row.train_fraction,
+            epochs=config.epochs * row.epochs / row.share,
             batch_size=round(config.batch_size * row.batch),
             train_fraction=row.train_fraction,
+            rest_as_texts=row.rest_as_texts,
             seed=seed,
         )
 

@@ -17,6 +17,7 @@ from coalign.data.mixture import Mixture
 from coalign.data.randomness import stable_hash
 from coalign.data.sources import open_source
 from coalign.data.splits import assign_splits, nested_share
+from coalign.data.texts_alone import TextsAlone
 from coalign.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
@@ -51,7 +52,11 @@ def _pairs(data: str, config: TrainConfig) -> Data:
         splits = _splits(data, source, config.val_fraction, config.val_by)
         pairs = Data(source, splits["train"], source, splits["val"])
     pairs.tests = _test_splits(data, source, config.test_splits)
-    pairs.train = nested_share(pairs.train, config.train_fraction)
+    share = nested_share(pairs.train, config.train_fraction)
+    if config.rest_as_texts:
+        pairs.source = TextsAlone(source, np.setdiff1d(pairs.train, share))
+    else:
+        pairs.train = share
     if isinstance(source, Mixture):
         pairs.train = source.weighted(pairs.train)
     return pairs
@@ -121,6 +126,8 @@ def check_settings(config: TrainConfig) -> None:
     """UserError for a number that makes no sense; the optimiser checks its own."""
     if config.probe and not config.classes:
         raise UserError("--probe needs classes to tell apart; give them with --classes FILE.")
+    if config.rest_as_texts and config.train_fraction == 1:
+        raise UserError("--rest-as-texts needs a --train-fraction below 1: nothing is left out.")
     demands = {
         "epochs": (config.epochs > 0, "more than 0"),
         "context_length": (config.context_length >= 3, "at least 3: start, a token and end"),
@@ -146,6 +153,10 @@ def check_settings(config: TrainConfig) -> None:
 def starting_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
     """The method as training starts with it, on its device."""
     method = runs.build_method(config, tokenizer)
+    if config.rest_as_texts and not method.view_plan.imageless:
+        raise UserError(
+            f"--rest-as-texts: {config.method}, as it is set, takes no texts without images; mct and oner do by their defaults."
+        )
     if config.init_from:
         runs.initialise(method, config)
     _check_batch_norm(method, config, world)
