@@ -23,16 +23,24 @@ ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Evidence
 
 Made by `python scripts/render_evidence.py` from the files in [results](../results), each of which holds all figures, intervals and settings
-of one table. A table is trained again by `coalign reproduce NAME --data DATA --out FOLDER`.
+of one table. A table is trained again by `coalign reproduce NAME --data DATA --out FOLDER`. All of it is small and short: two million
+weights, minutes on two cores.
+"""
 
-A figure is the mean over seeds. **±** is half of the 95 % t-interval over seeds, how far other seeds would move it; with one seed it is of
-the bootstrap over held-out items. Differences have two 95 % intervals: over held-out items (paired bootstrap) and over seeds (Welch's t). A
-claim *holds*, or *does not hold*, where both lie on one side of zero; else these runs do not decide it. Nothing is corrected for the number
-of comparisons. Time is on the clock, over the first row's, on a machine that did other things too. "CLIP's time" is as many pairs as CLIP's
-time is enough for, by what a step costs: {costs}. The modality gap is the
-distance between the centroids of images and captions, 0 to 2. Tables on two styles of Open Clip Art (`style-shift.jsonl`) hold out a tenth
-of these, and are *tested* on 301 pictures of the same concepts that others drew. *Combinations* are 2,000 scenes with shapes in colours in
-which training never shows them; *shifted* are 2,000 darker, more blurred scenes before other patterns with more clutter.
+READING = """## How to read the tables
+
+- **Figures** are means over seeds, in per cent where nothing else is said. **±** is half of the 95 % t-interval over seeds, how far other
+  seeds would move it; with one seed it is of the bootstrap over held-out items.
+- **Differences** have two 95 % intervals: over held-out items (paired bootstrap), and over seeds (Welch's t).
+- A **claim**, of a paper or of what a control is for, *holds* where both intervals lie above zero, and *does not hold* where both lie
+  below: the reverse is seen. All others are *undecided* by these runs. Nothing is corrected for the number of comparisons.
+- **The paper's column** is another task on other data; its order is what is compared.
+- **Time** is on the clock, over the first row's, on a machine that did other things too. "CLIP's time" is as many pairs as CLIP's time is
+  enough for, by what a step costs on an idle core: {costs}.
+- **The modality gap** is the distance between the centroids of images and captions, 0 to 2.
+- **Open Clip Art in two styles** (`style-shift.jsonl`): a tenth is held out, and *test* are 301 pictures of the same concepts by others.
+- **Scenes**: 2,000 are held out; *combinations* are 2,000 with shapes in colours in which training never shows them, *shifted* 2,000
+  darker, more blurred ones before other patterns with more clutter.
 """
 
 
@@ -55,7 +63,7 @@ def main() -> None:
     )
     paths = [path for name in TABLES if (path := ROOT / f"results/{name}.json").exists()]
     tables = [json.loads(path.read_text()) for path in paths]
-    parts = [INTRODUCTION.replace("{costs}", costs), *in_short(tables)]
+    parts = [INTRODUCTION, *in_short(tables), READING.replace("{costs}", costs)]
     for path, values in zip(paths, tables, strict=True):
         parts += section(path, values)
     detection = ROOT / "results/detection-scenes.json"
@@ -68,33 +76,75 @@ def main() -> None:
 
 
 def in_short(tables: list[dict[str, Any]]) -> list[str]:
-    """The data-efficiency factors of all tables, and the claims that were decided."""
+    """Each method beside CLIP wherever both were trained, the data-efficiency factors, and the claims that were decided."""
+    link = {values["table"]: f"[{values['table']}](#{anchor(values['title'])})" for values in tables}
     factors = {
         (values["table"], task): found for values in tables for task, found in values.get("efficiency", {}).items()
     }
     methods = list(dict.fromkeys(method for found in factors.values() for method in found))
     rows = [
-        [method, *(factor(found[method]) if method in found else "" for found in factors.values())]
-        for method in methods
+        [f"{link[name]}, {tested_on(task)}", *(factor(found[method]) if method in found else "" for method in methods)]
+        for (name, task), found in factors.items()
     ]
-    of_table = {values["table"]: f"[{values['table']}](#{anchor(values['title'])})" for values in tables}
-    header = ["", *(f"{of_table[name]}, {tested_on(task)}" for name, task in factors)]
-    lines = ["## In short", "", "How many times fewer pairs than CLIP for CLIP's score (interval over seeds):", ""]
-    lines += markdown(header, rows)
-    claims = [(values["table"], claim) for values in tables for claim in values.get("claims", [])]
-    counts = Counter(claim["verdict"] for _, claim in claims)
+    lines = [
+        "## In short",
+        "",
+        *beside_clip(tables, link),
+        "",
+        "How many times fewer pairs than CLIP for CLIP's score on all (95 % interval over seeds):",
+        "",
+    ]
+    lines += markdown(["", *methods], rows)
+    verdicts = Counter(claim["verdict"] for values in tables for claim in values.get("claims", []))
     lines += [
         "",
-        f"Of {len(claims)} claims, the papers' and those for which controls are there, {counts['holds']} hold, {counts['does not hold']} "
-        f"do not, and {counts['undecided']} are undecided by these runs. Decided are:",
+        f"Of {verdicts.total()} claims, each figure by itself, {verdicts['holds']} hold, {verdicts['does not hold']} do not (the reverse "
+        f"is seen), and {verdicts['undecided']} are undecided by these runs. Decided are, in points of per cent:",
         "",
     ]
-    rows = [
-        [of_table[name], claim["claim"], title(claim["figure"]), signed(claim["difference"]), f"**{claim['verdict']}**"]
-        for name, claim in claims
-        if claim["verdict"] != "undecided"
+    rows = []
+    for values in tables:
+        decided = [claim for claim in values.get("claims", []) if claim["verdict"] != "undecided"]
+        cells = [
+            "; ".join(words(claim) for claim in decided if claim["verdict"] == verdict)
+            for verdict in ("holds", "does not hold")
+        ]
+        rows += [[link[values["table"]], *cells]] if decided else []
+    return [*lines, *markdown(["table", "holds", "does not hold"], rows), ""]
+
+
+def beside_clip(tables: list[dict[str, Any]], link: dict[str, str]) -> list[str]:
+    rows, best = [], {}
+    for values in tables:
+        arms = TABLES[values["table"]].arms
+        groups = {g["name"]: g["figures"] for g in values["groups"] if g["name"] == arms[g["name"]].recipe}
+        for figure in groups.get("clip", {}) if len(groups) > 2 else ():
+            if figure.startswith("retrieval") and figure.endswith("image_to_text.r10"):
+                cells = {name: figures[figure] for name, figures in groups.items()}
+                trained = {**values["settings"], **values["groups"][0]["settings"]}["num_train"]
+                rows.append((f"{link[values['table']]}, {trained:,} pairs; {tested_on(figure.split('.')[0])}", cells))
+                best |= dict.fromkeys(cells)
+    methods = [name for name in best if name != "clip"]
+    lines = [
+        "Image → text R@10 after as many pairs: CLIP's, and what each method has more or less, in points of per cent; **bold** where both "
+        "intervals, over items and over seeds, say so.",
+        "",
     ]
-    return [*lines, *markdown(["table", "claim", "figure", "difference", ""], rows), ""]
+    table = [
+        [where, value(cells["clip"]), *(lead(cells[name]) if name in cells else "" for name in methods)]
+        for where, cells in rows
+    ]
+    return [*lines, *markdown(["", "clip", *methods], table)]
+
+
+def lead(figure: dict[str, Any]) -> str:
+    spans = [figure[f"difference_over_{what}"] for what in ("items", "seeds")]
+    decided = all(spans) and (all(low > 0 for low, _ in spans) or all(high < 0 for _, high in spans))
+    return f"**{signed(figure['difference'])}**" if decided else signed(figure["difference"])
+
+
+def words(claim: dict[str, Any]) -> str:
+    return f"{claim['claim']} ({title(claim['figure'])}: {signed(claim['difference'])})"
 
 
 def anchor(heading: str) -> str:
@@ -103,7 +153,7 @@ def anchor(heading: str) -> str:
 
 
 def tested_on(task: str) -> str:
-    return "pairs held out" if task == "retrieval" else task.removeprefix("retrieval_")
+    return "held out" if task == "retrieval" else task.removeprefix("retrieval_")
 
 
 def factor(found: dict[str, Any]) -> str:
@@ -249,7 +299,7 @@ def data_efficiency(
         method: {float(fraction): of_seed for fraction, of_seed in curve.items()}
         for method, curve in by_fraction.items()
     }
-    what = f"of {tested_on(task)}"
+    what = "of the pairs held out" if task == "retrieval" else f"of {tested_on(task)}"
     compare_figures.by_fraction(scores, title=f"R@10 {what}, both directions").savefig(
         ROOT / f"docs/{name}-{task}.png", dpi=110
     )

@@ -310,9 +310,33 @@ def test_what_a_share_leaves_out_is_trained_on_as_texts(tmp_path, pairs, model_f
     assert not (tmp_path / "run" / "bad_samples.jsonl").read_text()
     assert train_on("clip", "clip", 0.25) == (
         2,
-        "coalign: --rest-as-texts: clip, as it is set, takes no texts without images; mct and oner do by their defaults.\n",
+        "coalign: --rest-as-texts needs a method that learns from texts alone, such as mct or oner; clip, as it is set, does not.\n",
     )
     assert "nothing is left out" in train_on("whole", "mct", 1)[1]
+
+
+def test_texts_alone_beside_pairs_of_weighted_sources(tmp_path, pairs):
+    """Each source gives as many pairs as without the texts, and the texts of its rest by the same weight."""
+    other = tiny.write_pairs(tmp_path / "other", 64, seed=1)
+    config = replace(recipe("mct")(64), train_fraction=0.5, val_fraction=0.1)
+
+    def counts(rest_as_texts):
+        settings = replace(config, rest_as_texts=rest_as_texts)
+        found = prepare.open_data(f"{pairs} + 0.5*{other}", lambda _: settings, World(0, 1, torch.device("cpu")))[0]
+        numbers = {}
+        for index in found.train.tolist():
+            try:
+                kind = "pair" if len(found.source.image(index)) else ""
+            except NoImage:
+                kind = "text"
+            key = found.source.record(index).key.partition(":")[0], kind
+            numbers[key] = numbers.get(key, 0) + 1
+        return numbers
+
+    alone, both = counts(False), counts(True)
+    assert {key: both[key] for key in alone} == alone
+    for source in ("1", "2"):
+        assert both[source, "text"] == pytest.approx(both[source, "pair"], abs=1)
 
 
 def test_nothing_held_out(tmp_path, pairs, model_file, real_report):

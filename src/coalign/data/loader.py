@@ -194,7 +194,7 @@ class PairLoader:
 
     def _other_image(self, index: int, epoch: int) -> OpenedImage | CachedImage | None:
         """Another sample's, so that statistics of a batch stay those of images; None where as many have none as are tried."""
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in range(10 * MAX_ATTEMPTS):  # of a large share that are texts alone
             number = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
             with suppress(BadSample):
                 return self._opened(int(self.indices[number]))

@@ -9,12 +9,13 @@ from coalign.types import Record, Source
 
 
 class TextsAlone:
-    """`source` without the images of the samples `indices`."""
+    """`source`, where of the samples `train` only those of the `share` have their images."""
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
+    def __init__(self, source: Source, train: np.ndarray, share: np.ndarray) -> None:
         self.source, self.name = source, source.name
-        self._texts = np.zeros(len(source), bool)
-        self._texts[indices] = True
+        self.is_text = np.zeros(len(source), bool)  # [sample]
+        self.is_text[train] = True
+        self.is_text[share] = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -23,6 +24,6 @@ class TextsAlone:
         return self.source.record(index)
 
     def image(self, index: int) -> bytes | np.ndarray:
-        if self._texts[index % len(self)]:  # a mixture counts on beyond its length
-            raise NoImage("image kept back", self.record(index).key)
+        if self.is_text[index % len(self)]:  # a mixture counts on beyond its length
+            raise NoImage("image kept back")
         return self.source.image(index)

@@ -40,7 +40,7 @@ class OneR(Method):
             images={"image": config.image_view},
             texts={"caption": TextPolicy(mask_p=mask_p)},
             patch_ranks=config.mim,
-            imageless=True,
+            imageless=config.mlm,
         )
         sides = (side for loss in config.losses for side in CONTRASTS[loss])
         self.kinds = list(dict.fromkeys(sides))  # what passes the head, each once

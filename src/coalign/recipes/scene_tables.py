@@ -55,7 +55,7 @@ SCENE_TABLES = {
             ("clip", "MCD"),
         ),
         remark="The temperature, 0.2, and the image tower's learning rate were chosen by CLIP alone, which favours CLIP: with the papers' "
-        "0.07, as in `fractions-scenes`, it does as well, and UniCLIP better.",
+        "0.07, as in `fractions-scenes`, CLIP does as well, and UniCLIP better.",
         small=dict.fromkeys(TWO_TOWERS, FLAT),
         **_START,
     ),

@@ -69,8 +69,8 @@ class Table:
         config = recipe(row.recipe)(all_pairs)  # the model is that of all pairs
         batch_size = round((self.batch_size or config.batch_size) * row.batch)
         epochs = self.epochs * row.epochs
-        if row.share < 1:  # as many steps as on all pairs; an epoch's last incomplete batch is no step
-            epochs *= (all_pairs // batch_size) / max(1, num_pairs // batch_size)
+        if row.train_fraction < 1:  # as many steps as on all pairs; an epoch's last incomplete batch is no step
+            epochs *= all_pairs // (self.batch_size or config.batch_size) / row.batch / max(1, num_pairs // batch_size)
         image_lr = row.image_lr or self.image_lr
         roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
         return replace(

@@ -10,7 +10,7 @@ from typing import Any
 from coalign import __version__
 from coalign.config import flatten, to_json
 from coalign.methods import method_class
-from coalign.run.model import RESULTS, SavedConfig, read_config
+from coalign.run.model import RESULTS, SavedConfig, read_config, trained_on
 
 _LOAD = {
     "open_clip": """import open_clip
@@ -76,7 +76,7 @@ def card(path: str | Path, library: str = "coalign", weights: str = "last") -> s
         "",
         "## Data",
         "",
-        f"{saved.num_train:,} pairs of images and captions for training, {saved.num_val:,} held out: {data}.",
+        f"{trained_on(saved.config, saved.num_train)} of images and captions for training, {saved.num_val:,} held out: {data}.",
         "",
         "## Settings",
         "",

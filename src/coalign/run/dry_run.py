@@ -19,6 +19,7 @@ from coalign.data.tokenizer import Tokenizer
 from coalign.method import Method
 from coalign.optim import build_optimisers
 from coalign.run.cost import StepCost, measure_step, step_cost
+from coalign.run.model import trained_on
 from coalign.run.pairs import Data, pair_loader
 from coalign.run.plan import AS_DECLIP, GOOD, Plan, plans
 from coalign.training.distributed import World
@@ -75,8 +76,8 @@ def describe(
 def _print_steps(console: Console, data: str, config: TrainConfig, pairs: Data) -> None:
     steps = len(pairs.train) // config.batch_size
     console.print(
-        f"{data}: {len(pairs.train):,} training pairs, {len(pairs.val):,} held out. {steps:,} steps an epoch of {config.batch_size:,} "
-        f"pairs, {round(config.epochs * steps):,} steps in all."
+        f"{data}: {trained_on(config, len(pairs.train))} for training, {len(pairs.val):,} held out. {steps:,} steps an epoch "
+        f"of {config.batch_size:,} pairs, {round(config.epochs * steps):,} steps in all."
     )
     if not steps:
         console.print("[bold]Training would refuse: the data has fewer pairs than a batch.[/bold]")

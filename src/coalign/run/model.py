@@ -234,6 +234,13 @@ class SavedConfig:
     fingerprint: str = ""  # of the training pairs
 
 
+def trained_on(config: TrainConfig, number: int) -> str:
+    """In words, so many training samples of a run."""
+    if config.rest_as_texts:
+        return f"{number:,} samples ({100 * config.train_fraction:g} % pairs, the others texts alone)"
+    return f"{number:,} pairs"
+
+
 def write_config(folder: Path, saved: SavedConfig) -> None:
     fields: dict[str, Any] = {**vars(saved), "config": to_json(saved.config)}
     write_file(folder / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2) + "\n"))

@@ -52,13 +52,14 @@ def _pairs(data: str, config: TrainConfig) -> Data:
         splits = _splits(data, source, config.val_fraction, config.val_by)
         pairs = Data(source, splits["train"], source, splits["val"])
     pairs.tests = _test_splits(data, source, config.test_splits)
-    share = nested_share(pairs.train, config.train_fraction)
+    parts = [nested_share(pairs.train, config.train_fraction)]
     if config.rest_as_texts:
-        pairs.source = TextsAlone(source, np.setdiff1d(pairs.train, share))
-    else:
-        pairs.train = share
+        texts = TextsAlone(source, pairs.train, parts[0])
+        parts.append(pairs.train[texts.is_text[pairs.train]])
+        pairs.source = texts
     if isinstance(source, Mixture):
-        pairs.train = source.weighted(pairs.train)
+        parts = [source.weighted(part) for part in parts]
+    pairs.train = np.concatenate(parts)
     return pairs
 
 
@@ -155,7 +156,7 @@ def starting_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> 
     method = runs.build_method(config, tokenizer)
     if config.rest_as_texts and not method.view_plan.imageless:
         raise UserError(
-            f"--rest-as-texts: {config.method}, as it is set, takes no texts without images; mct and oner do by their defaults."
+            f"--rest-as-texts needs a method that learns from texts alone, such as mct or oner; {config.method}, as it is set, does not."
         )
     if config.init_from:
         runs.initialise(method, config)

@@ -25,6 +25,7 @@ from coalign.report.compare_page import Comparison
 from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
+from coalign.run.model import trained_on
 from coalign.run.pictures import thumbnail
 from coalign.training.log import duration
 from coalign.training.trainer import TrainResult
@@ -50,7 +51,7 @@ def write_run_report(
     groups = method.parameter_groups()
     summary = RunSummary(
         title=f"{config.method} on {Path(data).name or data}",
-        subtitle=f"{config.model}, {num_train:,} training pairs, coalign {__version__}",
+        subtitle=f"{config.model}, trained on {trained_on(config, num_train)}, coalign {__version__}",
         configuration={"data": data, **to_json(config)},
         history=history,
         ended=result.ended,

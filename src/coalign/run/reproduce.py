@@ -37,6 +37,10 @@ from coalign.run.model import RESULTS, read_config, write_file
 from coalign.run.train import train
 
 CLASSES, LAUNCH, TAG_TOWER = "classes.txt", "launch.sh", "tag_tower.safetensors"
+COMPARED = (  # a run with others of these is not this table's
+    "method", "method_config", "epochs", "batch_size", "model", "image_size", "pretrained",
+    "train_fraction", "rest_as_texts", "test_splits",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,7 @@ def finished(trial: Trial) -> bool:
         return False
     saved = read_config(trial.folder)
     wanted = trial.config(saved.num_train)
-    if changed := [
-        name
-        for name in ("method", "method_config", "epochs", "batch_size", "model", "image_size", "pretrained")
-        if _bare(getattr(saved.config, name)) != _bare(getattr(wanted, name))
-    ]:
+    if changed := [name for name in COMPARED if _bare(getattr(saved.config, name)) != _bare(getattr(wanted, name))]:
         raise UserError(
             f"{trial.folder} holds a run with another {changed[0]} than this table's; choose another --out."
         )

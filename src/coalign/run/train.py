@@ -194,8 +194,8 @@ def _opening_line(config: TrainConfig, method: Method, pairs: Data, total_steps:
         else f"{total_steps:,} steps of {config.batch_size} pairs"
     )
     return (
-        f"{config.method} with {config.model} ({millions:.1f} M parameters) on {len(pairs.train):,} pairs, {len(pairs.val):,} held out; "
-        f"{start}, on {world.device}" + (f" × {world.size}" if world.size > 1 else "")
+        f"{config.method} with {config.model} ({millions:.1f} M parameters) on {runs.trained_on(config, len(pairs.train))}, "
+        f"{len(pairs.val):,} held out; {start}, on {world.device}" + (f" × {world.size}" if world.size > 1 else "")
     )
 
 
