@@ -8,6 +8,7 @@ Run: python scripts/render_evidence.py
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -114,27 +115,40 @@ def in_short(tables: list[dict[str, Any]]) -> list[str]:
 
 
 def beside_clip(tables: list[dict[str, Any]], link: dict[str, str]) -> list[str]:
-    rows, best = [], {}
+    """Each method beside CLIP wherever a table has both, as a table and as a figure."""
+    asked, cells = [], []  # (table, pairs, split), and method -> figure
     for values in tables:
         arms = TABLES[values["table"]].arms
-        groups = {g["name"]: g["figures"] for g in values["groups"] if g["name"] == arms[g["name"]].recipe}
-        for figure in groups.get("clip", {}) if len(groups) > 2 else ():
+        methods = {g["name"]: g["figures"] for g in values["groups"] if g["name"] == arms[g["name"]].recipe}
+        for figure in methods.get("clip", {}) if len(methods) > 2 else ():
             if figure.startswith("retrieval") and figure.endswith("image_to_text.r10"):
-                cells = {name: figures[figure] for name, figures in groups.items()}
                 trained = {**values["settings"], **values["groups"][0]["settings"]}["num_train"]
-                rows.append((f"{link[values['table']]}, {trained:,} pairs; {tested_on(figure.split('.')[0])}", cells))
-                best |= dict.fromkeys(cells)
-    methods = [name for name in best if name != "clip"]
+                asked.append((values["table"], f"{trained:,} pairs", tested_on(figure.split(".")[0])))
+                cells.append({name: figures[figure] for name, figures in methods.items()})
+    others = [name for name in dict.fromkeys(name for row in cells for name in row) if name != "clip"]
+    triples = {name: [over_seeds(row.get(name)) for row in cells] for name in others}
+    labels = [f"{table}\n{pairs}; {split}" for table, pairs, split in asked]
+    compare_figures.points(labels, triples, difference_to="CLIP").savefig(ROOT / "docs/beside-clip.png", dpi=110)
     lines = [
         "Image → text R@10 after as many pairs: CLIP's, and what each method has more or less, in points of per cent; **bold** where both "
-        "intervals, over items and over seeds, say so.",
+        "intervals, over items and over seeds, say so. The figure has the intervals over seeds.",
         "",
     ]
-    table = [
-        [where, value(cells["clip"]), *(lead(cells[name]) if name in cells else "" for name in methods)]
-        for where, cells in rows
+    rows = [
+        [
+            f"{link[table]}, {pairs}; {split}",
+            value(row["clip"]),
+            *(lead(row[name]) if name in row else "" for name in others),
+        ]
+        for (table, pairs, split), row in zip(asked, cells, strict=True)
     ]
-    return [*lines, *markdown(["", "clip", *methods], table)]
+    return [*lines, *markdown(["", "clip", *others], rows), "", "![Each method beside CLIP](beside-clip.png)"]
+
+
+def over_seeds(figure: dict[str, Any] | None) -> tuple[float, float, float]:
+    """The difference to CLIP with its interval; nothing where there is none."""
+    found = figure and figure["difference_over_seeds"]
+    return (figure["difference"], *found) if figure and found else (math.nan,) * 3
 
 
 def lead(figure: dict[str, Any]) -> str:
