@@ -171,10 +171,10 @@ def tested_on(task: str) -> str:
 
 
 def factor(found: dict[str, Any]) -> str:
-    """A data-efficiency factor with its interval; ≥ and ≤: the curves meet beyond the fractions tried."""
+    """A data-efficiency factor (over seeds). ≥ and ≤: the curves meet beyond the fractions tried; without an interval, for every seed."""
     edge = ("≥ " if found["factor"] > 1 else "≤ ") if found["bound"] else ""
-    interval = "" if found["over_seeds"] is None else f" ({found['over_seeds'][0]:.2f} to {found['over_seeds'][1]:.2f})"
-    return f"{edge}{found['factor']:.2f}{interval}"
+    low, high = found["over_seeds"] or (1.0, 1.0)
+    return f"{edge}{found['factor']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
 
 
 def detectors(path: Path, values: dict[str, Any]) -> list[str]:
