@@ -186,7 +186,7 @@ def test_dry_run_prints_and_leaves_no_run(tmp_path, pairs, model_file, capsys):
     printed = capsys.readouterr().out
     source = open_source(str(pairs))
     held_out = len(assign_splits(source, 0.1)[0]["val"])
-    assert f"{64 - held_out} training pairs, {held_out} held out" in printed
+    assert f"{64 - held_out} pairs for training, {held_out} held out" in printed
     assert "7 steps an epoch of 8 pairs, 21 steps in all" in printed
     method = runs.build_method(replace(recipe("clip")(60), model=str(model_file), context_length=12), Vocabulary())
     image = sum(p.numel() for p in method.parameter_groups()["image"])
