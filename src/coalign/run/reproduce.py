@@ -28,7 +28,7 @@ from coalign.data.sources import open_source
 from coalign.errors import UserError
 from coalign.recipes.sweep import Table
 from coalign.recipes.tables import table
-from coalign.report.compare_page import Comparison, title, value_text
+from coalign.report.compare_page import Comparison, Figure, title, value_text
 from coalign.run import tag_tower
 from coalign.run.compare import compare
 from coalign.run.efficiency import efficiencies, efficiency_words, fraction_scores
@@ -231,6 +231,7 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
     trained = {trial.arm for trial in trials}
     steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
+    differences = {step: _differences(step, trials) for step in steps}
     tasks = dict.fromkeys(figure.split(".")[0] for figure in sweep.headlines if figure.startswith("retrieval"))
     by_fraction = {task: found for task in tasks if (found := fraction_scores(trials, task))}
     efficiency = {task: factors for task, found in by_fraction.items() if (factors := efficiencies(found))}
@@ -245,7 +246,9 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
             task: {name: asdict(one) for name, one in of_task.items()} for task, of_task in efficiency.items()
         },
         "by_fraction": by_fraction,
-        "claims": [_claim(figure, lower, higher, trials) for figure in sweep.headlines for lower, higher in steps],
+        "claims": [
+            _claim(name, pair, figures[name]) for name in sweep.headlines for pair, figures in differences.items()
+        ],
         **comparison.to_json(),
     }
     text = json.dumps(values, indent=1, default=str) + "\n"
@@ -292,10 +295,14 @@ def print_against_paper(comparison: Comparison, values: Mapping[str, Any], conso
         console.print(f"{claim['claim']}, by {title(claim['figure'])}: {claim['verdict']}", markup=False)
 
 
-def _claim(name: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Whether `higher` is better than `lower`: it is, or it is not, where the intervals over items and over seeds both say so."""
-    chosen = [trial for arm in (lower, higher) for trial in trials if trial.arm == arm]
-    figure = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].figures[name]
+def _differences(arms: tuple[str, str], trials: Sequence[Trial]) -> Mapping[str, Figure]:
+    """All figures of the second arm, with their differences to the first's."""
+    chosen = [trial for arm in arms for trial in trials if trial.arm == arm]
+    return compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].figures
+
+
+def _claim(name: str, arms: tuple[str, str], figure: Figure) -> dict[str, Any]:
+    """Whether the second arm is better: it is, or it is not, where the intervals over items and over seeds both say so."""
     intervals = [figure.difference_over_items, figure.difference_over_seeds]
     known = [interval for interval in intervals if interval is not None]
     verdict = "undecided"
@@ -303,7 +310,7 @@ def _claim(name: str, lower: str, higher: str, trials: Sequence[Trial]) -> dict[
         verdict = "holds" if all(low > 0 for low, _ in known) else verdict
         verdict = "does not hold" if all(high < 0 for _, high in known) else verdict
     return {
-        "claim": f"{higher} is better than {lower}",
+        "claim": f"{arms[1]} is better than {arms[0]}",
         "figure": name,
         "difference": figure.difference,
         "over_items": figure.difference_over_items,
