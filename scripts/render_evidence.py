@@ -271,10 +271,13 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
             ]
         )
     lines += markdown(header, rows)
-    lines += [f"\n![{values['title']}, with intervals]({name}.png)\n"]
-    triples = {g["name"]: [interval(g["figures"][f]) for f in shown] for g in groups}
-    chance = [groups[0]["figures"][f]["chance"] for f in shown]
-    compare_figures.points([title(f) for f in shown], triples, chance).savefig(ROOT / f"docs/{name}.png", dpi=110)
+    lines += [""]
+    if not values.get("efficiency"):  # arms on fractions are curves, further down
+        drawn = [figure for figure in shown if not figure.endswith(".r1")]
+        triples = {g["name"]: [interval(g["figures"][f]) for f in drawn] for g in groups}
+        chance = [groups[0]["figures"][f]["chance"] for f in drawn]
+        compare_figures.points([title(f) for f in drawn], triples, chance).savefig(ROOT / f"docs/{name}.png", dpi=110)
+        lines += [f"![{values['title']}, with intervals]({name}.png)", ""]
     lines += [
         f"Differences to {groups[0]['name']}, in points of per cent, with their intervals over items; over seeds:",
         "",

@@ -54,4 +54,4 @@ def test_the_papers_rows_differ_as_the_papers_say():
 def test_a_table_of_no_paper_is_said(tmp_path, capsys):
     command = ["reproduce", "learning-rates-openclipart", "--data", "x", "--out", str(tmp_path / "out")]
     assert cli.main([*command, "--scale", "paper"]) == 2
-    assert "is of no paper" in capsys.readouterr().err
+    assert "has no commands at the scale of a paper" in capsys.readouterr().err

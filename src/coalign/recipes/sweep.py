@@ -99,10 +99,9 @@ class Table:
         return name, replace(
             config,
             method_config=replace(config.method_config, **row.changes),
-            epochs=config.epochs * row.epochs / row.share,
+            epochs=config.epochs * row.epochs / row.train_fraction,
             batch_size=round(config.batch_size * row.batch),
             train_fraction=row.train_fraction,
-            rest_as_texts=row.rest_as_texts,
             seed=seed,
         )
 

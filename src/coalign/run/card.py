@@ -76,7 +76,7 @@ def card(path: str | Path, library: str = "coalign", weights: str = "last") -> s
         "",
         "## Data",
         "",
-        f"{trained_on(saved.config, saved.num_train)} of images and captions for training, {saved.num_val:,} held out: {data}.",
+        f"Images and captions, {trained_on(saved.config, saved.num_train)} for training, {saved.num_val:,} held out: {data}.",
         "",
         "## Settings",
         "",

@@ -26,7 +26,7 @@ def write_launch(path: Path, name: str, sweep: Table, arms: list[str], data: str
     without = [arm for arm in arms if sweep.paper_config(arm, 0) is None]
     chosen = [arm for arm in arms if arm not in without]
     if not chosen:
-        raise UserError(f"The table {name} is of no paper; it can be run with --scale cpu alone.")
+        raise UserError(f"The table {name} has no commands at the scale of a paper; run it with --scale cpu.")
     text = HEAD.format(name=name, paper=sweep.paper)
     text += "".join(f"\n{line}" for line in _lines(sweep, chosen, data, path.parent, seeds)) + "\n"
 

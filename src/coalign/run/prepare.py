@@ -59,7 +59,7 @@ def _pairs(data: str, config: TrainConfig) -> Data:
         pairs.source = texts
     if isinstance(source, Mixture):
         parts = [source.weighted(part) for part in parts]
-    pairs.train = np.concatenate(parts)
+    pairs.train = parts[0] if len(parts) == 1 else np.concatenate(parts)  # no second copy of a hundred million
     return pairs
 
 
