@@ -1,5 +1,7 @@
-# Everything sets itself up in .venv; PYTHON names the interpreter to make it from.
+# Targets set up .venv if needed; PYTHON is the interpreter to create it with.
 PYTHON ?= python3
+# processes of `make test`, single-threaded each
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -7,23 +9,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install demo test test-slow lint bench
 
 help:
-	@echo "make demo       train CLIP and MCD on pictures made by code, and name the report (about 10 minutes on two cores)"
-	@echo "make test       the tests, without the slow ones"
-	@echo "make test-slow  the slow ones"
-	@echo "make lint       ruff, mypy and the import rules"
-	@echo "make bench      the benchmarks, one after another; DATA=folder for the start-up too"
-	@echo "make install    only the environment in .venv; the others do this by themselves"
+	@echo "make demo       train CLIP and MCD on images drawn by code, and compare them (about 10 minutes on two cores)"
+	@echo "make test       run the tests, except the slow ones"
+	@echo "make test-slow  run the slow tests"
+	@echo "make lint       check style, types, the import rules and the wording"
+	@echo "make bench      run the benchmarks, one after another; DATA=folder adds the start-up benchmark"
+	@echo "make install    set up .venv; all other targets do so if needed"
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("coalign needs Python 3.11 or newer; this is %s. Name another: make PYTHON=python3.12" % sys.version.split()[0])'
-	@echo "Installing coalign and its tools in .venv (the first time takes minutes) ..."
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("coalign needs Python 3.11 or newer, but this is %s. Choose another one: make PYTHON=python3.12" % sys.version.split()[0])'
+	@echo "Installing coalign and its development tools in .venv (takes minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# two methods see the same pairs as often, and are compared on the same held-out ones
+# both methods train on the same pairs for the same number of steps, and hold out the same pairs
 DEMO := --data scenes:4096 --image-size 32 --batch-size 64 --epochs 16 --evals 3
 demo: $(STAMP)
 	@$(BIN)/coalign train --recipe clip $(DEMO) --out runs/demo/clip --resume auto
@@ -31,7 +33,7 @@ demo: $(STAMP)
 	@$(BIN)/coalign compare runs/demo/clip runs/demo/mcd --report runs/demo/compare.html
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-slow: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -40,7 +42,8 @@ lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
-	@said=$$($(BIN)/lint-imports) || { echo "$$said"; exit 1; }
+	@output=$$($(BIN)/lint-imports) || { echo "$$output"; exit 1; }
+	@$(BIN)/python scripts/lint_words.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/all.py

@@ -1,7 +1,7 @@
-"""All benchmarks, one after another, and one table of their ratios: what `make bench` runs. A busy machine shows in the spread.
+"""Runs the benchmarks one after another and prints one table of their ratios (`make bench`). Load on the machine widens the spread.
 
-With --out, the table is kept as JSON, with what machine it was; lines of scripts that are not run again stay in it. What needs more than
-coalign's development tools is run alone: startup.py, zero_shot.py.
+With --out, the table is written as JSON, with the machine; lines of scripts that are not run again are kept. startup.py and zero_shot.py
+need packages beyond coalign's development tools and are run separately.
 
 Run: python benchmarks/all.py [SCRIPT …] [--out results/benchmarks.json]
 """
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import KEPT
+from lines import LINES_FILE
 from rich.console import Console
 from rich.table import Table
 
-from coalign import __version__
+from coalign.version import __version__
 
 HERE = Path(__file__).parent
 SCRIPTS = {
@@ -50,12 +50,12 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def show(lines: list[dict[str, Any]]) -> None:
-    table = Table("script", "what", "RATIO", "from", "to", "target", "")
-    for kept in lines:
-        numbers = [f"{kept[name]:.3g}" for name in ("median", "least", "most")]
-        verdict = "" if kept["holds"] is None else "holds" if kept["holds"] else "MISSED"
-        table.add_row(kept["script"].removesuffix(".py"), kept["what"], *numbers, kept["target"], verdict)
+def print_table(lines: list[dict[str, Any]]) -> None:
+    table = Table("script", "measurement", "RATIO", "min", "max", "target", "")
+    for line in lines:
+        numbers = [f"{line[name]:.3g}" for name in ("median", "least", "most")]
+        verdict = "" if line["holds"] is None else "met" if line["holds"] else "MISSED"
+        table.add_row(line["script"].removesuffix(".py"), line["what"], *numbers, line["target"], verdict)
     Console().print(table)
 
 
@@ -65,36 +65,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if unknown := [name for name in options.scripts if name not in SCRIPTS]:
-        parser.error(f"there is no {unknown[0]} among {', '.join(SCRIPTS)}")
-    before = []
-    if options.out:  # what is wrong with it is seen before an hour of measuring, not after
+        parser.error(f"unknown script {unknown[0]}; available scripts: {', '.join(SCRIPTS)}")
+    previous = []
+    if options.out:  # fail before an hour of measuring, not after
         if options.out.exists() and options.out.stat().st_size:
-            before = json.loads(options.out.read_text())["lines"]
+            previous = json.loads(options.out.read_text())["lines"]
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.open("a").close()
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "lines.jsonl"
-        kept.touch()
+        lines_file = Path(folder) / "lines.jsonl"
+        lines_file.touch()
         for name in options.scripts:
             print(f"{name} {' '.join(SCRIPTS[name])}".rstrip(), flush=True)
-            began = time.monotonic()
+            start = time.monotonic()
             command = [sys.executable, str(HERE / name), *SCRIPTS[name]]
-            if subprocess.run(command, env=os.environ | {KEPT: str(kept)}, check=False).returncode:
+            if subprocess.run(command, env=os.environ | {LINES_FILE: str(lines_file)}, check=False).returncode:
                 failed.append(name)
-            print(f"({(time.monotonic() - began) / 60:.1f} min)\n", flush=True)
-        lines = [json.loads(text) for text in kept.read_text().splitlines()]
-    kept_on = [old for old in before if old["script"] in SCRIPTS and old["script"] not in options.scripts]
-    lines = sorted([*kept_on, *lines], key=lambda one: list(SCRIPTS).index(one["script"]))
-    show(lines)
+            print(f"({(time.monotonic() - start) / 60:.1f} min)\n", flush=True)
+        lines = [json.loads(text) for text in lines_file.read_text().splitlines()]
+    kept = [line for line in previous if line["script"] in SCRIPTS and line["script"] not in options.scripts]
+    lines = sorted([*kept, *lines], key=lambda line: list(SCRIPTS).index(line["script"]))
+    print_table(lines)
     if options.out:
         machine = {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__}
         text = json.dumps({"version": __version__, **machine, "lines": lines}, indent=1) + "\n"
         options.out.write_text(text)
-    missed = [f"{kept['script']}: {kept['what']}" for kept in lines if kept["holds"] is False]
-    for what, names in (("failed", failed), ("missed its target", missed)):
+    missed = [f"{line['script']}: {line['what']}" for line in lines if line["holds"] is False]
+    for outcome, names in (("failed", failed), ("missed its target", missed)):
         for name in names:
-            print(f"{what}: {name}")
+            print(f"{outcome}: {name}")
     sys.exit(bool(failed))
 
 

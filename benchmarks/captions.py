@@ -1,4 +1,4 @@
-"""Captions of the kind and the lengths that those from the web have: most between 5 and 15 words, a few far longer."""
+"""Captions with the content and lengths of web captions: most of 5 to 15 words, a few much longer."""
 
 CAPTIONS = """a dog running on the beach
 sunset over the lake
@@ -11,7 +11,7 @@ a man in a blue suit speaks into a microphone during a press conference at the c
 snow-covered mountains
 interior of a modern kitchen with white cabinets and a large window
 footballer celebrates with team mates after scoring the second goal
-seamless pattern with colourful flowers and leaves on a dark background
+seamless pattern with colorful flowers and leaves on a dark background
 children play in the fountain on a hot summer day
 the bridge at night, with the lights of the city reflected in the river
 close up of a bee on a yellow flower
@@ -19,7 +19,7 @@ a bowl of soup with bread
 actor attends the premiere of his new film at the festival
 how to build a bookshelf from old crates: step one is to sand the boards, step two to paint them, and step three to screw them \
 together before you hang the whole thing on the wall of your living room
-red double-decker bus driving through the centre of the city
+red double-decker bus driving through the center of the city
 birthday cake with candles
 tourists walk along the narrow streets of the old town
 a herd of elephants crossing the river at dawn
@@ -32,4 +32,4 @@ a boy flies a kite in a field of tall grass
 fishing boats in the harbour on a foggy morning
 antique silver ring with a green stone
 a group of friends having dinner outdoors under string lights
-my favourite pair of shoes""".replace("\\\n", "").splitlines()
+my favorite pair of shoes""".replace("\\\n", "").splitlines()

@@ -1,10 +1,10 @@
-"""How a step's cost grows: time and tensors against the batch, and time against the number of processes.
+"""Scaling of the cost per step: time and memory with the batch size, and time with the number of processes.
 
-Against the batch: a pair's time in a step over that in a step of the smallest batch, and the peak of the tensors of a step over that of
-the smallest, whole and in slices of 64 (`--micro-batch`). Against processes: a step of the same global batch on one thread of one process,
-over one on two processes of a thread each; two would be perfect. Model and batch of gradient_caching.py.
+Batch size: the time per pair and the peak tensor memory of a step, relative to the smallest batch, at once and in micro-batches of 64
+(`--micro-batch`). Processes: the time of a step on one process with one thread, over the time with the same global batch on two
+processes with one thread each; 2 would be perfect. The model and the batch are those of gradient_caching.py.
 
-Against the size of the data: data_at_scale.py.
+For scaling with the dataset size, see data_at_scale.py.
 
 Run: python benchmarks/cost_curves.py [METHOD …] [--largest 1024] [--repeats 3]
 """
@@ -47,26 +47,26 @@ def against_batch(name: str, model: str, largest: int, repeats: int) -> None:
     sizes = [SMALLEST << power for power in range((largest // SMALLEST).bit_length())]
     batches = {size: repeated(smallest, size) for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in sizes}
-    for turn in range(1 + repeats):  # sizes take turns; the first is not counted
+    for turn in range(1 + repeats):  # sizes alternate; the first turn is a warm-up
         for size, batch in batches.items():
-            spent = timed(lambda batch=batch: step(method, batch)) / size  # type: ignore[misc]
+            seconds = timed(lambda batch=batch: step(method, batch)) / size  # type: ignore[misc]
             if turn:
-                times[size].append(spent)
+                times[size].append(seconds)
 
     def peak(size: int, slices: int | None) -> float:
         with TensorPeak() as tensors:
             step(method, batches[size], size=slices)
         return tensors.peak
 
-    base = peak(SMALLEST, None)
+    base_peak = peak(SMALLEST, None)
     for size in sizes:
-        more = f"tensors × {peak(size, None) / base:.2f}, in slices of {SLICE} × {peak(size, SLICE) / base:.2f}"
-        ratios = [one / other for one, other in zip(times[size], times[SMALLEST])]
-        line(f"{name}, a pair's time in a batch of {size:,} over one of {SMALLEST}", ratios, more=more)
+        more = f"tensors × {peak(size, None) / base_peak:.2f}, in micro-batches of {SLICE} × {peak(size, SLICE) / base_peak:.2f}"
+        ratios = [seconds / base for seconds, base in zip(times[size], times[SMALLEST])]
+        line(f"{name}, time per pair at batch {size:,} over batch {SMALLEST}", ratios, more=more)
 
 
-def own_share(rank: int, size: int, port: int, name: str, model: str, repeats: int, out: str) -> None:
-    """In a process of its own: the seconds of its steps on its share of the batch."""
+def run_rank(rank: int, size: int, port: int, name: str, model: str, repeats: int, out: str) -> None:
+    """Runs in its own process: measures the seconds of each step on its share of the batch."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -75,29 +75,29 @@ def own_share(rank: int, size: int, port: int, name: str, model: str, repeats: i
     method = build(name, model)
     rows = SHARED // size
     batch = make_batch(method.view_plan, SHARED)[slice(rank * rows, (rank + 1) * rows)]
-    spent = []
+    seconds = []
     for _ in range(1 + repeats):
         world.barrier()
         start = time.perf_counter()
         step(method, batch, world)
         world.barrier()
-        spent.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     if rank == 0:
-        Path(out).write_text(json.dumps(spent[1:]))
+        Path(out).write_text(json.dumps(seconds[1:]))
     if size > 1:
         dist.destroy_process_group()
 
 
 def against_processes(name: str, model: str, repeats: int) -> None:
-    found = []
+    times = []
     for size in (1, 2):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         out = Path(model).with_name(f"{name}-{size}.json")
-        multiprocessing.spawn(own_share, (size, port, name, model, repeats, str(out)), nprocs=size)
-        found.append(json.loads(out.read_text()))
-    line(f"{name}'s step on one process over two", [one / two for one, two in zip(*found)])
+        multiprocessing.spawn(run_rank, (size, port, name, model, repeats, str(out)), nprocs=size)
+        times.append(json.loads(out.read_text()))
+    line(f"{name}, time of a step on one process over two", [one / two for one, two in zip(*times)])
 
 
 def main() -> None:

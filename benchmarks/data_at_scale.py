@@ -1,8 +1,8 @@
-"""What a data set of many millions in tar shards takes before the first step: memory and time, of the index that is there already.
+"""Memory and time before the first step for millions of samples in tar shards that are already indexed.
 
-The shards are empty files of the right size with true index files beside them, so that as many samples fit on a small disk. Measured are
-the growth of the process's memory, its peak, and the time to open, to split for the first time and again, and to place a batch in the
-order of an epoch. No peer: webdataset and img2dataset's readers keep no index, and shuffle within a buffer.
+The shards are empty files of the right size with real index files beside them, so that millions of samples fit on a small disk. Measured:
+the growth of the process's memory, its peak, and the time to open the dataset, to split it (the first time and again), and to look up
+a batch in the order of an epoch. There is no peer: the readers of webdataset and img2dataset keep no index and shuffle within a buffer.
 
 Run: python benchmarks/data_at_scale.py [--millions 5] [--shards 500]
 """
@@ -22,9 +22,9 @@ import numpy as np
 from lines import line
 from memory import clear_peak, peak
 
-from coalign.data import shard_index
-from coalign.data.order import order
-from coalign.data.shards import open_shards
+from coalign.data.loading.order import order
+from coalign.data.sources import shard_index
+from coalign.data.sources.shards import open_shards
 from coalign.data.splits import assign_splits
 
 MB_PER_MILLION = 16.0  # the target
@@ -36,7 +36,7 @@ def write_shards(folder: Path, samples: int, shards: int) -> None:
         path, count = folder / f"{number:05d}.tar", samples // shards
         with open(path, "wb") as file:
             file.truncate(count * 60_000)
-        starts = np.full((count, 3), shard_index.NONE, np.uint32)
+        starts = np.full((count, 3), shard_index.MISSING, np.uint32)
         starts[:, :2] = np.arange(2 * count, dtype=np.uint32).reshape(count, 2) * 50
         keys, images, captions = (rng.integers(0, 2**63, count).astype(np.uint64) for _ in range(3))
         index = shard_index.ShardIndex(starts, [], keys, images, captions, np.ones(count, np.uint32))
@@ -44,29 +44,30 @@ def write_shards(folder: Path, samples: int, shards: int) -> None:
 
 
 def resident() -> float:
-    """GB."""
+    """Returns the resident set in GB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def measure(folder: str) -> dict[str, float]:
-    """In a process of its own: seconds of each part, and GB."""
+    """Runs in its own process. Returns the seconds of each part, and the GB of memory."""
     order(1000, 0, 0)[np.arange(10)]
     before = resident()
     clear_peak()
-    found = {}
+    results = {}
 
     def timed(name: str, work):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
         result = work()
-        found[name] = time.perf_counter() - start
+        results[name] = time.perf_counter() - start
         return result
 
     source = timed("open", lambda: open_shards(folder))
-    parts = timed("split", lambda: assign_splits(source, 0.01)[0])
+    splits = timed("split", lambda: assign_splits(source, 0.01)[0])
     timed(
-        "place 4,096 of an epoch", lambda: parts["train"][order(len(parts["train"]), 0, 3)[np.arange(10_000, 14_096)]]
+        "look up 4,096 samples of an epoch",
+        lambda: splits["train"][order(len(splits["train"]), 0, 3)[np.arange(10_000, 14_096)]],
     )
-    return {**found, "resident": resident() - before, "peak": peak() - before}
+    return {**results, "resident": resident() - before, "peak": peak() - before}
 
 
 def main() -> None:
@@ -89,14 +90,14 @@ def main() -> None:
             for _ in range(2)
         )
     print(f"{samples / 1e6:g} million samples in {args.shards} shards")
-    for what, found in (("the first time, when the split is drawn", first), ("from then on", again)):
-        memory = " and at most ".join(f"{found[name] * 1024 / samples * 1e6:.1f}" for name in ("resident", "peak"))
+    for label, results in (("first opening, with the split", first), ("second opening", again)):
+        memory = ", peak ".join(f"{results[name] * 1024 / samples * 1e6:.1f}" for name in ("resident", "peak"))
         seconds = ", ".join(
-            f"{name} {value:.3g} s" for name, value in found.items() if name not in ("resident", "peak")
+            f"{name} {value:.3g} s" for name, value in results.items() if name not in ("resident", "peak")
         )
-        print(f"  {what}: MB A MILLION {memory}; {seconds}")
+        print(f"  {label}: MB per million samples {memory}; {seconds}")
     line(
-        "MB a million samples, from the second opening on",
+        "MB per million samples, second opening",
         [again["resident"] * 1024 / samples * 1e6],
         at_most=MB_PER_MILLION,
     )

@@ -1,10 +1,10 @@
-"""What gradient caching (`--micro-batch`) costs, for every method: memory from a batch of 256 to one of 4,096, and time at equal batch.
+"""Overhead of gradient caching (`--micro-batch`) for every method: memory growth from batch 256 to 4,096, and time at equal batch size.
 
-Memory: the peak of the tensors of one step, beside the batch itself, at both sizes in slices of 64; their difference over what features,
-teachers' features, their gradients and the objective's activations take. The large batch repeats the small one's captions, so that no
-slice is longer. Time: a step in slices over
-the same step whole, at the batch of 256, taking turns; a third pass over the encoders for two would be 1.33 without any other cost, and
-teachers run once. Model: 4 layers of width 256, 64-pixel images in patches of 16; the papers' heads; queues of 4,096, filled.
+Memory: the growth of a step's peak tensor memory (without the batch) between the two sizes, in micro-batches of 64, over the growth of
+features, teachers' features, their gradients and the objective's activations. The large batch repeats the small one's captions, so that no
+micro-batch is longer. Time: a step in micro-batches over the same step at once, at batch 256, alternating. Three passes over the encoders
+instead of two would be 1.33 without any other cost; teachers run once. Model: 4 layers of width 256, 64-pixel images in patches of 16, the
+papers' heads, full queues of 4,096.
 
 Run: python benchmarks/gradient_caching.py [METHOD …] [--repeats 3] [--threads 1]
 """
@@ -25,7 +25,7 @@ from step_overhead import CONTEXT, PATCH, SIDE, WORLD, fill_queues, make_batch, 
 from coalign.config import from_json
 from coalign.method import Method
 from coalign.methods import METHODS, config_class, method_class
-from coalign.networks.towers import TowerSpec
+from coalign.networks.towers.spec import TowerSpec
 from coalign.training.distributed import RankGather
 from coalign.training.step import forward_backward
 from coalign.types import Batch, Features, StepInfo
@@ -50,8 +50,8 @@ def build(name: str, model: str) -> Method:
     return method
 
 
-def counted(method: Method, batch: Batch) -> float:
-    """GB of features, teachers' features, gradients and the objective's activations of a batch."""
+def required_memory(method: Method, batch: Batch) -> float:
+    """Returns the GB of features, teachers' features, gradients and the objective's activations of a batch."""
     size = len(batch)
     saved: dict[int, int] = {}
 
@@ -59,21 +59,23 @@ def counted(method: Method, batch: Batch) -> float:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def parts(encode, count) -> list[Features]:  # type: ignore[no-untyped-def]
+    def encode_slices(encode, count) -> list[Features]:  # type: ignore[no-untyped-def]
         with torch.no_grad():
             return [encode(batch[slice(start, start + SLICE)], INFO) for start in range(0, count, SLICE)]
 
     features, targets = (
         {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]} if pieces[0] else {}
-        for pieces in (parts(method.encode, size), parts(method.encode_targets, size))
+        for pieces in (encode_slices(method.encode, size), encode_slices(method.encode_targets, size))
     )
     features = {name: t.requires_grad_(t.is_floating_point()) for name, t in features.items()}
     known = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
-    held = sum(t.nbytes for t in targets.values()) + sum(t.nbytes * (1 + t.requires_grad) for t in features.values())
+    feature_bytes = sum(t.nbytes for t in targets.values()) + sum(
+        t.nbytes * (1 + t.requires_grad) for t in features.values()
+    )
     known |= {t.untyped_storage().data_ptr() for t in (*features.values(), *targets.values())}
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         method.objective(features, targets, RankGather(WORLD), INFO)
-    return (held + sum(size for pointer, size in saved.items() if pointer not in known)) / 2**30
+    return (feature_bytes + sum(size for pointer, size in saved.items() if pointer not in known)) / 2**30
 
 
 def step(method: Method, batch, slices: int | None) -> None:  # type: ignore[no-untyped-def]
@@ -84,34 +86,35 @@ def step(method: Method, batch, slices: int | None) -> None:  # type: ignore[no-
 
 
 def repeated(batch: Batch, size: int) -> Batch:
-    """The rows of a batch again and again, as other samples with other captions."""
+    """Repeats the rows of a batch up to `size`, as different samples with different captions."""
     rows = torch.arange(size)
     return replace(batch[rows % len(batch)], indices=rows, caption_ids=rows)  # type: ignore[index]
 
 
 def step_peak(name: str, model: str, size: int) -> tuple[float, float]:
-    """GB of the tensors of a step at most, and of those that its size must cost."""
+    """Returns the peak tensor memory of a step and the memory that its batch size requires, in GB."""
     method = build(name, model)
     batch = make_batch(method.view_plan, SMALL)
-    step(method, batch[slice(0, SLICE)], SLICE // 2)  # gradients and what libraries keep
+    step(method, batch[slice(0, SLICE)], SLICE // 2)  # allocates gradients and libraries' workspaces
     batch = repeated(batch, size)
     with TensorPeak() as tensors:
         step(method, batch, SLICE)
-    return tensors.peak, counted(method, batch)
+    return tensors.peak, required_memory(method, batch)
 
 
 def measure(name: str, model: str, repeats: int) -> None:
-    (small, small_counted), (large, large_counted) = (step_peak(name, model, size) for size in (SMALL, LARGE))
+    (small, small_required), (large, large_required) = (step_peak(name, model, size) for size in (SMALL, LARGE))
     method = build(name, model)
     batch = make_batch(method.view_plan, SMALL)
     pairs = [
         (timed(lambda: step(method, batch, SLICE)), timed(lambda: step(method, batch, None)))
         for _ in range(1 + repeats)
     ]
-    print(f"{name}: {small * 1024:.0f} MB in a step of {SMALL:,}, {large * 1024:.0f} MB in one of {LARGE:,}")
-    growth = (large - small) / (large_counted - small_counted)
-    line(f"{name} in slices, growth of memory over features and heads", [growth], at_most=MEMORY)
-    line(f"{name} in slices, time over the whole step's", [sliced / whole for sliced, whole in pairs[1:]], at_most=TIME)
+    print(f"{name}: {small * 1024:.0f} MB at batch {SMALL:,}, {large * 1024:.0f} MB at batch {LARGE:,}")
+    growth = (large - small) / (large_required - small_required)
+    line(f"{name} in micro-batches, memory growth over features and heads", [growth], at_most=MEMORY)
+    ratios = [sliced / whole for sliced, whole in pairs[1:]]
+    line(f"{name} in micro-batches, time over the step at once", ratios, at_most=TIME)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""The linear probe's search for its penalty, against the exhaustive sweep that it stands for.
+"""The linear probe's search for the penalty, compared with an exhaustive sweep.
 
-Ours tries λ by the parametric binary search (DeCLIP, App. D); the sweep fits scikit-learn's logistic regression at all 97 steps from
-1e-6 to 1e6. Both learn from the same features, scikit-learn's digits, and fit once more at the λ that they found. RATIO is the sweep's
-processor time over ours; the accuracies stand beside it.
+Ours is a parametric binary search over λ (DeCLIP, App. D); the sweep fits scikit-learn's logistic regression at all 97 values from 1e-6 to
+1e6. Both use the same features, scikit-learn's digits, and fit once more with the best λ. RATIO is the sweep's CPU time over ours; both
+accuracies are printed.
 
 Run: python benchmarks/linear_probe.py
 """
@@ -15,17 +15,17 @@ import numpy as np
 from lines import line
 from sklearn.datasets import load_digits
 
-from coalign.evaluation.accuracy import Part
-from coalign.evaluation.linear_probe import STEPS, best_penalty, fit, linear_probe, penalty_of, validation_score
+from coalign.evaluation.probes.accuracy import FeatureSplit
+from coalign.evaluation.probes.linear import STEPS, best_penalty, fit, linear_probe, penalty_at, validation_score
 
 TARGET = 5.0
 
 
-def exhaustive(train: Part, val: Part, test: Part) -> float:
-    """The accuracy on `test` by the best λ of all."""
+def exhaustive(train: FeatureSplit, val: FeatureSplit, test: FeatureSplit) -> float:
+    """Returns the accuracy on `test` with the best of all λ."""
     scores = {}
     for step in range(STEPS + 1):
-        penalty = penalty_of(step)
+        penalty = penalty_at(step)
         scores[penalty] = validation_score(fit(*train, penalty), val)
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     return float((fit(*both, best_penalty(scores)).predict(test[0]) == test[1]).mean())
@@ -42,9 +42,9 @@ def main() -> None:
     theirs = exhaustive(train, val, test)
     end = time.process_time()
     print(
-        f"accuracy: search {ours.top1.value:.4f} with {len(ours.searched)} penalties | sweep {theirs:.4f} with {STEPS + 1}"
+        f"accuracy: search {ours.top1.value:.4f} with {len(ours.scores)} penalties | sweep {theirs:.4f} with {STEPS + 1}"
     )
-    line("the probe's sweep over our search, time", [(end - middle) / (middle - start)], at_least=TARGET)
+    line("linear probe, time of the sweep over our search", [(end - middle) / (middle - start)], at_least=TARGET)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The search for nearest neighbours in a full queue of 65,536 texts, as a share of DeCLIP's training step at ViT-B/32.
+"""Time of the nearest-neighbor search in a full queue of 65,536 texts, as a share of DeCLIP's training step with ViT-B/32.
 
-A step is what the trainer takes: two image views, two text views, masked language modelling, all losses and the look-ups, backward,
-AdamW, and the new rows into the queue. Captions have 16 tokens each, about the average of captions from the web; embeddings have the
-paper's 1,024 dimensions. The look-ups are timed where they are called, inside the step; `released_code` searches for both text views,
-`paper` for one. The first step is not counted. On one thread (the default) processor time is measured, so that other programs disturb
-little; on more, and on a GPU, time on the wall.
+A step is the trainer's: two image views, two text views, masked language modeling, all losses and the look-ups, backward, AdamW, and the
+queue update. Captions have 16 tokens each, about the average of web captions; embeddings have the paper's 1,024 dimensions. The look-ups
+are timed inside the step; `released_code` searches for both text views, `paper` for one. The first step is a warm-up. With one thread (the
+default), CPU time is measured, so that other programs hardly affect it; with more, and on a GPU, wall-clock time.
 
 Run: python benchmarks/queue_lookup.py [--batch-size 32] [--steps 3] [--threads 1] [--device cpu] [--model DeCLIP-ViT-B-32]
 """
@@ -20,10 +19,11 @@ import torch
 from lines import line
 from torch.nn import functional as F
 
-from coalign.methods import declip
-from coalign.networks.towers import TowerSpec
-from coalign.optim import OptimiserConfig, build_optimisers
-from coalign.recipes.declip import DeCLIPConfig
+from coalign.config import OptimizerConfig
+from coalign.methods.declip import method as declip
+from coalign.methods.declip.config import DeCLIPConfig
+from coalign.networks.towers.spec import TowerSpec
+from coalign.optim import build_optimizers
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
 from coalign.types import Batch, ImageView, StepInfo, TextView
@@ -32,7 +32,7 @@ VOCABULARY, TOKENS, TARGET = 49_408, 16, 0.03
 
 
 def make_batch(method: declip.DeCLIP, size: int, device: torch.device) -> Batch:
-    """Random pixels and tokens, which cost what others cost."""
+    """Random pixels and tokens; their values do not affect the time."""
     side = method.image.image_size
     images = {
         name: ImageView(torch.randint(256, (size, 3, side, side), dtype=torch.uint8), torch.zeros(size, 11))
@@ -48,7 +48,7 @@ def make_batch(method: declip.DeCLIP, size: int, device: torch.device) -> Batch:
 
 
 class Stopwatch:
-    """A function that adds up the seconds spent in it."""
+    """Wraps a function and adds up the seconds spent in it."""
 
     def __init__(self, function: Callable[..., Any], clock: Callable[[], float]) -> None:
         self.function, self.clock, self.seconds = function, clock, 0.0
@@ -70,32 +70,32 @@ def measure(pairs: str, options: argparse.Namespace) -> None:
         return time.process_time() if alone else time.perf_counter()
 
     torch.manual_seed(0)
-    config = DeCLIPConfig(neighbour_pairs=pairs)  # type: ignore[arg-type]
+    config = DeCLIPConfig(neighbor_pairs=pairs)  # type: ignore[arg-type]
     method = declip.DeCLIP(config, TowerSpec(options.model, VOCABULARY)).train().to(device)
     while method.queue.fill < 1:
         embeds = F.normalize(torch.randn(4096, method.image.embed_dim), dim=-1).to(device)
         ids = torch.randint(2**62, (4096,), device=device)
         method.queue.push(embeds=embeds, indices=ids, caption_ids=ids)
     batch = make_batch(method, options.batch_size, device)
-    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
+    optimizers = build_optimizers(method.parameter_groups(), OptimizerConfig(), method)
     world, info = World(0, 1, device), StepInfo(500, 1000)
-    shares, lookup = [], Stopwatch(declip.nearest_neighbours, clock)
-    declip.nearest_neighbours, original = lookup, declip.nearest_neighbours
+    shares, lookup = [], Stopwatch(declip.nearest_neighbors, clock)
+    declip.nearest_neighbors, original = lookup, declip.nearest_neighbors
     try:
         for number in range(1 + options.steps):
             lookup.seconds, start = 0.0, clock()
             result = forward_backward(method, batch, info, world)
-            optimisers.step()
+            optimizers.step()
             method.after_step(result.features, result.targets, RankGather(world), info)
-            optimisers.zero_grad()
+            optimizers.zero_grad()
             step = clock() - start
-            assert result.terms["nns"] > 0, "no neighbours were found"
+            assert result.terms["nns"] > 0, "no neighbors were found"
             if number:
                 shares.append(lookup.seconds / step)
     finally:
-        declip.nearest_neighbours = original
-    print(f"{pairs}\n  a step {step:.3g} s, of which look-ups {lookup.seconds:.3g} s (the last step)")
-    line(f"look-up of neighbours over the step, {pairs}", shares, at_most=TARGET)
+        declip.nearest_neighbors = original
+    print(f"{pairs}\n  last step {step:.3g} s, of which look-ups {lookup.seconds:.3g} s")
+    line(f"neighbor look-up over the step, {pairs}", shares, at_most=TARGET)
 
 
 def main() -> None:

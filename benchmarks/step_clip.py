@@ -1,13 +1,13 @@
-"""One CLIP ViT-B/32 training step on this machine's CPU: ours against open_clip's, on the same batch, weights and precision.
+"""One CLIP ViT-B/32 training step on the CPU: ours compared with open_clip's, with the same batch, weights and precision.
 
-A step is forward, loss, backward, optimiser, clamp of the scale. open_clip's is its own `train_one_epoch` over a loader of one batch
-(captions padded to 77 tokens, images already normalised to floats, AdamW as its `main` builds it); ours is what the trainer does
-(captions as they are, uint8 images normalised in the step, gradient norm, fused AdamW, freed memory kept). Each trains in a process of
-its own, from the same weights, taking turns, and must find the same losses in the first steps, the optimiser's steps included; the first
-is not timed. The ratio is that of neighbouring steps.
+A step is forward, loss, backward, optimizer, and clamping of the scale. open_clip's is its own `train_one_epoch` on a loader of one batch
+(captions padded to 77 tokens, images already normalized to floats, AdamW as in its `main`). Ours is the trainer's (captions without
+padding, uint8 images normalized in the step, gradient norm, fused AdamW, freed memory kept). Each trains in its own process, from the same
+weights, alternating, and the losses of the first steps must agree, optimizer steps included. The first step is not timed. A ratio is of
+neighboring steps.
 
-On one thread (the default) processor time is measured, so that other programs disturb little; on more, time on the wall. A processor
-without AMX or AVX512-BF16 emulates bf16: look at fp32 there.
+With one thread (the default), CPU time is measured, so that other programs hardly affect it; with more, wall-clock time. A processor
+without AMX or AVX512-BF16 emulates bf16: use the fp32 numbers there.
 
 Run: python benchmarks/step_clip.py [--data DATA] [--precision bf16] [--threads 1] [--repeats 5]
 """
@@ -37,28 +37,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from coalign.data.sources import open_source
-from coalign.data.tokenizer import load_tokenizer
-from coalign.methods.clip import CLIP
-from coalign.networks.towers import TowerSpec
-from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
-from coalign.recipes.clip import CLIPConfig
-from coalign.run.cost import CPU_ATTENTION
+from coalign.config import OptimizerConfig
+from coalign.data.sources.open import open_source
+from coalign.data.text.tokenizer import load_tokenizer
+from coalign.methods.clip.config import CLIPConfig
+from coalign.methods.clip.method import CLIP
+from coalign.networks.towers.spec import TowerSpec
+from coalign.optim import build_optimizers, clip_gradients
 from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
 from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch, ImageView, StepInfo, TextView
+from coalign.workflows.train.step_cost import CPU_ATTENTION
 
 MODEL, CONTEXT, LR, DECAY = "ViT-B-32", 77, 5e-4, 0.2
-PRECISIONS = {"bf16": "amp_bf16", "fp32": "fp32"}  # our name: open_clip's
+PRECISIONS = {"bf16": "amp_bf16", "fp32": "fp32"}  # our name -> open_clip's
 LOSS_TOLERANCE = {"bf16": 2e-2, "fp32": 2e-4}
-LOSS_STEPS = 3  # are compared
-Step = Callable[[], float]  # trains once, returns the loss
+LOSS_STEPS = 3  # number of steps whose losses are compared
+Step = Callable[[], float]  # runs a training step and returns its loss
 
 
 def make_batch(captions: list[str]) -> Batch:
-    """Our batch: these captions and random pixels, which cost what others cost."""
+    """Our batch: the captions, with random pixels; their values do not affect the time."""
     ids, lengths = load_tokenizer("clip")(captions, CONTEXT)
     size = len(captions)
     pixels = torch.randint(256, (size, 3, 224, 224), dtype=torch.uint8)
@@ -78,7 +79,7 @@ def read_captions(data: str, size: int) -> list[str]:
 
 
 def peer_step(captions: list[str], batch: Batch, precision: str) -> tuple[Step, torch.nn.Module]:
-    """open_clip's training step, and its model."""
+    """Returns open_clip's training step and its model."""
     args = params.parse_args(
         ["--model", MODEL, "--device", "cpu", "--precision", PRECISIONS[precision], "--batch-size", str(len(captions))]
     )
@@ -86,9 +87,10 @@ def peer_step(captions: list[str], batch: Batch, precision: str) -> tuple[Step, 
     device = init_distributed_device(args)
     torch.manual_seed(0)
     model = open_clip.create_model(MODEL, precision=args.precision, device=device, output_dict=True)
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # by its rule: norms, biases, class embedding, scale
+    # by open_clip's rule: norms, biases, class embedding, scale
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": args.wd}],
         lr=args.lr,
         betas=(args.beta1, args.beta2),
@@ -99,19 +101,19 @@ def peer_step(captions: list[str], batch: Batch, precision: str) -> tuple[Step, 
     images = (batch.images["image"].pixels / 255 - mean) / std
     ids = open_clip.get_tokenizer(MODEL)(captions)
     ours = batch.texts["caption"].ids
-    assert torch.equal(ids[:, : ours.shape[1]], ours), "the tokenizers disagree"
+    assert torch.equal(ids[:, : ours.shape[1]], ours), "the tokenizers differ"
     loader = OneBatch((images, ids))
     data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
 
     def step() -> float:
-        train.train_one_epoch(model, data, loss, 0, optimiser, None, None, None, args)
+        train.train_one_epoch(model, data, loss, 0, optimizer, None, None, None, args)
         return loss.value
 
     return step, model
 
 
 class RecordingLoss:
-    """open_clip's loss, remembering its value."""
+    """open_clip's loss, with its last value."""
 
     def __init__(self, loss: Callable[..., dict[str, Tensor]]) -> None:
         self.loss, self.value = loss, float("nan")
@@ -123,7 +125,7 @@ class RecordingLoss:
 
 
 class OneBatch(list):
-    """A data loader of one batch, as `train_one_epoch` wants it."""
+    """A data loader of one batch, for `train_one_epoch`."""
 
     def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
         super().__init__([batch])
@@ -131,23 +133,23 @@ class OneBatch(list):
 
 
 def our_step(batch: Batch, precision: str) -> tuple[Step, CLIP]:
-    """Our training step, as the trainer takes it, and our model."""
+    """Returns our training step, as in the trainer, and our model."""
     torch.manual_seed(0)
     method = CLIP(CLIPConfig(), TowerSpec(MODEL, load_tokenizer("clip").vocab_size, CONTEXT))
     method.train().to(memory_format=torch.channels_last)
-    config = OptimiserConfig(lr=LR, start_lr=LR, final_lr=LR, weight_decay=DECAY, betas=(0.9, 0.98), eps=1e-6)
-    optimisers = build_optimisers(method.parameter_groups(), config, method)
-    parameters = optimisers.parameters()
+    config = OptimizerConfig(lr=LR, start_lr=LR, final_lr=LR, weight_decay=DECAY, betas=(0.9, 0.98), eps=1e-6)
+    optimizers = build_optimizers(method.parameter_groups(), config, method)
+    parameters = optimizers.parameters()
     world = World(0, 1, torch.device("cpu"))
     gather, autocast, info = RankGather(world), autocast_dtype(precision, world.device), StepInfo(0, 1000)
 
     def step() -> float:
-        optimisers.set_lr(info.step, info.total_steps)
+        optimizers.set_lr(info.step, info.total_steps)
         result = forward_backward(method, batch, info, world, autocast=autocast)
         assert torch.isfinite(clip_gradients(parameters, None))
-        optimisers.step()
+        optimizers.step()
         method.after_step(result.features, result.targets, gather, info)
-        optimisers.zero_grad()
+        optimizers.zero_grad()
         return result.loss
 
     return step, method
@@ -155,7 +157,7 @@ def our_step(batch: Batch, precision: str) -> tuple[Step, CLIP]:
 
 @torch.no_grad()
 def copy_weights(theirs: dict[str, Tensor], method: CLIP) -> None:
-    """Puts open_clip's weights into our model."""
+    """Copies open_clip's weights to our model."""
     visual = {name.removeprefix("visual."): value for name, value in theirs.items() if name.startswith("visual.")}
     method.image.projection.weight.copy_(visual.pop("proj").T)
     method.image.trunk.load_state_dict(visual)
@@ -169,7 +171,7 @@ def copy_weights(theirs: dict[str, Tensor], method: CLIP) -> None:
 
 
 class Side:
-    """One side in a process of its own, since the allocator's settings are a process's; it takes a step when it is told to."""
+    """One side, in its own process (the allocator's settings are per process), which runs one step per request."""
 
     def __init__(self, name: str, captions: list[str], precision: str, weights: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -177,15 +179,15 @@ class Side:
         arguments = (name, captions, precision, weights, torch.get_num_threads(), other)
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
-        self.pipe.recv()  # it is ready
+        self.pipe.recv()  # "ready"
 
     def step(self) -> tuple[float, float]:
-        """Seconds of one step, and its loss."""
+        """Runs a step. Returns its seconds and its loss."""
         self.pipe.send("step")
         return self.pipe.recv()
 
     def close(self) -> tuple[float, float, float]:
-        """Ends it: gigabytes that it held at most; of ours, a step's operations, and what products alone do a second."""
+        """Ends the process. Returns its peak memory in GB and, for ours, the FLOPs per step and the FLOP/s of matrix products alone."""
         self.pipe.send("end")
         return self.pipe.recv()
 
@@ -198,18 +200,18 @@ def serve(name: str, captions: list[str], precision: str, weights: Path, threads
         step, model = peer_step(captions, batch, precision)
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, weights)
     else:
-        keep_freed_memory()  # as the trainer does
+        keep_freed_memory()  # as in the trainer
         step, method = our_step(batch, precision)
         copy_weights(load_file(weights), method)
     pipe.send("ready")
     while pipe.recv() == "step":
         pipe.send(timed(step))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    pipe.send((memory, *((0.0, 0.0) if name == "open_clip" else of_limits(step, precision))))
+    pipe.send((memory, *((0.0, 0.0) if name == "open_clip" else measure_flops(step, precision))))
 
 
-def of_limits(step: Step, precision: str) -> tuple[float, float]:
-    """A step's operations, and the operations a second of products alone."""
+def measure_flops(step: Step, precision: str) -> tuple[float, float]:
+    """Returns the FLOPs of a step and the FLOP/s of matrix products alone."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         step()
     speed = product_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -217,7 +219,7 @@ def of_limits(step: Step, precision: str) -> tuple[float, float]:
 
 
 def compare(captions: list[str], precision: str, repeats: int) -> None:
-    """Prints both sides' losses, speed, peak memory, and the ratios."""
+    """Prints the losses, speed and peak memory of both sides, and the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         peer, ours = (
             Side(name, captions, precision, Path(folder) / "weights.safetensors") for name in ("open_clip", "coalign")
@@ -236,11 +238,11 @@ def compare(captions: list[str], precision: str, repeats: int) -> None:
         print(f"  {name:10s} {len(captions) / statistics.median(values):6.2f} pairs/s, peak memory {peak:.2f} GB")
     line(f"step of ViT-B/32 in {precision}, open_clip's time over ours", [a / b for a, b in times], at_least=1.5)
     line(f"step of ViT-B/32 in {precision}, open_clip's peak memory over ours", [memory[0] / memory[1]])
-    line(f"step of ViT-B/32 in {precision}, its operations over what products alone do in its time", shares)
+    line(f"step of ViT-B/32 in {precision}, FLOP/s over matrix products alone", shares)
 
 
 def timed(step: Step) -> tuple[float, float]:
-    """Seconds of one step, and its loss."""
+    """Runs a step. Returns its seconds and its loss."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     loss = step()
@@ -249,10 +251,10 @@ def timed(step: Step) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="take captions from here (anything `coalign train` takes); default: built in")
+    parser.add_argument("--data", help="dataset of the captions, as for `coalign train` (default: built-in captions)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precision", choices=list(PRECISIONS), help="default: one after the other")
+    parser.add_argument("--precision", choices=list(PRECISIONS), help="default: all, one after another")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -261,7 +263,7 @@ def main() -> None:
     lengths = [len(tokenizer.encode(caption, CONTEXT)) for caption in captions]
     average = statistics.mean(lengths)
     print(
-        f"{MODEL}, batch {size}, threads {options.threads}; captions of {average:.1f} tokens, the longest {max(lengths)}"
+        f"{MODEL}, batch {size}, threads {options.threads}; captions of {average:.1f} tokens on average, at most {max(lengths)}"
     )
     chosen = [options.precision] if options.precision else list(PRECISIONS)
     for precision in chosen:

@@ -1,10 +1,10 @@
-"""What a method's training step costs beyond the encoder passes that it cannot do without, for every method of the registry.
+"""Overhead of a training step over its encoder passes, for every method of the registry.
 
-The step is the trainer's: views' encoders, heads, losses, queues, teachers, backward, gradient norm, AdamW. Bare is the same towers called
-as often on the same inputs (the calls of one step are recorded), with projections, a sum in place of all losses, backward, gradient norm
-and AdamW on the towers; teachers without gradient. Model: width 384, 12 layers, 64-pixel images in patches of 16, text of width 384; the
-papers' heads, queues (filled) and vocabulary; captions as they come from the web, with the method's own text views. Both sides take turns;
-the first step of each is not timed. On one thread (the default) processor time is measured, so that other programs disturb little.
+The step is the trainer's: encoders, heads, losses, queues, teachers, backward, gradient norm, AdamW. The baseline is the encoder calls of
+one step, recorded and repeated on the same inputs, with projections, a sum instead of all losses, backward, gradient norm, and AdamW on the
+encoders; teachers without gradient. Model: width 384, 12 layers, 64-pixel images in patches of 16, text width 384; the papers' heads,
+queues (full) and vocabulary; web captions, with the method's own text views. Both sides alternate; the first step of each is not timed.
+With one thread (the default), CPU time is measured, so that other programs hardly affect it.
 
 Run: python benchmarks/step_overhead.py [METHOD …] [--batch-size 256] [--repeats 3] [--threads 1]
 """
@@ -24,13 +24,16 @@ from captions import CAPTIONS
 from lines import line
 from torch import Tensor, nn
 
-from coalign.data.text_views import text_view
-from coalign.data.tokenizer import load_tokenizer
+from coalign.config import OptimizerConfig
+from coalign.data.text.tokenizer import load_tokenizer
+from coalign.data.text.views import text_view
 from coalign.method import Method
 from coalign.methods import METHODS, config_class, method_class
 from coalign.networks.queue import FeatureQueue
-from coalign.networks.towers import ImageTower, TextTower, TowerSpec
-from coalign.optim import OptimiserConfig, build_optimisers, clip_gradients
+from coalign.networks.towers.image import ImageTower
+from coalign.networks.towers.spec import TowerSpec
+from coalign.networks.towers.text import TextTower
+from coalign.optim import build_optimizers, clip_gradients
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
 from coalign.types import NOT_MASKED, Batch, ImageView, StepInfo, TextView, ViewPlan
@@ -45,7 +48,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 def make_batch(plan: ViewPlan, size: int, side: int = SIDE, patch: int = PATCH) -> Batch:
-    """Random pixels, which cost what others cost, and real captions in the method's own views."""
+    """Random pixels, whose values do not affect the time, and real captions in the method's own views."""
     tokenizer, generator = load_tokenizer("clip"), np.random.default_rng(0)
     captions = [f"{CAPTIONS[row % len(CAPTIONS)]} {row // len(CAPTIONS) or ''}".strip() for row in range(size)]
     rows, grid = torch.arange(size), side // patch
@@ -83,21 +86,21 @@ def fill_queues(method: Method) -> None:
 
 
 def full_step(method: Method, batch: Batch) -> Callable[[], None]:
-    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
-    parameters, info = optimisers.parameters(), StepInfo(500, 1000)
+    optimizers = build_optimizers(method.parameter_groups(), OptimizerConfig(), method)
+    parameters, info = optimizers.parameters(), StepInfo(500, 1000)
 
     def step() -> None:
         result = forward_backward(method, batch, info, WORLD)
         assert torch.isfinite(clip_gradients(parameters, None))
-        optimisers.step()
+        optimizers.step()
         method.after_step(result.features, result.targets, RankGather(WORLD), info)
-        optimisers.zero_grad()
+        optimizers.zero_grad()
 
     return step
 
 
 def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[str]]:
-    """The towers' calls of one step, alone; and what they are."""
+    """Returns a step of the encoder calls alone, and a description of each call."""
     calls: list[tuple[nn.Module, tuple[Tensor, ...], dict[str, bool], bool]] = []
 
     def record(tower: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, bool]) -> None:
@@ -112,7 +115,7 @@ def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[st
     for hook in hooks:
         hook.remove()
     trained = {id(p): p for tower, _, _, grad in calls if grad for p in tower.parameters()}
-    optimisers = build_optimisers({"towers": list(trained.values())}, OptimiserConfig())
+    optimizers = build_optimizers({"towers": list(trained.values())}, OptimizerConfig())
 
     def step() -> None:
         sums = []
@@ -122,11 +125,11 @@ def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[st
                 pooled = features if isinstance(features, Tensor) else features.pooled
                 sums.append(tower.projection(pooled).sum())  # type: ignore[operator]
                 if not isinstance(features, Tensor) and features.tokens is not None:
-                    sums.append(features.tokens.sum())  # a masked language model's pass ends in every token
+                    sums.append(features.tokens.sum())  # masked language modeling uses all tokens
         torch.stack([total for total in sums if total.requires_grad]).sum().backward()
-        assert torch.isfinite(clip_gradients(optimisers.parameters(), None))
-        optimisers.step()
-        optimisers.zero_grad()
+        assert torch.isfinite(clip_gradients(optimizers.parameters(), None))
+        optimizers.step()
+        optimizers.zero_grad()
 
     kinds = [
         f"{'trained' if grad else 'teacher'} {'image' if isinstance(tower, ImageTower) else 'text'} × {len(inputs[0])}"
@@ -149,13 +152,13 @@ def measure(name: str, model: Path, size: int, repeats: int) -> None:
     fill_queues(method)
     batch = make_batch(method.view_plan, size)
     if not any(isinstance(module, ImageTower) for module in method.modules()):
-        print(f"{name}: has no image tower of its own, whose passes could be taken alone; not measured")
+        print(f"{name}: not measured, because it has no separate image encoder")
         return
     bare, kinds = bare_step(method, batch)
     full = full_step(method, batch)
     times = [(timed(full), timed(bare)) for _ in range(1 + repeats)][1:]
     print(f"{name}: {', '.join(kinds)}")
-    line(f"{name}'s step over its bare encoder passes", [one / other for one, other in times], at_most=TARGET)
+    line(f"{name}, step over its encoder passes", [step / passes for step, passes in times], at_most=TARGET)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""UniCLIP's loss, forward and backward, in tiles: against the dense version of open implementations, and against bare matrix products.
+"""UniCLIP's tiled loss, forward and backward, compared with the dense version of open implementations and with matrix products alone.
 
-2,048 pairs of three images and a text, 256 wide, float32. The dense version makes the matrix of all similarities, as its equation reads.
-The bare products are the four of that size that a loss in tiles seems to need: similarities, the same again for the gradient, and one for
-each side's. RATIO is the median of rounds in which the three take turns; memory is the growth of the process's peak, each in a process of
-its own. With --scale: ours on 8,192 pairs, which no dense version could hold.
+2,048 pairs of three images and a text, dimension 256, float32. The dense version computes the full similarity matrix, as in the equation.
+The matrix products are the four of that size that a tiled loss seems to need: the similarities, the same again for the gradient, and one
+for the gradient of each side. RATIO is the median of rounds in which the three alternate. Memory is the growth of the process's peak, each
+in its own process. With --scale: ours on 8,192 pairs, too many for a dense version.
 
 Run: python benchmarks/tiled_losses.py [--pairs 2048] [--rounds 5] [--threads 2] [--scale]
 """
@@ -32,7 +32,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def inputs(pairs: int) -> Inputs:
-    """Embeddings [pair, view, dim], 1/τ and b of the three combinations."""
+    """Returns embeddings [pair, view, dim], and 1/τ and b of the three domain combinations."""
     torch.manual_seed(0)
     embeds = F.normalize(torch.randn(pairs, IMAGES + TEXTS, DIM), dim=-1)
     return embeds.requires_grad_(), torch.tensor([14.0, 20.0, 10.0]).requires_grad_(), torch.zeros(3).requires_grad_()
@@ -40,12 +40,12 @@ def inputs(pairs: int) -> Inputs:
 
 def ours(values: Inputs) -> Tensor:
     embeds, scales, offsets = values
-    places = torch.arange(len(embeds))
-    return mp_nce(compare_views(embeds, embeds, scales[DOMAINS], offsets[DOMAINS], (places, places)), WEIGHTS)
+    positions = torch.arange(len(embeds))
+    return mp_nce(compare_views(embeds, embeds, scales[DOMAINS], offsets[DOMAINS], (positions, positions)), WEIGHTS)
 
 
 def dense(values: Inputs) -> Tensor:
-    """Eq. 12 of UniCLIP on the matrix of all similarities."""
+    """UniCLIP's Eq. 12 on the full similarity matrix."""
     embeds, scales, offsets = values
     pairs = len(embeds)
     logits = (torch.einsum("ivd,jwd->ivjw", embeds, embeds) - offsets[DOMAINS][:, None]) * scales[DOMAINS][:, None]
@@ -57,7 +57,7 @@ def dense(values: Inputs) -> Tensor:
 
 
 def products(values: Inputs) -> None:
-    """The four of all embeddings, in tiles of their own, so that memory is not what they wait for."""
+    """Four products of all embeddings, in tiles, so that memory does not limit them."""
     flat = values[0].detach().flatten(0, 1)
     for _ in range(4):
         for rows in flat.split(1024):
@@ -73,15 +73,15 @@ def step(loss: Callable[[Inputs], Tensor], values: Inputs) -> float:
     return float(total.detach())
 
 
-def growth(what: str, pairs: int, threads: int) -> float:
-    """GB that the peak of a fresh process grows by in one step."""
-    command = [sys.executable, __file__, "--measure", what, "--pairs", str(pairs), "--threads", str(threads)]
+def growth(version: str, pairs: int, threads: int) -> float:
+    """Returns the growth of a new process's peak memory in one step, in GB."""
+    command = [sys.executable, __file__, "--measure", version, "--pairs", str(pairs), "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure(what: str, pairs: int) -> None:
-    values, loss = inputs(pairs), {"ours": ours, "dense": dense}[what]
-    step(loss, inputs(64))  # what the libraries keep for themselves
+def measure(version: str, pairs: int) -> None:
+    values, loss = inputs(pairs), {"ours": ours, "dense": dense}[version]
+    step(loss, inputs(64))  # allocates libraries' workspaces
     clear_peak()
     before = peak()
     step(loss, values)
@@ -100,9 +100,13 @@ def main() -> None:
     if args.measure:
         return measure(args.measure, args.pairs)
     values = inputs(args.pairs)
-    one, other = step(ours, values), step(dense, values)
-    assert abs(one - other) <= 1e-5 * abs(other), (one, other)
-    runs = {"ours": lambda: step(ours, values), "dense": lambda: step(dense, values), "bare": lambda: products(values)}
+    tiled_loss, dense_loss = step(ours, values), step(dense, values)
+    assert abs(tiled_loss - dense_loss) <= 1e-5 * abs(dense_loss), (tiled_loss, dense_loss)
+    runs = {
+        "ours": lambda: step(ours, values),
+        "dense": lambda: step(dense, values),
+        "products": lambda: products(values),
+    }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.rounds):
         for name, run in runs.items():
@@ -114,10 +118,10 @@ def main() -> None:
         return [a / b for a, b in zip(times[name], times[over])]
 
     print(f"{args.pairs:,} pairs × {IMAGES + TEXTS} × {DIM}, {args.threads} thread(s), {args.rounds} rounds")
-    line("UniCLIP's loss, the dense version's time over ours", ratios("dense", "ours"), at_least=FASTER)
-    line("UniCLIP's loss, our time over four bare products'", ratios("ours", "bare"), at_most=PRODUCTS)
+    line("UniCLIP's loss, time of the dense version over ours", ratios("dense", "ours"), at_least=FASTER)
+    line("UniCLIP's loss, our time over four matrix products", ratios("ours", "products"), at_most=PRODUCTS)
     memory = {name: growth(name, args.pairs, args.threads) for name in ("ours", "dense")}
-    line("UniCLIP's loss, the dense version's memory over ours", [memory["dense"] / memory["ours"]], at_least=MEMORY)
+    line("UniCLIP's loss, memory of the dense version over ours", [memory["dense"] / memory["ours"]], at_least=MEMORY)
     if args.scale:
         line("UniCLIP's loss on 8,192 pairs, GB", [growth("ours", 8192, args.threads)], at_most=SCALE_GB)
 

@@ -1,9 +1,10 @@
-"""Image views per second on one core: decode, one weak and two strong 224-pixel views of 500 × 375 JPEGs.
+"""Image views per second on one core: decoding, one weak and two strong 224-pixel views of 500 × 375 JPEGs.
 
-Ours (`make_views`, parameters recorded, uint8 out) against SLIP's pipeline as its paper and code describe it, written with
-torchvision and Pillow, normalised floats out. Both in one process and one thread, on the same files, alternating; processor time,
-so that other programs disturb little. Then what `--image-cache` saves from the second epoch on, and what `--device-views` saves in a loader
-process beside it (a GPU's part is not counted). The photographs are made here: smooth noise at several scales, edges, grain.
+Ours (`make_views`, with recorded parameters and uint8 output) is compared with SLIP's pipeline as described in its paper and code, written
+with torchvision and Pillow, with normalized float output. Both run in one process and one thread, on the same files, alternating. CPU time
+is measured, so that other programs hardly affect it. Two more rows: the speed-up by `--image-cache` from the second epoch on, and by
+`--device-views` on top of it in a loader process (the GPU's work is not counted). The photos are synthetic: smooth noise at several scales,
+edges, and grain.
 
 Run: python benchmarks/views_3.py [--images 48] [--repeats 9]
 """
@@ -25,10 +26,10 @@ from lines import line
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision import transforms
 
-from coalign.data.image_cache import ImageCache
-from coalign.data.image_views import make_views
-from coalign.data.images import open_image
-from coalign.data.randomness import generator
+from coalign.data.images.cache import ImageCache
+from coalign.data.images.decode import open_image
+from coalign.data.images.views import make_views
+from coalign.randomness import generator
 from coalign.types import STRONG, WEAK
 
 SIZE = 224
@@ -36,7 +37,7 @@ POLICIES = {"base": WEAK, "first": STRONG, "second": STRONG}
 
 
 def photograph(seed: int, width: int = 500, height: int = 375) -> bytes:
-    """A JPEG of quality 90 with a photograph's mixture of smooth ground, texture and edges."""
+    """Returns a JPEG of quality 90 with smooth regions, texture and edges, like a photo."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), np.float32)
     for cell in (3, 8, 25, 80, 250):
@@ -48,23 +49,23 @@ def photograph(seed: int, width: int = 500, height: int = 375) -> bytes:
     draw = ImageDraw.Draw(image)
     for _ in range(12):
         x, y, w, h = (int(rng.integers(0, limit)) for limit in (width, height, width // 3, height // 3))
-        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)((x, y, x + w + 4, y + h + 4), fill=colour)
+        color = tuple(int(c) for c in rng.integers(0, 256, 3))
+        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)((x, y, x + w + 4, y + h + 4), fill=color)
     out = BytesIO()
     image.filter(ImageFilter.SMOOTH).save(out, "JPEG", quality=90)
     return out.getvalue()
 
 
 class PillowBlur:
-    """SimCLR's blur as SLIP has it."""
+    """SimCLR's blur, as in SLIP."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def slip_pipeline() -> Callable[[bytes], object]:
-    normalise = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    base = transforms.Compose([transforms.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), transforms.ToTensor(), normalise])
+    normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    base = transforms.Compose([transforms.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), transforms.ToTensor(), normalize])
     augment = transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, scale=(0.08, 1.0)),
@@ -73,7 +74,7 @@ def slip_pipeline() -> Callable[[bytes], object]:
             transforms.RandomApply([PillowBlur()], p=0.5),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            normalise,
+            normalize,
         ]
     )
 
@@ -96,26 +97,26 @@ def our_pipeline() -> Callable[[bytes], object]:
 
 
 def cached_pipeline(folder: Path, files: list[bytes], finish: bool) -> Callable[[bytes], object]:
-    """Ours where every image was decoded before."""
-    cache, places, count = (
+    """Ours, with all images in the cache."""
+    cache, positions, count = (
         ImageCache(folder, len(files), 1e10),
-        {id(data): place for place, data in enumerate(files)},
+        {id(data): position for position, data in enumerate(files)},
         0,
     )
 
     def views(data: bytes) -> object:
         nonlocal count
         count += 1
-        image = cache.open(places[id(data)], lambda: data)
+        image = cache.open(positions[id(data)], lambda: data)
         return make_views(image, POLICIES, lambda name: generator(0, 0, count, 0, name), SIZE, finish=finish)
 
     return views
 
 
-def seconds(work: Callable[[bytes], object], files: list[bytes]) -> float:
+def seconds(pipeline: Callable[[bytes], object], files: list[bytes]) -> float:
     start = time.thread_time()
     for data in files:
-        work(data)
+        pipeline(data)
     return (time.thread_time() - start) / len(files)
 
 
@@ -129,19 +130,19 @@ def main() -> None:
     random.seed(0)
     files = [photograph(seed) for seed in range(options.images)]
     folder = tempfile.TemporaryDirectory()
-    work = {
+    pipelines = {
         "SLIP's": slip_pipeline(),
         "ours": our_pipeline(),
         "ours, cached": cached_pipeline(Path(folder.name), files, finish=True),
-        "ours, cached, without colour and blur": cached_pipeline(Path(folder.name), files, finish=False),
+        "ours, cached, without color and blur": cached_pipeline(Path(folder.name), files, finish=False),
         "decoding": lambda data: open_image(data).decode(),
     }
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for call in work.values():
-        seconds(call, files)  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in pipelines}
+    for pipeline in pipelines.values():
+        seconds(pipeline, files)  # warm-up
     for _ in range(options.repeats):
-        for name, call in work.items():
-            times[name].append(seconds(call, files))
+        for name, pipeline in pipelines.items():
+            times[name].append(seconds(pipeline, files))
     size = sum(map(len, files)) / len(files) / 1000
     print(f"{len(files)} JPEGs of 500 × 375, {size:.0f} kB on average; one thread, medians of {options.repeats}")
     for name, values in times.items():
@@ -151,10 +152,10 @@ def main() -> None:
     for base, name, target in (
         ("SLIP's", "ours", 4),
         ("ours", "ours, cached", None),
-        ("ours, cached", "ours, cached, without colour and blur", None),
+        ("ours, cached", "ours, cached, without color and blur", None),
     ):
         ratios = [before / after for before, after in zip(times[base], times[name])]
-        line(f"time of three views, {base} over {name}", ratios, at_least=target)
+        line(f"three views, time of {base} over {name}", ratios, at_least=target)
 
 
 if __name__ == "__main__":

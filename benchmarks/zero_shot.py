@@ -1,9 +1,9 @@
-"""Zero-shot evaluation of a ViT-B/32 of open_clip's with ImageNet's 80 templates: ours against CLIP_benchmark, in float32 on this CPU.
+"""Zero-shot evaluation of open_clip's ViT-B/32 with ImageNet's 80 templates: ours compared with CLIP_benchmark, in float32 on the CPU.
 
-The weights are random (nothing is downloaded) and the pictures are made by code, JPEGs of 500 × 375 pixels; neither changes what an
-evaluation costs. CLIP_benchmark's side is its own `zero_shot_classifier` and `run_classification` over a loader with open_clip's
-transform; ours is `evaluate` with the same transform, which reads captions without padding. RATIO is their processor time over ours, of
-the whole and of its two parts; the accuracies must be equal.
+The weights are random (nothing is downloaded) and the images are synthetic JPEGs of 500 × 375 pixels; neither affects the time.
+CLIP_benchmark's side is its own `zero_shot_classifier` and `run_classification` on a loader with open_clip's transform. Ours is `evaluate`
+with the same transform, which encodes texts without padding. RATIO is their CPU time over ours, in total and for texts and images; the
+accuracies must be equal.
 
 Run: pip install "coalign[bench]"; python benchmarks/zero_shot.py [--images 2000] [--classes 100] [--threads 1]
 """
@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from coalign.evaluation.prompts import templates
-from coalign.run.evaluate import evaluate
+from coalign.workflows.evaluate.evaluate import evaluate
 
 MODEL, TARGET = "ViT-B-32", 1.5
 
 
-def write_pictures(folder: Path, images: int, classes: int) -> None:
+def write_images(folder: Path, images: int, classes: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(images):
         path = folder / f"class_{number % classes:03d}" / f"{number:05d}.jpg"
@@ -58,10 +58,10 @@ def theirs(folder: Path, weights: str) -> tuple[float, dict[str, float]]:
 
 
 def ours(folder: Path, weights: str) -> tuple[float, dict[str, float]]:
-    """The parts are told apart by a clock around the encoders' calls; what lies outside of both is counted to the images."""
-    from coalign.run.subject import open_subject
+    """Calls of the text encoder are timed separately; all other time is counted as images."""
+    from coalign.workflows.evaluate.eval_model import open_eval_model
 
-    encoder = open_subject(f"open_clip:{MODEL}:{weights}").encoder
+    encoder = open_eval_model(f"open_clip:{MODEL}:{weights}").encoder
     times = {"texts": 0.0, "images": 0.0}
 
     def timed(encode: Callable) -> Callable:
@@ -89,19 +89,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, weights = Path(temporary) / "pictures", str(Path(temporary) / "weights.safetensors")
-        write_pictures(folder, args.images, args.classes)
+        folder, weights = Path(temporary) / "images", str(Path(temporary) / "weights.safetensors")
+        write_images(folder, args.images, args.classes)
         torch.manual_seed(0)
         model = open_clip.create_model(MODEL)
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
         del model
-        (accuracy, spent), (their_accuracy, their_spent) = ours(folder, weights), theirs(folder, weights)
+        (accuracy, times), (their_accuracy, their_times) = ours(folder, weights), theirs(folder, weights)
     print(
         f"{args.images:,} images, {args.classes} classes, 80 templates, {args.threads} thread(s); accuracy {accuracy} | {their_accuracy}"
     )
     for part in ("texts", "images"):
-        print(f"  {part}: {their_spent[part] / spent[part]:.2f}")
-    print(f"  RATIO {sum(their_spent.values()) / sum(spent.values()):.2f} (one run of each; target at least {TARGET})")
+        print(f"  {part}: {their_times[part] / times[part]:.2f}")
+    print(f"  RATIO {sum(their_times.values()) / sum(times.values()):.2f} (one run of each; target at least {TARGET})")
 
 
 if __name__ == "__main__":

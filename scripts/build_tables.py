@@ -1,16 +1,16 @@
-"""Builds the word tables of coalign.data.lexicon from Debian's packages wordnet-base and wamerican.
+"""Builds the word tables of coalign.data.text.lexicon from Debian's packages wordnet-base and wamerican.
 
     python scripts/build_tables.py wordnet-base_*.deb wamerican_*.deb
 
-Each argument is the .deb file or a folder it was unpacked into (`apt-get download wordnet-base wamerican` fetches the
-two files). The output depends on the input alone. The tables, all xz-compressed UTF-8 text, and what their lines
-hold:
+Each argument is a .deb file, or the folder it was unpacked into (`apt-get download wordnet-base wamerican` downloads
+both). The output depends on the input alone. The tables are xz-compressed UTF-8 text, with these lines:
 
-    words.txt.xz       one word, lower case, possessives left out
-    synonyms.txt.xz    one synset of two or more lemmas, separated by tabs; `lemma/3` says that this is the lemma's
-    fourth most frequent sense, `lemma` alone that it is the most frequent parts.txt.xz       `na.v word word …`:
-    parts of speech the words have; those behind the dot make up less than a tenth of their uses irregular.txt.xz   `v
-    ran run`: part of speech, irregular form, base form
+    words.txt.xz       one word, lower case, without possessives
+    synonyms.txt.xz    one synset of two or more lemmas, separated by tabs; `lemma/3`: this is the lemma's fourth most
+                       frequent sense; `lemma` alone: it is the most frequent one
+    parts.txt.xz       `na.v word word …`: the words' parts of speech; those after the dot make up less than a tenth of
+                       their uses
+    irregular.txt.xz   `v ran run`: part of speech, irregular form, base form
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 OUT = Path(__file__).parent.parent / "src" / "coalign" / "data" / "tables"
 FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 SENSE_TYPES = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}
-# Usage domains whose members WordNet marks on its synsets; they must not end up in anybody's captions or queries.
+# Usage domains of WordNet whose synsets are excluded, so that they never enter captions or queries.
 OFFENSIVE = {"ethnic_slur", "disparagement", "obscenity"}
 SMALL_SHARE = 0.1
 
@@ -34,7 +34,7 @@ Sense = tuple[str, str]  # part of speech, offset of the synset
 
 
 def tagged_counts(folder: Path) -> dict[tuple[str, str, int], int]:
-    """(lemma, part of speech, sense number) -> how often that sense occurs in WordNet's tagged texts."""
+    """Returns (lemma, part of speech, sense number) -> number of occurrences in WordNet's tagged texts."""
     counts = {}
     for line in (folder / "cntlist.rev").read_text(encoding="utf-8").splitlines():
         key, number, count = line.split()
@@ -44,21 +44,23 @@ def tagged_counts(folder: Path) -> dict[tuple[str, str, int], int]:
 
 
 def read_index(folder: Path) -> dict[str, dict[Sense, int]]:
-    """lemma -> its senses, the most frequent first, with their counts."""
+    """Returns lemma -> its senses with their counts, the most frequent first."""
     counts = tagged_counts(folder)
-    found: dict[str, list[tuple[int, int, int, Sense]]] = defaultdict(list)
+    senses_of: dict[str, list[tuple[int, int, int, Sense]]] = defaultdict(list)
     for order, (part, name) in enumerate(FILES.items()):
         for line in (folder / f"index.{name}").read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):  # the licence
+            if line.startswith("  "):  # the license
                 continue
             lemma, _, synsets, *rest = line.split()
             for number, offset in enumerate(rest[-int(synsets) :], start=1):
-                found[lemma].append((-counts.get((lemma, part, number), 0), number, order, (part, offset)))
-    return {lemma: {sense: -negative for negative, _, _, sense in sorted(senses)} for lemma, senses in found.items()}
+                senses_of[lemma].append((-counts.get((lemma, part, number), 0), number, order, (part, offset)))
+    return {
+        lemma: {sense: -negative for negative, _, _, sense in sorted(senses)} for lemma, senses in senses_of.items()
+    }
 
 
 def read_synsets(folder: Path) -> dict[Sense, list[str]]:
-    """synset -> its lemmas in WordNet's order, lower case; synsets marked as offensive are left out."""
+    """Returns synset -> its lemmas in WordNet's order, lower case, without synsets marked as offensive."""
     synsets: dict[Sense, list[str]] = {}
     usages: dict[Sense, list[Sense]] = {}
     for part, name in FILES.items():
@@ -78,7 +80,7 @@ def read_synsets(folder: Path) -> dict[Sense, list[str]]:
 
 
 def synonym_lines(index: dict[str, dict[Sense, int]], synsets: dict[Sense, list[str]]) -> list[str]:
-    assert max(map(len, index.values())) < 100, "coalign.data.lexicon looks up at most a hundred senses"
+    assert max(map(len, index.values())) < 100, "coalign.data.text.lexicon looks up at most a hundred senses"
     ranks = {lemma: {sense: rank for rank, sense in enumerate(senses)} for lemma, senses in index.items()}
     lines = []
     for sense, lemmas in synsets.items():
@@ -118,10 +120,10 @@ def word_lines(folder: Path) -> list[str]:
 
 
 def notice(wordnet: Path, words: Path) -> str:
-    """The licences that must go with the tables, word for word from the packages."""
+    """Returns the licenses that must accompany the tables, copied verbatim from the packages."""
     copyright_file = (wordnet / "usr/share/doc/wordnet-base/copyright").read_text(encoding="utf-8")
     stanza = next(part for part in copyright_file.split("\n\n") if part.startswith("Files: *\n"))
-    licence = "\n".join("" if line == " ." else line.removeprefix(" ") for line in stanza.splitlines()[1:])
+    license = "\n".join("" if line == " ." else line.removeprefix(" ") for line in stanza.splitlines()[1:])
     scowl = (words / "usr/share/doc/wamerican/copyright").read_text(encoding="utf-8")
     return f"""The compressed tables in this folder are derived works, made by scripts/build_tables.py.
 
@@ -131,7 +133,7 @@ leaves out the synsets that WordNet marks as slurs, disparagement or obscenities
 SCOWL's.
 
 {"=" * 100}
-{licence}
+{license}
 
 {"=" * 100}
 {scowl}"""
@@ -165,8 +167,8 @@ def build(wordnet: Path, words: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wordnet", type=Path, help="wordnet-base's .deb file, or the folder it was unpacked into")
-    parser.add_argument("words", type=Path, help="wamerican's .deb file, or the folder it was unpacked into")
+    parser.add_argument("wordnet", type=Path, help=".deb file of wordnet-base, or its unpacked folder")
+    parser.add_argument("words", type=Path, help=".deb file of wamerican, or its unpacked folder")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,18 +1,17 @@
-"""What do runs on scenes know of the harm that augmentation does to captions? On scenes, what a view broke is counted.
+"""Measures whether models trained on scenes detect that an augmentation makes a caption wrong. On scenes, the broken facts are known.
 
-Broken facts: of each scene one strong view after another is drawn; the share of its caption's facts that the view broke is set against how
-much further from the caption the view lies than the whole picture, D(view, t) / D(picture, t). Spearman's rank correlation: 1 if the model
-tells exactly what was broken, 0 if it does not know. (MCD's claim; D is the Euclidean distance of normalised embeddings.)
+Broken facts: Spearman's rank correlation, over strong views of scenes, between D(view, t) / D(image, t) and the fraction of the caption's
+facts that the view breaks. D is the Euclidean distance of normalized embeddings. MCD claims a positive correlation; 0 means no relation.
 
-Swapped captions: a tenth of the pairs of other scenes have each other's captions; the area under the ROC curve of finding them by D.
+Swapped captions: the area under the ROC curve of detecting, by D, the 10 % of pairs whose captions are swapped.
 
-Flipped pictures, for UniCLIP, whose head is told how a view was made: "left" or "right", for a picture as it is, for the same flipped and
-said to be so, and flipped without a word. A head that has understood says of the second what it said of the first, and of the third the
-contrary.
+Flipped images, for UniCLIP, whose head takes the augmentation parameters: accuracy of choosing between "left" and "right" for the original
+image, for the flipped image with the flip in its parameters, and for the flipped image without. A head that uses the parameters correctly
+makes the same choice in the first two cases, and the opposite one in the third.
 
     python scripts/misalignment.py runs/views/clip-seed0 runs/views/uniclip-seed0 … --out results/misalignment-scenes.json
 
-Runs of one arm, of several seeds, become one row.
+Runs of one arm that differ in their seed become one row.
 """
 
 from __future__ import annotations
@@ -30,26 +29,26 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
-from coalign import __version__
-from coalign.data.image_views import make_views
-from coalign.data.randomness import generator
-from coalign.data.scenes import Scenes
+from coalign.data.images.views import make_views
+from coalign.data.scenes.source import Scenes
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import embed_texts
-from coalign.methods.uniclip import UniCLIP
-from coalign.recipes.tables import TABLES
-from coalign.run.launch import run_name
-from coalign.run.model import Run, load
+from coalign.experiments.launch_script import run_name
+from coalign.experiments.tables import TABLES
+from coalign.methods.uniclip.method import UniCLIP
+from coalign.randomness import generator
+from coalign.runs.run import Run, load
 from coalign.types import EVALUATION, STRONG, AugmentationParams, Foil
+from coalign.version import __version__
 
 SCENES, VIEWS, BATCH = 500, 4, 250
-# the name of a run's folder -> the table's name of its arm
+# name of a run's folder, without its seed -> name of the arm in its table
 ARMS = {run_name(arm, 0).rpartition("-seed")[0]: arm for table in TABLES.values() for arm in table.arms}
 FLIPPED = AugmentationParams(flipped=1.0)
 
 
 def embed(run: Run, pixels: Tensor, params: Sequence[AugmentationParams] | None = None) -> Tensor:
-    """Normalised embeddings; with `params`, of a method that looks at them, as of views that were made so."""
+    """Returns normalized embeddings. `params`: the augmentation parameters of the views, for UniCLIP's head."""
     method = run.method.eval()
     with torch.no_grad():
         pieces = []
@@ -64,11 +63,11 @@ def embed(run: Run, pixels: Tensor, params: Sequence[AugmentationParams] | None 
 
 
 def whole(source: Scenes, indices: Sequence[int], size: int, flip: bool = False) -> Tensor:
-    """The pictures, in the evaluation view."""
-    pictures = [source.image(index)[:, ::-1] if flip else source.image(index) for index in indices]
-    nothing = partial(generator, 0, 0, 0, 0)
+    """Returns the full images in the evaluation view."""
+    images = [source.image(index)[:, ::-1] if flip else source.image(index) for index in indices]
+    unused = partial(generator, 0, 0, 0, 0)  # the evaluation view is not random
     return torch.stack(
-        [make_views(np.ascontiguousarray(p), {"v": EVALUATION}, nothing, size)["v"][0] for p in pictures]
+        [make_views(np.ascontiguousarray(image), {"v": EVALUATION}, unused, size)["v"][0] for image in images]
     )
 
 
@@ -80,9 +79,9 @@ def broken_facts(run: Run, source: Scenes) -> float:
     ratios, shares = [], []
     for number in range(VIEWS):
         draws = [partial(generator, 0, number, index, 0) for index in indices]
-        made = [make_views(source.image(i), {"v": STRONG}, draw, size)["v"] for i, draw in zip(indices, draws)]
-        params = [drawn for _, drawn in made]
-        after = (embed(run, torch.stack([pixels for pixels, _ in made]), params) - texts).norm(dim=1)
+        views = [make_views(source.image(i), {"v": STRONG}, draw, size)["v"] for i, draw in zip(indices, draws)]
+        params = [drawn for _, drawn in views]
+        after = (embed(run, torch.stack([pixels for pixels, _ in views]), params) - texts).norm(dim=1)
         ratios.append((after / before).numpy())
         truths = [source.truth_after_view(index, drawn)[0] for index, drawn in zip(indices, params)]
         shares.append([1 - np.mean(truth) for truth in truths])
@@ -90,7 +89,7 @@ def broken_facts(run: Run, source: Scenes) -> float:
 
 
 def swapped_captions(run: Run) -> float:
-    """The area under the ROC curve, by ranks."""
+    """Area under the ROC curve, from ranks."""
     source = Scenes(2000, seed=9, swap=0.1, split="train")
     indices = list(range(len(source)))
     records = [source.record(index) for index in indices]
@@ -102,16 +101,16 @@ def swapped_captions(run: Run) -> float:
     return float(below / (positives * (len(ranks) - positives)))
 
 
-def is_of_sides(foil: Foil) -> bool:
-    """Whether "left" stands against "right", and nothing else."""
+def swaps_sides(foil: Foil) -> bool:
+    """Whether the foil differs from the caption only in "left" and "right"."""
     return foil.how == "replace" and re.sub(r"\b(left|right)\b", "", foil.true) == re.sub(
         r"\b(left|right)\b", "", foil.false
     )
 
 
 def flips(run: Run, source: Scenes) -> dict[str, float]:
-    """How often the caption that is true of the picture as it is wins over the one with left and right exchanged."""
-    foils = [foil for foil in source.foil_items("test", "side") if is_of_sides(foil)]
+    """Accuracy of choosing the caption that is true of the original image over the one with left and right swapped."""
+    foils = [foil for foil in source.foil_items("test", "side") if swaps_sides(foil)]
     indices, size = [foil.index for foil in foils], run.encoder().image_size
     difference = embed_texts(run.encoder(), [f.true for f in foils]) - embed_texts(
         run.encoder(), [f.false for f in foils]
@@ -129,20 +128,20 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "over_seeds": metrics.over_runs(values), "runs": list(values)}
 
 
-def measure(folders: Sequence[Path], say: Callable[[str], None]) -> dict[str, Any]:
+def measure(folders: Sequence[Path], log: Callable[[str], None]) -> dict[str, Any]:
     source = Scenes(8)
-    found: dict[str, dict[str, list[float]]] = {}
+    rows: dict[str, dict[str, list[float]]] = {}
     for folder in folders:
         run = load(folder)
-        figures = {"broken facts": broken_facts(run, source), "swapped captions": swapped_captions(run)}
+        scores = {"broken facts": broken_facts(run, source), "swapped captions": swapped_captions(run)}
         if isinstance(run.method, UniCLIP):
-            figures |= flips(run, source)
+            scores |= flips(run, source)
         name = folder.name.partition("-seed")[0]
-        row = found.setdefault(ARMS.get(name, name), {})
-        for name, value in figures.items():
+        row = rows.setdefault(ARMS.get(name, name), {})
+        for name, value in scores.items():
             row.setdefault(name, []).append(value)
-        say(f"{folder.name}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}")
-    return {arm: {name: summary(values) for name, values in row.items()} for arm, row in found.items()}
+        log(f"{folder.name}: {', '.join(f'{name} {value:.3f}' for name, value in scores.items())}")
+    return {arm: {name: summary(values) for name, values in row.items()} for arm, row in rows.items()}
 
 
 def main() -> None:

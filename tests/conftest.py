@@ -1,16 +1,18 @@
-"""Shape annotations of losses and networks are checked at run time, and nothing may reach for the network."""
+"""Session fixtures. Checks the shape annotations of losses and networks at run time, and disables network access to the hub."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # a spawned process finds its function as `tests.….test_….name`
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from jaxtyping import install_import_hook
 
 install_import_hook(["coalign.losses", "coalign.networks"], "beartype.beartype")
@@ -20,7 +22,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory):
-    """Image hashes and indexes are kept for the session only."""
+    """Puts cached image hashes and indexes in a temporary folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -37,8 +39,8 @@ def model_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, pairs, model_file):
-    """The folder of a finished run on `pairs`. Tests that change it take a copy."""
-    from coalign import cli
+    """The folder of a finished run on `pairs`. Tests that modify it must copy it."""
+    from coalign.cli import main as cli
 
     out = tmp_path_factory.mktemp("runs") / "run"
     assert cli.main(tiny.train_args(pairs, out, model_file)) == 0
@@ -47,25 +49,25 @@ def trained(tmp_path_factory, pairs, model_file):
 
 @pytest.fixture(scope="session")
 def oner(tmp_path_factory):
-    """A OneR run of one step on scenes."""
-    from coalign.recipes import recipe
-    from coalign.run.train import train
+    """The folder of a OneR run of one step on scenes."""
+    from coalign.methods import recipe
+    from coalign.workflows.train.train import train
 
     folder = tmp_path_factory.mktemp("oner")
     model = str(tiny.write_model(folder / "model"))
 
-    def settle(num_pairs):
+    def config_for(num_pairs):
         config = replace(recipe("oner")(num_pairs), model=model, context_length=24, batch_size=16, workers=0, evals=0)
         small = replace(config.method_config, head_hidden=16, head_dim=16)
         return replace(config, method_config=small, epochs=1 / 2)
 
-    train("scenes:32,size=32", folder / "run", settle)
+    train("scenes:32,size=32", folder / "run", config_for)
     return folder / "run"
 
 
 @pytest.fixture(scope="session")
 def oracles():
-    """name -> array of one oracle file, as torch tensors where they are numbers: oracles("contrastive")["openclip_clip.in.image"]."""
+    """Loads the arrays of an oracle file, numeric ones as torch tensors: oracles("contrastive")["openclip_clip.in.image"]."""
 
     def load(name):
         with np.load(Path(__file__).parent / "oracles" / f"{name}.npz", allow_pickle=False) as arrays:
@@ -75,3 +77,15 @@ def oracles():
             }
 
     return load
+
+
+@pytest.fixture
+def without_run_reports(monkeypatch):
+    """Runs end without the figures of their report, which take longer to draw than a tiny model takes to train."""
+    from coalign.workflows.train import run_report
+
+    def write(data, out, *rest):
+        (out / "report.html").write_text("report")
+        return "verdict", out / "report.html"
+
+    monkeypatch.setattr(run_report, "write_run_report", write)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from coalign.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "coalign").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+METHOD_FILES = {f"methods/{name}/method.py" for name in METHODS}
 
 
 def relative(path):
@@ -44,7 +47,7 @@ def test_training_names_no_method():
 def test_sizes_and_docstrings(path):
     text = path.read_text()
     length = len(text.splitlines())
-    assert length <= (300 if path.parent.name == "methods" else 400)
+    assert length <= (300 if relative(path) in METHOD_FILES else 400)
     tree = ast.parse(text)
     assert not text or ast.get_docstring(tree), "a module starts with what it is"
     for node in ast.walk(tree):
@@ -52,7 +55,68 @@ def test_sizes_and_docstrings(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
 
 
-LIGHT = ["types", "errors", "config", "optim", "cli", "recipes", "methods", *(f"recipes.{name}" for name in METHODS)]
+def test_folders_can_be_taken_in_at_a_glance():
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py")
+    assert len(counts) > 10
+    assert not {folder: count for folder, count in counts.items() if count > 17}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_papers_folder_holds_its_method_and_its_configuration(name):
+    folder = ROOT / "src/coalign/methods" / name
+    assert (folder / "__init__.py").read_text() == ""
+    assert {"method.py", "config.py"} <= {path.name for path in folder.iterdir()}
+
+
+def imported(text, module, is_module, is_package=False):
+    """The modules that a module's text imports, wherever in it: of `from a import b` it is a.b where that is a module, else a."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level + is_package or None] if node.level else []
+            origin = ".".join([*above, *filter(None, [node.module])])
+            found |= {name if is_module(name := f"{origin}.{alias.name}") else origin for alias in node.names}
+    return found
+
+
+def test_imports_are_found_wherever_they_stand():
+    text = "import a.b\nfrom a import c, value\nfrom . import e\nfrom .f import g\nfrom .. import h\ndef late():\n    import a.d\n"
+    modules = {"a.c", "a.m.e", "a.h"}
+    assert imported(text, "a.m.own", modules.__contains__) == {"a.b", "a.c", "a", "a.m.e", "a.m.f", "a.h", "a.d"}
+    assert imported("from . import e", "a.m", modules.__contains__, is_package=True) == {"a.m.e"}
+
+
+def test_no_two_modules_import_each_other():
+    """Neither inside functions nor for types alone."""
+    paths = {}
+    for path in SOURCES:
+        parts = path.relative_to(ROOT / "src").with_suffix("").parts
+        paths[".".join(parts[:-1] if path.name == "__init__.py" else parts)] = path
+    imports = {
+        name: imported(path.read_text(), name, paths.__contains__, path.name == "__init__.py") & paths.keys()
+        for name, path in paths.items()
+    }
+    assert sum(map(len, imports.values())) > 300
+    pairs = [(one, other) for one, others in imports.items() for other in others if one < other]
+    assert not [(one, other) for one, other in pairs if one in imports[other]]
+
+
+def test_no_test_is_imported():
+    """What several tests share is in tests/helpers."""
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in TESTS
+        for name in imported(path.read_text(), "tests", lambda name: name.rpartition(".")[2].startswith("test_"))
+        if any(part.startswith("test_") for part in name.split("."))
+    ]
+    assert len(TESTS) > 100
+    assert not found
+
+
+LIGHT = ["types", "errors", "config", "optim", "cli.main", "methods", *(f"methods.{name}.config" for name in METHODS)]
+LIGHT += ["version", "files", "formatting"]
 
 
 def test_help_and_configuration_import_no_torch():
@@ -63,8 +127,7 @@ import importlib, sys
 for name in {LIGHT!r}:
     importlib.import_module("coalign." + name)
     assert "torch" not in sys.modules, name
-from coalign.methods import METHODS, config_class
-from coalign.recipes import recipes
+from coalign.methods import METHODS, config_class, recipes
 for name in METHODS:
     config_class(name)()
 for make in recipes().values():
@@ -77,7 +140,7 @@ assert not heavy, heavy
 
 
 def test_every_method_has_a_recipe_of_its_name():
-    from coalign.recipes import recipes
+    from coalign.methods import recipes
 
     for name in METHODS:
         assert recipes()[name](5000).method == name

@@ -1,10 +1,10 @@
-"""Batches that every method of the registry must survive: finite losses and gradients, and a state that can go on."""
+"""Degenerate batches: every method must give finite losses and gradients, and keep a finite state."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from builders import build_method, make_batch
+from helpers.builders import build_method, make_batch
 
 from coalign.methods import METHODS
 from coalign.training.distributed import RankGather, World
@@ -16,7 +16,7 @@ SIZE = 6
 
 
 def one_caption(batch):
-    """Every pair has the same caption: with `multi_positive` nobody has a negative."""
+    """All pairs have the same caption: with `multi_positive`, there are no negatives."""
     texts = {
         name: replace(view, ids=view.ids[:1].repeat(len(batch), 1), lengths=view.lengths[:1].repeat(len(batch)))
         for name, view in batch.texts.items()
@@ -24,8 +24,8 @@ def one_caption(batch):
     return replace(batch, texts=texts, caption_ids=torch.zeros(len(batch), dtype=torch.long))
 
 
-def labelled(batch, masked):
-    """All ordinary tokens masked, or none."""
+def with_masks(batch, masked):
+    """Masks all tokens except start and end tokens, or none."""
     texts = {}
     for name, view in batch.texts.items():
         labels = None
@@ -37,7 +37,7 @@ def labelled(batch, masked):
 
 
 def shortest_captions(batch):
-    """Nothing between start and end."""
+    """Captions with start and end tokens only."""
     texts = {
         name: replace(
             view,
@@ -50,18 +50,18 @@ def shortest_captions(batch):
     return replace(batch, texts=texts)
 
 
-def one_picture(batch):
+def one_image(batch):
     images = {name: replace(view, pixels=torch.full_like(view.pixels, 128)) for name, view in batch.images.items()}
     return replace(batch, images=images)
 
 
 BATCHES = {
     "one caption": one_caption,
-    "all tokens masked": lambda batch: labelled(batch, True),
-    "no token masked": lambda batch: labelled(batch, False),
+    "all tokens masked": lambda batch: with_masks(batch, True),
+    "no token masked": lambda batch: with_masks(batch, False),
     "empty captions": shortest_captions,
-    "one grey picture": one_picture,
-    "one picture and one caption": lambda batch: one_picture(one_caption(batch)),
+    "one gray image": one_image,
+    "one image and one caption": lambda batch: one_image(one_caption(batch)),
     "one pair": lambda batch: batch[slice(0, 1)],
 }
 
@@ -69,7 +69,7 @@ BATCHES = {
 @pytest.mark.parametrize("multi_positive", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", BATCHES)
-def test_is_survived(tmp_path, name, kind, multi_positive):
+def test_degenerate_batches_give_finite_results(tmp_path, name, kind, multi_positive):
     method = build_method(name, tmp_path, multi_positive=multi_positive)
     method.float()
     with torch.no_grad():
@@ -77,8 +77,7 @@ def test_is_survived(tmp_path, name, kind, multi_positive):
             if "log_logit_scale" in parameter_name:
                 parameter.fill_(4.6)  # τ = 0.01
     batch = BATCHES[kind](make_batch(method.view_plan, SIZE))
-    for number in (500, 501):  # the second with what the first left in queues and teachers
-        step = StepInfo(number, 1000)
+    for step in (StepInfo(500, 1000), StepInfo(501, 1000)):  # the second with the queues and teachers of the first
         method.zero_grad()
         result = forward_backward(method, batch, step, WORLD)
         move_statistics(method, WORLD, keep=True)

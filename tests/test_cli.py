@@ -1,4 +1,4 @@
-"""The command line: help without torch, and every mistake in one sentence with exit code 2."""
+"""The command line: help without importing torch, and one-line error messages with exit code 2."""
 
 import json
 import os
@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny
 
-from coalign import cli
+from coalign.cli import main as cli
 
 HELP = """
 import contextlib, io, json, sys
-from coalign import cli
+from coalign.cli import main as cli
 texts = {}
 for name in ["", *cli.COMMANDS, "data"]:
     out = io.StringIO()
@@ -30,7 +30,7 @@ print(json.dumps([texts, heavy]))
 
 @pytest.fixture(scope="module")
 def helps():
-    """Command -> (exit code, help), from one process; and which heavy packages it has imported."""
+    """Command -> (exit code, help), all from one process; and the heavy packages that it imported."""
     environment = {**os.environ, "COLUMNS": "120"}
     result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True, env=environment)
     return json.loads(result.stdout)
@@ -40,7 +40,7 @@ def test_help_imports_no_torch(helps):
     assert helps[1] == []
 
 
-def test_every_command_answers_and_is_listed(helps):
+def test_every_command_has_help_and_is_listed(helps):
     texts = helps[0]
     for name in cli.COMMANDS:
         code, text = texts[name]
@@ -58,12 +58,13 @@ def test_every_command_answers_and_is_listed(helps):
 
 OPTIONS = {
     "train": "data out recipe resume dry-run device model pretrained init-from image-size context-length tokenizer batch-size "
-    "micro-batch epochs optimiser lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
+    "micro-batch epochs optimizer lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
-    "max-non-finite probe train-fraction rest-as-texts val-by image-cache device-views temperature max-logit-scale multi-positive",
+    "max-non-finite probe train-fraction unpaired-captions val-by image-cache device-views temperature max-logit-scale multi-positive",
     "profile": "data recipe steps device model batch-size micro-batch workers lr temperature",
-    "eval": "tasks weights split classes label prompts data-root preprocess precision cache epochs learn-from json report device workers",
-    "compare": "data out methods minutes epochs fractions seeds jobs report json",
+    "eval": "tasks weights split classes label prompts data-root preprocess precision cache epochs train-data json report device workers",
+    "compare": "report json",
+    "benchmark": "data out methods minutes epochs fractions seeds jobs report json",
     "localize": "image text out device",
     "space": "data out pairs device",
     "search": "data text image top split report device workers",
@@ -84,28 +85,28 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
-def test_help_says_what_every_option_is(helps, name):
-    entries = explained(helps[0][name][1])
-    wanted = {f"--{option}" for option in OPTIONS[name].split()}
-    assert wanted <= entries.keys(), wanted - entries.keys()
-    for option, words in entries.items():
-        said = words.split("(default")[0].split("(required")[0]
-        assert len(said.split()) >= 2, f"{option} is not explained: {words!r}"
+def test_help_explains_every_option(helps, name):
+    explanations = parse_help(helps[0][name][1])
+    expected = {f"--{option}" for option in OPTIONS[name].split()}
+    assert expected <= explanations.keys(), expected - explanations.keys()
+    for option, explanation in explanations.items():
+        words = explanation.split("(default")[0].split("(required")[0].split()
+        assert len(words) >= 2, f"{option} is not explained: {explanation!r}"
 
 
-def explained(text):
-    """Option -> what help says of it, from the boxes that tyro draws."""
-    entries, current = {}, None
+def parse_help(text):
+    """Option -> explanation, from the boxes that tyro prints."""
+    explanations, current = {}, None
     for line in text.replace("│", " ").splitlines():
         if line.startswith("  -") and line.strip("- "):
-            names, _, words = line.strip().partition("  ")
+            names, _, explanation = line.strip().partition("  ")
             current = next(word.strip(",") for word in names.split() if word.startswith("--"))
-            entries[current] = words
+            explanations[current] = explanation
         elif current and line.startswith("     "):
-            entries[current] += " " + line.strip()
+            explanations[current] += " " + line.strip()
         else:
             current = None
-    return {name: words.strip() for name, words in entries.items() if name != "--help"}
+    return {name: explanation.strip() for name, explanation in explanations.items() if name != "--help"}
 
 
 def test_version(capsys):
@@ -113,11 +114,11 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("coalign 0.")
 
 
-# ---------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------- errors
 
 
-def complaint(capsys, *args):
-    """The one line that a mistake gets."""
+def error_of(capsys, *args):
+    """The one-line error message of a command that fails."""
     assert cli.main([str(word) for word in args]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1, captured.err
@@ -155,18 +156,22 @@ def complaint(capsys, *args):
         ("compare runs/x", "two runs or more"),
         ("compare no/such/run no/other/run", "no/such/run does not exist"),
         ("compare runs/x ./runs/x", "runs/x is given twice"),
-        ("data check no/such/data", "there is no no/such/data"),
+        ("compare runs/x runs/y --data z", "--data"),
+        ("benchmark --out y", "--data"),
+        ("benchmark --data x", "--out"),
+        ("benchmark runs/x --data x --out y", "runs/x"),
+        ("data check no/such/data", "No such file or folder: no/such/data"),
         ("data check scenes:many", "scenes"),
-        ("data tokenizer no/such/data --out t.json", "there is no no/such/data"),
+        ("data tokenizer no/such/data --out t.json", "No such file or folder: no/such/data"),
         ("data openclipart --out x", "--from"),
         ("data scenes --out x --size big", "big"),
         ("data scenes", "--out"),
     ],
 )
-def test_a_wrong_command(capsys, monkeypatch, tmp_path, words, hint):
+def test_invalid_commands_and_options(capsys, monkeypatch, tmp_path, words, hint):
     monkeypatch.chdir(tmp_path)
-    said = complaint(capsys, *words.split())
-    assert hint in said
+    error = error_of(capsys, *words.split())
+    assert hint in error
     assert not list(tmp_path.iterdir())
 
 
@@ -176,14 +181,14 @@ def test_a_wrong_command(capsys, monkeypatch, tmp_path, words, hint):
         ({"model": "ViT-B-33"}, "ViT-B-32"),
         ({"model": "timm:resnet51"}, "resnet"),
         ({"model": "absent.json"}, "absent.json"),
-        ({"data": "no/such/data"}, "there is no no/such/data"),
-        ({"val_data": "no/such/data"}, "there is no no/such/data"),
+        ({"data": "no/such/data"}, "No such file or folder: no/such/data"),
+        ({"val_data": "no/such/data"}, "No such file or folder: no/such/data"),
         ({"tokenizer": "no-such.json"}, "no-such.json"),
         ({"pretrained": "no-such"}, "no-such"),
         ({"classes": "no-such.txt"}, "no-such.txt"),
         ({"device": "gpu"}, "cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "CUDA devices"),
-        ({"batch_size": 1}, "at least 2"),
+        ({"batch_size": 1}, "--batch-size 2 or more"),
         ({"batch_size": 1000}, "--batch-size"),
         ({"precision": "fp16"}, "bf16"),
         ({"lr": -1}, "lr is -1"),
@@ -206,81 +211,81 @@ def test_a_wrong_command(capsys, monkeypatch, tmp_path, words, hint):
         ({"max_logit_scale": 0.5}, "max_logit_scale"),
     ],
 )
-def test_a_wrong_setting_of_training(capsys, tmp_path, pairs, model_file, changes, hint):
+def test_invalid_training_settings(capsys, tmp_path, pairs, model_file, changes, hint):
     args = tiny.train_args(pairs, tmp_path / "run", model_file, **changes)
-    assert hint in complaint(capsys, *args)
-    assert not (tmp_path / "run" / "config.json").exists()  # the corrected command starts
+    assert hint in error_of(capsys, *args)
+    assert not (tmp_path / "run" / "config.json").exists()  # so that the corrected command can use the folder
 
 
-def test_a_trunk_with_batch_norm_and_a_batch_that_does_not_fit(capsys, tmp_path, pairs):
+def test_batch_sizes_that_do_not_fit_the_batch_norm_groups(capsys, tmp_path, pairs):
     model = tmp_path / "bn.json"
     model.write_text(json.dumps({**tiny.MODEL, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet"}}))
-    said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=3))
-    assert "groups of 3 samples" in said
-    assert "--batch-norm-group" in said
-    said = complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=4, micro_batch=3))
-    assert "--micro-batch, 3" in said
+    error = error_of(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=3))
+    assert "groups of 3 samples" in error
+    assert "--batch-norm-group" in error
+    error = error_of(capsys, *tiny.train_args(pairs, tmp_path / "run", model, batch_norm_group=4, micro_batch=3))
+    assert "--micro-batch, 3" in error
 
 
 @pytest.mark.parametrize(
     "content", ["{", "[1]", '{"embed_dim": 16}', '{"embed_dim": 16, "vision_cfg": {}, "text_cfg": {"wdth": 3}}']
 )
-def test_a_model_file_that_is_none(capsys, tmp_path, pairs, content):
+def test_invalid_model_files(capsys, tmp_path, pairs, content):
     model = tmp_path / "model.json"
     model.write_text(content)
-    assert "model.json" in complaint(capsys, *tiny.train_args(pairs, tmp_path / "run", model))
+    assert "model.json" in error_of(capsys, *tiny.train_args(pairs, tmp_path / "run", model))
 
 
-def test_an_output_that_cannot_be_used(capsys, tmp_path, pairs, model_file, trained):
-    said = complaint(capsys, *tiny.train_args(pairs, trained, model_file))
-    assert "already holds a run" in said
-    assert "--resume auto" in said
+def test_unusable_output_folders(capsys, tmp_path, pairs, model_file, trained):
+    error = error_of(capsys, *tiny.train_args(pairs, trained, model_file))
+    assert "already contains a run" in error
+    assert "--resume auto" in error
     file = tmp_path / "file"
     file.write_text("")
-    assert "is a file" in complaint(capsys, *tiny.train_args(pairs, file, model_file))
-    assert str(file) in complaint(capsys, *tiny.train_args(pairs, file / "run", model_file))
+    assert "is a file" in error_of(capsys, *tiny.train_args(pairs, file, model_file))
+    assert str(file) in error_of(capsys, *tiny.train_args(pairs, file / "run", model_file))
     other = tmp_path / "weights"
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"")
-    assert "other files" in complaint(capsys, *tiny.train_args(pairs, other, model_file))
+    assert "other files" in error_of(capsys, *tiny.train_args(pairs, other, model_file))
 
 
-def test_class_files(capsys, tmp_path, pairs, trained):
+def test_invalid_class_files(capsys, tmp_path, pairs, trained):
     classes = tmp_path / "classes.txt"
     task = ("--tasks", f"zeroshot:{pairs}", "--classes", classes)
-    assert "classes.txt" in complaint(capsys, "eval", trained, *task)
+    assert "classes.txt" in error_of(capsys, "eval", trained, *task)
     classes.write_text("red\nblue\nred\n")
-    said = complaint(capsys, "eval", trained, *task)
-    assert "'red' comes twice" in said
+    error = error_of(capsys, "eval", trained, *task)
+    assert "'red' is repeated" in error
     classes.write_text("zebra\nyak\n")
-    said = complaint(capsys, "eval", trained, *task)
-    assert "No sample" in said
-    assert "'blue'" in said
+    error = error_of(capsys, "eval", trained, *task)
+    assert "No sample" in error
+    assert "'blue'" in error
     classes.write_bytes(b"caf\xe9\n")
-    assert "UTF-8" in complaint(capsys, "eval", trained, *task)
+    assert "UTF-8" in error_of(capsys, "eval", trained, *task)
     classes.write_text("\n\n")
-    assert "classes" in complaint(capsys, "eval", trained, *task)
+    assert "classes" in error_of(capsys, "eval", trained, *task)
 
 
-def test_evaluation_of_what_cannot_be(capsys, tmp_path, pairs, trained):
-    unlabelled = tmp_path / "flat"
-    unlabelled.mkdir()
+def test_invalid_evaluations(capsys, tmp_path, pairs, trained):
+    unlabeled = tmp_path / "flat"
+    unlabeled.mkdir()
     for path in sorted(pairs.rglob("*.png"))[:4]:
-        (unlabelled / path.name).write_bytes(path.read_bytes())
-    assert "--label" in complaint(capsys, "eval", trained, "--tasks", f"zeroshot:{unlabelled}")
-    assert "no split named 'vall'" in complaint(
+        (unlabeled / path.name).write_bytes(path.read_bytes())
+    assert "--label" in error_of(capsys, "eval", trained, "--tasks", f"zeroshot:{unlabeled}")
+    assert "no split named 'vall'" in error_of(
         capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--split", "vall"
     )
-    assert "first" in complaint(capsys, "eval", trained, "--weights", "first", "--tasks", f"retrieval:{pairs}")
-    assert "no-such" in complaint(capsys, "eval", trained, "--prompts", "no-such", "--tasks", f"zeroshot:{pairs}")
-    assert "colour" in complaint(capsys, "eval", trained, "--label", "colour", "--tasks", f"zeroshot:{pairs}")
-    assert "holds no run" in complaint(capsys, "eval", pairs, "--tasks", f"retrieval:{pairs}")
-    assert "--device" in complaint(capsys, "eval", trained, "--device", "gpu", "--tasks", f"retrieval:{pairs}")
-    where = tmp_path / "absent" / "out.json"
-    assert "out.json" in complaint(capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--json", where)
+    assert "first" in error_of(capsys, "eval", trained, "--weights", "first", "--tasks", f"retrieval:{pairs}")
+    assert "no-such" in error_of(capsys, "eval", trained, "--prompts", "no-such", "--tasks", f"zeroshot:{pairs}")
+    assert "colour" in error_of(capsys, "eval", trained, "--label", "colour", "--tasks", f"zeroshot:{pairs}")
+    assert "is not a run" in error_of(capsys, "eval", pairs, "--tasks", f"retrieval:{pairs}")
+    assert "--device" in error_of(capsys, "eval", trained, "--device", "gpu", "--tasks", f"retrieval:{pairs}")
+    json_path = tmp_path / "absent" / "out.json"
+    assert "out.json" in error_of(capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--json", json_path)
 
 
-def test_outputs_of_data_commands_that_cannot_be_written(capsys, tmp_path, pairs):
+def test_unwritable_outputs_of_data_commands(capsys, tmp_path, pairs):
     file = tmp_path / "file"
     file.write_text("")
     for words in (
@@ -289,15 +294,15 @@ def test_outputs_of_data_commands_that_cannot_be_written(capsys, tmp_path, pairs
         "tokenizer {data} --vocab-size 300 --out {out}",
     ):
         args = ["data", *words.format(data=pairs, out=file / "x").split()]
-        assert str(file / "x") in complaint(capsys, *args)
+        assert str(file / "x") in error_of(capsys, *args)
     for words in ("curate {data} --out {out}", "scenes --train 8 --out {out}"):
         args = ["data", *words.format(data=pairs, out=file).split()]
-        assert str(file) in complaint(capsys, *args)
+        assert str(file) in error_of(capsys, *args)
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
+def test_a_closed_stdout_is_not_an_error(tmp_path):
     result = subprocess.run(
-        f"{sys.executable} -m coalign.cli recipes | true",
+        f"{sys.executable} -m coalign recipes | true",
         shell=True,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's example, followed word for word in a copy of the package."""
+"""CONTRIBUTING.md's example, created word for word in a copy of the package."""
 
 import os
 import re
@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"^(?:`([\w/]+\.py)`\n\n)?```(python|bash)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(line) for _, kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+FILES = {path: code for path, kind, code in BLOCKS if kind == "python" and path}
+METHOD = Path("src/coalign/methods/siglip")
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository with the example's files and its line in the registry."""
+    """A copy of the repository with the example's folder, files and registry line."""
     root = tmp_path_factory.mktemp("copy")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "tests", "pyproject.toml"):
@@ -28,11 +30,14 @@ def copy(tmp_path_factory):
             shutil.copytree(ROOT / name, root / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, root / name)
-    files = [(path, code) for path, kind, code in BLOCKS if kind == "python" and path]
-    (line,) = [code for path, kind, code in BLOCKS if kind == "python" and not path]
-    for path, code in files:
+    assert f"Create `{METHOD}/` with an empty `__init__.py`" in TEXT
+    (root / METHOD).mkdir()
+    (root / METHOD / "__init__.py").touch()
+    assert set(FILES) == {f"{METHOD}/config.py", f"{METHOD}/method.py", "tests/methods/test_siglip.py"}
+    for path, code in FILES.items():
         assert not (root / path).exists()
         (root / path).write_text(code)
+    (line,) = [code for path, kind, code in BLOCKS if kind == "python" and not path]
     registry = root / "src/coalign/methods/__init__.py"
     registry.write_text(registry.read_text().replace("METHODS = {\n", "METHODS = {\n" + line))
     return root
@@ -40,25 +45,26 @@ def copy(tmp_path_factory):
 
 def run(root, *words):
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    return process.stdout
 
 
-def run_tests(root, chosen):
-    """Runs the page's pytest command on some of its tests. Returns how many passed."""
+def run_tests(root, selected):
+    """Runs the page's pytest command on the selected tests. Returns how many passed."""
     (command,) = [words[1:] for words in COMMANDS if "pytest" in words]
-    output = run(root, *command, "-k", chosen, "-p", "no:cacheprovider")
+    output = run(root, *command, "-k", selected, "-p", "no:cacheprovider")
     assert "skipped" not in output
     return int(re.search(r"(\d+) passed", output)[1])
 
 
+@pytest.mark.slow
 def test_its_tests_and_the_step_on_slices_pass(copy):
     where = run(copy, "-c", "import coalign; print(coalign.__file__)")
     assert where.startswith(str(copy))
-    assert run_tests(copy, "siglip") == 4  # its own two, and slices with two models
+    assert run_tests(copy, "siglip") == 4  # its two tests, and slices with two models
 
 
 @pytest.mark.slow
@@ -69,25 +75,24 @@ def test_the_step_on_two_processes_passes(copy):
 @pytest.mark.slow
 def test_its_recipe_trains(copy, tmp_path):
     (command,) = [words[1:] for words in COMMANDS if "train" in words]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     noise = np.random.default_rng(0)
     for number in range(40):
         name = f"thing {chr(97 + number // 10)}{chr(97 + number % 10)}.png"
-        Image.fromarray(noise.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(tmp_path / "pictures" / name)
-    small = ["--data", tmp_path / "pictures", "--out", tmp_path / "run", "--epochs", "1", "--workers", "0"]
-    output = run(copy, "-m", "coalign.cli", *command, *map(str, small))
+        Image.fromarray(noise.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+    small = ["--data", tmp_path / "images", "--out", tmp_path / "run", "--epochs", "1", "--workers", "0"]
+    output = run(copy, "-m", "coalign", *command, *map(str, small))
     assert "siglip with " in output
     assert (tmp_path / "run/last/manifest.json").exists()
     assert (tmp_path / "run/report.html").exists()
 
 
 def test_the_example_is_formatted(copy):
-    files = [path for path, kind, _ in BLOCKS if kind == "python" and path]
-    assert run(copy, "-m", "ruff", "check", *files) == "All checks passed!\n"
-    assert "already formatted" in run(copy, "-m", "ruff", "format", "--check", *files)
+    assert run(copy, "-m", "ruff", "check", *FILES) == "All checks passed!\n"
+    assert "already formatted" in run(copy, "-m", "ruff", "format", "--check", *FILES)
 
 
 @pytest.mark.slow
-def test_the_example_has_sound_types(copy):
-    output = run(copy, "-m", "mypy", *[path for path, _, _ in BLOCKS if path.startswith("src")])
+def test_the_example_type_checks(copy):
+    output = run(copy, "-m", "mypy", *[path for path in FILES if path.startswith("src")])
     assert output.startswith("Success: no issues found")

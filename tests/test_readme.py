@@ -1,4 +1,4 @@
-"""What README.md shows runs: its Python, its commands' options, its make targets, and the data that it names."""
+"""README.md's Python code runs; its commands, make targets and --data examples are valid."""
 
 import re
 import shlex
@@ -6,41 +6,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny
 
-import coalign.recipes.clip
-from coalign import cli
+from coalign.cli import main as cli
+from coalign.experiments import benchmark, compare, compare_terminal, reproduce
+from coalign.experiments.benchmark import BenchmarkResult
+from coalign.methods.clip import config as clip
 from coalign.report.compare_page import Comparison
-from coalign.run import (
-    card,
-    contest,
-    data,
-    evaluate,
-    export,
-    import_model,
-    localize,
-    profile,
-    reporting,
-    reproduce,
-    search,
-    space,
-    train,
-)
-from coalign.run.contest import Contest
-from coalign.run.search import Answers
+from coalign.runs import card
 from coalign.types import DualEncoder
+from coalign.workflows import data
+from coalign.workflows.evaluate import evaluate
+from coalign.workflows.explore import localize, search, space
+from coalign.workflows.explore.search import SearchResult
+from coalign.workflows.models import export, import_model
+from coalign.workflows.train import profile, train
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 BASH = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)).splitlines()
-COMMANDS = [line for line in BASH if re.match(r"coalign |torchrun .* -m coalign.cli ", line)]
+COMMANDS = [line for line in BASH if re.match(r"coalign |torchrun .* -m coalign ", line)]
 DATA = re.findall(r"\| `(--data .*?)` \|", TEXT)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder that holds the README's `photos`."""
+    """A folder with the README's `photos`."""
     root = tmp_path_factory.mktemp("readme")
     tiny.write_pairs(root / "photos", 64)
     return root
@@ -48,14 +40,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch, folder):
-    """The recipe with a tiny model and one epoch."""
+    """CLIP's recipe with a tiny model and one epoch."""
     model = str(tiny.write_model(folder / "model"))
-    original = coalign.recipes.clip.small_data
+    original = clip.default_config
 
-    def small_data(*args):
+    def default_config(*args):
         return replace(original(*args), model=model, context_length=12, batch_size=16, epochs=1, workers=0, evals=1)
 
-    monkeypatch.setattr(coalign.recipes.clip, "small_data", small_data)
+    monkeypatch.setattr(clip, "default_config", default_config)
     monkeypatch.chdir(folder)
 
 
@@ -75,9 +67,9 @@ def test_python(small, folder, capsys):
 
 
 @pytest.fixture
-def called(monkeypatch, tmp_path):
-    """The commands' work is recorded instead of done."""
-    monkeypatch.chdir(tmp_path)  # where a command may write
+def calls(monkeypatch, tmp_path):
+    """Records the calls of the commands' functions instead of running them."""
+    monkeypatch.chdir(tmp_path)  # commands may write here
     calls = []
 
     def record(*args, **options):
@@ -88,20 +80,22 @@ def called(monkeypatch, tmp_path):
         "prepare_openclipart",
         "check_data",
         "curate_data",
-        "write_queries",
+        "build_query_list",
         "write_paraphrases",
         "train_tokenizer",
     ):
         monkeypatch.setattr(data, name, record)
-    monkeypatch.setattr(contest, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
+    monkeypatch.setattr(compare, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
     monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: calls.append(args) or {})
     for module, name in (
-        (evaluate, "write_json"),
+        (evaluate, "write_results"),
         (evaluate, "print_results"),
         (evaluate, "write_page"),
-        (contest, "print_comparison"),
-        (contest, "write_json"),
-        (reporting, "print_comparison"),
+        (benchmark, "print_comparison"),
+        (benchmark, "write_results"),
+        (compare, "print_comparison"),
+        (compare, "write_results"),
+        (compare_terminal, "print_comparison"),
         (reproduce, "reproduce"),
         (localize, "localize"),
         (export, "export"),
@@ -111,23 +105,22 @@ def called(monkeypatch, tmp_path):
     monkeypatch.setattr(card, "card", lambda *args: calls.append(args) or "")
     monkeypatch.setattr(space, "space", lambda *args: calls.append(args) or {})
     monkeypatch.setattr(
-        search, "search", lambda *args, **options: calls.append((args, options)) or Answers("text", [], 0, 0)
+        search, "search", lambda *args, **options: calls.append((args, options)) or SearchResult("text", [], 0, 0)
     )
-    monkeypatch.setattr(train, "train", lambda data, out, settle, **_: calls.append(settle(5000)))
-    monkeypatch.setattr(
-        contest, "contest", lambda *args, **_: calls.append(args) or Contest(Comparison([], {}, {}), "", {})
-    )
-    monkeypatch.setattr(profile, "profile", lambda data, settle, **_: calls.append(settle(5000)))
+    monkeypatch.setattr(train, "train", lambda data, out, config_for, **_: calls.append(config_for(5000)))
+    empty = BenchmarkResult(Comparison([], {}, {}), "", {})
+    monkeypatch.setattr(benchmark, "benchmark", lambda *args, **_: calls.append(args) or empty)
+    monkeypatch.setattr(profile, "profile", lambda data, config_for, **_: calls.append(config_for(5000)))
     monkeypatch.setattr(profile, "print_profile", record)
     return calls
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_parse(called, line, capsys):
+def test_commands_parse(calls, line, capsys):
     words = shlex.split(line, comments=True)
-    words = words[words.index("coalign.cli" if "coalign.cli" in words else "coalign") + 1 :]
+    words = words[words.index("coalign") + 1 :]
     assert cli.main(words) == 0, capsys.readouterr().err
-    assert called
+    assert calls
 
 
 def test_every_command_is_shown():
@@ -138,7 +131,7 @@ def test_every_command_is_shown():
 
 
 @pytest.mark.parametrize("option", DATA)
-def test_data_options_parse(called, option):
+def test_data_options_parse(calls, option):
     assert cli.main(["train", *shlex.split(option), "--out", "run"]) == 0
 
 
@@ -150,9 +143,9 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_files_of_a_run_are_those_listed(small, folder):
+def test_listed_run_files_are_those_written(small, folder):
     train.train("photos", "runs/files")
     table = TEXT[TEXT.index("A run's folder holds") : TEXT.index("## Evaluate")]
-    named = {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", table) if "." in name or "/" in name}
-    made = {path.name for path in (folder / "runs/files").iterdir()} - {"run.lock"}
-    assert made == named
+    listed = {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", table) if "." in name or "/" in name}
+    written = {path.name for path in (folder / "runs/files").iterdir()} - {"run.lock"}
+    assert written == listed

@@ -1,3 +1,3 @@
 """coalign: data-efficient language-image pre-training."""
 
-__version__ = "0.1.0"
+from coalign.version import __version__ as __version__

@@ -1,106 +1,184 @@
-"""The configuration of a training run. Imports no torch: it is read to print help."""
+"""Configuration of a training run. The comments and docstrings of the fields are the help of `coalign train`.
+
+Does not import torch, to keep that help fast.
+"""
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from coalign.optim import OptimiserConfig
+from coalign.errors import UserError
+
+Kind = Literal["adamw", "sgd"]
+NOMINAL_PAIRS = 10_000  # assumed dataset size until the data is split, and in the command line's help
+
+
+@dataclass(frozen=True)
+class RoleConfig:
+    """Optimizer settings for parameters of one role, such as "image", "text" or "scale". None: the setting for all parameters."""
+
+    kind: Kind | None = None  # Optimization algorithm.
+    lr: float | None = None  # Peak learning rate.
+    start_lr: float | None = None  # Learning rate at the first warm-up step.
+    final_lr: float | None = None  # Learning rate at the end of the cosine decay.
+    lr_multiplier: float = 1.0  # Multiplier of the learning rate over the whole schedule.
+    weight_decay: float | None = None  # Weight decay.
+    betas: tuple[float, float] | None = None  # Betas of AdamW.
+    eps: float | None = None  # Epsilon of AdamW.
+    momentum: float | None = None  # Momentum of SGD.
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning rate schedule: linear warm-up, then cosine decay. The defaults are those of CLIP in SLIP's experiments.
+
+    Weight decay applies to parameters with at least two dimensions, so not to norms, biases and scales.
+    """
+
+    kind: Annotated[Kind, arg(name="optimizer")] = "adamw"  # Optimization algorithm.
+    lr: float = 5e-4  # Peak learning rate, reached after warm-up.
+    start_lr: float = 1e-6  # Learning rate at the first warm-up step.
+    final_lr: float = 1e-5  # Learning rate at the end of the cosine decay.
+    warmup_fraction: float = 0.04  # Fraction of the run used for warm-up (0.04: one of 25 epochs).
+    warmup_steps: int | None = None  # Number of warm-up steps; overrides --warmup-fraction.
+    reaches_final: bool = False  # Reach the final learning rate at the last step instead of one step after it.
+    weight_decay: float = 0.5  # Weight decay of matrices and convolutions; norms, biases and scales are not decayed.
+    betas: tuple[float, float] = (0.9, 0.98)  # Betas of AdamW.
+    eps: float = 1e-8  # Epsilon of AdamW.
+    momentum: float = 0.9  # Momentum of SGD.
+    roles: Mapping[str, RoleConfig] = field(default_factory=dict)  # Overrides by parameter role.
+
+    def for_role(self, role: str) -> OptimizerConfig:
+        """Returns the settings of one role, with its overrides and multiplier applied. Raises UserError if a value is out of range."""
+        override = self.roles.get(role, RoleConfig())
+        changes = {
+            name: value for name, value in vars(override).items() if value is not None and name != "lr_multiplier"
+        }
+        merged = replace(self, **changes, roles={})
+        rates = {name: getattr(merged, name) * override.lr_multiplier for name in ("lr", "start_lr", "final_lr")}
+        merged = replace(merged, **rates)
+        _check(role, merged)
+        return merged
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Number of warm-up steps in a run of `total_steps`."""
+        return round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+
+def _check(role: str, config: OptimizerConfig) -> None:
+    def require(condition: bool, name: str, requirement: str) -> None:
+        if not condition:
+            value = getattr(config, name)
+            raise UserError(
+                f"Invalid optimizer settings for the role '{role}': {name} is {value}, but must be {requirement}."
+            )
+
+    require(config.kind in ("adamw", "sgd"), "kind", "adamw or sgd")
+    require(0 <= config.lr < math.inf, "lr", "finite and at least 0")
+    for name in ("start_lr", "final_lr"):
+        require(0 <= getattr(config, name) <= config.lr, name, f"between 0 and lr ({config.lr})")
+    require(0 <= config.warmup_fraction <= 1, "warmup_fraction", "between 0 and 1")
+    require((config.warmup_steps or 0) >= 0, "warmup_steps", "at least 0")
+    require(config.weight_decay >= 0, "weight_decay", "at least 0")
+    require(all(0 <= beta < 1 for beta in config.betas), "betas", "at least 0 and less than 1")
+    require(config.eps >= 0, "eps", "at least 0")
+    require(0 <= config.momentum < 1, "momentum", "at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run depends on besides its data. A recipe fills it; options on the command line override single values."""
+    """All settings of a training run except its data. A recipe sets the defaults; command-line options override single values."""
 
     method: Suppress[str]
     method_config: Suppress[Any]  # the method's own frozen dataclass
+    # Model: an open_clip model name, `tiny`, `small`, `timm:NAME` (a timm image encoder), or a JSON file or folder in open_clip's
+    # format. `coalign models` lists the names.
     model: str = "ViT-B-32"
-    """Towers: an open_clip model name, a JSON file or a folder in open_clip's form, `timm:TRUNK`, or one of ours (`small`)."""
+    # Initialize from pretrained weights: an open_clip tag; a safetensors file or folder of an open_clip model; a safetensors file of a
+    # timm image encoder (see `coalign export --to timm`; the text encoder starts from random weights); `timm` for timm's own weights;
+    # or `hf` for the weights of a Hugging Face text encoder.
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag, a safetensors file or a folder of an open_clip model, a safetensors file of a timm trunk
-    (as `coalign export --to timm` writes it; the text tower starts anew), `timm` for a trunk's own, or `hf` for those of a Hugging Face
-    text tower."""
     init_from: Path | None = None
-    """Start from the weights of this run's folder, of the same method and model; the image size may be another one."""
+    """Initialize from the weights of this run folder. Method and model must be the same; the image size may differ."""
     image_size: int | None = None
-    """Side of the square input in pixels (default: the model's own)."""
+    """Side of the square input images in pixels (default: the model's)."""
     context_length: int = 77
-    """The most tokens of a caption, start and end included; longer ones are cut."""
+    """Maximum number of tokens per caption, start and end tokens included. Longer captions are truncated."""
     tokenizer: str = "clip"
-    """`clip`, `captions` (train a small byte-pair vocabulary on the training captions), `hf:NAME` (that of a Hugging Face model), or a
-    tokenizer file."""
+    """`clip`, `captions` (a small byte-pair vocabulary trained on the training captions), `hf:NAME` (from Hugging Face), or a file."""
     batch_size: int = 256
-    """Pairs a step, over all processes."""
+    """Global batch size: image-text pairs per step, over all processes."""
     micro_batch: int | None = None
-    """Pairs held in memory at once, a process; the gradient stays that of the whole batch."""
+    """Encode this many pairs per process at once, to save memory (default: all). Gradient caching keeps the gradient exact."""
     shard: bool = False
-    """Divide weights, gradients and optimiser states over the processes (FSDP2), for a model that is too large for one device each."""
+    """Shard parameters, gradients and optimizer states over the processes (FSDP2), for models too large for one device."""
     epochs: float = 32
-    """Passes over the training pairs."""
-    optimiser: Annotated[OptimiserConfig, arg(name="")] = field(default_factory=OptimiserConfig)
-    """The optimiser's settings."""
+    """Passes over the training pairs. Fractions are allowed."""
+    optimizer: Annotated[OptimizerConfig, arg(name="")] = field(default_factory=OptimizerConfig)
+    """Optimizer settings."""
     max_grad_norm: float | None = None
-    """Clip the gradient to this norm."""
+    """Clip the gradient to this norm (default: no clipping)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision; auto is bf16 where the processor is fast at it, else fp32."""
+    """Autocast precision. auto: bf16 if the device is fast at it, else fp32."""
     compile: bool = False
-    """Compile the image towers with torch.compile."""
+    """Compile the image encoders with torch.compile."""
     batch_norm_group: int = 32
-    """Samples a batch-norm group, for trunks that have BatchNorm."""
+    """Group size of batch normalization, in samples, for image encoders with BatchNorm layers."""
     seed: int = 0
-    """Seed of the initial weights, the order and every view."""
+    """Random seed of the initial weights, the order of the samples and the augmentations."""
     workers: int | None = None
-    """Loader processes (default: one a core, at most 8). The run does not depend on it."""
+    """Data loading workers per process (default: one per available CPU core, at most 8). Does not affect the results."""
+    # Gigabytes of decoded images to cache in the system's temporary folder, per machine (0: off). Helps if much of the dataset fits.
+    # JPEGs are cached at each scale that the views decode, which takes up to a third more space.
     image_cache: float = 0.0
-    """Gigabytes of decoded images to keep in the system's temporary folder for the next epochs, for all processes of a machine. Helps where
-    a good part of the data fits; a JPEG is kept at each of the sizes that views ask for, at most a third more than its full one."""
     device_views: bool = False
-    """Make colours and blur of the image views on the GPU, a batch at a time, and not in the loader processes."""
+    """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
     val_fraction: float = 0.05
-    """Share of the pairs held out when the data has no split of its own."""
+    """Fraction of the pairs to hold out for validation if the dataset has no validation split."""
     val_by: str | None = None
-    """Hold out whole groups of samples that have the same value in this column of the data (an author, a site), so that validation is on
-    others."""
+    """Split by this column of the dataset, such as author or site: pairs with the same value stay in the same split."""
     train_fraction: float = 1.0
-    """Share of the training pairs to train on; a smaller share is part of a larger one, whatever the seed."""
-    rest_as_texts: bool = False
-    """Train on what train_fraction leaves out, too, by its captions alone, with methods that take texts without images (MCT, OneR)."""
+    """Fraction of the training pairs to train on. Smaller fractions are subsets of larger ones, whatever the seed."""
+    unpaired_captions: bool = False
+    """Also train on the captions of the pairs that --train-fraction leaves out, without their images (MCT and OneR only)."""
     test_splits: tuple[str, ...] = ()
-    """Splits of the data's own on which retrieval is evaluated too at the end, such as `test`."""
+    """Splits of the dataset, such as `test`, on which retrieval is also evaluated at the end of the run."""
     val_data: str | None = None
-    """Validate on this data instead."""
+    """Validate on this dataset instead of a split of the training data."""
     classes: Path | None = None
-    """Your own classes, one a line: their zero-shot accuracy is followed during training (images whose tags or folder name one)."""
+    """File of class names, one per line. Tracks zero-shot accuracy during training, on images tagged with or filed under a class."""
     probe: bool = False
-    """At the end, also tell `classes` apart by a linear classifier on frozen image features, which learns from the training pairs."""
+    """At the end of the run, also train a linear classifier of --classes on frozen image features of the training pairs."""
     evals: int = 10
-    """Validations during the run, evenly spaced; the last one is at its end."""
+    """Number of validations, evenly spaced over the run. The last one is at the end."""
     patience: int | None = None
-    """Stop after this many validations without a better validation score."""
+    """Stop after this many validations without a better validation score (default: never)."""
     save_every: int | None = None
-    """Steps between checkpoints (default: at every validation and at least every 10 minutes)."""
+    """Steps between checkpoints (default: at every validation, and at least every 10 minutes)."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this share of the samples seen cannot be read."""
+    """Stop if more than this fraction of the samples cannot be read."""
     max_non_finite: int = 10
-    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    """Stop after this many consecutive steps with a non-finite loss or gradient."""
 
 
 # ---------------------------------------------------------------- as JSON
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as plain values, for `from_json` and for people."""
+    """Converts a configuration to JSON values. `from_json` reverses it."""
     return asdict(config, dict_factory=lambda items: {k: str(v) if isinstance(v, Path) else v for k, v in items})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimiser": {"lr": 1}} -> {"optimiser.lr": 1}."""
+    """Flattens nested mappings: {"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
@@ -108,18 +186,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(cls: Any, value: Any) -> Any:
-    """The configuration of type `cls` that `to_json` wrote. Unknown names are a TypeError."""
+    """Builds a configuration of type `cls` from the output of `to_json`. Raises TypeError if a field is unknown."""
     if typing.get_origin(cls) is Annotated:
         return from_json(typing.get_args(cls)[0], value)
     if isinstance(cls, type) and is_dataclass(cls) and isinstance(value, dict):
         hints = typing.get_type_hints(cls, include_extras=True)
         unknown = set(value) - {f.name for f in fields(cls)}
         if unknown:
-            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+            raise TypeError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
         return cls(**{name: from_json(hints[name], item) for name, item in value.items()})
     if typing.get_origin(cls) in (types.UnionType, typing.Union):
-        kinds = [kind for kind in typing.get_args(cls) if kind is not type(None)]
-        return None if value is None else from_json(kinds[0], value)
+        options = [option for option in typing.get_args(cls) if option is not type(None)]
+        return None if value is None else from_json(options[0], value)
     if typing.get_origin(cls) is tuple:
         return tuple(value)
     if typing.get_origin(cls) is Mapping:

@@ -1,33 +1,36 @@
-"""The exceptions that are meant to be read by people."""
+"""Exceptions whose messages are shown to users."""
 
 from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's: one sentence that says what is wrong, where, and what to do. The CLI prints it and exits with 2."""
+    """Wrong input, such as an option, a path or a dataset. The command line prints the message and exits with code 2.
+
+    The message is a single line: what is wrong, where, and how to fix it.
+    """
 
 
 class BadSample(Exception):
-    """One sample that cannot be used. `reason` is a short stable word group that is counted ("truncated image"), `detail` says more."""
+    """A sample that cannot be used. `reason` is a fixed phrase to count by ("truncated image"), `detail` is specific to the sample."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:  # crosses process borders in loader workers
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:  # pickled by data loading workers
         return BadSample, (self.reason, self.detail)
 
 
 class NoImage(BadSample):
-    """A sample that has no image at all, for methods that take a text alone."""
+    """A sample without an image. Methods that train on unpaired captions can still use it."""
 
     def __reduce__(self) -> Any:
         return NoImage, (self.reason, self.detail)
 
 
 class NoCaption(BadSample):
-    """A sample that has no caption, or an empty one. `record` is what else is known of it, for methods that take an image alone."""
+    """A sample whose caption is missing or empty. Methods that train on unpaired images can still use it: `record` has the other fields."""
 
     def __init__(self, reason: str, detail: str, record: Any) -> None:
         super().__init__(reason, detail)

@@ -1,4 +1,4 @@
-"""The contract between a method and the trainer. A paper is one final subclass of `Method`, in one file of `methods/`."""
+"""Interface between a method and the trainer. Each paper is one final subclass of `Method`, in a folder of `methods/`."""
 
 from __future__ import annotations
 
@@ -11,46 +11,54 @@ from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, ViewPlan
 
 
 class Method(nn.Module, ABC):
-    """A step is `encode`, then `objective`.
+    """A training method: the encoders, the views they are trained on, and the loss.
 
-    Whatever the method needs to go on (queues, teachers, scales) is in its `state_dict`: queues are buffers, teachers are modules,
-    scales are parameters of shape [1]. Its gradient depends on the global batch alone.
+    A training step calls `encode`, `encode_targets`, `objective` and, after the optimizer's update, `after_step`. All state is in the
+    `state_dict`: queues are buffers, teachers are submodules, scales are parameters of shape [1]. The gradient depends on the global batch
+    only, not on how it is split into slices and ranks.
     """
 
     view_plan: ViewPlan
 
     @abstractmethod
     def encode(self, batch: Batch, step: StepInfo) -> Features:
-        """The trained encoder passes and nothing that couples samples. May be called on slices of the batch, and twice: the same values
-        must come again, so no collectives, no unrecorded randomness, no batch statistics but the trunk's fixed groups."""
+        """Runs the trained encoders, without coupling samples.
+
+        May be called on slices of the batch, and twice per slice (gradient caching). Both calls must return the same values: no
+        collectives, no randomness other than torch's global generator, no batch statistics other than the fixed BatchNorm groups of image
+        encoders.
+        """
 
     def encode_targets(self, batch: Batch, step: StepInfo) -> Features:
-        """Teachers and momentum encoders. Called once a step, on slices, without gradient."""
+        """Runs teachers and momentum encoders, without gradient. Called once per step and slice."""
         return {}
 
     @abstractmethod
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
-        """Everything that couples samples, once a step, on all of the rank's rows: own rows against gathered columns."""
+        """Computes the loss terms, with everything that couples samples: this rank's rows against the gathered columns.
+
+        Called once per step, with the features of all slices of this rank.
+        """
 
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        """What moves after the optimiser: scale clamps, EMA, queues. Not called for a skipped step."""
+        """Updates state after the optimizer: clamped scales, momentum encoders, queues. Not called if the step was skipped."""
 
     def scalars(self) -> dict[str, Tensor]:
-        """Numbers worth following during training, such as the logit scale."""
+        """Returns values to log during training, such as the logit scale."""
         return {}
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """uint8 [batch, 3, size, size], the evaluation view -> normalised embeds [batch, dim]."""
+        """uint8 pixels [batch, 3, size, size] of the evaluation view -> normalized embeds [batch, dim]."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The evaluation view -> the image encoder's output before any projection, [batch, width]: what probes look at."""
+        """uint8 pixels [batch, 3, size, size] of the evaluation view -> image encoder output before the projection [batch, width]."""
         return self.image(pixels)  # type: ignore[operator]
 
     @abstractmethod
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Token ids [batch, token] and their lengths [batch] -> normalised embeds [batch, dim]."""
+        """Token ids [batch, token] and lengths [batch] -> normalized embeds [batch, dim]."""
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
-        """Trained parameters by role ("image", "text", "scale", …); an optimiser setting names a role. Every parameter in one group."""
+        """Returns the trained parameters by role ("image", "text", "scale", …), each in exactly one role. See `OptimizerConfig.roles`."""

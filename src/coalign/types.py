@@ -1,6 +1,6 @@
-"""The values that travel between the layers. Imports no torch, so that help and configuration stay fast.
+"""Types shared by data, methods, training and evaluation. Does not import torch, to keep the command line's help fast.
 
-Axis words used in shapes all over the project: batch (one rank's samples), global_batch (all ranks'), token, patch, dim, view, queue.
+Axis names in shape comments: batch (samples of this rank), global_batch (samples of all ranks), token, patch, dim, view, queue.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# ---------------------------------------------------------------- what a method asks of the data
+# ---------------------------------------------------------------- views that a method requests
 
 
 @dataclass(frozen=True)
 class AugmentationPolicy:
-    """How an image view is drawn. The defaults change nothing but the size: the evaluation view (resize, centre crop).
+    """Random augmentation of an image view. The default is the evaluation view: resize and center crop, no randomness.
 
-    `crop_scale` None is the evaluation view; otherwise RandomResizedCrop's area and aspect ranges. Jitter strengths are torchvision's
-    half-ranges. `blur_sigma` is in pixels of a 224-pixel view and scales with the size of the output.
+    Crops are drawn as by torchvision's RandomResizedCrop and colors as by its ColorJitter: jitter of strength s multiplies by a factor in
+    [1 - s, 1 + s]. The blur scales with the size of the view.
     """
 
-    crop_scale: tuple[float, float] | None = None  # least and greatest share of the area that a crop keeps
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # least and greatest width to height of a crop
-    flip_p: float = 0.0  # probability of a horizontal flip
-    jitter_p: float = 0.0  # probability of the changes of colour
-    brightness: float = 0.0  # greatest change of brightness
-    contrast: float = 0.0  # greatest change of contrast
-    saturation: float = 0.0  # greatest change of saturation
-    hue: float = 0.0  # greatest change of hue, in turns
-    grey_p: float = 0.0  # probability of greyscale
-    blur_p: float = 0.0  # probability of a Gaussian blur
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # least and greatest sigma of the blur
+    # Crop area as a fraction of the image, min and max; None: evaluation view.
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # Aspect ratio of the crop, width / height, min and max.
+    flip_p: float = 0.0  # Probability of a horizontal flip.
+    jitter_p: float = 0.0  # Probability of color jitter.
+    brightness: float = 0.0  # Strength of brightness jitter.
+    contrast: float = 0.0  # Strength of contrast jitter.
+    saturation: float = 0.0  # Strength of saturation jitter.
+    hue: float = 0.0  # Maximum hue shift, in turns.
+    gray_p: float = 0.0  # Probability of grayscale.
+    blur_p: float = 0.0  # Probability of Gaussian blur.
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # Sigma of the blur in pixels of a 224-pixel view, min and max.
 
 
 EVALUATION = AugmentationPolicy()
-# SLIP's two image policies, which UniCLIP and MCD take over: the base view of the contrastive term, and SimCLR's augmentations.
+# SLIP's two policies, also used by UniCLIP and MCD: the view of the contrastive term, and SimCLR's augmentations.
 WEAK = AugmentationPolicy(crop_scale=(0.5, 1.0))
 STRONG = AugmentationPolicy(
     crop_scale=(0.08, 1.0),
@@ -49,17 +50,17 @@ STRONG = AugmentationPolicy(
     contrast=0.4,
     saturation=0.4,
     hue=0.1,
-    grey_p=0.2,
+    gray_p=0.2,
     blur_p=0.5,
 )
 
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """What was drawn for one image view, enough to make the view again (UniCLIP §3.2, 11 numbers).
+    """Sampled augmentations of one image view, sufficient to reproduce it (the 11 numbers of UniCLIP §3.2).
 
-    The box is in fractions of the (upright) image; colour changes are zero when nothing changed: the factors minus one for brightness,
-    contrast and saturation, turns (-0.5 … 0.5) for hue; blur is sigma in pixels of a 224-pixel view.
+    The crop box is in fractions of the upright image. Brightness, contrast and saturation are the factor minus one; hue is in turns,
+    -0.5 … 0.5; blur is the sigma in pixels of a 224-pixel view. Zero means unchanged.
     """
 
     x: float = 0.0
@@ -72,61 +73,65 @@ class AugmentationParams:
     hue: float = 0.0
     blur: float = 0.0
     flipped: float = 0.0
-    greyed: float = 0.0
+    grayed: float = 0.0
 
     def vector(self) -> tuple[float, ...]:
+        """The 11 numbers in field order."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
 class TextPolicy:
-    """How a text view is made of one of the sample's captions: as it is, by easy data augmentation (EDA), or by a stored paraphrase."""
+    """Augmentation of a text view: the caption itself, easy data augmentation (EDA) of it, or one of its stored paraphrases."""
 
     kind: Literal["original", "eda", "paraphrase"] = "original"
-    mask_p: float = 0.0  # share of the ordinary tokens chosen for masked language modelling; 0: no masking
+    mask_p: float = 0.0  # probability that a token is selected for masked language modeling (MLM); 0: no masking
 
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """The views a method wants of every sample, by name."""
+    """The views of each sample that a method trains on, by name."""
 
     images: Mapping[str, AugmentationPolicy]
     texts: Mapping[str, TextPolicy]
-    patch_ranks: bool = False  # image views carry a random rank in [0, 1) per patch, which a mask ratio thresholds
-    tags: int = 0  # ids of the sample's tags, of a vocabulary of this many, the most frequent of the training data
-    captionless: bool = False  # samples without any caption are used, too: their text views hold no words
-    imageless: bool = False  # samples without an image are used, too: their image views are another sample's
+    patch_ranks: bool = False  # add a random number in [0, 1) per patch, to compare with a mask ratio
+    tags: int = 0  # size of the tag vocabulary: the most frequent tags of the training data; 0: load no tags
+    captionless: bool = False  # also load samples without a caption, with empty text views
+    imageless: bool = False  # also load samples without an image; their image views are copied from another sample
 
 
-NOT_MASKED = -100  # the label of a token that is not to be predicted
+NOT_MASKED = -100  # MLM label of a token that is not predicted
 
 
-# ---------------------------------------------------------------- what the data gives
+# ---------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
 class Record:
     """One sample without its pixels."""
 
-    key: str  # unique and readable: a path, a member's name, a row number
+    key: str  # unique and human-readable, such as a path or a row number
     captions: tuple[str, ...]
     tags: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)  # ground truth or provenance, e.g. {"style": "etiquette"}
+    facts: Mapping[str, Any] = field(default_factory=dict)  # ground truth and metadata, such as {"style": "etiquette"}
 
 
 @dataclass(frozen=True)
 class Foil:
-    """A two-way choice for one sample: a caption that is true of its image, and one that is false in one kind of fact."""
+    """A true caption of an image and its foil: a false caption that differs in one kind of fact."""
 
-    index: int  # of the sample in its source
-    kind: str  # what the false caption is wrong about
-    how: str  # how it was made: "replace", "swap" or "add"
-    true: str
-    false: str
+    index: int  # sample index in the source
+    kind: str  # kind of the false fact, such as "colour"
+    how: str  # edit that makes the foil: "replace", "swap" or "add"
+    true: str  # the true caption
+    false: str  # the foil
 
 
 class Source(Protocol):
-    """Addressable image-text pairs. Everything raised for a single sample is `BadSample`; everything raised at opening is `UserError`."""
+    """A dataset of image-text pairs with random access.
+
+    `record` and `image` raise BadSample for a sample that cannot be used. Functions that open a source raise UserError.
+    """
 
     name: str
 
@@ -135,45 +140,44 @@ class Source(Protocol):
     def record(self, index: int) -> Record: ...
 
     def image(self, index: int) -> bytes | np.ndarray:
-        """The encoded file's bytes, or decoded RGB pixels, uint8 [height, width, 3]."""
+        """The bytes of the encoded file, or decoded RGB pixels, uint8 [height, width, 3]."""
         ...
 
 
-def _map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+def _map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, Mapping):
-        return {name: _map_tensors(item, change) for name, item in value.items()}
+        return {name: _map_tensors(item, function) for name, item in value.items()}
     if hasattr(value, "__dataclass_fields__"):
-        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)})
-    return change(value)
+        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    return function(value)
 
 
 @dataclass
 class ImageView:
-    pixels: Tensor  # uint8 [batch, 3, height, width]; the method normalises
+    pixels: Tensor  # uint8 [batch, 3, height, width]; the method normalizes
     params: Tensor  # float32 [batch, 11], AugmentationParams.vector()
     patch_ranks: Tensor | None = None  # float32 [batch, rows, columns]
 
 
 @dataclass
 class TextView:
-    ids: Tensor  # int64 [batch, token], trimmed to the longest of the batch; what lies beyond a row's length is padding
-    lengths: Tensor  # int64 [batch], start and end token included
-    labels: Tensor | None = (
-        None  # int64 [batch, token], the original id where a token was masked for MLM, else NOT_MASKED
-    )
+    ids: Tensor  # int64 [batch, token], padded to the longest caption of the batch
+    lengths: Tensor  # int64 [batch], including the start and end tokens
+    # int64 [batch, token], MLM labels: the original id of a selected token, else NOT_MASKED
+    labels: Tensor | None = None
 
 
 @dataclass
 class Batch:
-    indices: Tensor  # int64 [batch], the sample's index in its source
+    indices: Tensor  # int64 [batch], sample indices in the source
     images: dict[str, ImageView]
     texts: dict[str, TextView]
-    caption_ids: Tensor  # int64 [batch], equal exactly where the captions are equal (63-bit hash)
+    caption_ids: Tensor  # int64 [batch], 63-bit hash of the caption, equal for equal captions
     has_caption: Tensor  # bool [batch]
     tags: Tensor | None = None  # int64 [batch, max_tags], tag ids, padded with -1
-    has_image: Tensor | None = None  # bool [batch]; None: every sample has one
+    has_image: Tensor | None = None  # bool [batch]; None: all samples have an image
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -185,65 +189,71 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-# ---------------------------------------------------------------- what a method gives the trainer
+# ---------------------------------------------------------------- what a method returns to the trainer
 
-Features = dict[str, "Tensor"]  # name -> tensor whose first axis is the sample
+Features = dict[str, "Tensor"]  # name -> tensor with one row per sample, [batch, …]
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    step: int  # 0 for the first
+    step: int  # counted from 0
     total_steps: int
 
     @property
     def fraction(self) -> float:
-        """Progress of the run, 0 at the first step, 1 after the last."""
+        """Progress of the run: 0 at the first step, 1 after the last."""
         return self.step / max(1, self.total_steps)
 
 
 @dataclass
 class LossTerm:
-    """A ratio of sums: the loss is Σ_terms weight · Σ_ranks total / Σ_ranks count. So any mean is exact on any number of ranks."""
+    """One term of the loss, as a sum and a count: loss = Σ_terms weight · Σ_ranks total / Σ_ranks count.
+
+    A mean over the global batch is therefore exact for any number of ranks, also if they hold different counts.
+    """
 
     name: str
-    total: Tensor  # scalar, this rank's sum, with gradient
-    count: Tensor | float  # this rank's count
+    total: Tensor  # scalar with gradient, summed over this rank's rows
+    count: Tensor | float  # number of summands on this rank
     weight: float = 1.0
 
 
 class Gather(Protocol):
-    """Collects rows of all ranks. One process: the identity."""
+    """Differentiable all-gather of rows over ranks; the identity in a single process."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """[batch, …] -> [global_batch, …] in global order, differentiable."""
+        """[batch, …] -> [global_batch, …], in rank order."""
         ...
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
-        """The global positions of this rank's rows: int64 [batch], on the device of `tensor` [batch, …]."""
+    def global_indices(self, tensor: Tensor) -> Tensor:
+        """Position of each local row in the gathered tensor: int64 [batch], on the device of `tensor` [batch, …]."""
         ...
 
 
-# ---------------------------------------------------------------- what evaluation needs
+# ---------------------------------------------------------------- evaluation
 
 
-# uint8 pixels [batch, 3, side, side] and a text for each -> how much each place of the image has to do with it, [batch, row, column]
+# (uint8 pixels [batch, 3, size, size], one text per image) -> relevance of each region to the text, [batch, row, column]
 Localizer = Callable[["Tensor", Sequence[str]], "Tensor"]
-# uint8 pixels [batch, 3, side, side] and a text for each, as one input -> embeds [batch, dim] in the space of images and texts
+# (uint8 pixels [batch, 3, size, size], one text per image) -> embeds of the pairs in the shared space, [batch, dim]
 JointEncoder = Callable[["Tensor", Sequence[str]], "Tensor"]
 
 
 @dataclass
 class DualEncoder:
-    """Anything that embeds images and texts in one space, as two callables: ours, another library's, or a test's.
+    """A model that embeds images and texts in a shared space, from coalign or another library.
 
-    encode_image: uint8 pixels [batch, 3, size, size] (evaluation view, not normalised) -> float [batch, dim]
+    encode_image: uint8 pixels [batch, 3, size, size] of the evaluation view -> float [batch, dim]
     encode_text: sequence of strings -> float [batch, dim]
-    image_features: the same pixels -> float [batch, width], the image encoder's output before its projection; probes need it.
-    preprocess: an upright RGB PIL image -> uint8 [3, size, size], where it is not the evaluation view.
-    modules: makes copies of both encoders to be trained, modules of the same pixels and of the same strings, which may share weights;
-        fine-tuning and detectors need them.
-    weights: all weights, by which embeddings are kept and found again.
-    Embeddings need not be normalised; evaluation normalises. `logit_scale` multiplies cosines where probabilities are shown.
+    image_size: side of the input image in pixels
+    logit_scale: factor of the cosine similarities in softmax probabilities
+    image_features: the same pixels -> float [batch, width], image encoder output before the projection; required by probes
+    preprocess: upright RGB PIL image -> uint8 [3, size, size]; None: the evaluation view
+    weights: all weights by name; their hash is the key of cached embeddings
+    modules: returns trainable copies of the image and the text encoder, with the same inputs, which may share weights; required by
+        fine-tuning and detection
+
+    Embeddings need not be normalized: evaluation normalizes them.
     """
 
     encode_image: Callable[[Tensor], Tensor]

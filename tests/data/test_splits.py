@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import write_tar
+from helpers.data_files import write_tar
 
 from coalign.data import splits as splits_module
-from coalign.data.common import Subset
-from coalign.data.shards import open_shards
-from coalign.data.sources import open_source
-from coalign.data.splits import assign_splits, connected_components, nested_share
+from coalign.data.sources.base import Subset
+from coalign.data.sources.open import open_source
+from coalign.data.sources.shards import open_shards
+from coalign.data.splits import assign_splits, connected_components, nested_subset
 from coalign.errors import BadSample, UserError
 from coalign.types import Record
 
@@ -25,7 +25,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @dataclass
 class Memory:
-    """A source of (key, captions, image bytes) rows; None for captions or image is a bad one."""
+    """An in-memory source of (key, captions, image bytes) rows. Captions or image bytes of None are bad."""
 
     rows: list
     name: str = "memory"
@@ -70,9 +70,8 @@ def test_components_against_scipy() -> None:
         _, theirs = scipy_components(graph, directed=False)
         for i, label in enumerate(theirs[:count]):
             assert ours[i] == np.flatnonzero(theirs[:count] == label)[0]
-    chain = np.random.default_rng(1).permutation(
-        3000
-    )  # the worst shape: each sample shares something with the next only
+    # The worst case: a chain in which each sample shares a value only with the next.
+    chain = np.random.default_rng(1).permutation(3000)
     ours = connected_components(3000, np.concatenate([chain[:-1], chain[1:]]), np.tile(np.arange(2999), 2))
     assert not ours.any()
 
@@ -93,7 +92,7 @@ def test_shared_captions_and_images_stay_together() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 0.2])
-def test_the_fraction_is_what_was_asked(fraction: float) -> None:
+def test_val_has_the_requested_fraction(fraction: float) -> None:
     count = 8_000
     parts, counts = assign_splits(Memory(plain(count)), val_fraction=fraction)
     assert abs(len(parts["val"]) - fraction * count) < 5 * np.sqrt(fraction * (1 - fraction) * count)
@@ -101,7 +100,7 @@ def test_the_fraction_is_what_was_asked(fraction: float) -> None:
     assert counts["largest_group"] == 1
 
 
-def test_boilerplate_goes_to_train_and_the_fraction_stays() -> None:
+def test_boilerplate_goes_to_train_and_val_keeps_its_fraction() -> None:
     fractions = []
     rows = plain(602) + [(f"g{i}", ["gramastar"], f"drawing {i}".encode()) for i in range(138)]
     source = Memory(rows)
@@ -113,31 +112,31 @@ def test_boilerplate_goes_to_train_and_the_fraction_stays() -> None:
         assert counts["largest_group"] == counts["grouped"] == 138
         fractions.append(len(parts["val"]) / 602)
     assert np.mean(fractions) == pytest.approx(0.05, abs=0.007)
-    assert np.std(fractions) > 0  # the seed matters
+    assert np.std(fractions) > 0  # splits depend on the seed
 
 
-def test_groups_of_two_are_not_drawn_to_val_more_often() -> None:
+def test_groups_are_as_frequent_in_val_as_single_samples() -> None:
     rows = [(f"k{i}", [f"caption {i // 4}"], f"image {i}".encode()) for i in range(16_000)]
     parts, counts = assign_splits(Memory(rows), val_fraction=0.1)
     assert counts["groups"] == 4_000
     assert len(parts["val"]) / 16_000 == pytest.approx(0.1, abs=0.02)
 
 
-class Drawn(Memory):
-    """With the artist of each sample in a column."""
+class WithStyle(Memory):
+    """Each sample has a style, the first part of its key; "-" means none."""
 
     def record(self, index: int) -> Record:
         record = super().record(index)
         return replace(record, facts={"style": record.key.partition("/")[0].strip("-")})
 
 
-def test_held_out_by_a_column_are_whole_groups() -> None:
-    """Captions may be on both sides, images may not, and who has drawn much stays in train."""
+def test_val_by_a_column_holds_out_whole_groups() -> None:
+    """Train and val may share captions but no image, and large groups stay in train."""
     rows = [(f"artist {i % 200}/{i}", [f"caption {i % 300}"], f"image {i}".encode()) for i in range(2000)]
     rows += [(f"busy/{i}", [f"busy {i}"], f"busy {i}".encode()) for i in range(100)]
     rows += [(f"-/{i}", [f"nobody {i}"], f"nobody {i}".encode()) for i in range(40)]
     rows += [("copier/1", ["a copy"], b"image 0")]
-    source = Drawn(rows)
+    source = WithStyle(rows)
     parts, counts = assign_splits(source, val_fraction=0.4, by="style")
     styles = {name: {source.record(i).facts["style"] for i in parts[name].tolist()} for name in ("train", "val")}
     assert styles["train"] & styles["val"] <= {"", "artist 0", "copier"}
@@ -152,14 +151,14 @@ def test_held_out_by_a_column_are_whole_groups() -> None:
         assign_splits(source, by="artist")
 
 
-def test_shares_are_nested_exact_and_in_order() -> None:
+def test_subsets_are_nested_exact_and_in_order() -> None:
     indices = np.arange(0, 4000, 2)
-    shares = {fraction: nested_share(indices, fraction) for fraction in (0.0001, 0.1, 0.25, 0.5, 1.0)}
-    assert [len(share) for share in shares.values()] == [1, 200, 500, 1000, 2000]
-    for share, larger in pairwise(shares.values()):
-        assert set(share.tolist()) < set(larger.tolist())
-        assert (np.diff(share) > 0).all()
-    assert np.corrcoef(np.isin(indices, shares[0.5]), indices)[0, 1] == pytest.approx(0, abs=0.07)
+    subsets = {fraction: nested_subset(indices, fraction) for fraction in (0.0001, 0.1, 0.25, 0.5, 1.0)}
+    assert [len(subset) for subset in subsets.values()] == [1, 200, 500, 1000, 2000]
+    for subset, larger in pairwise(subsets.values()):
+        assert set(subset.tolist()) < set(larger.tolist())
+        assert (np.diff(subset) > 0).all()
+    assert np.corrcoef(np.isin(indices, subsets[0.5]), indices)[0, 1] == pytest.approx(0, abs=0.07)
 
 
 def test_adding_data_moves_no_sample() -> None:
@@ -179,15 +178,15 @@ def test_bad_samples_are_train_and_connect_nothing() -> None:
     assert set(parts["train"][-2:].tolist()) == {400, 401}
     assert counts["unusable"] == 2
     assert counts["groups"] == 400
-    for i in range(300):  # many draws: the two captions of the sample without an image are not tied to each other
+    for i in range(300):  # many draws: the captions of the sample without an image do not connect other samples
         val = assign_splits(Memory(rows[:20] + rows[-2:]), val_fraction=0.5, seed=i)[0]["val"]
         if (5 in val) != (6 in val):
             break
     else:
-        pytest.fail("a sample that cannot be used ties others together")
+        pytest.fail("an unusable sample connects other samples")
 
 
-def test_small_data_has_a_val_where_it_can() -> None:
+def test_small_data_has_a_val_split_if_possible() -> None:
     for count in (2, 3, 10, 30):
         parts, _ = assign_splits(Memory(plain(count)))
         assert len(parts["val"]) >= 1
@@ -214,7 +213,7 @@ def test_own_splits_are_kept() -> None:
     assert sorted([*parts["train"], *parts["val"]]) == list(range(150))
 
 
-def test_shards_and_files_split_alike_and_shards_move_freely(tmp_path: Path) -> None:
+def test_shards_split_as_other_sources_and_wherever_they_are(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     entries = []
     for i in range(600):
@@ -228,7 +227,7 @@ def test_shards_and_files_split_alike_and_shards_move_freely(tmp_path: Path) -> 
     shards = open_shards(str(tmp_path / "here"))
     parts, counts = assign_splits(shards, val_fraction=0.2)
 
-    # The same samples by reading every record and image, as for any source without an index.
+    # A subset has no index, so its records and images are read.
     slow = splits_module.fingerprints(Subset(shards, np.arange(len(shards)), "all"))
     fast = shards.fingerprints()
     usable = fast.caption_counts > 0
@@ -242,11 +241,11 @@ def test_shards_and_files_split_alike_and_shards_move_freely(tmp_path: Path) -> 
     assert len(parts["val"]) > 50
 
 
-def test_the_split_of_shards_is_drawn_once(tmp_path: Path, monkeypatch) -> None:
-    """And again when a shard changes, or another share is asked for."""
+def test_the_split_of_shards_is_cached(tmp_path: Path, monkeypatch) -> None:
+    """It is drawn again if a shard or the fraction changes."""
     drawn = []
-    real = splits_module._drawn
-    monkeypatch.setattr(splits_module, "_drawn", lambda *args: drawn.append(args) or real(*args))
+    real = splits_module._draw_val
+    monkeypatch.setattr(splits_module, "_draw_val", lambda *args: drawn.append(args) or real(*args))
     path = write_tar(
         tmp_path / "a.tar", [(f"{i}.{kind}", f"{i}".encode()) for i in range(60) for kind in ("jpg", "txt")]
     )
@@ -273,7 +272,7 @@ def test_image_files_are_read_once(tmp_path: Path, monkeypatch) -> None:
         (folder / f"thing_{'abcdefghij'[i % 10]}{'klmnop'[i // 10]}.png").write_bytes(f"{i // 2}".encode())
     read: list[str] = []
     monkeypatch.setattr(
-        "coalign.data.folder.read_image_file", lambda path: read.append(path) or Path(path).read_bytes()
+        "coalign.data.sources.folder.read_image_file", lambda path: read.append(path) or Path(path).read_bytes()
     )
     first = assign_splits(open_source(str(folder)))
     assert len(read) == 60

@@ -19,10 +19,10 @@ def encode_image(pixels: Tensor) -> Tensor:
 
 class Texts:
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        self.encoded: list[str] = []
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        self.seen.extend(texts)
+        self.encoded.extend(texts)
         return torch.tensor([[len(text), text.count("a"), 1.0] for text in texts], dtype=torch.float64)
 
 
@@ -32,7 +32,7 @@ def batches(n: int, size: int):
         yield list(range(100 + start, 100 + min(n, start + size))), pixels[start : start + size], [f"bad {start}"]
 
 
-def test_images_are_normalised_float32_without_gradient_whatever_the_batches():
+def test_image_embeds_are_normalized_float32_and_independent_of_batches():
     model = DualEncoder(encode_image, Texts(), 4)
     result = embed_images(model, batches(7, 3))
     assert result.embeds.dtype == torch.float32
@@ -43,38 +43,38 @@ def test_images_are_normalised_float32_without_gradient_whatever_the_batches():
     torch.testing.assert_close(result.embeds, embed_images(model, batches(7, 7)).embeds, atol=1e-2, rtol=0)
 
 
-def test_a_batch_of_bad_images_only_is_passed_over_but_listed():
-    def some_empty():
+def test_batches_of_bad_images_are_skipped_but_listed():
+    def with_empty_batch():
         yield [], torch.zeros(0, 3, 4, 4, dtype=torch.uint8), ["gone"]
         yield from batches(2, 2)
 
-    result = embed_images(DualEncoder(encode_image, Texts(), 4), some_empty())
+    result = embed_images(DualEncoder(encode_image, Texts(), 4), with_empty_batch())
     assert result.indices == [100, 101]
     assert result.bad == ["gone", "bad 0"]
 
 
-def test_no_readable_image_is_an_error_that_says_how_many_were_bad():
+def test_no_readable_image_raises_with_the_number_of_bad_ones():
     empty = [([], torch.zeros(0, 3, 4, 4, dtype=torch.uint8), ["x", "y"])]
     with pytest.raises(UserError, match=r"no readable image \(2 bad\)"):
         embed_images(DualEncoder(encode_image, Texts(), 4), empty)
 
 
-def test_texts_keep_their_order_and_equal_ones_are_encoded_once():
+def test_texts_keep_their_order_and_are_encoded_once():
     encoder = Texts()
     texts = ["a long caption", "b", "banana", "b", "a long caption"]
     embeds = embed_texts(DualEncoder(encode_image, encoder, 4), texts, batch_size=2)
     expected = torch.nn.functional.normalize(Texts()(texts).float(), dim=-1)
     torch.testing.assert_close(embeds, expected)
-    assert sorted(encoder.seen) == sorted(set(texts))
+    assert sorted(encoder.encoded) == sorted(set(texts))
 
 
-def test_no_text_is_an_error():
-    with pytest.raises(UserError, match="no caption"):
+def test_no_texts_raise():
+    with pytest.raises(UserError, match="no captions"):
         embed_texts(DualEncoder(encode_image, Texts(), 4), [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_embeddings_are_an_error_that_names_the_model(value):
+def test_non_finite_embeddings_raise_with_the_model_name(value):
     def broken(texts: Sequence[str]) -> Tensor:
         out = torch.ones(len(texts), 3)
         out[0, 1] = value
@@ -84,6 +84,6 @@ def test_non_finite_embeddings_are_an_error_that_names_the_model(value):
         embed_texts(DualEncoder(encode_image, broken, 4, name="mine"), ["a", "b"])
 
 
-def test_an_encoder_that_loses_rows_is_caught():
+def test_encoder_that_drops_rows_raises():
     with pytest.raises(ValueError, match="for 2 inputs"):
         embed_texts(DualEncoder(encode_image, lambda texts: torch.ones(1, 3), 4), ["a", "b"])

@@ -23,10 +23,10 @@ def naive_bootstrap(values: np.ndarray, clusters: np.ndarray, statistic, replica
 
 @pytest.mark.parametrize(("ours", "statistic"), [(metrics.mean, np.mean), (metrics.median, np.median)])
 @pytest.mark.parametrize("clustered", [False, True])
-def test_interval_is_that_of_a_naive_bootstrap(ours, statistic, clustered):
+def test_interval_matches_a_naive_bootstrap(ours, statistic, clustered):
     generator = np.random.default_rng(0)
     clusters = np.sort(generator.integers(0, 60, size=200)) * 7
-    level = generator.normal(size=500)[clusters % 500]  # items of a cluster resemble each other
+    level = generator.normal(size=500)[clusters % 500]  # items of a cluster are correlated
     values = np.round(level + 0.5 * generator.normal(size=200), 1)
     metric = ours(values, clusters) if clustered else ours(values)
     low, high = naive_bootstrap(values, clusters if clustered else np.arange(200), statistic)
@@ -37,13 +37,13 @@ def test_interval_is_that_of_a_naive_bootstrap(ours, statistic, clustered):
     assert abs(metric.high - high) < 0.06 * width
 
 
-def test_clusters_of_like_items_widen_the_interval():
+def test_correlated_clusters_widen_the_interval():
     scores = np.repeat(np.random.default_rng(1).integers(0, 2, 50), 8)
     plain, clustered = metrics.mean(scores), metrics.mean(scores, np.repeat(np.arange(50), 8))
     assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_has_nominal_coverage():
     generator = np.random.default_rng(2)
     covered = 0
     for trial in range(200):
@@ -52,7 +52,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 180 <= covered <= 200
 
 
-def test_same_seed_same_interval():
+def test_interval_depends_on_the_seed_only():
     scores = np.random.default_rng(3).random(100)
     assert metrics.mean(scores, seed=5) == metrics.mean(scores, seed=5)
     assert metrics.mean(scores, seed=5) != metrics.mean(scores, seed=6)
@@ -65,18 +65,18 @@ def test_mean_per_class_is_balanced_accuracy_with_a_stratified_interval():
     correct = (labels == predictions).astype(float)
     metric = metrics.mean_per_class(correct, labels)
     assert metric.value == pytest.approx(balanced_accuracy_score(labels, predictions))
-    # Stratified resampling has the closed-form variance of a mean of independent means.
+    # stratified resampling has the closed-form variance of a mean of independent means
     variance = sum(np.var(correct[labels == c]) / np.sum(labels == c) for c in (0, 2, 5)) / 9
     assert metric.high - metric.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.12)
 
 
-def test_per_class_marks_classes_without_items():
+def test_per_class_is_nan_for_classes_without_items():
     rates = metrics.per_class(np.array([1.0, 0.0, 1.0]), np.array([0, 0, 2]), 4)
     np.testing.assert_array_equal(rates, [0.5, np.nan, 1.0, np.nan])
 
 
 @pytest.mark.parametrize("function", [metrics.mean, metrics.median])
-def test_one_item_has_an_interval_without_width_and_none_is_an_error(function):
+def test_single_item_has_zero_width_and_no_items_raise(function):
     assert function(np.array([0.25])) == metrics.Metric(0.25, 0.25, 0.25, 1)
     with pytest.raises(UserError, match="nothing to evaluate"):
         function(np.array([]))
@@ -89,31 +89,31 @@ def test_mean_per_class_of_one_class_is_the_mean():
         metrics.mean_per_class(np.array([]), np.array([], dtype=int))
 
 
-def test_median_averages_the_middle_two_in_each_resample_too(monkeypatch):
+def test_median_averages_the_middle_two_in_each_resample(monkeypatch):
     assert metrics.median(np.array([1.0, 4.0, 2.0, 9.0])).value == 3.0
-    monkeypatch.setattr(metrics, "LEVEL", 0.0)  # both ends are now the median of the resamples 00, 01, 10 and 11
+    monkeypatch.setattr(metrics, "LEVEL", 0.0)  # both bounds become the median of the resamples 00, 01, 10 and 11
     assert metrics.median(np.array([0.0, 1.0])) == metrics.Metric(0.5, 0.5, 0.5, 2)
 
 
-def test_hit_probability_counts_all_orders_of_the_tied():
+def test_hit_probability_averages_over_all_orders_of_ties():
     for better in range(3):
-        for wrong in range(4):
-            for right in range(1, 4):
-                tied = [False] * wrong + [True] * right
+        for incorrect in range(4):
+            for correct in range(1, 4):
+                tied = [False] * incorrect + [True] * correct
                 for k in range(1, 7):
                     orders = list(permutations(tied))
                     hits = np.mean([any(([False] * better + list(order))[:k]) for order in orders])
-                    counts = (np.array([value]) for value in (better, wrong, right))
+                    counts = (np.array([value]) for value in (better, incorrect, correct))
                     assert metrics.hit_probability(*counts, k)[0] == pytest.approx(hits)
 
 
-def test_chance_median_rank_is_that_of_random_orders():
-    right = np.array([1, 1, 1, 5, 5, 20])
-    wrong = 100 - right
+def test_chance_median_rank_matches_random_orders():
+    correct = np.array([1, 1, 1, 5, 5, 20])
+    incorrect = 100 - correct
     generator = np.random.default_rng(0)
-    # Rank of the best of r right ones among 100 in random order, all queries pooled.
-    ranks = [1 + generator.permutation(100)[:r].min() for r in right for _ in range(4000)]
-    assert metrics.chance_median_rank(wrong, right) == pytest.approx(np.median(ranks), abs=1.0)
+    # rank of the best of r correct candidates among 100 in random order, all queries pooled
+    ranks = [1 + generator.permutation(100)[:r].min() for r in correct for _ in range(4000)]
+    assert metrics.chance_median_rank(incorrect, correct) == pytest.approx(np.median(ranks), abs=1.0)
     assert metrics.chance_median_rank(np.array([0]), np.array([1])) == 1
     assert metrics.chance_median_rank(np.array([999_999]), np.array([1])) == 500_000
 
@@ -127,12 +127,12 @@ def test_mean_median_of_one_run_is_its_median():
     assert metrics.mean_median([values], clusters, seed=3) == metrics.median(values, clusters, seed=3)
 
 
-def test_mean_median_draws_the_same_items_for_every_run():
-    """Naive: items are drawn, then each run's median is taken of the drawn ones, and the others' mean is subtracted."""
+def test_mean_median_shares_resamples_among_runs():
+    """Against a naive bootstrap of the difference between two groups of runs."""
     generator = np.random.default_rng(5)
     runs = generator.exponential(20, (5, 90)).round() + generator.exponential(20, 90).round()
     clusters = np.arange(90) // 3
-    found = metrics.mean_median(runs[:2], clusters, minus=runs[2:])
+    metric = metrics.mean_median(runs[:2], clusters, minus=runs[2:])
     draws = []
     for _ in range(3000):
         rows = (generator.integers(30, size=30)[:, None] * 3 + np.arange(3)).ravel()
@@ -140,16 +140,16 @@ def test_mean_median_draws_the_same_items_for_every_run():
         draws.append(medians[:2].mean() - medians[2:].mean())
     low, high = np.quantile(draws, [0.025, 0.975])
     medians = np.median(runs, axis=1)
-    assert found.value == pytest.approx(medians[:2].mean() - medians[2:].mean())
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert metric.value == pytest.approx(medians[:2].mean() - medians[2:].mean())
+    assert (metric.low, metric.high) == pytest.approx((low, high), abs=0.1 * (high - low))
     same = metrics.mean_median(runs[:2], clusters, minus=runs[:2])
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_over_runs_is_the_t_interval_and_welchs():
+def test_over_runs_matches_t_and_welch_intervals():
     first, second = [0.21, 0.25, 0.24], [0.31, 0.27, 0.36, 0.30]
-    alone = stats.ttest_1samp(first, 0).confidence_interval(0.95)
-    assert metrics.over_runs(first) == pytest.approx(tuple(alone))
+    expected = stats.ttest_1samp(first, 0).confidence_interval(0.95)
+    assert metrics.over_runs(first) == pytest.approx(tuple(expected))
     welch = stats.ttest_ind(second, first, equal_var=False).confidence_interval(0.95)
     assert metrics.over_runs(second, first) == pytest.approx(tuple(welch))
     assert metrics.over_runs([0.5, 0.5, 0.5]) == (0.5, 0.5)

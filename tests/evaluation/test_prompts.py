@@ -6,14 +6,14 @@ from coalign.errors import UserError
 from coalign.evaluation import prompts
 
 
-def test_imagenet_has_clips_eighty_templates():
+def test_imagenet_has_the_eighty_clip_templates():
     templates = prompts.templates("imagenet")
     assert len(set(templates)) == 80
     assert all(template.count("{}") == 1 for template in templates)
     assert "itap of my {}." in templates
 
 
-# Numbers of templates published with CLIP for the papers' eleven data sets (ImageNet above).
+# numbers of templates published with CLIP for the papers' other ten datasets
 PUBLISHED = {
     "caltech101": 34,
     "cifar10": 18,
@@ -29,13 +29,13 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
-def test_templates_of_the_papers_data_sets(name, count):
+def test_template_counts_match_the_published_ones(name, count):
     templates = prompts.templates(name)
     assert len(templates) == len(set(templates)) == count
     assert all(template.count("{}") == 1 and "*" not in template for template in templates)
 
 
-def test_some_published_templates_word_for_word():
+def test_published_templates_are_verbatim():
     assert "a {} in a video game." in prompts.templates("caltech101")
     assert "graffiti of the {}." in prompts.templates("caltech101")
     assert "a origami {}." in prompts.templates("caltech101")
@@ -54,19 +54,19 @@ def test_templates_from_a_file(tmp_path):
     ("content", "message"),
     [(b"a {}\nno place\n", "no place"), (b"\n \n", "no template"), (b"caf\xe9 {}", "UTF-8")],
 )
-def test_a_bad_template_file_is_said_in_one_sentence(tmp_path, content, message):
+def test_invalid_template_files_raise(tmp_path, content, message):
     path = tmp_path / "templates.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         prompts.templates(str(path))
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'imagnet'.*oxford_pets.*imagenet"):
+def test_unknown_template_name_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'imagnet' is neither a file nor .*oxford_pets.*imagenet"):
         prompts.templates("imagnet")
 
 
-def test_classes_file(tmp_path):
+def test_read_classes(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeffcat\n\nn02084071 = dog\nbird, small \n", encoding="utf-8")
     assert prompts.read_classes(path) == [("cat", "cat"), ("n02084071", "dog"), ("bird, small", "bird, small")]
@@ -75,20 +75,20 @@ def test_classes_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("cat\ndog\ncat\n", r"'cat' comes twice \(entries 1 and 3\)"),
-        ("a = cat\nb = cat\n", "class name .*'cat' comes twice"),
+        ("cat\ndog\ncat\n", r"'cat' is repeated \(entries 1 and 3\)"),
+        ("a = cat\nb = cat\n", "class name .*'cat' is repeated"),
         ("cat\n = dog\n", "Line 2"),
         ("cat =\n", "Line 1"),
         ("", "no label"),
     ],
 )
-def test_a_bad_classes_file_is_said_in_one_sentence(tmp_path, content, message):
+def test_invalid_classes_files_raise(tmp_path, content, message):
     path = tmp_path / "classes.txt"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         prompts.read_classes(path)
 
 
-def test_an_absent_classes_file(tmp_path):
+def test_missing_classes_file_raises(tmp_path):
     with pytest.raises(UserError, match=r"Cannot read the classes file .*gone\.txt"):
         prompts.read_classes(tmp_path / "gone.txt")

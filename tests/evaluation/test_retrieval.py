@@ -29,7 +29,7 @@ def problem(images: int = 60, texts: int = 150, ids: int = 150, dim: int = 12, s
 
 
 def naive_ranks(image: Tensor, text: Tensor, owner: Tensor, text_ids: Tensor) -> tuple[list[int], list[int]]:
-    """Rank of the best right answer of every query, by the definition and in double loops."""
+    """Returns the rank of every query's best correct result, from the definition in double loops."""
     scores = (image.double() @ text.double().T).tolist()
     captions = [{int(t) for t, o in zip(text_ids, owner) if o == i} for i in range(len(image))]
     by_image, by_text = [], []
@@ -44,7 +44,7 @@ def naive_ranks(image: Tensor, text: Tensor, owner: Tensor, text_ids: Tensor) ->
 
 @pytest.mark.parametrize("chunk", [8_000_000, 1])
 @pytest.mark.parametrize("ids", [100_000, 25])
-def test_agrees_with_double_loops(monkeypatch, chunk, ids):
+def test_matches_naive_double_loops(monkeypatch, chunk, ids):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     image, text, owner, text_ids = problem(ids=ids)
     result = retrieval(image, text, owner, text_ids)
@@ -56,7 +56,7 @@ def test_agrees_with_double_loops(monkeypatch, chunk, ids):
     assert result.num_distinct_texts == len(text_ids.unique())
 
 
-def test_one_caption_an_image_is_top_k_accuracy():
+def test_recall_equals_top_k_accuracy_with_one_caption_per_image():
     generator = torch.Generator().manual_seed(5)
     image = F.normalize(torch.randn(80, 8, generator=generator), dim=1)
     text = F.normalize(image + 0.4 * torch.randn(80, 8, generator=generator), dim=1)
@@ -68,9 +68,9 @@ def test_one_caption_an_image_is_top_k_accuracy():
     assert 0.1 < result.image_to_text.recall[1].value < 0.9
 
 
-def test_equal_captions_are_right_for_every_image_that_has_them():
+def test_equal_captions_are_correct_for_every_image():
     image = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=1)
-    text = image[[1, 0, 2]]  # the captions of images 0 and 1 lie nearest to the other image
+    text = image[[1, 0, 2]]  # the captions of images 0 and 1 are nearest to the other image
     owner = torch.arange(3)
     assert retrieval(image, text, owner).image_to_text.recall[1].value == pytest.approx(1 / 3)
     shared = retrieval(image, text, owner, torch.tensor([7, 7, 9]))
@@ -78,7 +78,7 @@ def test_equal_captions_are_right_for_every_image_that_has_them():
     assert shared.text_to_image.recall[1].value == 1.0
 
 
-def test_chance_is_what_random_embeddings_score():
+def test_chance_matches_random_embeddings():
     _, _, owner, text_ids = problem(ids=40)
     generator = torch.Generator().manual_seed(1)
     runs = []
@@ -90,15 +90,15 @@ def test_chance_is_what_random_embeddings_score():
     for name in ("image_to_text", "text_to_image"):
         sides = [getattr(run, name) for run in runs]
         for k in (1, 5, 10):
-            measured = [side.recall[k].value for side in sides]
-            error = np.std(measured) / len(measured) ** 0.5
-            assert abs(np.mean(measured) - sides[0].chance[k]) < 4 * error + 1e-3
+            recalls = [side.recall[k].value for side in sides]
+            error = np.std(recalls) / len(recalls) ** 0.5
+            assert abs(np.mean(recalls) - sides[0].chance[k]) < 4 * error + 1e-3
         assert np.mean([side.median_rank.value for side in sides]) == pytest.approx(
             sides[0].chance_median_rank, rel=0.15
         )
 
 
-def test_a_collapsed_model_scores_exactly_chance():
+def test_collapsed_model_scores_exactly_chance():
     _, _, owner, text_ids = problem(ids=40)
     point = F.normalize(torch.ones(1, 12), dim=1)
     noise = 1e-8 * torch.randn(150, 12, generator=torch.Generator().manual_seed(3))
@@ -106,34 +106,34 @@ def test_a_collapsed_model_scores_exactly_chance():
     for side in (result.image_to_text, result.text_to_image):
         for k in (1, 5, 10):
             assert side.recall[k].value == pytest.approx(side.chance[k])
-    # The best of r right answers among n in random order stands at (n + 1) / (r + 1) on average.
-    right = np.array([len(set(owner[text_ids == i].tolist())) for i in text_ids])
-    np.testing.assert_allclose(result.text_to_image.ranks, 61 / (right + 1))
+    # the expected rank of the best of r correct candidates among n in random order is (n + 1) / (r + 1)
+    num_correct = np.array([len(set(owner[text_ids == i].tolist())) for i in text_ids])
+    np.testing.assert_allclose(result.text_to_image.ranks, 61 / (num_correct + 1))
 
 
-def test_top_answers_are_the_nearest_and_marked():
+def test_top_results_are_the_nearest_and_marked():
     image, text, owner, text_ids = problem()
     side = retrieval(image, text, owner, text_ids).text_to_image
     scores = (text @ image.T).numpy()
     np.testing.assert_array_equal(side.top, np.argsort(-scores, axis=1)[:, :10])
     np.testing.assert_allclose(side.top_scores, np.take_along_axis(scores, side.top, 1), atol=1e-6)
-    np.testing.assert_array_equal(side.top_right[:, 0], side.ranks == 1)
+    np.testing.assert_array_equal(side.top_correct[:, 0], side.ranks == 1)
 
 
-def test_images_without_a_caption_are_distractors_and_are_counted():
+def test_images_without_captions_are_distractors():
     image = torch.eye(4)
     result = retrieval(image, torch.eye(4)[[1, 3]], torch.tensor([0, 3]))
     assert result.num_captionless == 2
     np.testing.assert_array_equal(result.image_to_text.queries, [0, 3])
-    assert result.text_to_image.recall[1].value == 0.5  # caption 0 finds image 1, which has no caption of its own
+    assert result.text_to_image.recall[1].value == 0.5  # caption 0 retrieves image 1, which has no caption
     assert result.text_to_image.recall[1].n == 2
 
 
-def test_intervals_resample_images_with_all_their_captions():
+def test_intervals_resample_images_with_all_captions():
     generator = torch.Generator().manual_seed(2)
     image = F.normalize(torch.randn(50, 16, generator=generator), dim=1)
-    hopeless = torch.rand(50, generator=generator) < 0.5
-    points = torch.where(hopeless[:, None], -image, image)
+    wrong = torch.rand(50, generator=generator) < 0.5
+    points = torch.where(wrong[:, None], -image, image)
     noise = 1e-3 * torch.randn(400, 16, generator=generator)
     text = F.normalize(points.repeat_interleave(8, 0) + noise, dim=1)
     metric = retrieval(image, text, torch.arange(50).repeat_interleave(8)).text_to_image.recall[1]
@@ -141,7 +141,7 @@ def test_intervals_resample_images_with_all_their_captions():
     assert metric.high - metric.low == pytest.approx(2 * 1.96 * (p * (1 - p) / 50) ** 0.5, rel=0.15)
 
 
-def test_json_has_clip_benchmarks_names_and_survives_json():
+def test_json_uses_clip_benchmark_names():
     result = retrieval(*problem())
     out = json.loads(json.dumps(result.to_json()))
     assert out["image_retrieval_recall@5"] == result.text_to_image.recall[5].value
@@ -151,13 +151,13 @@ def test_json_has_clip_benchmarks_names_and_survives_json():
     assert out["captions"] == 150
 
 
-def test_one_pair():
+def test_single_pair():
     result = retrieval(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]))
     assert result.image_to_text.recall[1].value == result.image_to_text.chance[1] == 1.0
     assert result.text_to_image.median_rank.value == result.text_to_image.chance_median_rank == 1.0
 
 
-def test_bad_input():
+def test_invalid_inputs():
     image, text, owner, _ = problem()
     with pytest.raises(UserError, match="0 images and 150 captions"):
         retrieval(image[:0], text, owner)
@@ -173,19 +173,19 @@ def test_bad_input():
         retrieval(image, text[:, :5], owner)
 
 
-def test_the_whole_matrix_is_never_held(monkeypatch):
-    seen = []
-    real = module._count
-    monkeypatch.setattr(module, "_count", lambda mask: seen.append(mask.numel()) or real(mask))
+def test_full_similarity_matrix_is_never_in_memory(monkeypatch):
+    sizes = []
+    count = module._count
+    monkeypatch.setattr(module, "_count", lambda mask: sizes.append(mask.numel()) or count(mask))
     generator = torch.Generator().manual_seed(0)
     points = F.normalize(torch.randn(3000, 4, generator=generator), dim=1)
     monkeypatch.setattr(module, "_CHUNK", 300_000)
     retrieval(points, points, torch.arange(3000))
-    assert sum(seen) >= 2 * 3000 * 3000  # every pair was looked at, in both directions
-    assert max(seen) <= 300_000
+    assert sum(sizes) >= 2 * 3000 * 3000  # every pair, in both directions
+    assert max(sizes) <= 300_000
 
 
-def test_retrieve_leaves_bad_images_and_their_captions_out():
+def test_retrieve_drops_bad_images_and_their_captions():
     def encode_text(texts):
         return torch.stack([torch.tensor([t.count(letter) for letter in "abc"]).float() for t in texts])
 
@@ -195,61 +195,63 @@ def test_retrieve_leaves_bad_images_and_their_captions_out():
         pixels[i, i] = 100
     captions = {5: ["a", "aa"], 6: ["never seen"], 7: ["b"], 8: ["c", "a"]}
     images = embed_images(model, [([5, 7], pixels[:2], [6]), ([8], pixels[2:], [])])
-    found = retrieve(model, images, captions.__getitem__)
-    result = found.result
-    assert found.images.bad == [6]
+    evaluation = retrieve(model, images, captions.__getitem__)
+    result = evaluation.result
+    assert evaluation.images.bad == [6]
     assert (result.num_images, result.num_texts, result.num_distinct_texts) == (3, 5, 4)
     assert result.image_to_text.recall[1].value == 1.0
-    # Both "a" find image 5, which has that caption, although one of them belongs to image 8.
+    # both "a" retrieve image 5, which is correct for both, as images 5 and 8 have this caption
     assert result.text_to_image.recall[1].value == 1.0
 
 
-def test_folds_are_searched_apart_and_averaged():
-    """Five captions an image, as COCO's; a fold's figures are those of its images alone, and the whole's their mean."""
+def test_folds_are_evaluated_separately_and_pooled():
+    """Five captions per image, as in COCO: the pooled metrics are the means over separate evaluations of the folds."""
     generator = torch.Generator().manual_seed(0)
     embeds = torch.nn.functional.normalize(torch.randn(23, 4, generator=generator), dim=1)
-    words = {f"{i} {j}": embeds[i] + 0.9 * torch.randn(4, generator=generator) for i in range(23) for j in range(5)}
-    model = DualEncoder(None, lambda texts: torch.stack([words[text] for text in texts]), 4)
+    text_embeds = {
+        f"{i} {j}": embeds[i] + 0.9 * torch.randn(4, generator=generator) for i in range(23) for j in range(5)
+    }
+    model = DualEncoder(None, lambda texts: torch.stack([text_embeds[text] for text in texts]), 4)
 
     def captions(index):
         return [f"{index} {j}" for j in range(5)]
 
-    found = retrieve_in_folds(model, ImageEmbeds(embeds, list(range(23))), captions, range(23), fold=10)
-    apart = [
+    result = retrieve_in_folds(model, ImageEmbeds(embeds, list(range(23))), captions, range(23), fold=10)
+    separate = [
         retrieve(model, ImageEmbeds(embeds[s], list(range(23))[s]), captions).result for s in (slice(10), slice(10, 20))
     ]
     for name in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
-            expected = np.mean([getattr(result, name).recall[k].value for result in apart])
-            assert getattr(found, name)[f"r{k}"]["value"] == pytest.approx(expected)
-    figures = found.to_json()
-    assert (figures["folds"], figures["text_to_image"]["r1"]["n"]) == (2, 100)
-    assert figures["text_to_image"]["r5"]["chance"] == 0.5
-    assert figures["left_over"] == 3
-    # an image that could not be read shifts no fold
-    kept = [i for i in range(23) if i != 4]
-    again = retrieve_in_folds(model, ImageEmbeds(embeds[kept], kept), captions, range(23), fold=10)
-    assert [result.num_images for result in again.folds] == [9, 10]
-    assert again.folds[1].to_json() == found.folds[1].to_json()
-    with pytest.raises(UserError, match="There are 9 images, which is less than a fold of 10"):
+            expected = np.mean([getattr(fold, name).recall[k].value for fold in separate])
+            assert getattr(result, name)[f"r{k}"]["value"] == pytest.approx(expected)
+    values = result.to_json()
+    assert (values["folds"], values["text_to_image"]["r1"]["n"]) == (2, 100)
+    assert values["text_to_image"]["r5"]["chance"] == 0.5
+    assert values["left_over"] == 3
+    # an unreadable image does not shift the folds
+    readable = [i for i in range(23) if i != 4]
+    without_one = retrieve_in_folds(model, ImageEmbeds(embeds[readable], readable), captions, range(23), fold=10)
+    assert [fold.num_images for fold in without_one.folds] == [9, 10]
+    assert without_one.folds[1].to_json() == result.folds[1].to_json()
+    with pytest.raises(UserError, match="There are 9 images, fewer than one fold of 10"):
         retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, range(9), fold=10)
     with pytest.raises(UserError, match="No image of fold 1 could be read"):
         retrieve_in_folds(model, ImageEmbeds(embeds[10:], list(range(10, 23))), captions, range(23), fold=10)
 
 
 @pytest.mark.slow
-def test_cocos_five_thousand_fit_a_gigabyte():
-    """5,000 images and 25,000 captions, whose similarities alone would take half of it, in a process of its own."""
+def test_coco_5k_fits_in_a_gigabyte():
+    """5,000 images and 25,000 captions, whose similarity matrix alone takes half a gigabyte, in a subprocess."""
     code = """
 import resource, torch
 from coalign.evaluation.retrieval import retrieval
 images = torch.nn.functional.normalize(torch.randn(5000, 512), dim=1)
 texts = images.repeat_interleave(5, 0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = retrieval(images, texts, torch.arange(5000).repeat_interleave(5))
-print(found.image_to_text.recall[1].value, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+result = retrieval(images, texts, torch.arange(5000).repeat_interleave(5))
+print(result.image_to_text.recall[1].value, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    recall, kilobytes = map(float, result.stdout.split())
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    recall, kilobytes = map(float, process.stdout.split())
     assert recall == 1
     assert kilobytes < 1e6

@@ -24,13 +24,13 @@ def random_problem(images: int, classes: int, dim: int = 16):
 
 
 @pytest.mark.parametrize("chunk", [8_000_000, 30])
-def test_agrees_with_scikit_learn(monkeypatch, chunk):
+def test_matches_scikit_learn(monkeypatch, chunk):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     embeds, labels, weights, names = random_problem(300, 12)
     result = zero_shot(embeds, labels, weights, names)
     scores, truth = (embeds @ weights.T).numpy(), labels.numpy()
     predictions = scores.argmax(1)
-    assert 0.3 < result.top1.value < 0.99  # neither trivial nor hopeless
+    assert 0.3 < result.top1.value < 0.99  # neither trivial nor impossible
     np.testing.assert_array_equal(result.predictions, predictions)
     assert result.top1.value == pytest.approx(accuracy_score(truth, predictions))
     assert result.top5 is not None
@@ -41,7 +41,7 @@ def test_agrees_with_scikit_learn(monkeypatch, chunk):
     assert result.top1.low < result.top1.value < result.top1.high
 
 
-def test_json_has_clip_benchmarks_names_and_survives_json():
+def test_json_uses_clip_benchmark_names():
     result = zero_shot(*random_problem(50, 8))
     out = json.loads(json.dumps(result.to_json()))
     assert out["acc1"] == result.top1.value
@@ -51,12 +51,12 @@ def test_json_has_clip_benchmarks_names_and_survives_json():
     assert out["chance"] == 1 / 8
 
 
-def test_top5_is_left_out_with_five_classes_or_fewer():
+def test_top5_needs_more_than_five_classes():
     assert zero_shot(*random_problem(20, 5)).top5 is None
     assert zero_shot(*random_problem(20, 6)).top5 is not None
 
 
-def test_a_collapsed_model_scores_exactly_chance():
+def test_collapsed_model_scores_exactly_chance():
     embeds, labels, weights, names = random_problem(40, 10)
     noise = 1e-8 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(9))
     result = zero_shot(embeds[:1].expand_as(embeds), labels, weights[:1].expand_as(weights) + noise, names)
@@ -64,12 +64,12 @@ def test_a_collapsed_model_scores_exactly_chance():
     assert result.top5.value == pytest.approx(0.5)
 
 
-def test_one_class_one_image():
+def test_single_class_and_image():
     result = zero_shot(torch.ones(1, 1), torch.tensor([0]), torch.ones(1, 1), ["thing"])
     assert (result.top1.value, result.top1.low, result.top1.high, result.chance) == (1.0, 1.0, 1.0, 1.0)
 
 
-def test_a_class_without_images_has_no_accuracy_and_does_not_count():
+def test_classes_without_images_do_not_count():
     embeds, labels, weights, names = random_problem(60, 6)
     keep = labels != 3
     result = zero_shot(embeds[keep], labels[keep], weights, names)
@@ -79,39 +79,39 @@ def test_a_class_without_images_has_no_accuracy_and_does_not_count():
     )
 
 
-def test_bad_input():
+def test_invalid_inputs():
     embeds, labels, weights, names = random_problem(10, 6)
     with pytest.raises(UserError, match="nothing to classify"):
         zero_shot(embeds[:0], labels[:0], weights, names)
     with pytest.raises(UserError, match="not finite"):
         zero_shot(torch.full_like(embeds, torch.nan), labels, weights, names)
-    with pytest.raises(ValueError, match="labels lie in"):
+    with pytest.raises(ValueError, match="labels range from 7 to 11, but there are 6 classes"):
         zero_shot(embeds, labels + 6, weights, names)
 
 
-VOCABULARY: dict[str, torch.Tensor] = {}
+VECTORS: dict[str, torch.Tensor] = {}
 
 
 def encode_text(texts):
-    """A random but fixed vector for each text, of no particular length."""
+    """A random but fixed vector for each text, not normalized."""
     for text in texts:
-        VOCABULARY.setdefault(text, 3 * torch.randn(8, generator=torch.Generator().manual_seed(len(VOCABULARY))))
-    return torch.stack([VOCABULARY[text] for text in texts])
+        VECTORS.setdefault(text, 3 * torch.randn(8, generator=torch.Generator().manual_seed(len(VECTORS))))
+    return torch.stack([VECTORS[text] for text in texts])
 
 
-def test_class_weights_are_normalised_means_of_normalised_embeddings():
+def test_class_weights_are_normalized_means_of_normalized_embeddings():
     model = DualEncoder(lambda pixels: pixels, encode_text, 4)
     templates = ["a photo of a {}.", "{}", "the {} and {}"]
     weights = class_weights(model, ["cat", "dog {x}"], templates)
     for row, name in zip(weights, ["cat", "dog {x}"]):
         prompts = [f"a photo of a {name}.", name, f"the {name} and {name}"]
-        mean = sum(VOCABULARY[p] / VOCABULARY[p].norm() for p in prompts) / 3
+        mean = sum(VECTORS[p] / VECTORS[p].norm() for p in prompts) / 3
         torch.testing.assert_close(row, mean / mean.norm())
 
 
-def test_class_weights_refuse_duplicate_names_and_templates_without_a_place():
+def test_class_weights_reject_duplicate_names_and_invalid_templates():
     model = DualEncoder(lambda pixels: pixels, encode_text, 4)
-    with pytest.raises(UserError, match="'cat' comes twice"):
+    with pytest.raises(UserError, match="'cat' is repeated"):
         class_weights(model, ["cat", "dog", "cat"], ["{}"])
     with pytest.raises(UserError, match=r"has no \{\}"):
         class_weights(model, ["cat"], ["a photo"])
@@ -119,22 +119,22 @@ def test_class_weights_refuse_duplicate_names_and_templates_without_a_place():
         class_weights(model, [], ["{}"])
 
 
-def test_classify_from_pixels_finds_the_colours():
-    def encode_colour_words(texts):
+def test_classify_from_pixels():
+    def encode_color_words(texts):
         return torch.stack([torch.tensor([w in t for w in ("red", "green", "blue")]).float() for t in texts])
 
-    model = DualEncoder(lambda pixels: pixels.float().mean((2, 3)), encode_colour_words, 2)
+    model = DualEncoder(lambda pixels: pixels.float().mean((2, 3)), encode_color_words, 2)
     pixels = torch.zeros(6, 3, 2, 2, dtype=torch.uint8)
     for i in range(6):
         pixels[i, i % 3] = 200
     batches = [([10, 11, 12, 13], pixels[:4], []), ([14, 15], pixels[4:], ["one bad"])]
     names, templates = ["red", "green", "blue"], ["a {} picture"]
-    found = classify(
+    evaluation = classify(
         model, embed_images(model, batches), {index: (index - 10) % 3 for index in range(10, 15)}, names, templates
     )
-    assert found.result.top1.value == 1.0
-    assert found.result.top1.n == 5  # the sixth has no class
-    assert found.images.bad == ["one bad"]
+    assert evaluation.result.top1.value == 1.0
+    assert evaluation.result.top1.n == 5  # the sixth has no class
+    assert evaluation.images.bad == ["one bad"]
     wrong = classify(
         model, embed_images(model, batches), {index: (index - 9) % 3 for index in range(10, 16)}, names, templates
     )

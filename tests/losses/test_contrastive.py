@@ -23,10 +23,9 @@ def leaves(*tensors, dtype=torch.float64):
 def test_equals_official_code(oracles, name, dtype, tolerance):
     oracle = oracles("contrastive")
     image, text, log_scale = leaves(*(oracle[f"{name}.in.{x}"] for x in ("image", "text", "log_scale")), dtype=dtype)
-    normalise = (
-        (lambda x: F.normalize(x, dim=-1)) if name == "slip_clip" else (lambda x: x)
-    )  # SLIP's loss normalises itself
-    loss = clip_loss(normalise(image), normalise(text), log_scale)
+    # SLIP's loss normalizes its inputs
+    normalize = (lambda x: F.normalize(x, dim=-1)) if name == "slip_clip" else (lambda x: x)
+    loss = clip_loss(normalize(image), normalize(text), log_scale)
     loss.backward()
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
     torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"], **close)
@@ -57,7 +56,7 @@ def naive(queries, keys, positives, scale, ignored):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_equation_written_as_loops(monkeypatch, masked):
+def test_equals_naive_loops(monkeypatch, masked):
     torch.manual_seed(0)
     queries, keys = leaves(F.normalize(torch.randn(3, 5), dim=-1), F.normalize(torch.randn(7, 5), dim=-1))
     positives, scale = torch.tensor([2, 3, 4]), torch.tensor([9.0], dtype=torch.float64, requires_grad=True)
@@ -67,7 +66,7 @@ def test_equals_the_equation_written_as_loops(monkeypatch, masked):
         labels = ids[positives], ids
         ignored = ids[positives, None] == ids
         ignored[torch.arange(3), positives] = False
-        assert ignored.sum() == 4  # rows 0 and 1 have two namesakes each
+        assert ignored.sum() == 4  # rows 0 and 1 share their label with two columns each
     monkeypatch.setattr(tiled, "TILE", 2)
     inputs = (queries, keys, scale)
     ours = info_nce(queries, keys, positives, scale, labels)
@@ -79,7 +78,7 @@ def test_equals_the_equation_written_as_loops(monkeypatch, masked):
 
 @pytest.mark.parametrize("number", [1, 2, 4096])
 @pytest.mark.parametrize("kind", ["random", "identical", "zero"])
-def test_safe_at_temperature_one_hundredth(number, kind):
+def test_degenerate_inputs_are_finite_at_low_temperature(number, kind):
     torch.manual_seed(0)
     x = {"random": torch.randn(number, 8), "identical": torch.ones(number, 8), "zero": torch.zeros(number, 8)}[kind]
     image, text = leaves(x, x.flip(0), dtype=torch.float32)
@@ -91,7 +90,7 @@ def test_safe_at_temperature_one_hundredth(number, kind):
         assert loss.item() == pytest.approx(math.log(number), abs=1e-4)
 
 
-def test_all_namesakes_leave_only_the_positive():
+def test_only_the_positive_remains_if_all_labels_are_shared():
     ids = torch.zeros(4, dtype=torch.long)
     rows = torch.arange(4)
     x = F.normalize(torch.randn(4, 8), dim=-1)
@@ -99,16 +98,16 @@ def test_all_namesakes_leave_only_the_positive():
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([3, 1, 3, 2, 1])])
-def test_both_directions_of_a_whole_batch_are_those_of_its_parts(monkeypatch, labels):
-    """A single process multiplies once for both directions, ranks for each."""
+def test_whole_batch_equals_sum_over_local_rows(monkeypatch, labels):
+    """With the whole batch, both directions share their products; with local rows, they do not."""
     monkeypatch.setattr(tiled, "TILE", 2)
     torch.manual_seed(0)
     inputs = images, texts, scale = leaves(*F.normalize(torch.randn(2, 5, 4), dim=-1), torch.tensor([9.0]))
     rows = torch.arange(5)
 
-    def part(own):
-        pair = None if labels is None else (labels[own], labels)
-        return contrastive.clip_loss(images[own], texts[own], images, texts, rows[own], scale, pair)
+    def part(local):
+        pair = None if labels is None else (labels[local], labels)
+        return contrastive.clip_loss(images[local], texts[local], images, texts, rows[local], scale, pair)
 
     whole, parts = part(slice(None)), part(slice(0, 2)) + part(slice(2, 5))
     torch.testing.assert_close(whole, parts)

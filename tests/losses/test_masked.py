@@ -7,11 +7,11 @@ from coalign.networks.heads import MaskedLanguageHead
 
 
 def as_loops(tokens, labels, head):
-    """Each sample's sum of -log p(original), token by token."""
+    """Returns each sample's sum of -log p(original), token by token."""
     totals = []
-    for sample, wanted in zip(tokens, labels):
+    for sample, sample_labels in zip(tokens, labels):
         total = torch.zeros((), dtype=tokens.dtype)
-        for token, label in zip(sample, wanted.tolist()):
+        for token, label in zip(sample, sample_labels.tolist()):
             if label != -100:
                 logits = head(token[None])[0]
                 total = total - (logits[label] - logits.exp().sum().log())
@@ -25,10 +25,11 @@ def head():
     return MaskedLanguageHead(6, 11).double()
 
 
-def test_equals_loops_in_value_and_gradient(head):
+def test_equals_loops(head):
     labels = torch.tensor([[-100, 3, -100, 0], [-100] * 4, [10, 10, -100, 2]])
     tokens = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)  # of the samples, so that each one's gradient is seen
+    # per sample, so that every sample's gradient is checked
+    weights = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
     results = []
     for totals in (masked_language_loss(tokens, labels, head)[0], as_loops(tokens, labels, head)):
         gradients = torch.autograd.grad((totals * weights).sum(), [tokens, *head.parameters()])
@@ -38,7 +39,7 @@ def test_equals_loops_in_value_and_gradient(head):
     assert masked_language_loss(tokens, labels, head)[1].tolist() == [2, 0, 3]
 
 
-def test_the_sums_make_declips_mean_over_masked_tokens(oracles):
+def test_mean_over_masked_tokens_equals_declip(oracles):
     oracle, name = oracles("declip"), "declip_full"
     word, labels = oracle[f"{name}.in.word"].requires_grad_(), oracle[f"{name}.in.mlm_labels"]
     weight, bias = oracle[f"{name}.par.mlm_weight"], oracle[f"{name}.par.mlm_bias"]
@@ -49,15 +50,15 @@ def test_the_sums_make_declips_mean_over_masked_tokens(oracles):
     torch.testing.assert_close(word.grad, oracle[f"{name}.out.grad_word"], rtol=1e-9, atol=1e-12)
 
 
-def test_only_masked_tokens_go_through_the_vocabulary(head):
-    seen = []
+def test_only_masked_tokens_pass_through_the_head(head):
+    inputs = []
     labels = torch.tensor([[-100, 1, 2], [-100, -100, 3]])
     tokens = torch.randn(2, 3, 6, dtype=torch.float64)
-    masked_language_loss(tokens, labels, lambda x: seen.append(x) or head(x))
-    assert torch.equal(seen[0], tokens[[0, 0, 1], [1, 2, 2]])
+    masked_language_loss(tokens, labels, lambda x: inputs.append(x) or head(x))
+    assert torch.equal(inputs[0], tokens[[0, 0, 1], [1, 2, 2]])
 
 
-def test_no_masked_token_is_zero_with_a_gradient_of_zero(head):
+def test_no_masked_tokens_have_zero_loss_and_gradient(head):
     tokens = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     total, count = masked_language_loss(tokens, torch.full((2, 3), -100), head)
     assert total.tolist() == [0, 0]
@@ -67,7 +68,7 @@ def test_no_masked_token_is_zero_with_a_gradient_of_zero(head):
     assert head.decoder.weight.grad.abs().sum() == 0
 
 
-def test_every_token_masked(head):
+def test_all_tokens_masked(head):
     tokens, labels = torch.randn(2, 3, 6, dtype=torch.float64), torch.randint(11, (2, 3))
     total, count = masked_language_loss(tokens, labels, head)
     assert count.tolist() == [3, 3]

@@ -19,28 +19,28 @@ NAMES = ["Eq. 12", "Eq. 11", "Eq. 9", "Eq. 6", "Eq. 4"]
 
 
 def ours(name, scores, num_images, num_texts):
-    """The sum over anchors i of the paper's L_i."""
+    """Returns the sum over anchors i of the paper's L_i."""
     size = num_images + num_texts
-    apart = ~torch.eye(size, dtype=torch.bool)
+    off_diagonal = ~torch.eye(size, dtype=torch.bool)
     if name == "Eq. 4":
-        return mil_nce(scores, apart)
+        return mil_nce(scores, off_diagonal)
     if name == "Eq. 6":
-        return sup_con(scores, apart)
+        return sup_con(scores, off_diagonal)
     weights = {"Eq. 12": balancing_weights(num_images, num_texts), "Eq. 11": torch.ones(size, size)}
-    return mp_nce(scores, weights.get(name, apart.double())) / (size - (name == "Eq. 9"))
+    return mp_nce(scores, weights.get(name, off_diagonal.double())) / (size - (name == "Eq. 9"))
 
 
 def naive(name, logits, positives, num_images, num_texts, ignored=None):
-    """The same, read off the paper: scores s = e^x, sets P_i and N_i."""
+    """Computes the same from the paper's definitions: scores s = e^x, sets P_i and N_i."""
     batch, size, global_batch, _ = logits.shape
     total = 0.0
     for i in range(batch):
         for v in range(size):
             s = {(j, w): torch.exp(logits[i, v, j, w]) for j in range(global_batch) for w in range(size)}
             own = positives[i].item()
-            alone = name in ("Eq. 12", "Eq. 11")  # P_i ∪ {i}
-            p_i = [s[own, w] for w in range(size) if w != v or alone]
-            kinds = [(v >= num_images) + (w >= num_images) for w in range(size) if w != v or alone]
+            with_trivial = name in ("Eq. 12", "Eq. 11")  # P_i ∪ {i}
+            p_i = [s[own, w] for w in range(size) if w != v or with_trivial]
+            kinds = [(v >= num_images) + (w >= num_images) for w in range(size) if w != v or with_trivial]
             n_i = sum(
                 score for (j, _), score in s.items() if j != own and not (ignored is not None and ignored[i, j])
             ) + torch.zeros((), dtype=logits.dtype)
@@ -60,33 +60,33 @@ def leaf(tensor, dtype=torch.float64):
 
 
 def inputs(num_images, num_texts, number=5, dtype=torch.float64):
-    """All embeddings, 1/τ_D and b_D as leaves."""
+    """Returns all embeddings, 1/τ_D and b_D as leaves."""
     g = torch.Generator().manual_seed(0)
     embeds = F.normalize(torch.randn(number, num_images + num_texts, 6, generator=g).double(), dim=-1)
     return [leaf(x, dtype) for x in (embeds, torch.tensor([9.0, 14.0, 5.0]), torch.tensor([0.3, -0.2, 0.1]))]
 
 
-OWN, ALL = slice(1, 4), slice(None)  # the rows of a rank among others, and those of a single process
+LOCAL, ALL = slice(1, 4), slice(None)  # rows of one of several ranks, and of a single process
 CAPTIONS = torch.tensor([7, 8, 7, 9, 8])
 
 
-def loss_of(function, name, values, num_images, num_texts, rows=OWN, labels=None):
-    """Of the embeddings' `rows` against all. `labels` [global_batch] are shared by pairs that are no negatives."""
+def loss_of(function, name, values, num_images, num_texts, rows=LOCAL, labels=None):
+    """Returns the loss of `rows` against all embeddings. Pairs that share one of the `labels` [global_batch] are not negatives."""
     embeds, scales, offsets = values
     domains = domain_combinations(num_images, num_texts)
-    places = torch.arange(len(embeds)) if labels is None else labels
+    labels = torch.arange(len(embeds)) if labels is None else labels
     if function is ours:
-        scores = compare_views(embeds[rows], embeds, scales[domains], offsets[domains], (places[rows], places))
+        scores = compare_views(embeds[rows], embeds, scales[domains], offsets[domains], (labels[rows], labels))
         return ours(name, scores, num_images, num_texts)
     logits = (
         torch.einsum("ivd,jwd->ivjw", embeds[rows].to(scales), embeds.to(scales)) - offsets[domains][:, None]
     ) * scales[domains][:, None]
-    return function(name, logits, torch.arange(len(embeds))[rows], num_images, num_texts, places[rows, None] == places)
+    return function(name, logits, torch.arange(len(embeds))[rows], num_images, num_texts, labels[rows, None] == labels)
 
 
-def assert_same(one, other, values, other_values=None, **close):
-    torch.testing.assert_close(one, other, check_dtype=False, **close)
-    gradients = torch.autograd.grad(one, values), torch.autograd.grad(other, other_values or values)
+def assert_same(actual, expected, values, expected_values=None, **close):
+    torch.testing.assert_close(actual, expected, check_dtype=False, **close)
+    gradients = torch.autograd.grad(actual, values), torch.autograd.grad(expected, expected_values or values)
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, check_dtype=False, **close)
 
@@ -95,28 +95,28 @@ def assert_same(one, other, values, other_values=None, **close):
 
 
 @pytest.mark.parametrize("tile", [2, 1024])
-@pytest.mark.parametrize("rows", [OWN, ALL])
+@pytest.mark.parametrize("rows", [LOCAL, ALL])
 @pytest.mark.parametrize("labels", [None, CAPTIONS])
 @pytest.mark.parametrize(("num_images", "num_texts"), [(3, 1), (2, 2), (1, 1)])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_equations_written_as_loops(monkeypatch, name, num_images, num_texts, labels, rows, tile):
+def test_equals_naive_loops(monkeypatch, name, num_images, num_texts, labels, rows, tile):
     monkeypatch.setattr(tiled, "TILE", tile)
     values = inputs(num_images, num_texts)
-    one, other = (loss_of(f, name, values, num_images, num_texts, rows, labels) for f in (ours, naive))
-    assert_same(one, other, values, rtol=1e-9, atol=1e-9)
+    actual, expected = (loss_of(f, name, values, num_images, num_texts, rows, labels) for f in (ours, naive))
+    assert_same(actual, expected, values, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float32_is_within_one_in_a_hundred_thousand(name):
+def test_float32_accuracy(name):
     single, double = (inputs(3, 1, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    one, other = loss_of(ours, name, single, 3, 1), loss_of(ours, name, double, 3, 1)
-    assert one.dtype == torch.float32
-    assert_same(one, other, single, double, rtol=1e-5, atol=1e-5)
+    actual, expected = loss_of(ours, name, single, 3, 1), loss_of(ours, name, double, 3, 1)
+    assert actual.dtype == torch.float32
+    assert_same(actual, expected, single, double, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_embeddings_are_compared_in_float32(name):
-    """Logits of bfloat16 would be off by a hundredth; of bfloat16 embeddings, gradients are rounded once at the end."""
+def test_half_precision_inputs_are_computed_in_float32(name):
+    """bfloat16 logits would be off by 1 %. Gradients of bfloat16 embeddings are rounded only at the end."""
     embeds, scales, offsets = inputs(3, 1)
     rounded = leaf(embeds, torch.bfloat16)
     exact = leaf(rounded)
@@ -124,24 +124,24 @@ def test_half_precision_embeddings_are_compared_in_float32(name):
         half = loss_of(ours, name, [rounded, scales.float(), offsets.float()], 3, 1, ALL)
     full = loss_of(ours, name, [exact, scales, offsets], 3, 1, ALL)
     assert half.item() == pytest.approx(full.item(), rel=1e-6)
-    # of two parts, each rounded, which are then summed up
+    # the sum of two parts that are each rounded
     half_gradient, full_gradient = torch.autograd.grad(half, rounded)[0], torch.autograd.grad(full, exact)[0]
     assert (half_gradient.double() - full_gradient).norm() < 2**-7 * full_gradient.norm()
 
 
-def test_scores_are_equation_16():
+def test_scores_equal_equation_16():
     embeds, scales, offsets = inputs(2, 1)
     domains = domain_combinations(2, 1)
-    places = torch.arange(5)
-    scores = compare_views(embeds[:2], embeds, scales[domains], offsets[domains], (places[:2], places))
+    indices = torch.arange(5)
+    scores = compare_views(embeds[:2], embeds, scales[domains], offsets[domains], (indices[:2], indices))
     for i, v, w in ((0, 0, 1), (1, 1, 2), (1, 2, 2), (0, 2, 0)):
         d = (v == 2) + (w == 2)
         x = scales[d] * (embeds[:, w] @ embeds[i, v] - offsets[d])
         torch.testing.assert_close(scores.own[i, v, w], x[i])
-        torch.testing.assert_close(scores.negatives[i, v, w], x[places != i].logsumexp(0))
+        torch.testing.assert_close(scores.negatives[i, v, w], x[indices != i].logsumexp(0))
 
 
-def test_weights_give_each_combination_the_same_share():
+def test_balancing_weights_sum_to_one_per_combination():
     torch.testing.assert_close(
         balancing_weights(3, 1),
         torch.tensor([[1 / 9] * 3 + [1 / 6]] * 3 + [[1 / 6] * 3 + [1.0]], dtype=torch.float64),  # §2.2's example
@@ -156,12 +156,12 @@ def test_weights_give_each_combination_the_same_share():
 
 
 def row(positives, negatives):
-    """The scores of one anchor with any positives and negatives."""
+    """Returns the scores of one anchor with the given positives and negatives."""
     return Scores(positives[None, None], negatives.logsumexp(0)[None, None, None])
 
 
-def labelled_sup_con(features, same, temperature, num_anchors):
-    """SupCon where positives are all samples of a class, anchor by anchor; `same` [sample, sample]."""
+def labeled_sup_con(features, same, temperature, num_anchors):
+    """Computes SupCon, anchor by anchor, with all samples of a class as positives; `same` [sample, sample]."""
     embeddings = features.transpose(0, 1).flatten(0, 1)  # all first views, then all second ones
     total = 0.0
     for i in range(num_anchors):
@@ -184,7 +184,7 @@ def test_sup_con_equals_official_code(oracles, name):
         labels = oracle[f"{name}.in.labels"]
         same = labels[:, None] == labels
     temperature, base = oracle[f"{name}.par.temperature"], oracle[f"{name}.par.base_temperature"]
-    loss = labelled_sup_con(features, same, temperature, 8 if name == "supcon_one" else 16) * temperature / base
+    loss = labeled_sup_con(features, same, temperature, 8 if name == "supcon_one" else 16) * temperature / base
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(features.grad, oracle[f"{name}.out.grad_features"], rtol=1e-6, atol=1e-6)
@@ -194,9 +194,9 @@ def test_sup_con_of_two_views_equals_official_code(oracles):
     oracle = oracles("multi_positive")
     features = leaf(oracle["supcon_unsup.in.features"])
     ones = torch.ones(2, 2, dtype=torch.float64)
-    places = torch.arange(8)
+    indices = torch.arange(8)
     scales = ones / oracle["supcon_unsup.par.temperature"]
-    scores = compare_views(features, features, scales, 0 * ones, (places, places))
+    scores = compare_views(features, features, scales, 0 * ones, (indices, indices))
     loss = sup_con(scores, ~torch.eye(2, dtype=torch.bool)) / 16
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle["supcon_unsup.out.loss"], rtol=1e-6, atol=1e-6)
@@ -205,7 +205,7 @@ def test_sup_con_of_two_views_equals_official_code(oracles):
 
 @pytest.mark.parametrize("name", ["milnce", "milnce_k1"])
 def test_mil_nce_equals_official_code(oracles, name):
-    """The official code sums over a video's texts and over a text's videos at once, and so has the positives twice below the line."""
+    """The official code sums over a video's texts and a text's videos together, so its denominator contains the positives twice."""
     oracle = oracles("multi_positive")
     video, text = (leaf(oracle[f"{name}.in.{x}"]) for x in ("video", "text"))
     x = (video @ text.T).view(6, 6, -1)  # [video, sample of the text, candidate]
@@ -219,11 +219,11 @@ def test_mil_nce_equals_official_code(oracles, name):
         torch.testing.assert_close(value.grad, oracle[f"{name}.out.grad_{key}"], rtol=1e-6, atol=1e-6)
 
 
-# ---------------------------------------------------------------- what the paper says of the gradients
+# ---------------------------------------------------------------- the paper's statements about gradients
 
 
 def gradients(name, positives, negatives):
-    """dL_i/ds of every positive score, by our losses."""
+    """Returns dL_i/ds of every positive score."""
     s = torch.tensor(positives, dtype=torch.float64, requires_grad=True)
     scores = row(s.log(), torch.tensor(negatives, dtype=torch.float64).log())
     pairs = torch.ones(1, len(positives), dtype=torch.bool)
@@ -238,7 +238,7 @@ EASY_AND_HARD = [8.1e3, 0.9, 2.0]
 NEGATIVES = [0.5, 1.5, 3.0, 0.1]
 
 
-def test_gradients_are_equations_5_7_and_10():
+def test_gradients_equal_equations_5_7_and_10():
     p, n, count = sum(EASY_AND_HARD), sum(NEGATIVES), len(EASY_AND_HARD)
     for q, mil, sup, mp in zip(
         EASY_AND_HARD, *(gradients(name, EASY_AND_HARD, NEGATIVES) for name in ("MIL-NCE", "SupCon", "MP-NCE"))
@@ -248,7 +248,7 @@ def test_gradients_are_equations_5_7_and_10():
         assert mp == pytest.approx(-n / (count * q * (q + n)), rel=1e-9)  # Eq. 10
 
 
-def test_easy_positives_starve_hard_ones_in_mil_nce_only():
+def test_easy_positives_suppress_hard_ones_only_in_mil_nce():
     with_easy, with_medium = [1e6, 0.9], [1.0, 0.9]
     hard = {
         name: [gradients(name, p, NEGATIVES)[1] for p in (with_easy, with_medium)] for name in ("MIL-NCE", "MP-NCE")
@@ -258,15 +258,15 @@ def test_easy_positives_starve_hard_ones_in_mil_nce_only():
     assert hard["MP-NCE"][0] < -0.1
 
 
-def test_sup_con_pushes_the_easiest_positive_away():
-    """Where positives outweigh negatives, its gradient has the sign of s_q minus the positives' mean (Eq. 8)."""
+def test_sup_con_repels_the_easiest_positive():
+    """If positives outweigh negatives, the gradient has the sign of s_q minus the mean of the positives (Eq. 8)."""
     scores = [900.0, 200.0, 100.0, 350.0]
     for score, gradient in zip(scores, gradients("SupCon", scores, [0.01, 0.02])):
         assert (gradient > 0) == (score > sum(scores) / 4)
     assert max(gradients("SupCon", scores, [0.01, 0.02])) > 1e-4
 
 
-def test_mp_nce_never_pushes_a_positive_away():
+def test_mp_nce_never_repels_a_positive():
     g = torch.Generator().manual_seed(0)
     for _ in range(200):
         positives, negatives = ((4 * torch.randn(n, generator=g)).exp().tolist() for n in (4, 7))
@@ -282,15 +282,15 @@ def offset_gradient(name, scales, offsets, num_texts=1):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_offset_for_all_domains_cancels(name):
+def test_shared_offset_cancels(name):
     gradient = offset_gradient(name, [9.0] * 3, [0.2] * 3)
-    assert gradient.sum().abs() < 1e-12 < 1e-3 < gradient.abs().min()  # Eq. 15: of the shared b, the three together
+    assert gradient.sum().abs() < 1e-12 < 1e-3 < gradient.abs().min()  # Eq. 15: the gradient of the shared b is the sum
 
 
 @pytest.mark.parametrize("num_texts", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_offsets_lose_one_dimension(name, num_texts):
-    """b_D + c·τ_D is the same loss for any c."""
+def test_offsets_have_one_free_direction(name, num_texts):
+    """The loss is the same with b_D + c·τ_D for any c."""
     scales = torch.tensor([9.0, 14.0, 5.0])
     gradient = offset_gradient(name, scales.tolist(), [0.3, -0.2, 0.1], num_texts)
     assert (gradient / scales).sum().abs() < 1e-12
@@ -303,7 +303,7 @@ def test_offsets_lose_one_dimension(name, num_texts):
 @pytest.mark.parametrize("number", [1, 2, 4096])
 @pytest.mark.parametrize("kind", ["random", "identical", "zero"])
 @pytest.mark.parametrize("name", NAMES)
-def test_safe_at_temperature_one_hundredth(name, kind, number):
+def test_degenerate_inputs_are_finite_at_low_temperature(name, kind, number):
     torch.manual_seed(0)
     shape = (number, 2, 4)
     x = {"random": torch.randn(shape), "identical": torch.ones(shape), "zero": torch.zeros(shape)}[kind]
@@ -317,9 +317,9 @@ def test_safe_at_temperature_one_hundredth(name, kind, number):
         assert loss.item() == pytest.approx(2 * weight * math.log(1 + 2 * (number - 1)), rel=1e-5)
 
 
-@pytest.mark.parametrize("rows", [OWN, ALL])
+@pytest.mark.parametrize("rows", [LOCAL, ALL])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pair_whose_negatives_are_all_ignored_has_no_loss(name, rows):
+def test_no_loss_without_negatives(name, rows):
     values = inputs(1, 2)
     losses = loss_of(ours, name, values, 1, 2, rows, torch.zeros(5, dtype=torch.long))
     expected = loss_of(naive, name, values, 1, 2, rows, torch.zeros(5, dtype=torch.long))
@@ -329,11 +329,11 @@ def test_a_pair_whose_negatives_are_all_ignored_has_no_loss(name, rows):
 
 
 @pytest.mark.parametrize("loss", [mil_nce, sup_con])
-def test_a_view_without_positives_has_no_loss(loss):
+def test_no_loss_without_positives(loss):
     own, negatives = leaf(torch.randn(3, 2, 3)), leaf(torch.randn(3, 2, 3))
     pairs = torch.tensor([[True, True, False], [False, False, False]])
-    one, other = loss(Scores(own, negatives), pairs), loss(Scores(own[:, :1], negatives[:, :1]), pairs[:1])
-    torch.testing.assert_close(one, other)
-    for gradient in torch.autograd.grad(one, (own, negatives)):
+    actual, expected = loss(Scores(own, negatives), pairs), loss(Scores(own[:, :1], negatives[:, :1]), pairs[:1])
+    torch.testing.assert_close(actual, expected)
+    for gradient in torch.autograd.grad(actual, (own, negatives)):
         assert torch.isfinite(gradient).all()
         assert not gradient[:, 1].any()

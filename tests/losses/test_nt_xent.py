@@ -14,7 +14,7 @@ def loss(first, second, temperature):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", ["slip_simclr", "slip_simclr_t05"])
-def test_equals_slips_code(oracles, name, dtype, tolerance):
+def test_equals_released_code(oracles, name, dtype, tolerance):
     oracle = oracles("slip")
     first, second = (oracle[f"{name}.in.{x}"].to(dtype).requires_grad_() for x in ("aug1", "aug2"))
     value = loss(first, second, oracle[f"{name}.par.temperature"].item())
@@ -25,8 +25,8 @@ def test_equals_slips_code(oracles, name, dtype, tolerance):
     torch.testing.assert_close(second.grad, oracle[f"{name}.out.grad_aug2"], **close)
 
 
-def test_a_rank_holds_its_rows_of_slips_loss_on_two_processes(oracles):
-    """The official code on two processes, each with half of the rows; its gradients are twice those of the mean over ranks."""
+def test_equals_released_code_on_two_processes(oracles):
+    """Each rank of the released code has half of the rows; its gradients are twice the gradients of the mean over ranks."""
     oracle = oracles("slip")
     first, second = (oracle[f"slip_simclr_world2.in.{x}"].requires_grad_() for x in ("aug1", "aug2"))
     a, b = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
@@ -40,7 +40,7 @@ def test_a_rank_holds_its_rows_of_slips_loss_on_two_processes(oracles):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["identical", "zero", "one pair", "large"])
-def test_is_finite_where_it_is_hard(kind, dtype):
+def test_degenerate_inputs_are_finite(kind, dtype):
     g = torch.Generator().manual_seed(0)
     size = {"one pair": 1, "large": 1024}.get(kind, 6)
     first, second = (torch.randn(size, 8, generator=g).to(dtype) for _ in range(2))

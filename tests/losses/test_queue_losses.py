@@ -1,4 +1,4 @@
-"""InfoNCE against a queue, with tags and without."""
+"""InfoNCE against a queue, with and without tags."""
 
 import math
 
@@ -15,10 +15,10 @@ def unit(*shape, seed, dtype=torch.float64):
     return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1).to(dtype)
 
 
-@pytest.fixture(params=[3, 8192], ids="slots at once {}".format)
-def slots_at_once(request, monkeypatch):
-    """The queue in one piece, and in several."""
-    monkeypatch.setattr(contrastive, "SLOTS_AT_ONCE", request.param)
+@pytest.fixture(params=[3, 8192], ids="slot chunk {}".format)
+def slot_chunk(request, monkeypatch):
+    """Compares the queue in a single chunk and in several."""
+    monkeypatch.setattr(contrastive, "SLOT_CHUNK", request.param)
 
 
 def with_tags(queries, keys, queue, temperature, positives, ignored=None):
@@ -28,7 +28,7 @@ def with_tags(queries, keys, queue, temperature, positives, ignored=None):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", ["mocov1_t007", "mocov2"])
-def test_equals_moco(oracles, slots_at_once, name, dtype, tolerance):
+def test_equals_moco(oracles, slot_chunk, name, dtype, tolerance):
     oracle = oracles("mct")
     queries = oracle[f"{name}.in.q"].to(dtype).requires_grad_()
     keys = F.normalize(oracle[f"{name}.in.k"].to(dtype), dim=-1)
@@ -41,20 +41,20 @@ def test_equals_moco(oracles, slots_at_once, name, dtype, tolerance):
 
 
 def naive(i, queries, keys, queue, temperature, ignored, positives):
-    """Eq. 5 written as loops; Eq. 3 where there are no positives."""
+    """Computes Eq. 5 with loops; without positives, this is Eq. 3."""
     own = torch.exp((queries[i] * keys[i]).sum() / temperature)
-    others = [torch.exp((queries[i] * key).sum() / temperature) for key in queue]
-    below = own + sum(x for x, out in zip(others, ignored[i]) if not out)
-    of_positives = [own] + [x for x, is_one in zip(others, positives[i]) if is_one]
-    return -sum(torch.log(x / below) for x in of_positives) / len(of_positives)
+    slots = [torch.exp((queries[i] * key).sum() / temperature) for key in queue]
+    denominator = own + sum(x for x, is_ignored in zip(slots, ignored[i]) if not is_ignored)
+    numerators = [own] + [x for x, is_positive in zip(slots, positives[i]) if is_positive]
+    return -sum(torch.log(x / denominator) for x in numerators) / len(numerators)
 
 
-def test_equals_the_equations_written_as_loops(slots_at_once):
+def test_equals_naive_loops(slot_chunk):
     queries, keys, queue = unit(4, 6, seed=0).requires_grad_(), unit(4, 6, seed=1), unit(7, 6, seed=2)
     ignored = torch.zeros(4, 7, dtype=torch.bool)
     ignored[0, 2] = ignored[3, :] = True
     positives = torch.zeros_like(ignored)
-    positives[0, [0, 5]] = positives[1, 1] = True  # three in all, two, one, one
+    positives[0, [0, 5]] = positives[1, 1] = True  # 3, 2, 1 and 1 positives, including the own key
     inputs, weights = (queries, keys, queue, 0.07), torch.tensor([1.0, 0.3, 2.0, 0.7], dtype=torch.float64)
     for ours, marks in (
         (queue_info_nce(*inputs, ignored), torch.zeros_like(ignored)),
@@ -66,10 +66,10 @@ def test_equals_the_equations_written_as_loops(slots_at_once):
             torch.autograd.grad(weights @ rows, queries, retain_graph=True) for rows in (ours, theirs)
         )
         torch.testing.assert_close(gradient, expected)
-        assert not gradient[3].any()  # there is nothing to tell it from
+        assert not gradient[3].any()  # row 3 has no negatives
 
 
-def test_without_positives_tags_change_nothing():
+def test_tag_info_nce_without_positives_is_info_nce():
     inputs = unit(3, 4, seed=0), unit(3, 4, seed=1), unit(5, 4, seed=2), 0.07
     torch.testing.assert_close(with_tags(*inputs, torch.zeros(3, 5, dtype=torch.bool)), queue_info_nce(*inputs))
 
@@ -83,7 +83,7 @@ def test_a_positive_is_drawn_near_and_a_negative_is_not():
     torch.testing.assert_close(tagged[0] - plain[0], difference)
 
 
-def test_with_the_batch_as_queue_it_is_info_nce():
+def test_batch_as_queue_equals_info_nce():
     queries, keys = unit(5, 4, seed=0), unit(5, 4, seed=1)
     ours = queue_info_nce(queries, keys, keys, 0.1, torch.eye(5, dtype=torch.bool))
     torch.testing.assert_close(ours.sum(), info_nce(queries, keys, torch.arange(5), 10.0))
@@ -91,7 +91,7 @@ def test_with_the_batch_as_queue_it_is_info_nce():
 
 @pytest.mark.parametrize("slots", [0, 1, 10_000])
 @pytest.mark.parametrize("kind", ["random", "identical", "opposite", "zero"])
-def test_safe_at_temperature_one_hundredth(kind, slots):
+def test_degenerate_inputs_are_finite_at_low_temperature(kind, slots):
     x = {"random": torch.randn(10_000, 8), "zero": torch.zeros(10_000, 8)}.get(kind, torch.ones(10_000, 8))
     x = F.normalize(x, dim=-1)
     queries = (-x[:3] if kind == "opposite" else x[:3].clone()).requires_grad_()
@@ -106,7 +106,7 @@ def test_safe_at_temperature_one_hundredth(kind, slots):
 
 
 @pytest.mark.parametrize("rows", [0, 4])
-def test_an_empty_queue_and_no_rows_give_zero_with_a_gradient_of_zero(slots_at_once, rows):
+def test_empty_queue_or_batch_has_zero_loss_and_gradient(slot_chunk, rows):
     queries = unit(rows, 4, seed=0).requires_grad_()
     ignored = torch.ones(rows, 5, dtype=torch.bool)
     inputs = queries, unit(rows, 4, seed=1), torch.zeros(5, 4, dtype=torch.float64), 0.07
@@ -124,16 +124,16 @@ def test_half_precision_inputs_are_computed_in_float32():
         expected = loss(queries.double(), keys.double(), queue.double(), 0.07, *more)
         leaf = queries.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            found = loss(leaf, keys, queue.float(), 0.07, *more)
-        torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-6)
-        found.sum().backward()
+            ours = loss(leaf, keys, queue.float(), 0.07, *more)
+        torch.testing.assert_close(ours, expected.float(), rtol=1e-6, atol=1e-6)
+        ours.sum().backward()
         assert leaf.grad.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- tags
 
 
-def lists(count, most, vocabulary, seed):
+def random_tags(count, most, vocabulary, seed):
     g = torch.Generator().manual_seed(seed)
     tags = torch.full((count, most), -1)
     for row in tags:
@@ -143,39 +143,39 @@ def lists(count, most, vocabulary, seed):
 
 
 @pytest.mark.parametrize("vocabulary", [6, 40, 100_000])
-def test_common_tags_are_counted(slots_at_once, vocabulary):
-    tags, queue = lists(9, 5, vocabulary, seed=0), lists(23, 6, vocabulary, seed=1)
+def test_common_tags_equals_set_intersections(slot_chunk, vocabulary):
+    tags, queue = random_tags(9, 5, vocabulary, seed=0), random_tags(23, 6, vocabulary, seed=1)
     tags[0], queue[3:5] = torch.arange(5), -1
     queue[3, :3] = tags[0, 2:]
     sets = [[set(row.tolist()) - {-1} for row in each] for each in (tags, queue)]
-    found = common_tags(tags, queue)
-    assert found.tolist() == [[len(one & other) for other in sets[1]] for one in sets[0]]
-    assert found[0, 3] == 3
+    counts = common_tags(tags, queue)
+    assert counts.tolist() == [[len(sample & slot) for slot in sets[1]] for sample in sets[0]]
+    assert counts[0, 3] == 3
 
 
-def test_common_tags_are_the_product_of_binary_vectors():
-    tags, queue, vocabulary = lists(7, 6, 12, seed=2), lists(30, 6, 12, seed=3), 12
+def test_common_tags_equals_product_of_multi_hot_vectors():
+    tags, queue, vocabulary = random_tags(7, 6, 12, seed=2), random_tags(30, 6, 12, seed=3), 12
     binary = [(each[:, :, None] == torch.arange(vocabulary)).any(1).double() for each in (tags, queue)]
     assert torch.equal(common_tags(tags, queue).double(), binary[0] @ binary[1].T)
 
 
-def test_who_has_no_tags_has_none_in_common():
+def test_common_tags_without_tags():
     none = torch.full((3, 4), -1)
     some = torch.tensor([[0, 1, -1, -1]]).repeat(5, 1)
     for tags, queue in ((none, some), (some, none), (none, none), (some[:0], some)):
-        found = common_tags(tags, queue)
-        assert found.shape == (len(tags), len(queue))
-        assert not found.any()
+        counts = common_tags(tags, queue)
+        assert counts.shape == (len(tags), len(queue))
+        assert not counts.any()
 
 
-def test_a_full_queue_of_the_paper_stays_far_below_dense_vectors():
-    """65,536 slots and 18,157 tags: what is allocated beside the result is megabytes, where binary vectors take 4.8 GB."""
+def test_common_tags_memory_at_the_papers_queue_size():
+    """With 65,536 slots and 18,157 tags, temporary memory is below 50 MB; multi-hot vectors would take 4.8 GB."""
     g = torch.Generator().manual_seed(0)
     queue = torch.randint(18_157, (65_536, 8), generator=g)
     tags = queue[:16].clone()
     with torch.profiler.profile(profile_memory=True) as profile:
-        found = common_tags(tags, queue)
-    own = [len(set(row.tolist()) & set(slot.tolist())) for row, slot in zip(tags, queue)]
-    assert found[:, :16].diagonal().tolist() == own
-    most = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < most < 50e6
+        counts = common_tags(tags, queue)
+    expected = [len(set(row.tolist()) & set(slot.tolist())) for row, slot in zip(tags, queue)]
+    assert counts[:, :16].diagonal().tolist() == expected
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 50e6

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from builders import build_method, make_batch
+from helpers.builders import build_method, make_batch
 
 from coalign.training.distributed import RankGather, World
 from coalign.types import StepInfo
@@ -31,27 +31,27 @@ def test_objective_equals_open_clip(oracles, clip):
         torch.testing.assert_close(value.grad.squeeze(), oracle[f"openclip_clip.out.grad_{name}"])
 
 
-def test_pairs_that_share_a_caption_are_negatives_unless_told_otherwise(tmp_path):
+def test_multi_positive_excludes_pairs_with_the_same_caption(tmp_path):
     batch = make_batch(build_method("clip", tmp_path).view_plan, 6)
-    plain, lenient = (build_method("clip", tmp_path, multi_positive=on) for on in (False, True))
+    plain, multi = (build_method("clip", tmp_path, multi_positive=on) for on in (False, True))
     features = plain.encode(batch, STEP)
     distinct = {**features, "caption_ids": torch.arange(6)}
     torch.testing.assert_close(loss(plain, features), loss(plain, distinct))
-    torch.testing.assert_close(loss(lenient, distinct), loss(plain, distinct))
-    assert loss(lenient, features) < loss(plain, features)  # make_batch repeats captions
-    everywhere = {**features, "caption_ids": torch.zeros(6, dtype=torch.long)}
-    assert loss(lenient, everywhere).item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(loss(multi, distinct), loss(plain, distinct))
+    assert loss(multi, features) < loss(plain, features)  # make_batch repeats captions
+    equal = {**features, "caption_ids": torch.zeros(6, dtype=torch.long)}
+    assert loss(multi, equal).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_the_scale_starts_at_the_papers_and_is_clamped_after_the_step(clip):
+def test_logit_scale_initialization_and_clamp(clip):
     assert clip.scalars()["logit_scale"].item() == pytest.approx(1 / 0.07)
-    for value, kept in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
+    for value, clamped in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
         clip.log_logit_scale.data.fill_(value)
         clip.after_step({}, {}, GATHER, STEP)
-        assert clip.log_logit_scale.item() == pytest.approx(kept)
+        assert clip.log_logit_scale.item() == pytest.approx(clamped)
 
 
-def test_what_is_trained_is_what_is_evaluated(clip):
+def test_training_and_inference_embeddings_agree(clip):
     batch = make_batch(clip.view_plan, 4)
     features, caption = clip.encode(batch, STEP), batch.texts["caption"]
     torch.testing.assert_close(features["image_embeds"], clip.encode_image(batch.images["image"].pixels))

@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
-from processes import on_two_processes
+from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from helpers.processes import on_two_processes
 from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.losses.contrastive import info_nce
 from coalign.losses.masked import masked_language_loss
-from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
-from coalign.optim import build_optimisers
-from coalign.recipes import recipe, recipes
-from coalign.recipes.declip import DeCLIPConfig
+from coalign.methods import recipe, recipes
+from coalign.methods.declip.config import DeCLIPConfig
+from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.spec import TowerSpec
+from coalign.networks.towers.text import build_text_tower
+from coalign.optim import build_optimizers
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import StepInfo
@@ -22,7 +24,7 @@ from coalign.types import StepInfo
 WORLD = World(0, 1, torch.device("cpu"))
 GATHER, STEP = RankGather(WORLD), StepInfo(5, 10)
 SMALL = {"projector_width": 16, "predictor_width": 8, "queue_size": 20}
-CODE = {"loss_weighting": "released_code", "neighbour_pairs": "released_code", "neighbour_not_own": False}
+CODE = {"loss_weighting": "released_code", "neighbor_pairs": "released_code", "neighbor_not_own": False}
 
 
 @pytest.fixture
@@ -47,15 +49,15 @@ def push(method, embeds, indices, caption_ids):
 
 
 def train(method, batches, world=WORLD, slices=None, first=0):
-    """Steps without an optimiser: losses, gradients of the last, and buffers."""
+    """Runs steps without an optimizer. Returns the losses, the last step's gradients, and the buffers."""
     losses = []
-    for number, batch in enumerate(batches, first):
-        info = StepInfo(number, 10)
+    for index, batch in enumerate(batches, first):
+        step = StepInfo(index, 10)
         method.zero_grad()
-        result = forward_backward(method, batch, info, world, slices=slices)
+        result = forward_backward(method, batch, step, world, slices=slices)
         losses.append(result.loss)
         move_statistics(method, world, keep=True)
-        method.after_step(result.features, result.targets, RankGather(world), info)
+        method.after_step(result.features, result.targets, RankGather(world), step)
     gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
     return losses, gradients, {name: buffer.clone() for name, buffer in method.named_buffers()}
 
@@ -73,16 +75,15 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("name", ["declip_full", "declip_full_clamped"])
-def test_objective_equals_the_released_code(oracles, tmp_path, name):
+def test_objective_equals_released_code(oracles, tmp_path, name):
     oracle = oracles("declip")
     par = {key.removeprefix("declip_full.par."): value for key, value in oracle.items() if ".par." in key}
-    changes = {**SMALL, **CODE, "queue_size": 32, "neighbour_start": 0.0}
+    changes = {**SMALL, **CODE, "queue_size": 32, "neighbor_start": 0.0}
     declip = build_method("declip", tmp_path, {**TRANSFORMER, "embed_dim": 12}, **changes)
     load_heads(declip, par)
     declip.queue.push(embeds=par["bank0"].T, indices=torch.full((32,), -1), caption_ids=torch.full((32,), -1))
-    declip.log_logit_scale.data[0] = min(
-        oracle[f"{name}.in.log_scale"].item(), math.log(100)
-    )  # theirs clamps in the forward
+    # the released code clamps in the forward pass
+    declip.log_logit_scale.data[0] = min(oracle[f"{name}.in.log_scale"].item(), math.log(100))
     raw = {
         key: oracle[f"declip_full.in.{key}"].requires_grad_()
         for key in ("image1", "image2", "text", "text_aug", "word")
@@ -117,8 +118,8 @@ def test_objective_equals_the_released_code(oracles, tmp_path, name):
 
 
 @pytest.mark.parametrize(("file", "name"), [("contrastive", "declip_infonce"), ("declip", "declip_infonce_rank1")])
-def test_info_nce_equals_the_released_codes(oracles, file, name):
-    """Theirs takes logits: products with the unit vectors are the logits themselves. The second's rows are the global batch's 4 to 7."""
+def test_info_nce_equals_released_code(oracles, file, name):
+    """The released code takes logits, so the keys are unit vectors here. The second case has rows 4 to 7 of the global batch."""
     oracle = oracles(file)
     logits = [oracle[f"{name}.in.logits_per_{side}"].requires_grad_() for side in ("image", "text")]
     positives = oracle[f"{name}.out.labels"]
@@ -131,7 +132,7 @@ def test_info_nce_equals_the_released_codes(oracles, file, name):
 
 
 def load_heads(declip, par):
-    """The released code's projector and predictor, whose layers have other names."""
+    """Loads the released code's projector and predictor, whose layers have different names."""
     for head, layers in (
         (declip.projector, ("projector.linear1", "projector.linear2", "projector.linear3")),
         (declip.predictor, ("predictor.linear1", "predictor.layer2")),
@@ -144,12 +145,12 @@ def load_heads(declip, par):
                 getattr(norm, key).data.copy_(par[f"{theirs}.{key}"])
 
 
-# ---------------------------------------------------------------- Eq. 2 and its switches
+# ---------------------------------------------------------------- Eq. 2 and its options
 
 
-def test_equation_2_written_out(declip):
-    """The paper's weighting and §3.3's neighbours, each term by its formula."""
-    method = declip(neighbour_start=0.0)
+def test_objective_equals_equation_2(declip):
+    """Computes each term from its formula, with the paper's weighting and §3.3's neighbors."""
+    method = declip(neighbor_start=0.0)
     batch = make_batch(method.view_plan, 6)
     with torch.no_grad():
         queued = torch.randn(15, 16, dtype=torch.float64)
@@ -158,7 +159,7 @@ def test_equation_2_written_out(declip):
         terms = objective(method, features)
         image, image_aug = F.normalize(features["image_projected"], dim=-1).unbind(1)
         text, text_aug = features["text_embeds"].unbind(1)
-        neighbour = F.normalize(queued, dim=-1)[(text @ queued.T / queued.norm(dim=-1)).argmax(1)]
+        neighbor = F.normalize(queued, dim=-1)[(text @ queued.T / queued.norm(dim=-1)).argmax(1)]
         scale, labels = method.log_logit_scale.exp(), torch.arange(6)
 
         def one_way(queries, keys):
@@ -167,20 +168,20 @@ def test_equation_2_written_out(declip):
         def infonce(a, b):
             return (one_way(a, b) + one_way(b, a)) / 2
 
-        method.eval()  # the heads once more, by hand, with the statistics of the batch
-        z, z_aug = (by_hand(method.projector, x) for x in features["image_projected"].unbind(1))
-        p, p_aug = (by_hand(method.predictor, x) for x in (z, z_aug))
+        method.eval()  # apply_head uses batch statistics
+        z, z_aug = (apply_head(method.projector, x) for x in features["image_projected"].unbind(1))
+        p, p_aug = (apply_head(method.predictor, x) for x in (z, z_aug))
         simsiam = -(F.cosine_similarity(p, z_aug).mean() + F.cosine_similarity(p_aug, z).mean()) / 2
         masked = batch.texts["text_1"]
         tokens = method.text(masked.ids, masked.lengths, with_tokens=True).tokens
         mlm = F.cross_entropy(method.mlm_head(tokens.flatten(0, 1)), masked.labels.flatten())
         mvs = infonce(image, text_aug) + infonce(image_aug, text) + infonce(image_aug, text_aug)
-        nns = (one_way(image, neighbour) + one_way(image_aug, neighbour)) / 2
+        nns = (one_way(image, neighbor) + one_way(image_aug, neighbor)) / 2
         expected = 0.4 * infonce(image, text) + 0.2 * (simsiam + mlm) + 0.2 * mvs + 0.2 * nns
     torch.testing.assert_close(total(terms).squeeze(), expected)
 
 
-def by_hand(head, x):
+def apply_head(head, x):
     for number, layer in enumerate(head.layers):
         x = layer(x)
         if number < len(head.norms):
@@ -191,7 +192,7 @@ def by_hand(head, x):
     return x
 
 
-OFF = {"multi_view": False, "image_ss": False, "text_ss": False, "neighbours": False}
+OFF = {"multi_view": False, "image_ss": False, "text_ss": False, "neighbors": False}
 
 
 @pytest.mark.parametrize(
@@ -201,9 +202,9 @@ OFF = {"multi_view": False, "image_ss": False, "text_ss": False, "neighbours": F
         (OFF | {"multi_view": True}, (2, 2), {"clip": 0.8, "mvs": 0.2}, {"clip": 0.25, "mvs": 0.25}),
         (OFF | {"image_ss": True}, (2, 1), {"clip": 0.8, "image_ss": 0.2}, {"clip": 0.8, "image_ss": 0.2}),
         (OFF | {"text_ss": True}, (1, 1), {"clip": 0.8, "text_ss": 0.2}, {"clip": 0.8, "text_ss": 0.2}),
-        (OFF | {"neighbours": True}, (2, 1), {"clip": 0.8, "nns": 0.2}, {"clip": 0.8, "nns": 0.2}),
+        (OFF | {"neighbors": True}, (2, 1), {"clip": 0.8, "nns": 0.2}, {"clip": 0.8, "nns": 0.2}),
         (
-            {"neighbours": False},
+            {"neighbors": False},
             (2, 2),
             {"clip": 0.6, "mvs": 0.2, "image_ss": 0.2, "text_ss": 0.2},
             {"clip": 0.15, "mvs": 0.15, "image_ss": 0.2, "text_ss": 0.2},
@@ -216,7 +217,7 @@ OFF = {"multi_view": False, "image_ss": False, "text_ss": False, "neighbours": F
         ),
     ],
 )
-def test_every_term_is_a_switch_and_costs_nothing_when_off(declip, changes, views, weights, code_weights):
+def test_disabled_terms_need_no_views_or_modules(declip, changes, views, weights, code_weights):
     for weighting, expected in (("paper", weights), ("released_code", code_weights)):
         method = declip(**changes, loss_weighting=weighting)
         plan = method.view_plan
@@ -234,19 +235,19 @@ def test_text_views(declip):
     kinds = {
         "original": {"text_1": ("original", 0.15), "text_2": ("eda", 0.0)},
         "two_eda": {"text_1": ("eda", 0.15), "text_2": ("eda", 0.0)},
-        "apart": {"text_1": ("original", 0.0), "text_2": ("eda", 0.0), "masked_text": ("original", 0.15)},
+        "separate": {"text_1": ("original", 0.0), "text_2": ("eda", 0.0), "masked_text": ("original", 0.15)},
     }
     for changes, expected in (
         ({}, kinds["original"]),
         ({"text_views": "two_eda"}, kinds["two_eda"]),
-        ({"contrast_masked_text": False}, kinds["apart"]),
+        ({"contrast_masked_text": False}, kinds["separate"]),
     ):
         plan = declip(**changes).view_plan
         assert {name: (policy.kind, policy.mask_p) for name, policy in plan.texts.items()} == expected
 
 
-def test_the_masked_caption_is_contrasted_or_not(declip):
-    """Changing the masked pass alone changes MLM; the contrasted features change only if they are the masked ones."""
+def test_contrast_masked_text(declip):
+    """Changing only the masked view changes MLM, and changes the contrasted features only if they are the masked view's."""
     for contrast, name in ((True, "text_1"), (False, "masked_text")):
         method = declip(contrast_masked_text=contrast)
         batch = make_batch(method.view_plan, 6)
@@ -258,7 +259,7 @@ def test_the_masked_caption_is_contrasted_or_not(declip):
         assert torch.allclose(before["text_embeds"], after["text_embeds"]) != contrast
 
 
-# ---------------------------------------------------------------- neighbours
+# ---------------------------------------------------------------- neighbors
 
 
 def random_features(size, dim=16):
@@ -267,10 +268,10 @@ def random_features(size, dim=16):
     return {"image_projected": features[0], "text_embeds": F.normalize(features[1], dim=-1), **ids}
 
 
-ONLY_NEIGHBOURS = OFF | {"neighbours": True}
+ONLY_NEIGHBORS = OFF | {"neighbors": True}
 
 
-def test_which_pairs_have_neighbours(declip):
+def test_neighbor_pairs(declip):
     features = random_features(5)
     queued = F.normalize(torch.randn(20, 16, dtype=torch.float64), dim=-1)
     images, texts = F.normalize(features["image_projected"], dim=-1), features["text_embeds"]
@@ -281,7 +282,7 @@ def test_which_pairs_have_neighbours(declip):
         ("algorithm_1", False, [(1, 0)]),
         ("released_code", False, [(0, 0), (1, 0), (0, 1), (1, 1)]),
     ):
-        method = declip(**ONLY_NEIGHBOURS, neighbour_pairs=pairs, neighbour_both_ways=both_ways)
+        method = declip(**ONLY_NEIGHBORS, neighbor_pairs=pairs, neighbor_both_ways=both_ways)
         push(method, queued, torch.arange(100, 120), torch.arange(100, 120))
         losses = []
         for image, text in expected:
@@ -292,43 +293,43 @@ def test_which_pairs_have_neighbours(declip):
         torch.testing.assert_close(mean(objective(method, features)["nns"]), torch.stack(losses).mean())
 
 
-def test_own_rows_are_no_neighbours_unless_told_so(declip):
-    """With its own text and an equal caption in the queue, a row takes the next nearest; off, it takes its own."""
+def test_neighbor_not_own_excludes_same_sample_and_caption(declip):
+    """Skips queue entries of the same sample and of an equal caption; without the option, a sample is its own neighbor."""
     features = random_features(4)
     texts, ids = features["text_embeds"][:, 0], torch.arange(4)
     for not_own, similarity in ((True, (texts @ texts.T).fill_diagonal_(-1).max(1).values.mean()), (False, 1.0)):
-        method = declip(**ONLY_NEIGHBOURS, neighbour_not_own=not_own)
+        method = declip(**ONLY_NEIGHBORS, neighbor_not_own=not_own)
         push(method, texts, ids, ids + 10)  # the same samples
         push(method, texts, ids + 10, ids)  # other samples with the same captions
         objective(method, features)
-        assert method.scalars()["neighbour_similarity"].item() == pytest.approx(float(similarity))
+        assert method.scalars()["neighbor_similarity"].item() == pytest.approx(float(similarity))
 
 
-def test_rows_without_a_neighbour_neither_count_nor_are_negatives(declip):
-    method = declip(**ONLY_NEIGHBOURS)
+def test_samples_without_neighbor_are_excluded(declip):
+    method = declip(**ONLY_NEIGHBORS)
     features = random_features(4)
     features["caption_ids"] = torch.tensor([7, 7, 1, 2])
     push(method, torch.randn(3, 16, dtype=torch.float64), torch.arange(50, 53), torch.full((3,), 7))
     term = objective(method, features)["nns"]
     assert term.count == 4  # two rows, two image views
-    rest = {name: value[2:] for name, value in features.items()}
-    torch.testing.assert_close(mean(objective(method, rest)["nns"]), mean(term))
+    remaining = {name: value[2:] for name, value in features.items()}
+    torch.testing.assert_close(mean(objective(method, remaining)["nns"]), mean(term))
 
 
-def test_neighbours_begin_after_a_tenth_of_the_run_while_the_queue_fills(declip):
+def test_neighbor_term_starts_after_a_tenth_of_the_run(declip):
     method = declip(queue_size=64)
     batches = [make_batch(method.view_plan, 8, seed=seed) for seed in range(3)]
-    for number, fill in enumerate((0.125, 0.25, 0.375)):
-        info = StepInfo(number, 20)
-        result = forward_backward(method, batches[number], info, WORLD)
-        method.after_step(result.features, result.targets, GATHER, info)
+    for index, fill in enumerate((0.125, 0.25, 0.375)):
+        step = StepInfo(index, 20)
+        result = forward_backward(method, batches[index], step, WORLD)
+        method.after_step(result.features, result.targets, GATHER, step)
         assert method.scalars()["queue_fill"].item() == pytest.approx(fill)
-        assert (result.terms["nns"] != 0) == (number >= 2)
-        assert ("neighbour_similarity" in method.scalars()) == (number >= 2)
+        assert (result.terms["nns"] != 0) == (index >= 2)
+        assert ("neighbor_similarity" in method.scalars()) == (index >= 2)
 
 
-def test_queue_larger_than_the_data(declip):
-    """Every epoch's rows of a sample are in the queue; none of them is its neighbour."""
+def test_queue_larger_than_the_dataset(declip):
+    """The queue holds a sample several times, from different epochs; none of these entries is its neighbor."""
     method = declip(queue_size=50)
     batch = make_batch(method.view_plan, 8)
     train(method, [batch] * 9, first=1)
@@ -338,28 +339,28 @@ def test_queue_larger_than_the_data(declip):
     term = objective(method, features)["nns"]
     assert term.count == 16
     assert torch.isfinite(term.total)
-    assert method.scalars()["neighbour_similarity"] < 1 - 1e-6  # its own rows would have 1
+    assert method.scalars()["neighbor_similarity"] < 1 - 1e-6  # its own entries would have 1
 
 
-def test_random_neighbours_are_less_similar(declip):
-    nearest, control = (declip(**ONLY_NEIGHBOURS, neighbour_random=on) for on in (False, True))
+def test_random_neighbors_are_less_similar(declip):
+    nearest, control = (declip(**ONLY_NEIGHBORS, neighbor_random=on) for on in (False, True))
     features, queued = random_features(20), torch.randn(20, 16, dtype=torch.float64)
     for method in (nearest, control):
         push(method, queued, torch.arange(50, 70), torch.arange(50, 70))
         objective(method, features)
-    assert nearest.scalars()["neighbour_similarity"] > 0.4
-    assert control.scalars()["neighbour_similarity"] < 0.25
-    first = mean(objective(control, features)["nns"])
-    assert first == mean(objective(control, features)["nns"])  # a function of the step
-    assert first != mean(objective(control, features, StepInfo(6, 10))["nns"])
+    assert nearest.scalars()["neighbor_similarity"] > 0.4
+    assert control.scalars()["neighbor_similarity"] < 0.25
+    loss = mean(objective(control, features)["nns"])
+    assert loss == mean(objective(control, features)["nns"])  # the random neighbors depend on the step only
+    assert loss != mean(objective(control, features, StepInfo(6, 10))["nns"])
 
 
 # ---------------------------------------------------------------- the step
 
 
 @pytest.mark.parametrize("model", [TRANSFORMER, BATCH_NORM])
-@pytest.mark.parametrize("changes", [{}, {**CODE, "multi_positive": True, "neighbour_both_ways": True}])
-def test_slices_change_nothing_while_neighbours_are_found(tmp_path, model, changes):
+@pytest.mark.parametrize("changes", [{}, {**CODE, "multi_positive": True, "neighbor_both_ways": True}])
+def test_micro_batches_with_neighbors(tmp_path, model, changes):
     def run(slices):
         method = build_method("declip", tmp_path, model, **SMALL, **changes)
         return train(method, [make_batch(method.view_plan, 8, seed=seed) for seed in range(4)], slices=slices, first=1)
@@ -369,10 +370,10 @@ def test_slices_change_nothing_while_neighbours_are_found(tmp_path, model, chang
     assert_same(whole, run([slice(0, 4), slice(4, 6), slice(6, 8)]))
 
 
-CHANGES = [{}, {**CODE, "multi_positive": True}, {"neighbour_both_ways": True, "neighbour_random": True}]
+CHANGES = [{}, {**CODE, "multi_positive": True}, {"neighbor_both_ways": True, "neighbor_random": True}]
 
 
-def half_runs(world, folder):
+def rank_runs(world, folder):
     results = []
     for changes in CHANGES:
         method = build_method("declip", folder, **SMALL, **changes)
@@ -383,8 +384,8 @@ def half_runs(world, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_gathered_queue_once_and_in_order(tmp_path):
-    ranks = on_two_processes(half_runs, tmp_path)
+def test_two_processes_push_gathered_features_once_in_order(tmp_path):
+    ranks = on_two_processes(rank_runs, tmp_path)
     for number, changes in enumerate(CHANGES):
         method = build_method("declip", tmp_path, **SMALL, **changes)
         whole = train(method, [make_batch(method.view_plan, 8, seed=seed) for seed in range(4)], first=1)
@@ -392,7 +393,7 @@ def test_two_processes_hold_the_gathered_queue_once_and_in_order(tmp_path):
             assert_same(whole, rank[number])
 
 
-def test_resumes_with_its_queue(declip):
+def test_resume_restores_the_queue(declip):
     method = declip()
     batches = [make_batch(method.view_plan, 8, seed=seed) for seed in range(5)]
     train(method, batches[:3], first=1)
@@ -401,7 +402,7 @@ def test_resumes_with_its_queue(declip):
     assert_same(train(method, batches[3:], first=4), train(resumed, batches[3:], first=4))
 
 
-def test_bad_batches_are_finite_and_defined(declip):
+def test_degenerate_batches_are_finite(declip):
     for changes in ({}, {"multi_positive": True}, {"contrast_masked_text": False}, CODE):
         method = declip(**changes)
         plain = make_batch(method.view_plan, 8)
@@ -428,7 +429,7 @@ def test_bad_batches_are_finite_and_defined(declip):
             assert ("mlm_head.decoder.weight" in gradients) == (name != "nothing masked")
     method = declip(multi_positive=True)
     result = forward_backward(method, one_caption, STEP, WORLD)
-    assert result.terms["clip"] == pytest.approx(0, abs=1e-12)  # nobody is anybody's negative
+    assert result.terms["clip"] == pytest.approx(0, abs=1e-12)  # there are no negatives
     assert result.terms["nns"] == 0
 
 
@@ -437,7 +438,7 @@ def with_labels(batch, labels):
     return replace(batch, texts=texts)
 
 
-def test_what_is_trained_is_what_is_evaluated(declip):
+def test_training_and_inference_embeddings_agree(declip):
     method = declip(contrast_masked_text=False)
     batch = make_batch(method.view_plan, 4)
     features, text = method.encode(batch, STEP), batch.texts["text_1"]
@@ -448,7 +449,7 @@ def test_what_is_trained_is_what_is_evaluated(declip):
     torch.testing.assert_close(F.normalize(features["image_projected"][:, 0], dim=-1), images)
 
 
-def test_scalars_show_collapse_and_the_scale_is_clamped(declip):
+def test_scalars_show_collapse_and_scale_is_clamped(declip):
     method = declip()
     features = {**random_features(64), "mlm_total": torch.ones(64), "mlm_count": torch.ones(64)}
     objective(method, features)
@@ -473,25 +474,25 @@ def test_scalars_show_collapse_and_the_scale_is_clamped(declip):
         ({"temperature": 0}, "temperature is 0"),
         ({"queue_size": 0}, "queue_size is 0"),
         ({"mask_p": 0}, "mask_p is 0"),
-        ({"neighbour_start": 2}, "neighbour_start is 2"),
+        ({"neighbor_start": 2}, "neighbor_start is 2"),
         ({"ss_weight": -1}, "ss_weight is -1"),
-        ({"ss_weight": 0.8}, "leave -0.2 of 1"),
+        ({"ss_weight": 0.8}, "CLIP's term has weight -0.2, but must be above 0"),
     ],
 )
-def test_senseless_settings(changes, message):
+def test_invalid_settings_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         DeCLIPConfig(**changes)
 
 
-def test_the_small_recipes_queue_follows_batch_and_data():
+def test_small_recipe_queue_size():
     for pairs, size in ((300, 64), (5000, 1024), (50_000, 2500), (500_000, 25_000), (20_000_000, 65_536)):
         config = recipe("declip")(pairs)
         assert config.method_config.queue_size == size == min(65_536, max(4 * config.batch_size, pairs // 20))
 
 
-def test_papers_optimisers(declip):
+def test_optimizers_match_the_paper(declip):
     method = declip()
-    vit = build_optimisers(method.parameter_groups(), recipe("declip-88m-vit-b-32")(1).optimiser, method)
+    vit = build_optimizers(method.parameter_groups(), recipe("declip-88m-vit-b-32")(1).optimizer, method)
     steps = 3200
     peak, start, end = (vit.set_lr(step, steps) for step in (100, 0, steps - 1))
     assert (start["image"], peak["image"]) == pytest.approx((1e-4, 1e-3), rel=1e-3)
@@ -499,17 +500,17 @@ def test_papers_optimisers(declip):
     assert end["image"] == pytest.approx(0, abs=1e-9)
     kinds = {kind: {group["role"] for group in each.param_groups} for kind, each in vit.by_kind.items()}
     assert kinds == {"adamw": {"image", "scale"}, "sgd": {"text"}}
-    decays = {group["role"]: group["weight_decay"] for each in vit.optimisers for group in each.param_groups[:1]}
+    decays = {group["role"]: group["weight_decay"] for each in vit.optimizers for group in each.param_groups[:1]}
     assert decays == {"image": 0.05, "text": 1e-4}
-    resnet = build_optimisers(method.parameter_groups(), recipe("declip-88m-rn50")(1).optimiser, method)
+    resnet = build_optimizers(method.parameter_groups(), recipe("declip-88m-rn50")(1).optimizer, method)
     assert list(resnet.by_kind) == ["sgd"]
     assert resnet.set_lr(0, steps)["image"] == pytest.approx(0.01)
     assert resnet.set_lr(100, steps)["text"] == pytest.approx(0.2)
 
 
-def test_table_4_is_four_recipes():
+def test_table_4_recipes():
     rows = [recipe(f"declip-cc3m{row}")(3_000_000).method_config for row in ("-clip", "-mvs", "-ss", "")]
-    terms = [(c.multi_view, c.image_ss, c.text_ss, c.neighbours) for c in rows]
+    terms = [(c.multi_view, c.image_ss, c.text_ss, c.neighbors) for c in rows]
     assert terms == [(False,) * 4, (True, False, False, False), (True, True, True, False), (True,) * 4]
 
 
@@ -520,12 +521,12 @@ def millions(module):
 @pytest.mark.parametrize(
     ("row", "trunk", "image", "text"),
     [
-        ("declip-88m-vit-b-32", 87.46, 88.24, 63.69),  # the paper's 88M
-        ("declip-88m-rn50", 38.32, 38.32, 63.69),  # its 24M leaves out CLIP's attention pool
-        ("declip-88m-regnety-64gf", 276.46, 281.49, 123.84),  # its 276M leaves out a classifier
+        ("declip-88m-vit-b-32", 87.46, 88.24, 63.69),  # 88M in the paper
+        ("declip-88m-rn50", 38.32, 38.32, 63.69),  # 24M in the paper, without CLIP's attention pool
+        ("declip-88m-regnety-64gf", 276.46, 281.49, 123.84),  # 276M in the paper, without a classifier
     ],
 )
-def test_papers_models_by_name(row, trunk, image, text):
+def test_model_sizes_match_the_paper(row, trunk, image, text):
     config = recipes()[row](88_000_000)
     attention = config.method_config.text_attention
     with torch.device("meta"):
@@ -539,7 +540,7 @@ def test_papers_models_by_name(row, trunk, image, text):
         assert millions(image_tower.trunk) - millions(image_tower.trunk.attnpool) == pytest.approx(23.5, abs=0.1)
 
 
-def test_bert_text_tower_sees_both_ways_and_is_read_at_its_start(declip):
+def test_bidirectional_text_tower_is_pooled_at_the_start_token(declip):
     method = declip(text_attention="bidirectional")
     assert (method.text.attention, method.text.pooling) == ("bidirectional", "start")
     ids, lengths = torch.randint(1, 50, (1, 6)), torch.tensor([6])

@@ -4,23 +4,16 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
-from test_step_equality import (
-    ALONE,
-    BATCH,
-    MODELS,
-    STEP,
-    assert_complete,
-    assert_equal_steps,
-    run_step,
-)
+from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from helpers.steps import ALONE, BATCH, MODELS, STEP, assert_complete, assert_equal_steps, run_step
 from torch.nn import functional as F
 
-from coalign.config import TrainConfig
+from coalign.config import OptimizerConfig, TrainConfig
 from coalign.errors import UserError
-from coalign.methods.mcd import MCD
-from coalign.optim import OptimiserConfig, build_optimisers
-from coalign.recipes.mcd import RECIPES, TABLE_5, MCDConfig
+from coalign.methods.mcd.config import RECIPES, MCDConfig
+from coalign.methods.mcd.method import MCD
+from coalign.methods.mcd.tables import TABLE_5
+from coalign.optim import build_optimizers
 from coalign.training.distributed import RankGather
 from coalign.training.step import forward_backward, move_statistics
 from coalign.training.trainer import Trainer
@@ -38,7 +31,7 @@ def unit(*shape, seed):
 
 @pytest.fixture
 def features():
-    """Embeds of ṽ, v and t, and what MLM found in each caption."""
+    """Embeds of ṽ, v and t, and the MLM sums of each caption."""
     return {
         "embeds": unit(PAIRS, 3, 8, seed=1).requires_grad_(),
         "caption_ids": torch.tensor([1, 2, 3, 2, 4]),
@@ -47,14 +40,14 @@ def features():
     }
 
 
-def teacher_of(method):
-    """A teacher's embeds that are not the student's, of the views that the method asks for."""
+def random_teacher(method):
+    """Returns teacher embeds that differ from the student's, for the views that the method needs."""
     config = method.config
     views = slice(0, 2) if config.distill_positive or config.distill_negative else slice(1, 2)
     return {"teacher_embeds": unit(PAIRS, 2, 8, seed=2)[:, views]} if config.distills else {}
 
 
-def with_moved_scales(method):
+def with_random_scales(method):
     for parameter in (method.similarity.log_logit_scales, method.similarity.offsets):
         if parameter is not None:
             parameter.data += torch.linspace(-0.3, 0.4, len(parameter), dtype=torch.float64)
@@ -66,7 +59,7 @@ def loss_of(terms):
 
 
 def naive_contrast(method, embeds, views, weights, same=None):
-    """UniCLIP's Eq. 12 without augmentation encoding, as loops over embeddings, times (V + U)²/3."""
+    """Computes UniCLIP's Eq. 12 without augmentation encoding with loops over embeddings, times (V + U)²/3."""
     terms = []
     members = list(itertools.product(range(len(embeds)), views))
 
@@ -77,16 +70,16 @@ def naive_contrast(method, embeds, views, weights, same=None):
 
     for i in members:
         negatives = [n for n in members if n[0] != i[0] and not (same and same[n[0]] == same[i[0]])]
-        below = sum(torch.exp(x(i, n)) for n in negatives)
+        negative_sum = sum(torch.exp(x(i, n)) for n in negatives)
         for p in members:
             if p[0] == i[0]:
                 weight = weights[(i[1] == 2) + (p[1] == 2)]
-                terms.append(-weight * torch.log(torch.exp(x(i, p)) / (torch.exp(x(i, p)) + below)))
+                terms.append(-weight * torch.log(torch.exp(x(i, p)) / (torch.exp(x(i, p)) + negative_sum)))
     return torch.stack(terms).mean() * len(views) ** 2 / 3
 
 
 def naive_distillation(config, embeds, teacher):
-    """Eq. 10 as loops: the mean of each term over its indices, with distances written out."""
+    """Computes Eq. 10 with loops: the mean of each term over its indices, from explicit distances."""
     augmented, v, t = embeds.unbind(1)
     teacher_augmented, teacher_v, fixed = teacher[:, 0], teacher[:, -1], t.detach()
 
@@ -110,22 +103,22 @@ def naive_distillation(config, embeds, teacher):
             terms["noisy"].append(
                 log_ratio((v[i], t[i]), (v[image], t[j]), (teacher_v[i], fixed[i]), (teacher_v[image], fixed[j]))
             )
-    wanted = {name: getattr(config, f"distill_{name}") for name in terms}
-    return sum(torch.stack(terms[name]).mean() for name in terms if wanted[name])
+    enabled = {name: getattr(config, f"distill_{name}") for name in terms}
+    return sum(torch.stack(terms[name]).mean() for name in terms if enabled[name])
 
 
 def naive_loss(method, features, teacher, step):
-    """Eq. 13."""
+    """Computes Eq. 13."""
     config, embeds = method.config, features["embeds"]
     same = features["caption_ids"].tolist() if config.multi_positive else None
     weight = 0.5 - 0.5 * math.cos(math.pi * step.step / step.total_steps)
-    every = naive_contrast(method, embeds, (0, 1, 2), (1 / 4, 1 / 4, 1), same)
-    without = naive_contrast(method, embeds, (1, 2), (1, 1 / 2, 1), same)
-    distilled = naive_distillation(config, embeds, teacher["teacher_embeds"]) if config.distills else 0.0
+    all_views = naive_contrast(method, embeds, (0, 1, 2), (1 / 4, 1 / 4, 1), same)
+    original = naive_contrast(method, embeds, (1, 2), (1, 1 / 2, 1), same)
+    distillation = naive_distillation(config, embeds, teacher["teacher_embeds"]) if config.distills else 0.0
     mlm = 0.2 * (8 / 7) if config.mlm else 0.0
     if not config.progressive:
-        return every + distilled + mlm
-    return (1 - weight) * every + weight * (without + distilled) + mlm
+        return all_views + distillation + mlm
+    return (1 - weight) * all_views + weight * (original + distillation) + mlm
 
 
 SETTINGS = [
@@ -144,9 +137,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize("step", [START, HALF, END], ids=["start", "half", "end"])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
-def test_equals_the_equations_written_as_loops(tmp_path, features, changes, step):
-    method = with_moved_scales(build_method("mcd", tmp_path, **changes))
-    teacher = teacher_of(method)
+def test_objective_equals_naive_loops(tmp_path, features, changes, step):
+    method = with_random_scales(build_method("mcd", tmp_path, **changes))
+    teacher = random_teacher(method)
     ours = loss_of(method.objective(features, teacher, GATHER, step))
     theirs = naive_loss(method, features, teacher, step)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -157,12 +150,12 @@ def test_equals_the_equations_written_as_loops(tmp_path, features, changes, step
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_the_loss_begins_as_mp_nce_and_ends_without_the_augmented_view(tmp_path, features):
-    method = with_moved_scales(build_method("mcd", tmp_path, mlm=False))
-    embeds, teacher = features["embeds"], teacher_of(method)
+def test_loss_starts_as_mp_nce_and_ends_without_the_augmented_view(tmp_path, features):
+    method = with_random_scales(build_method("mcd", tmp_path, mlm=False))
+    embeds, teacher = features["embeds"], random_teacher(method)
     first = loss_of(method.objective(features, teacher, GATHER, START))
     torch.testing.assert_close(first, naive_contrast(method, embeds, (0, 1, 2), (1 / 4, 1 / 4, 1)))
-    ramp_only = with_moved_scales(build_method("mcd", tmp_path, **vars(TABLE_5["ramp-only, no mlm"])))
+    ramp_only = with_random_scales(build_method("mcd", tmp_path, **vars(TABLE_5["ramp-only, no mlm"])))
     last = loss_of(ramp_only.objective(features, {}, GATHER, END))
     (gradient,) = torch.autograd.grad(last, embeds)
     assert gradient[:, 0].abs().max() == 0
@@ -173,51 +166,51 @@ def test_the_loss_begins_as_mp_nce_and_ends_without_the_augmented_view(tmp_path,
     assert set(weights) == {"contrastive", "contrastive_original", "positive", "negative", "noisy"}
 
 
-class Replay:
-    """One process of several: its own rows are some of the batch's, and what it gathers is what the whole batch passed."""
+class ReplayGather:
+    """`gather` of one rank of several, which returns the tensors recorded for the whole batch."""
 
-    def __init__(self, rows, passed):
-        self.rows, self.passed = rows, iter(passed)
+    def __init__(self, rows, recorded):
+        self.rows, self.recorded = rows, iter(recorded)
 
     def __call__(self, tensor):
-        whole = next(self.passed)
+        whole = next(self.recorded)
         torch.testing.assert_close(tensor, whole[self.rows])
         return whole
 
-    def own_rows(self, tensor):
+    def global_indices(self, tensor):
         return torch.arange(PAIRS)[self.rows]
 
 
-class Record(RankGather):
+class RecordingGather(RankGather):
     def __init__(self):
         super().__init__(ALONE)
-        self.passed = []
+        self.recorded = []
 
     def __call__(self, tensor):
-        self.passed.append(tensor)
+        self.recorded.append(tensor)
         return tensor
 
 
 @pytest.mark.parametrize("changes", [*MODES, {"multi_positive": True}], ids=str)
-def test_the_processes_parts_add_up(tmp_path, features, changes):
-    method, record = with_moved_scales(build_method("mcd", tmp_path, **changes)), Record()
-    teacher = teacher_of(method)
+def test_losses_of_ranks_add_up(tmp_path, features, changes):
+    method, record = with_random_scales(build_method("mcd", tmp_path, **changes)), RecordingGather()
+    teacher = random_teacher(method)
     whole = method.objective(features, teacher, record, HALF)
     parts = []
     for rows in (slice(0, 3), slice(3, 5)):
-        mine, targets = ({name: x[rows] for name, x in values.items()} for values in (features, teacher))
-        parts.append(method.objective(mine, targets, Replay(rows, record.passed), HALF))
+        local, targets = ({name: x[rows] for name, x in values.items()} for values in (features, teacher))
+        parts.append(method.objective(local, targets, ReplayGather(rows, record.recorded), HALF))
     counts = [sum(float(term.count) for term in terms) for terms in zip(*parts)]
     assert counts == [float(term.count) for term in whole]
-    together = sum(term.weight * term.total / count for terms, count in zip(zip(*parts), counts) for term in terms)
-    torch.testing.assert_close(together, loss_of(whole))
+    summed = sum(term.weight * term.total / count for terms, count in zip(zip(*parts), counts) for term in terms)
+    torch.testing.assert_close(summed, loss_of(whole))
     inputs = [features["embeds"], method.similarity.log_logit_scales, method.similarity.offsets]
     expected = torch.autograd.grad(loss_of(whole), inputs, retain_graph=True)
-    for ours, theirs in zip(torch.autograd.grad(together, inputs), expected):
+    for ours, theirs in zip(torch.autograd.grad(summed, inputs), expected):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_one_pair_and_equal_or_zero_embeddings_are_safe(tmp_path):
+def test_degenerate_batches_are_finite(tmp_path):
     method = build_method("mcd", tmp_path, mlm=False)
     same = unit(1, 1, 8, seed=3).expand(4, 3, 8)
     for embeds in (unit(1, 3, 8, seed=3), same, torch.zeros(4, 3, 8, dtype=torch.float64)):
@@ -233,8 +226,8 @@ def test_one_pair_and_equal_or_zero_embeddings_are_safe(tmp_path):
 # ---------------------------------------------------------------- the teacher
 
 
-class MovedTeacher(MCD):
-    """As it is in the midst of a run: behind the student, so that the log-ratios are not zero."""
+class PerturbedTeacher(MCD):
+    """MCD with a teacher that differs from the student, as in the middle of a run, so that log-ratios are not zero."""
 
     def __init__(self, config, towers):
         super().__init__(config, towers)
@@ -245,9 +238,9 @@ class MovedTeacher(MCD):
 
 @pytest.mark.parametrize("changes", MODES, ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_slices_with_a_teacher_that_is_behind(tmp_path, model, changes):
+def test_micro_batches_with_a_perturbed_teacher(tmp_path, model, changes):
     def step(slices=None):
-        method = build_method("mcd", tmp_path, MODELS[model], cls=MovedTeacher, **changes)
+        method = build_method("mcd", tmp_path, MODELS[model], cls=PerturbedTeacher, **changes)
         result = run_step(method, make_batch(method.view_plan, BATCH), ALONE, slices)
         assert_complete(method, result)
         return result
@@ -255,10 +248,10 @@ def test_slices_with_a_teacher_that_is_behind(tmp_path, model, changes):
     assert_equal_steps(step(), step([slice(0, 4), slice(4, 6), slice(6, 8)]))
 
 
-def test_a_teacher_that_is_behind_changes_the_step(tmp_path):
-    """The test above compares something."""
+def test_perturbing_the_teacher_changes_the_step(tmp_path):
+    """Ensures that the test above compares nonzero losses."""
     losses = []
-    for cls in (MCD, MovedTeacher):
+    for cls in (MCD, PerturbedTeacher):
         method = build_method("mcd", tmp_path, cls=cls)
         result = forward_backward(method, make_batch(method.view_plan, BATCH), STEP, ALONE)
         losses.append({name: result.terms[name] for name in ("positive", "negative", "noisy")})
@@ -267,7 +260,7 @@ def test_a_teacher_that_is_behind_changes_the_step(tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_teacher_is_the_student_at_the_first_step(tmp_path, model):
+def test_teacher_equals_student_at_the_first_step(tmp_path, model):
     method = build_method("mcd", tmp_path, MODELS[model]).train()
     batch = make_batch(method.view_plan, BATCH)
     with torch.no_grad():
@@ -281,14 +274,14 @@ class Loaded:
     bad: list = field(default_factory=list)
 
 
-def test_the_teacher_follows_the_student_but_not_on_a_skipped_step(tmp_path):
-    """Eq. 12 through the trainer, whose third step is not finite."""
+def test_teacher_is_updated_except_on_skipped_steps(tmp_path):
+    """Eq. 12 in the trainer, with non-finite values in the third step."""
     method = build_method("mcd", tmp_path, BATCH_NORM)
-    seen = []
+    states = []
 
     def batches(start, stop):
         for step in range(start, stop):
-            seen.append({name: value.clone() for name, value in method.state_dict().items()})
+            states.append({name: value.clone() for name, value in method.state_dict().items()})
             batch = make_batch(method.view_plan, BATCH, seed=step)
             if step == 2:
                 batch.images["image"].pixels = batch.images["image"].pixels.double() * float("nan")
@@ -296,18 +289,18 @@ def test_the_teacher_follows_the_student_but_not_on_a_skipped_step(tmp_path):
 
     settings = TrainConfig(
         method="mcd", method_config=method.config, batch_size=BATCH, precision="fp32", evals=0, save_every=1000,
-        optimiser=OptimiserConfig(lr=1e-2, warmup_fraction=0),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_fraction=0),
     )  # fmt: skip
     (tmp_path / "run").mkdir()
     result = Trainer(method, settings, ALONE, tmp_path / "run", batches=batches, num_pairs=BATCH, total_steps=5).fit()
     assert result.skipped_steps == 1
-    seen.append(method.state_dict())
+    states.append(method.state_dict())
     assert method.scalars()["teacher_momentum"].item() == pytest.approx(0.95 - 0.05 * math.cos(math.pi * 4 / 5))
-    names = [name.removeprefix("teacher.") for name in seen[0] if name.startswith("teacher.")]
+    names = [name.removeprefix("teacher.") for name in states[0] if name.startswith("teacher.")]
     assert {"projection.weight"} <= set(names)
     assert any(name.endswith("running_var") for name in names)
-    for step, (before, after) in enumerate(itertools.pairwise(seen)):
-        momentum = 0.95 - 0.05 * math.cos(math.pi * step / 5)  # five steps: from 0.9
+    for step, (before, after) in enumerate(itertools.pairwise(states)):
+        momentum = 0.95 - 0.05 * math.cos(math.pi * step / 5)  # starts at 0.9 in a run of five steps
         for name in names:
             teacher, student = before[f"teacher.{name}"], after[f"image.{name}"]
             if step == 2:
@@ -317,11 +310,11 @@ def test_the_teacher_follows_the_student_but_not_on_a_skipped_step(tmp_path):
             else:
                 expected = student
             torch.testing.assert_close(after[f"teacher.{name}"], expected, msg=f"step {step}: {name}")
-    assert (seen[-1]["teacher.projection.weight"] - seen[0]["teacher.projection.weight"]).abs().max() > 0
+    assert (states[-1]["teacher.projection.weight"] - states[0]["teacher.projection.weight"]).abs().max() > 0
 
 
-def test_the_teacher_is_in_the_checkpoint_and_not_trained(tmp_path):
-    method = build_method("mcd", tmp_path, cls=MovedTeacher)
+def test_teacher_is_checkpointed_and_not_trained(tmp_path):
+    method = build_method("mcd", tmp_path, cls=PerturbedTeacher)
     trained = {id(p) for group in method.parameter_groups().values() for p in group}
     assert not any(p.requires_grad or id(p) in trained for p in method.teacher.parameters())
     other = build_method("mcd", tmp_path)
@@ -332,18 +325,18 @@ def test_the_teacher_is_in_the_checkpoint_and_not_trained(tmp_path):
     torch.testing.assert_close(other.encode_targets(batch, START)["teacher_embeds"], expected, rtol=0, atol=0)
 
 
-def test_teacher_passes_leave_its_statistics_alone(tmp_path):
+def test_teacher_passes_do_not_update_its_running_statistics(tmp_path):
     method = build_method("mcd", tmp_path, BATCH_NORM).train()
     before = {name: buffer.clone() for name, buffer in method.teacher.named_buffers()}
     forward_backward(method, make_batch(method.view_plan, BATCH), STEP, ALONE)
-    move_statistics(method, ALONE, keep=True)  # the student's
+    move_statistics(method, ALONE, keep=True)  # updates the student's
     for name, buffer in method.teacher.named_buffers():
         torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
     moved = dict(method.image.named_buffers())
     assert any(not torch.equal(before[name], moved[name]) for name in before if "running" in name)
 
 
-def test_without_distillation_there_is_no_teacher(tmp_path):
+def test_no_teacher_without_distillation(tmp_path):
     method = build_method("mcd", tmp_path, **vars(TABLE_5["ramp-only"]))
     assert method.teacher is None
     assert not any("teacher" in name for name in method.state_dict())
@@ -351,12 +344,12 @@ def test_without_distillation_there_is_no_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "steps", "momentum"), [(None, 10**6, 0.996), (None, 2000, 1 - 113 / 2000), (0.99, 2000, 0.99)]
+    ("setting", "steps", "momentum"), [(None, 10**6, 0.996), (None, 2000, 1 - 113 / 2000), (0.99, 2000, 0.99)]
 )
-def test_the_momentum_fits_the_run_or_is_what_was_asked_for(tmp_path, features, given, steps, momentum):
-    method = build_method("mcd", tmp_path, teacher_momentum=given)
+def test_teacher_momentum_by_run_length_or_setting(tmp_path, features, setting, steps, momentum):
+    method = build_method("mcd", tmp_path, teacher_momentum=setting)
     for step, expected in ((0, momentum), (steps // 2, (1 + momentum) / 2)):
-        method.objective(features, teacher_of(method), GATHER, StepInfo(step, steps))
+        method.objective(features, random_teacher(method), GATHER, StepInfo(step, steps))
         assert method.scalars()["teacher_momentum"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -364,8 +357,8 @@ def test_the_momentum_fits_the_run_or_is_what_was_asked_for(tmp_path, features, 
 
 
 @pytest.mark.parametrize("contrast_masked_text", [True, False])
-def test_what_is_trained_is_what_is_evaluated(tmp_path, contrast_masked_text):
-    method = build_method("mcd", tmp_path, cls=MovedTeacher, contrast_masked_text=contrast_masked_text)
+def test_training_and_inference_embeddings_agree(tmp_path, contrast_masked_text):
+    method = build_method("mcd", tmp_path, cls=PerturbedTeacher, contrast_masked_text=contrast_masked_text)
     batch = make_batch(method.view_plan, 4)
     features, caption = method.encode(batch, START), batch.texts["caption"]
     student = [method.encode_image(batch.images[name].pixels) for name in ("augmented", "image")]
@@ -374,7 +367,7 @@ def test_what_is_trained_is_what_is_evaluated(tmp_path, contrast_masked_text):
     torch.testing.assert_close(expected.norm(dim=-1), torch.ones(4, 3, dtype=torch.float64))
 
 
-def test_the_views_are_the_papers(tmp_path):
+def test_views_match_the_paper(tmp_path):
     plans = {one: build_method("mcd", tmp_path, contrast_masked_text=one).view_plan for one in (True, False)}
     assert plans[True].images == {"augmented": STRONG, "image": WEAK}
     assert {name: policy.mask_p for name, policy in plans[True].texts.items()} == {"caption": 0.15}
@@ -386,17 +379,17 @@ def test_the_views_are_the_papers(tmp_path):
 
 
 @pytest.mark.parametrize("contrast_masked_text", [True, False])
-def test_masked_language_modelling_is_a_mean_over_masked_tokens(tmp_path, contrast_masked_text):
+def test_mlm_is_a_mean_over_masked_tokens(tmp_path, contrast_masked_text):
     method = build_method("mcd", tmp_path, contrast_masked_text=contrast_masked_text)
     batch = make_batch(method.view_plan, BATCH)
     masked = batch.texts[method.masked_view]
     chosen = masked.labels >= 0
-    masked.ids[chosen] = 50  # the mask's own id, behind the vocabulary
+    masked.ids[chosen] = 50  # the id of the mask token, after the vocabulary
     tokens = method.text(masked.ids, masked.lengths, with_tokens=True).tokens
     logits = tokens[chosen] @ method.mlm_head.decoder.weight.T + method.mlm_head.decoder.bias
     result = forward_backward(method, batch, STEP, ALONE)
     assert result.terms["mlm"] == pytest.approx(F.cross_entropy(logits, masked.labels[chosen]).item())
-    masked.labels[:] = -100  # nothing to predict: no loss, and nothing moves the head
+    masked.labels[:] = -100  # no targets: zero loss, and no gradient for the head
     method.zero_grad()
     result = forward_backward(method, batch, STEP, ALONE)
     assert result.terms["mlm"] == 0
@@ -404,7 +397,7 @@ def test_masked_language_modelling_is_a_mean_over_masked_tokens(tmp_path, contra
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in method.mlm_head.parameters())
 
 
-def test_scales_start_at_the_papers_and_are_clamped_after_the_step(tmp_path):
+def test_scale_initialization_and_clamp(tmp_path):
     method = build_method("mcd", tmp_path)
     assert method.scalars()["logit_scale"].item() == pytest.approx(1 / 0.07)
     method.similarity.log_logit_scales.data[:] = torch.tensor([9.0, -1.0, 2.0])
@@ -424,10 +417,10 @@ def test_scales_start_at_the_papers_and_are_clamped_after_the_step(tmp_path):
 
 
 @pytest.mark.parametrize("name", TABLE_5)
-def test_every_row_of_table_5_takes_a_step(tmp_path, name):
+def test_every_row_of_table_5_trains_a_step(tmp_path, name):
     config = TABLE_5[name]
     method = build_method("mcd", tmp_path, TRANSFORMER, **vars(config)).train()
-    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
+    optimizers = build_optimizers(method.parameter_groups(), OptimizerConfig(), method)
     result = forward_backward(method, make_batch(method.view_plan, BATCH), STEP, ALONE)
     expected = {"contrastive"}
     expected |= {"contrastive_original"} if "mp-nce" not in name else set()
@@ -436,18 +429,18 @@ def test_every_row_of_table_5_takes_a_step(tmp_path, name):
     assert result.terms.keys() == expected
     assert (method.teacher is not None) == ("positive" in name)
     before = {n: p.clone() for n, p in method.named_parameters() if p.requires_grad}
-    optimisers.set_lr(4, 10)
-    optimisers.step()
+    optimizers.set_lr(4, 10)
+    optimizers.step()
     method.after_step(result.features, result.targets, GATHER, STEP)
     assert math.isfinite(result.loss)
     assert any(not torch.equal(before[n], p) for n, p in method.named_parameters() if n in before)
 
 
-def test_recipes_are_the_papers():
+def test_recipes_match_the_paper():
     cc3m, yfcc15m = RECIPES["mcd-cc3m"](2_900_000), RECIPES["mcd-yfcc15m"](15_000_000)
-    assert (cc3m.model, cc3m.epochs, cc3m.optimiser.lr, cc3m.optimiser.weight_decay) == ("ViT-B-16", 40, 5e-4, 0.5)
+    assert (cc3m.model, cc3m.epochs, cc3m.optimizer.lr, cc3m.optimizer.weight_decay) == ("ViT-B-16", 40, 5e-4, 0.5)
     assert (yfcc15m.model, yfcc15m.epochs, yfcc15m.batch_size) == ("ViT-B-32", 32, 4096)
-    assert (yfcc15m.optimiser.lr, yfcc15m.optimiser.weight_decay) == (1e-3, 0.2)
+    assert (yfcc15m.optimizer.lr, yfcc15m.optimizer.weight_decay) == (1e-3, 0.2)
     assert cc3m.method_config == yfcc15m.method_config == MCDConfig() == TABLE_5["positive+negative+noisy"]
     assert RECIPES["mcd"](500).method_config == MCDConfig(multi_positive=True)
 
@@ -464,6 +457,6 @@ def test_recipes_are_the_papers():
         ("noisy_pairs", "images"),
     ],
 )
-def test_senseless_values_are_refused(field, value):
+def test_invalid_settings_are_rejected(field, value):
     with pytest.raises(UserError, match=f"^{field} is "):
         MCDConfig(**{field: value})

@@ -3,18 +3,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
-from processes import on_two_processes
-from test_step_equality import ALONE, STEP, assert_complete, assert_equal_steps, run_step
+from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from helpers.processes import on_two_processes
+from helpers.steps import ALONE, STEP, assert_complete, assert_equal_steps, run_step
 from torch.nn import functional as F
 
 from coalign.config import TrainConfig
 from coalign.errors import UserError
-from coalign.methods.mct import MCT
+from coalign.methods.mct.config import RECIPES, VIEW, MCTConfig, mct
+from coalign.methods.mct.method import MCT
+from coalign.methods.mct.tables import ABLATIONS, CHANGES
 from coalign.networks.ema import momentum_for
-from coalign.networks.towers import TowerSpec, build_image_tower, build_text_tower
-from coalign.optim import build_optimisers
-from coalign.recipes.mct import ABLATIONS, CHANGES, RECIPES, VIEW, MCTConfig, mct
+from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.spec import TowerSpec
+from coalign.networks.towers.text import build_text_tower
+from coalign.optim import build_optimizers
 from coalign.training.distributed import RankGather
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import StepInfo, TextPolicy, ViewPlan
@@ -23,7 +26,7 @@ GATHER = RankGather(ALONE)
 PAIRS, QUEUE, DIMS = 6, 10, {"intra": 5, "inter": 7}
 HAS_CAPTION = torch.tensor([True, True, False, True, False, True])
 HAS_IMAGE = torch.tensor([True, True, True, True, True, False])
-TAGS = [[0, 1, 2, 3], [1, 2, 3], [2, 3, 5, 6], [], [], [7]]  # with captions and without, with tags and without
+TAGS = [[0, 1, 2, 3], [1, 2, 3], [2, 3, 5, 6], [], [], [7]]  # samples with and without captions and tags
 
 
 def unit(*shape, seed):
@@ -44,8 +47,8 @@ def new(tmp_path):
     return new
 
 
-def mixed(batch):
-    """The batch with samples that have a caption, tags, both, or neither, and the last one no image."""
+def with_missing(batch):
+    """Removes captions and tags from some samples, both from others, and the image from the last one."""
     has_caption = torch.arange(len(batch)) % 2 == 0
     has_caption[-1], has_image = True, torch.arange(len(batch)) < len(batch) - 1
     tags = None if batch.tags is None else batch.tags.masked_fill((torch.arange(len(batch)) % 4 < 2)[:, None], -1)
@@ -56,14 +59,14 @@ def mixed(batch):
     return replace(batch, has_caption=has_caption, has_image=has_image, tags=tags, texts=texts)
 
 
-def embeds(method, heads, seed):
+def random_embeds(method, heads, seed):
     return {
         head: unit(PAIRS, method._dim(head), seed=seed + number).requires_grad_() for number, head in enumerate(heads)
     }
 
 
-def filled(method, rows=QUEUE):
-    """Queues that hold rows of the same samples and captions as the batch, and others'."""
+def fill_queues(method, rows=QUEUE):
+    """Fills the queues with keys of the batch's samples and captions, and of others. Returns the method."""
     for number, head in enumerate(method.key_heads):
         values = {
             "embeds": unit(rows, method._dim(head), seed=50 + number),
@@ -78,15 +81,15 @@ def filled(method, rows=QUEUE):
     return method
 
 
-def inputs(method, seed=1):
-    features = embeds(method, method.query_heads, seed) | {
+def random_inputs(method, seed=1):
+    features = random_embeds(method, method.query_heads, seed) | {
         "indices": torch.arange(PAIRS),
         "caption_ids": torch.tensor([0, 1, 70, 2, 71, 1]),
         "has_caption": HAS_CAPTION,
         "has_image": HAS_IMAGE,
         "tags": padded(TAGS),
     }
-    targets = {name: value.detach() for name, value in embeds(method, method.key_heads, seed + 20).items()}
+    targets = {name: value.detach() for name, value in random_embeds(method, method.key_heads, seed + 20).items()}
     return features, targets
 
 
@@ -102,7 +105,7 @@ def loss_of(terms):
 
 
 def naive_loss(method, features, targets):
-    """Eq. 15 as loops over samples and slots."""
+    """Computes Eq. 15 with loops over samples and slots."""
     config = method.config
 
     def negatives(name, i, queue):
@@ -114,11 +117,11 @@ def naive_loss(method, features, targets):
         query, key = method.terms[name]
         queue = method.queues[key]
         q, k = features[query][i], targets[key][i]
-        below = torch.exp(q @ k / config.temperature)
+        denominator = torch.exp(q @ k / config.temperature)
         for j in negatives(name, i, queue):
-            below = below + torch.exp(q @ queue["embeds"][j] / config.temperature)
+            denominator = denominator + torch.exp(q @ queue["embeds"][j] / config.temperature)
         logs = [
-            torch.log(torch.exp(q @ p / config.temperature) / below)
+            torch.log(torch.exp(q @ p / config.temperature) / denominator)
             for p in (k, *(queue["embeds"][j] for j in positives))
         ]
         return -sum(logs) / len(logs)
@@ -130,12 +133,12 @@ def naive_loss(method, features, targets):
         return 25 / len(slots) * sum(torch.relu(0.2 - q @ k + q @ queue["embeds"][j]) for j in slots)
 
     def epsilon(queue):
-        """The least at which at most a fiftieth of the slots shares more tags, unless one is given."""
-        filled = int(queue.filled.sum())
-        slots = [set(row) - {-1} for row in queue["tags"][:filled].tolist()]
+        """Returns the configured ε, or the smallest at which at most 2 % of the slots share more tags."""
+        num_filled = int(queue.filled.sum())
+        slots = [set(row) - {-1} for row in queue["tags"][:num_filled].tolist()]
         common = [len(set(TAGS[i]) & slot) for i in tagged for slot in slots]
-        least = next(e for e in range(99) if sum(n > e for n in common) <= len(common) / 50)
-        return least if config.tag_threshold is None else config.tag_threshold
+        smallest = next(e for e in range(99) if sum(n > e for n in common) <= len(common) / 50)
+        return smallest if config.tag_threshold is None else config.tag_threshold
 
     def sharing(i):
         queue = method.queues[method.terms["j_tag"][1]]
@@ -170,9 +173,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize("rows", [QUEUE, 7])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
-def test_equals_the_equations_written_as_loops(new, changes, rows):
-    method = filled(new(**changes, text_weight=0.7, inter_weight=0.01), rows)
-    features, targets = inputs(method)
+def test_objective_equals_naive_loops(new, changes, rows):
+    method = fill_queues(new(**changes, text_weight=0.7, inter_weight=0.01), rows)
+    features, targets = random_inputs(method)
     ours, theirs = loss_of(objective(method, features, targets)), naive_loss(method, features, targets)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     queries = [features[head] for head in method.query_heads]
@@ -180,9 +183,9 @@ def test_equals_the_equations_written_as_loops(new, changes, rows):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_with_a_full_queue_the_margin_terms_are_the_papers_sums(new):
-    method = filled(new(margin_negatives=QUEUE))
-    features, targets = inputs(method)
+def test_margin_terms_with_a_full_queue_are_sums(new):
+    method = fill_queues(new(margin_negatives=QUEUE))
+    features, targets = random_inputs(method)
     terms = objective(method, features, targets)
     for name in ("j_ic", "j_ci"):
         query, key = method.terms[name]
@@ -193,8 +196,8 @@ def test_with_a_full_queue_the_margin_terms_are_the_papers_sums(new):
         torch.testing.assert_close(terms[name].weight * terms[name].total, 1e-4 * total)
 
 
-def test_weights_and_counts_are_the_papers(new):
-    terms = objective(*((method := filled(new(margin_negatives=32_768))), *inputs(method)))
+def test_term_weights_and_counts(new):
+    terms = objective(*((method := fill_queues(new(margin_negatives=32_768))), *random_inputs(method)))
     assert {name: (term.weight, term.count) for name, term in terms.items()} == {
         "j_ii": (1.0, 5), "j_tag": (1.0, 3), "j_cc": (1.0, 4), "j_ic": (3.2768, 3), "j_ci": (3.2768, 3),
     }  # fmt: skip
@@ -203,7 +206,7 @@ def test_weights_and_counts_are_the_papers(new):
 # ---------------------------------------------------------------- queues
 
 
-def test_the_first_step_is_defined_and_changes_nothing(new):
+def test_first_step_with_empty_queues_has_zero_gradient(new):
     method = new()
     first = forward_backward(method, make_batch(method.view_plan, 8), STEP, ALONE)
     assert first.loss == 0
@@ -217,17 +220,17 @@ def test_the_first_step_is_defined_and_changes_nothing(new):
     assert method.scalars()["queue_fill"] == pytest.approx(0.8)
 
 
-def test_empty_slots_are_no_negatives(new):
-    method, smaller = filled(new(), rows=4), filled(new(queue_size=4), rows=4)
-    ours, theirs = (objective(each, *inputs(each)) for each in (method, smaller))
+def test_empty_slots_are_ignored(new):
+    method, smaller = fill_queues(new(), rows=4), fill_queues(new(queue_size=4), rows=4)
+    ours, theirs = (objective(each, *random_inputs(each)) for each in (method, smaller))
     for name, term in ours.items():
         torch.testing.assert_close(term.total, theirs[name].total)
 
 
-def test_what_enters_the_queues(new):
-    """Keys of real images, with their tags beside them; of the texts those of real captions."""
+def test_keys_pushed_to_the_queues(new):
+    """Only keys of existing images and captions are pushed, with the images' tags aligned."""
     method = new()
-    batch = mixed(make_batch(method.view_plan, 8))
+    batch = with_missing(make_batch(method.view_plan, 8))
     with torch.no_grad():
         features, targets = method.encode(batch, STEP), method.encode_targets(batch, STEP)
     method.after_step(features, targets, GATHER, STEP)
@@ -244,8 +247,8 @@ def test_what_enters_the_queues(new):
     assert {name for name in method.state_dict() if name.endswith("tags")} == {"queues.image_intra.tags"}
 
 
-def test_a_queue_larger_than_the_data_holds_nobodys_own_key_against_it(new):
-    """Four samples, again and again."""
+def test_queue_larger_than_the_dataset(new):
+    """Repeats four samples: with multi_positive, earlier keys of a sample are not its negatives."""
     batch, losses = None, {}
     for multi_positive in (False, True):
         method = new(queue_size=20, multi_positive=multi_positive)
@@ -256,31 +259,31 @@ def test_a_queue_larger_than_the_data_holds_nobodys_own_key_against_it(new):
         for head, queue in method.queues.items():
             assert queue.filled.sum() == 12, head
         losses[multi_positive] = result
-    # each step but the first: the own key against itself from before, or not at all
+    # from the second step on, without multi_positive a sample's earlier key is its negative
     assert losses[True].terms["j_ii"] < losses[False].terms["j_ii"]
     method = new(queue_size=20, multi_positive=True)
-    one = batch[slice(0, 1)]
+    single = batch[slice(0, 1)]
     for _ in range(3):
-        result = forward_backward(method, one, STEP, ALONE)
+        result = forward_backward(method, single, STEP, ALONE)
         method.after_step(result.features, result.targets, GATHER, STEP)
     assert result.loss == pytest.approx(0, abs=1e-12)  # a single sample has no negatives
 
 
-def test_resumes_with_its_queues(new):
+def test_resume_restores_the_queues(new):
     method, resumed = new(), new()
-    batch = mixed(make_batch(method.view_plan, 8))
+    batch = with_missing(make_batch(method.view_plan, 8))
     run_step(method, batch, ALONE)
     resumed.load_state_dict(method.state_dict())
     assert_equal_steps(run_step(method, batch, ALONE), run_step(resumed, batch, ALONE))
 
 
-# ---------------------------------------------------------------- samples without captions, without tags
+# ---------------------------------------------------------------- samples without captions or tags
 
 
-def test_what_a_sample_lacks_has_no_influence(new):
+def test_placeholders_do_not_affect_the_step(new):
     method = new()
-    batch = mixed(make_batch(method.view_plan, 8))
-    one = run_step(method, batch, ALONE)
+    batch = with_missing(make_batch(method.view_plan, 8))
+    expected = run_step(method, batch, ALONE)
     texts = {
         name: replace(view, ids=torch.where(batch.has_caption[:, None], view.ids, view.ids.flip(0)))
         for name, view in batch.texts.items()
@@ -289,10 +292,10 @@ def test_what_a_sample_lacks_has_no_influence(new):
         name: replace(view, pixels=torch.where(batch.has_image[:, None, None, None], view.pixels, 255 - view.pixels))
         for name, view in batch.images.items()
     }
-    assert_equal_steps(one, run_step(new(), replace(batch, texts=texts, images=images), ALONE))
+    assert_equal_steps(expected, run_step(new(), replace(batch, texts=texts, images=images), ALONE))
 
 
-def test_texts_alone_are_contrasted_with_their_paraphrases(new):
+def test_texts_without_images_only_train_j_cc(new):
     method = new()
     batch = replace(make_batch(method.view_plan, 8), has_image=torch.zeros(8, dtype=torch.bool))
     _, gradients, _ = run_step(method, batch, ALONE)
@@ -304,24 +307,24 @@ def test_texts_alone_are_contrasted_with_their_paraphrases(new):
     assert {method.queues[name].filled.sum().item() for name in method.queues if name.startswith("image")} == {0}
 
 
-@pytest.mark.parametrize("lacking", ["captions", "tags", "both"])
-def test_whole_batches_without(new, lacking):
+@pytest.mark.parametrize("missing", ["captions", "tags", "both"])
+def test_batches_without_captions_or_tags(new, missing):
     method = new()
     batch = make_batch(method.view_plan, 8)
-    if lacking != "tags":
+    if missing != "tags":
         batch = replace(batch, has_caption=torch.zeros(8, dtype=torch.bool))
-    if lacking != "captions":
+    if missing != "captions":
         batch = replace(batch, tags=torch.full((8, 1), -1))
     loss, gradients, _ = run_step(method, batch, ALONE)
     assert loss > 0
-    assert any(name.startswith("text.") for name in gradients) == (lacking == "tags")
+    assert any(name.startswith("text.") for name in gradients) == (missing == "tags")
     result = forward_backward(method, batch, STEP, ALONE)
-    off = {"captions": {"j_cc", "j_ic", "j_ci"}, "tags": {"j_tag"}, "both": {"j_cc", "j_ic", "j_ci", "j_tag"}}[lacking]
-    assert {name for name, value in result.terms.items() if value == 0} == off
+    zero = {"captions": {"j_cc", "j_ic", "j_ci"}, "tags": {"j_tag"}, "both": {"j_cc", "j_ic", "j_ci", "j_tag"}}[missing]
+    assert {name for name, value in result.terms.items() if value == 0} == zero
     assert all(value.isfinite() for value in method.scalars().values())
 
 
-def test_captions_alone_and_nothing_at_all_are_zero_not_undefined(new):
+def test_batch_without_pairs_has_zero_loss(new):
     method = new(**CHANGES["inter-only"])
     batch = replace(make_batch(method.view_plan, 4), has_caption=torch.zeros(4, dtype=torch.bool))
     loss, gradients, _ = run_step(method, batch, ALONE)
@@ -329,51 +332,51 @@ def test_captions_alone_and_nothing_at_all_are_zero_not_undefined(new):
     assert all(not gradient.any() for gradient in gradients.values())
 
 
-def test_a_vocabulary_of_one_tag_makes_j_tag_j_ii(new):
-    method = filled(new())
-    features, targets = inputs(method)
+def test_single_tag_vocabulary(new):
+    method = fill_queues(new())
+    features, targets = random_inputs(method)
     features["tags"] = torch.tensor([[0, -1, -1, -1]]).repeat(PAIRS, 1)
     method.queues["image_intra"]["tags"].fill_(-1)[:, 0] = 0
     terms = objective(method, features, targets)
     torch.testing.assert_close(terms["j_tag"].total, terms["j_ii"].total)
     assert method.scalars()["tag_positives"] == 0
-    method.config = replace(method.config, tag_threshold=0)  # now all images are the same
+    method.config = replace(method.config, tag_threshold=0)  # now all images are positives
     terms = objective(method, features, targets)
     assert method.scalars()["tag_positives"] == 1
     assert terms["j_tag"].total > terms["j_ii"].total
 
 
-def test_a_derived_threshold_makes_few_positives(new):
-    """Of 400 slots, 300 share one tag with everyone, 60 two, 32 three and 8 four."""
+def test_derived_tag_threshold(new):
+    """Of 400 slots, 300 share one tag with every sample, 60 two, 32 three and 8 four."""
     method = new(queue_size=500, tag_threshold=None)
-    features, targets = inputs(method)
+    features, targets = random_inputs(method)
     features["tags"] = torch.arange(4).repeat(PAIRS, 1)
     tags = torch.full((400, 4), -1)
     for number, first in enumerate((400, 100, 40, 8)):
         tags[:first, number] = number
-    none = torch.zeros(400, dtype=torch.long)
-    method.queues["image_intra"].push(embeds=unit(400, 5, seed=9), indices=none, caption_ids=none, tags=tags)
+    zeros = torch.zeros(400, dtype=torch.long)
+    method.queues["image_intra"].push(embeds=unit(400, 5, seed=9), indices=zeros, caption_ids=zeros, tags=tags)
     objective(method, features, targets)
     assert method.scalars()["tag_threshold"] == 3  # more than two: 10 %; more than three: 2 %
     assert method.scalars()["tag_positives"] == pytest.approx(0.02)
-    features["tags"][3:] = -1  # who has no tags is not asked
+    features["tags"][3:] = -1  # samples without tags do not count
     objective(method, features, targets)
     assert method.scalars()["tag_threshold"] == 3
 
 
-def test_more_tags_than_count_leave_the_rarest_out(new):
+def test_max_tags_drops_the_rarest(new):
     method = new(max_tags=2)
     batch = replace(make_batch(method.view_plan, 2), tags=torch.tensor([[1, 4, 9], [3, -1, -1]]))
     assert method.encode(batch, STEP)["tags"].tolist() == [[1, 4], [3, -1]]
 
 
 @pytest.mark.parametrize("model", [TRANSFORMER, BATCH_NORM], ids=["transformer", "batch norm"])
-def test_slices_of_a_mixed_batch(new, model):
-    whole = run_step(method := new(model), batch := mixed(make_batch(method.view_plan, 8)), ALONE)
+def test_micro_batches_with_missing_captions_and_images(new, model):
+    whole = run_step(method := new(model), batch := with_missing(make_batch(method.view_plan, 8)), ALONE)
     assert_equal_steps(whole, run_step(new(model), batch, ALONE, [slice(0, 2), slice(2, 8)]))
 
 
-MIXED = [{}, {"multi_positive": True, "heads": "unified", "intra_dim": 16, "tag_threshold": None}]
+TWO_PROCESS_CHANGES = [{}, {"multi_positive": True, "heads": "unified", "intra_dim": 16, "tag_threshold": None}]
 
 
 def captions_on_one_rank(batch):
@@ -381,10 +384,10 @@ def captions_on_one_rank(batch):
     return replace(batch, has_caption=first, tags=batch.tags.masked_fill(first[:, None], -1))
 
 
-def half_steps_of_mixed_batches(world, folder):
+def rank_steps(world, folder):
     steps = []
-    for changes in MIXED:
-        for kind in (mixed, captions_on_one_rank):
+    for changes in TWO_PROCESS_CHANGES:
+        for kind in (with_missing, captions_on_one_rank):
             method = build_method("mct", folder, BATCH_NORM, **changes)
             half = kind(make_batch(method.view_plan, 8))[4 * world.rank : 4 * world.rank + 4]
             steps.append(run_step(method, half, world, [slice(0, 2), slice(2, 4)]))
@@ -392,9 +395,11 @@ def half_steps_of_mixed_batches(world, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_mixed_batch(tmp_path):
-    ranks = on_two_processes(half_steps_of_mixed_batches, tmp_path)
-    for number, (changes, kind) in enumerate((c, k) for c in MIXED for k in (mixed, captions_on_one_rank)):
+def test_two_processes_with_missing_captions_and_images(tmp_path):
+    ranks = on_two_processes(rank_steps, tmp_path)
+    for number, (changes, kind) in enumerate(
+        (c, k) for c in TWO_PROCESS_CHANGES for k in (with_missing, captions_on_one_rank)
+    ):
         method = build_method("mct", tmp_path, BATCH_NORM, **changes)
         whole = run_step(method, kind(make_batch(method.view_plan, 8)), ALONE)
         for rank in ranks:
@@ -404,11 +409,11 @@ def test_two_processes_with_a_mixed_batch(tmp_path):
 # ---------------------------------------------------------------- keys and momentum encoders
 
 
-def test_a_key_depends_on_its_own_image_alone(new):
-    """So BatchNorm's statistics of the batch, which its query has, cannot tell it from the queue's keys."""
+def test_key_depends_only_on_its_own_image(new):
+    """Otherwise, batch statistics shared with its query would distinguish a key from the queue's keys."""
     method = new(BATCH_NORM).train()
     batch = make_batch(method.view_plan, 8)
-    run_step(method, batch, ALONE)  # so that running statistics are not those of the start
+    run_step(method, batch, ALONE)  # moves the running statistics from their initial values
     others = replace(
         batch,
         images={
@@ -418,15 +423,15 @@ def test_a_key_depends_on_its_own_image_alone(new):
     )
     with torch.no_grad():
         keys, changed = (method.encode_targets(each, STEP)["image_intra"][0] for each in (batch, others))
-        alone = method.encode_targets(batch[slice(0, 1)], STEP)["image_intra"][0]
+        single = method.encode_targets(batch[slice(0, 1)], STEP)["image_intra"][0]
         queries, moved = (method.encode(each, STEP)["image_intra"][0] for each in (batch, others))
     torch.testing.assert_close(keys, changed)
-    torch.testing.assert_close(keys, alone)
+    torch.testing.assert_close(keys, single)
     assert (queries - moved).norm() > 1e-3
     assert not any(module.training for module in method.momentum_towers.modules())
 
 
-def test_momentum_encoders_follow(new):
+def test_momentum_encoder_updates(new):
     method = new(BATCH_NORM, teacher_momentum=0.75)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     batch = make_batch(method.view_plan, 8)
@@ -439,26 +444,26 @@ def test_momentum_encoders_follow(new):
         move_statistics(method, ALONE, keep=True)
         method.after_step(result.features, result.targets, GATHER, STEP)
     after = method.state_dict()
-    followed = 0
+    num_checked = 0
     for name, value in after.items():
         online = name.replace("momentum_towers.", "").replace("momentum_heads", "heads")
         if name != online and value.is_floating_point():
             start = before[name]
             if online in dict(method.named_parameters()):
-                expected = start + 0.1 * (0.25 + 0.4375)  # the steps that were made, each a quarter nearer
+                expected = start + 0.1 * (0.25 + 0.4375)  # two steps of 0.1, each with an update at rate 0.25
                 torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
-                followed += 1
+                num_checked += 1
             else:
                 assert not torch.equal(value, start)  # running statistics
-    assert followed > 10
+    assert num_checked > 10
     assert method.scalars()["teacher_momentum"] == 0.75
     method = new()
-    objective(method, *inputs(method))
+    objective(method, *random_inputs(method))
     assert method.scalars()["teacher_momentum"] == pytest.approx(0.99)
     assert method._momentum(StepInfo(3, 46_000)) == method._momentum(StepInfo(9, 10**6)) == pytest.approx(0.999)
 
 
-def test_views_of_query_and_key_and_what_search_uses(new):
+def test_views_and_inference_embeddings(new):
     method = new()
     plan = method.view_plan
     assert plan.images == {"query": VIEW, "key": VIEW}
@@ -471,9 +476,8 @@ def test_views_of_query_and_key_and_what_search_uses(new):
     torch.testing.assert_close(method.encode_image(batch.images["query"].pixels), features["image_inter"])
     torch.testing.assert_close(method.encode_text(text.ids, text.lengths), features["text_inter"])
     targets = method.encode_targets(batch, STEP)
-    torch.testing.assert_close(  # at first both encoders are the same
-        method.encode_image(batch.images["key"].pixels), targets["image_inter"]
-    )
+    # before the first update, both encoders are equal
+    torch.testing.assert_close(method.encode_image(batch.images["key"].pixels), targets["image_inter"])
     for value in (*targets.values(), features["image_intra"], features["text_intra"]):
         torch.testing.assert_close(value.norm(dim=-1), torch.ones(4, dtype=torch.float64))
     assert {name: value.shape[1] for name, value in targets.items()} == {
@@ -481,31 +485,31 @@ def test_views_of_query_and_key_and_what_search_uses(new):
     }
 
 
-def test_learns_which_caption_is_of_which_picture(new):
-    """Eight plain colours, each with words of its own; queues of two batches. Chance is one in eight."""
+def test_training_matches_captions_to_images(new):
+    """Eight solid colors, each with its own words; queues of two batches. Chance level is 1/8."""
     method = new(queue_size=16, teacher_momentum=0.9, inter_weight=0.04, multi_positive=True, j_tag=False)
     batch = make_batch(method.view_plan, 8)
-    colours = torch.arange(8)[:, None] * torch.tensor([29, 57, 91]) % 256
-    pixels = colours.to(torch.uint8)[:, :, None, None].expand(8, 3, 32, 32).contiguous()
+    colors = torch.arange(8)[:, None] * torch.tensor([29, 57, 91]) % 256
+    pixels = colors.to(torch.uint8)[:, :, None, None].expand(8, 3, 32, 32).contiguous()
     images = {name: replace(view, pixels=pixels) for name, view in batch.images.items()}
     ids = torch.stack([torch.full((8,), 48), 1 + torch.arange(8), 11 + torch.arange(8), torch.full((8,), 49)], 1)
     texts = {name: replace(view, ids=ids, lengths=torch.full((8,), 4)) for name, view in batch.texts.items()}
     batch = replace(batch, images=images, texts=texts, caption_ids=torch.arange(8))
-    optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 3e-3)
 
-    def right():
+    def accuracy():
         with torch.no_grad():
             similarity = method.encode_image(pixels) @ method.encode_text(ids, texts["query"].lengths).T
         return (similarity.argmax(1) == torch.arange(8)).double().mean()
 
-    chance = right()
-    for number in range(80):
-        optimiser.zero_grad()
-        result = forward_backward(method, batch, StepInfo(number, 80), ALONE)
-        optimiser.step()
-        method.after_step(result.features, result.targets, GATHER, StepInfo(number, 80))
-    assert chance <= 0.5
-    assert right() == 1
+    initial = accuracy()
+    for index in range(80):
+        optimizer.zero_grad()
+        result = forward_backward(method, batch, StepInfo(index, 80), ALONE)
+        optimizer.step()
+        method.after_step(result.features, result.targets, GATHER, StepInfo(index, 80))
+    assert initial <= 0.5
+    assert accuracy() == 1
     assert result.terms["j_ii"] < 0.5
     assert all(value > 0.3 for name, value in method.scalars().items() if name.endswith("spread"))
 
@@ -514,12 +518,12 @@ def test_learns_which_caption_is_of_which_picture(new):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_ablation_builds_and_takes_a_step(tmp_path, name):
+def test_every_ablation_trains_a_step(tmp_path, name):
     config = replace(ABLATIONS[name], queue_size=16, head_hidden=32)
     (tmp_path / "m.json").write_text(json.dumps(TRANSFORMER))
     torch.manual_seed(0)
     method = MCT(config, TowerSpec(str(tmp_path / "m.json"), 50, 12)).double()
-    batch = mixed(make_batch(method.view_plan, 8))
+    batch = with_missing(make_batch(method.view_plan, 8))
     step = run_step(method, batch, ALONE)
     assert step[0] > 0
     assert_complete(method, step)
@@ -527,14 +531,14 @@ def test_every_ablation_builds_and_takes_a_step(tmp_path, name):
     assert any(name.startswith("text.") for name in step[1]) == trains_text
     assert bool(batch.texts) == trains_text
     assert (batch.tags is not None) == config.j_tag
-    optimisers = build_optimisers(method.parameter_groups(), RECIPES["mct-coco"](1).optimiser, method)
-    optimisers.step()
+    optimizers = build_optimizers(method.parameter_groups(), RECIPES["mct-coco"](1).optimizer, method)
+    optimizers.step()
     assert set(method.parameter_groups()) == {"image", "text"}
     image, text = batch.images["query"].pixels, make_batch(ViewPlan({}, {"query": TextPolicy()}), 8).texts["query"]
     assert method.encode_image(image).shape == method.encode_text(text.ids, text.lengths).shape == (8, config.inter_dim)
 
 
-def test_the_ablations_are_the_papers():
+def test_ablations_match_the_paper():
     assert ABLATIONS["all"] == MCTConfig()
     dims = {(row.heads, row.intra_dim, row.inter_dim) for name, row in ABLATIONS.items() if name[-1].isdigit()}
     assert dims == {(heads, dim, dim) for heads in ("unified", "distinct") for dim in (128, 1024, 1152)}
@@ -545,7 +549,7 @@ def test_the_ablations_are_the_papers():
     assert terms["captions"] == terms["unified-128"] == ("j_ii", "j_cc", "j_ic", "j_ci")
 
 
-def test_image_to_caption_alone_leaves_the_captions_as_they_are(new):
+def test_j_ic_alone_does_not_train_the_text_tower(new):
     method = new(j_ii=False, j_tag=False, j_cc=False, j_ci=False)
     step = run_step(method, make_batch(method.view_plan, 8), ALONE)
     assert_complete(method, step)
@@ -556,8 +560,8 @@ def test_image_to_caption_alone_leaves_the_captions_as_they_are(new):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"j_ii": False, "j_tag": False, "j_ic": False}, "Nothing trains the images"),
-        ({"heads": "unified"}, "intra_dim is 128 and inter_dim 1024; make them equal"),
+        ({"j_ii": False, "j_tag": False, "j_ic": False}, "No enabled term trains the image tower"),
+        ({"heads": "unified"}, "intra_dim is 128 and inter_dim is 1024; make them equal"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"queue_size": 0}, "queue_size is 0"),
@@ -569,29 +573,29 @@ def test_image_to_caption_alone_leaves_the_captions_as_they_are(new):
         ({"text_attention": "none"}, "text_attention is 'none'"),
     ],
 )
-def test_senseless_settings_are_refused(changes, message):
+def test_invalid_settings_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         MCTConfig(**changes)
 
 
-def test_the_papers_settings():
+def test_settings_match_the_paper():
     coco, stock = (RECIPES[name](118_000) for name in ("mct-coco-bert", "mct-stock"))
     assert (coco.batch_size, coco.epochs, stock.epochs, coco.model) == (512, 200, 60, "MCT-RN50-BERT")
     assert (coco.pretrained, coco.tokenizer, stock.model) == ("hf", "hf:bert-base-uncased", "MCT-RN50")
     assert (coco.method_config.queue_size, stock.method_config.queue_size) == (32_768, 65_536)
     assert stock.method_config.margin_negatives == 65_536
     assert stock.method_config.num_tags == 18_157
-    image, text = (coco.optimiser.for_role(role) for role in ("image", "text"))
+    image, text = (coco.optimizer.for_role(role) for role in ("image", "text"))
     assert (image.kind, image.lr, image.momentum, image.weight_decay) == ("sgd", 0.03, 0.9, 1e-4)
     assert (text.kind, text.lr, text.momentum, text.weight_decay) == ("sgd", 4e-5, 0.9, 1e-4)
-    assert RECIPES["mct-coco"](1).optimiser.for_role("text").kind == "adamw"
+    assert RECIPES["mct-coco"](1).optimizer.for_role("text").kind == "adamw"
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_can_train_its_parameters(new, name):
+def test_recipe_roles_match_parameter_groups(new, name):
     method = new()
-    optimisers = build_optimisers(method.parameter_groups(), RECIPES[name](5000).optimiser, method)
-    assert set(optimisers.set_lr(0, 10)) == {"image", "text"}
+    optimizers = build_optimizers(method.parameter_groups(), RECIPES[name](5000).optimizer, method)
+    assert set(optimizers.set_lr(0, 10)) == {"image", "text"}
 
 
 @pytest.mark.parametrize("pairs", [2, 40, 1000, 7000, 60_000, 400_000, 20_000_000])
@@ -605,7 +609,7 @@ def test_short_runs_have_short_queues(pairs):
     assert config.method_config.multi_positive
 
 
-def test_resnet_50_and_bert_by_name():
+def test_model_sizes():
     with torch.device("meta"):
         spec = TowerSpec("MCT-RN50", 49_408)
         image, text = build_image_tower(spec), build_text_tower(spec, "bidirectional", "start")

@@ -4,22 +4,24 @@ import math
 
 import pytest
 import torch
-from builders import TRANSFORMER, build_method, make_batch
-from processes import on_two_processes
-from test_step_equality import ALONE, BATCH, STEP, assert_complete, assert_equal_steps, batch_for, half_steps, run_step
+from helpers.builders import TRANSFORMER, build_method, make_batch
+from helpers.processes import on_two_processes
+from helpers.steps import ALONE, BATCH, STEP, assert_complete, assert_equal_steps, batch_for, half_steps, run_step
 from torch.nn import functional as F
 
-from coalign.config import TrainConfig
-from coalign.data.loader import PairLoader
-from coalign.data.sources import open_source
-from coalign.data.tokenizer import train_bpe
+from coalign.config import OptimizerConfig, TrainConfig
+from coalign.data.loading.train import PairLoader
+from coalign.data.sources.open import open_source
+from coalign.data.text.tokenizer import train_bpe
 from coalign.errors import UserError
-from coalign.methods.oner import OneR
-from coalign.networks.towers import TowerSpec
+from coalign.methods.oner.config import RECIPES, OneRConfig
+from coalign.methods.oner.method import OneR
+from coalign.methods.oner.tables import ABLATIONS
+from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.unified import States, join, pool
-from coalign.optim import OptimiserConfig, build_optimisers
-from coalign.recipes.oner import ABLATIONS, RECIPES, OneRConfig
-from coalign.run import model as runs
+from coalign.optim import build_optimizers
+from coalign.runs.run import build_method as build_run_method
+from coalign.runs.run import image_size, patch_grid
 from coalign.training.distributed import RankGather
 from coalign.training.step import forward_backward, move_statistics
 from coalign.types import STRONG, WEAK, StepInfo
@@ -34,13 +36,13 @@ def build(folder, **changes):
     return build_method("oner", folder, **changes)
 
 
-def clean(caption):
-    """The caption before it was masked."""
+def unmasked(caption):
+    """Returns the ids of a caption before masking."""
     return caption.ids if caption.labels is None else torch.where(caption.labels >= 0, caption.labels, caption.ids)
 
 
 def with_mask_tokens(batch):
-    """The batch with every chosen token become the mask, so that a masked caption is another than the clean one."""
+    """Replaces every token with a label by the mask token, so that the masked caption differs from the original."""
     caption = batch.texts["caption"]
     caption.ids = torch.where(caption.labels >= 0, 50, caption.ids)
     return batch
@@ -50,7 +52,7 @@ def with_mask_tokens(batch):
 
 
 def naive_ctr(queries, keys, tau, same=None):
-    """ctr of Eq. 1 as loops: queries and keys are of both sides, (A, B)."""
+    """Computes ctr of Eq. 1 with loops; queries and keys are both sides, (A, B)."""
 
     def nce(left, right):
         total = 0.0
@@ -65,8 +67,8 @@ def naive_ctr(queries, keys, tau, same=None):
     return (nce(unit[0][0], unit[1][1]) + nce(unit[0][1], unit[1][0])) / 2
 
 
-class Doubled(OneR):
-    """Heads that scale each kind of row by a number of its own: what they are given, and by which branch, shows in the loss."""
+class LinearHeads(OneR):
+    """OneR with a fixed linear map for each branch as its heads, so that the loss reveals which branch projected what."""
 
     def __init__(self, config, towers):
         super().__init__(config, towers)
@@ -85,7 +87,7 @@ class Doubled(OneR):
 KINDS = ("image", "text", "joint", "crossed")
 
 
-def features_of(seed):
+def random_features(seed):
     g = torch.Generator().manual_seed(seed)
     names = {f"{kind}_features" for kind in KINDS}
     values = {n: torch.randn(PAIRS, WIDTH, dtype=torch.float64, generator=g).requires_grad_() for n in sorted(names)}
@@ -93,7 +95,7 @@ def features_of(seed):
 
 
 def naive_losses(method, features, targets, same=None):
-    """Table 2, row by row."""
+    """Computes every loss of Table 2."""
     online, predict, momentum = (method.maps[name] for name in ("online", "predict", "momentum"))
 
     def sides(of):
@@ -119,9 +121,9 @@ def naive_losses(method, features, targets, same=None):
         {**EVERY_LOSS, "teacher": "none"},
     ],
 )
-def test_objective_equals_table_2_as_loops(tmp_path, changes):
-    method = build(tmp_path, cls=Doubled, **PLAIN, **changes).mapped()
-    features, targets = features_of(1), features_of(2)
+def test_objective_equals_naive_loops(tmp_path, changes):
+    method = build(tmp_path, cls=LinearHeads, **PLAIN, **changes).mapped()
+    features, targets = random_features(1), random_features(2)
     same = features["caption_ids"].tolist() if method.config.multi_positive else None
     terms = method.objective(features, targets, GATHER, START)
     expected = naive_losses(method, features, targets, same)
@@ -132,15 +134,15 @@ def test_objective_equals_table_2_as_loops(tmp_path, changes):
         torch.autograd.grad(total, inputs, allow_unused=True)
         for total in (sum(t.weight * t.total / t.count for t in terms), sum(expected.values()))
     )
-    for one, other in zip(ours, theirs):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    for a, b in zip(ours, theirs):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert all(x.grad is None for x in targets.values() if x.is_floating_point())
 
 
 @pytest.mark.parametrize("name", ["mocov3", "mocov3_t02"])
-def test_itc_is_mocov3s_loss_but_its_factor(oracles, tmp_path, name):
+def test_itc_equals_mocov3_up_to_a_factor(oracles, tmp_path, name):
     oracle = oracles("mocov3")
     tau = oracle[f"{name}.par.T"].item()
     method = build(tmp_path, losses=("itc",), temperature=tau, **PLAIN)
@@ -151,25 +153,26 @@ def test_itc_is_mocov3s_loss_but_its_factor(oracles, tmp_path, name):
     targets = {"image_features": get["k1"], "text_features": get["k2"]}
     others = {"caption_ids": torch.arange(8), "paired": torch.ones(8, dtype=torch.bool)}
     (term,) = method.objective({**queries, **others}, targets, GATHER, START)
-    loss = 4 * tau * term.total / term.count  # 2τ a term, and their sum instead of their mean
+    loss = 4 * tau * term.total / term.count  # 2τ per term, and the sum instead of the mean
     loss.backward()
     torch.testing.assert_close(loss.detach(), oracle[f"{name}.out.loss"])
     for key, value in zip(("q1", "q2"), queries.values()):
         torch.testing.assert_close(value.grad, oracle[f"{name}.out.grad_{key}"])
 
 
-# ---------------------------------------------------------------- one pass, masked; the copy sees it clean
+# ---------------------------------------------------------------- one masked pass, and an unmasked pass of the EMA copy
 
 
-def test_contrast_and_masked_losses_are_of_one_masked_pass_and_the_copy_sees_clean_input(tmp_path):
+def test_online_pass_is_masked_and_teacher_pass_is_not(tmp_path):
     method = build(tmp_path, **EVERY_LOSS)
     batch = with_mask_tokens(make_batch(method.view_plan, BATCH))
     view, caption = batch.images["image"], batch.texts["caption"]
     ratio = 0.1 + 0.4 * 3 / 10
     tower = method.tower
-    for found, ids, masked in (
+    for features, ids, masked in (
         (method.encode(batch, STEP), caption.ids, view.patch_ranks.flatten(1) < ratio),
-        (method.encode_targets(batch, STEP), clean(caption), None),  # the copy's weights are the tower's at the start
+        # before the first step, the copy equals the tower
+        (method.encode_targets(batch, STEP), unmasked(caption), None),
     ):
         image, text = tower.embed_image(view.pixels, masked), tower.embed_text(ids, caption.lengths)
         crossed = [pool(tower.given(*pair), "mean") for pair in ((image, text), (text, image))]
@@ -180,13 +183,13 @@ def test_contrast_and_masked_losses_are_of_one_masked_pass_and_the_copy_sees_cle
             "crossed": sum(crossed) / 2,
         }
         for kind, value in expected.items():
-            torch.testing.assert_close(found[f"{kind}_features"], value)
+            torch.testing.assert_close(features[f"{kind}_features"], value)
     assert masked is None
-    assert not torch.equal(caption.ids, clean(caption))
+    assert not torch.equal(caption.ids, unmasked(caption))
 
 
-def test_masked_losses_are_means_over_what_is_masked(tmp_path):
-    """MLM and MIM of the input alone and of the joint sequence, from the hidden states and the ids and pixels of each place."""
+def test_masked_losses_are_means_over_masked_tokens_and_patches(tmp_path):
+    """Computes MLM and MIM of single inputs and of the joint sequence from hidden states, ids and pixels."""
     method = build(tmp_path)
     batch = with_mask_tokens(make_batch(method.view_plan, BATCH))
     view, caption = batch.images["image"], batch.texts["caption"]
@@ -195,22 +198,21 @@ def test_masked_losses_are_means_over_what_is_masked(tmp_path):
     terms = forward_backward(method, batch, STEP, ALONE).terms
     masked, chosen = ranks < 0.22, caption.labels >= 0
     image, text = method.tower.embed_image(view.pixels, masked), method.tower.embed_text(caption.ids, caption.lengths)
-    alone = method.tower(image), method.tower(text)
-    both = method.tower(join(image, text))
-    words = {"mlm_text": alone[1].words, "mlm_joint": both.words}
+    image_states, text_states = method.tower(image), method.tower(text)
+    joint_states = method.tower(join(image, text))
+    words = {"mlm_text": text_states.words, "mlm_joint": joint_states.words}
     for name, hidden in words.items():
         at_ids = torch.zeros(*caption.ids.shape, WIDTH, dtype=torch.float64)
         at_ids[:, 1:-1] = hidden
         logits = method.mlm_head(at_ids[chosen])
         assert logits.shape[1] == 50
         assert terms[name] == pytest.approx(F.cross_entropy(logits, caption.labels[chosen]).item())
-    blocks = F.unfold(
-        method.tower.normalise(view.pixels), 16, stride=16
-    )  # [batch, 3 · 16 · 16, patch], channel by channel
+    # [batch, 3 · 16 · 16, patch], channel by channel
+    blocks = F.unfold(method.tower.normalize(view.pixels), 16, stride=16)
     blocks = blocks.transpose(1, 2).unflatten(2, (3, 256)).transpose(2, 3).flatten(2)
-    wanted = (blocks - blocks.mean(-1, keepdim=True)) / (blocks.var(-1, keepdim=True) + 1e-6).sqrt()
-    for name, hidden in {"mim_image": alone[0].patches, "mim_joint": both.patches}.items():
-        errors = (method.mim_head(hidden) - wanted)[masked]
+    targets = (blocks - blocks.mean(-1, keepdim=True)) / (blocks.var(-1, keepdim=True) + 1e-6).sqrt()
+    for name, hidden in {"mim_image": image_states.patches, "mim_joint": joint_states.patches}.items():
+        errors = (method.mim_head(hidden) - targets)[masked]
         assert terms[name] == pytest.approx(errors.square().mean().item())
     weights = {
         t.name: t.weight
@@ -219,14 +221,14 @@ def test_masked_losses_are_means_over_what_is_masked(tmp_path):
     assert weights == {"itc": 1, "cmc": 1, "mlm_text": 0.5, "mlm_joint": 0.5, "mim_image": 0.5, "mim_joint": 0.5}
 
 
-def test_texts_without_an_image_take_part_in_their_masked_loss_alone(tmp_path):
-    """Beside two such texts the pairs' own terms are those of the pairs by themselves, and the texts' masked words count among all."""
-    kept = torch.tensor([0, 2, 3, 5, 6, 7])
+def test_texts_without_image_only_contribute_to_mlm(tmp_path):
+    """Adding two such texts does not change the terms of the pairs, except that their masked words count for MLM."""
+    paired = torch.tensor([0, 2, 3, 5, 6, 7])
     method = build(tmp_path)
     batch = with_mask_tokens(make_batch(method.view_plan, BATCH))
-    batch.has_image = torch.zeros(BATCH, dtype=torch.bool).index_fill(0, kept, True)
+    batch.has_image = torch.zeros(BATCH, dtype=torch.bool).index_fill(0, paired, True)
     mixed = forward_backward(method, batch, STEP, ALONE)
-    pairs = forward_backward(build(tmp_path), batch[kept], STEP, ALONE)
+    pairs = forward_backward(build(tmp_path), batch[paired], STEP, ALONE)
     assert mixed.terms.keys() == pairs.terms.keys()
     for name in mixed.terms.keys() - {"mlm_text"}:
         assert mixed.terms[name] == pytest.approx(pairs.terms[name]), name
@@ -235,14 +237,14 @@ def test_texts_without_an_image_take_part_in_their_masked_loss_alone(tmp_path):
     everything = forward_backward(build(tmp_path), batch, STEP, ALONE)
     assert mixed.terms["mlm_text"] == pytest.approx(everything.terms["mlm_text"])
 
-    batch.has_image = torch.zeros(BATCH, dtype=torch.bool)  # texts alone
-    alone = forward_backward(method, batch, STEP, ALONE)
-    assert alone.terms["mlm_text"] == pytest.approx(everything.terms["mlm_text"])
-    assert alone.loss == pytest.approx(0.5 * alone.terms["mlm_text"])
+    batch.has_image = torch.zeros(BATCH, dtype=torch.bool)
+    texts_only = forward_backward(method, batch, STEP, ALONE)
+    assert texts_only.terms["mlm_text"] == pytest.approx(everything.terms["mlm_text"])
+    assert texts_only.loss == pytest.approx(0.5 * texts_only.terms["mlm_text"])
     assert all(torch.isfinite(value).all() for value in method.state_dict().values())
 
 
-def test_the_share_of_masked_patches_rises_over_the_run(tmp_path):
+def test_mim_ratio_ramps_over_the_run(tmp_path):
     method = build(tmp_path)
     batch = make_batch(method.view_plan, 64)
     ranks = batch.images["image"].patch_ranks
@@ -253,7 +255,7 @@ def test_the_share_of_masked_patches_rises_over_the_run(tmp_path):
         assert method.scalars()["mim_ratio"].item() == pytest.approx(ratio)
 
 
-def test_a_caption_without_masked_words_and_an_image_without_masked_patches_count_nothing(tmp_path):
+def test_unmasked_samples_do_not_count(tmp_path):
     method = build(tmp_path)
     batch = make_batch(method.view_plan, BATCH)
     batch.texts["caption"].labels[:] = -100
@@ -263,7 +265,7 @@ def test_a_caption_without_masked_words_and_an_image_without_masked_patches_coun
     assert [result.terms[f"{name}"] for name in ("mlm_text", "mlm_joint", "mim_image", "mim_joint")] == [0] * 4
 
 
-# ---------------------------------------------------------------- slices, processes, settings
+# ---------------------------------------------------------------- micro-batches, processes, settings
 
 SETTINGS = [
     EVERY_LOSS,
@@ -276,7 +278,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("changes", SETTINGS)
-def test_slices_of_every_other_setting(tmp_path, changes):
+def test_micro_batches_with_other_settings(tmp_path, changes):
     whole = run_step(
         build(tmp_path, **changes), batch := make_batch(build(tmp_path, **changes).view_plan, BATCH), ALONE
     )
@@ -285,7 +287,7 @@ def test_slices_of_every_other_setting(tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_every_other_setting_on_two_processes(tmp_path):
+def test_two_processes_with_other_settings(tmp_path):
     cases = [("oner", "transformer", changes, None, [slice(0, 3), slice(3, 4)]) for changes in SETTINGS]
     ranks = on_two_processes(half_steps, tmp_path, cases)
     for number, changes in enumerate(SETTINGS):
@@ -296,11 +298,11 @@ def test_every_other_setting_on_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_row_of_the_tables_takes_a_step(tmp_path, name):
+def test_every_ablation_trains_a_step(tmp_path, name):
     config = ABLATIONS[name]
     changes = {key: value for key, value in vars(config).items() if key not in ("head_hidden", "head_dim")}
     method = build(tmp_path, **changes).train()
-    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(), method)
+    optimizers = build_optimizers(method.parameter_groups(), OptimizerConfig(), method)
     result = forward_backward(method, make_batch(method.view_plan, BATCH), STEP, ALONE)
     masked = {f"mlm_{kind}" for kind in ("text", "joint") if "no-mlm" not in name}
     masked |= {f"mim_{kind}" for kind in ("image", "joint") if "no-mim" not in name}
@@ -310,13 +312,13 @@ def test_every_row_of_the_tables_takes_a_step(tmp_path, name):
     assert (method.momentum_tower is None) == (name == "e-no-teacher")
     assert method.view_plan.images == {"image": STRONG if name == "e-strong-augmentation" else WEAK}
     before = {n: p.clone() for n, p in method.named_parameters() if p.requires_grad}
-    optimisers.set_lr(4, 10)
-    optimisers.step()
+    optimizers.set_lr(4, 10)
+    optimizers.step()
     method.after_step(result.features, result.targets, GATHER, STEP)
     assert all(not torch.equal(before[n], p) for n, p in method.named_parameters() if n in before and p.grad.any())
 
 
-def test_nothing_is_built_that_is_not_trained(tmp_path):
+def test_disabled_parts_are_not_built(tmp_path):
     method = build(tmp_path, teacher="none", **PLAIN)
     assert not method.view_plan.patch_ranks
     assert method.view_plan.texts["caption"].mask_p == 0
@@ -334,14 +336,14 @@ def test_bfloat16(tmp_path):
     assert half == pytest.approx(exact, rel=0.05)
 
 
-# ---------------------------------------------------------------- the copy
+# ---------------------------------------------------------------- the EMA copy
 
 
 @pytest.mark.parametrize(
-    ("given", "steps", "momentum"), [(None, 10**6, 0.996), (None, 2000, 1 - 113 / 2000), (0.99, 2000, 0.99)]
+    ("setting", "steps", "momentum"), [(None, 10**6, 0.996), (None, 2000, 1 - 113 / 2000), (0.99, 2000, 0.99)]
 )
-def test_the_copy_follows_with_a_fixed_momentum(tmp_path, given, steps, momentum):
-    method = build(tmp_path, teacher_momentum=given)
+def test_ema_copy_has_fixed_momentum(tmp_path, setting, steps, momentum):
+    method = build(tmp_path, teacher_momentum=setting)
     parameters = [(method.tower.cls, method.momentum_tower.cls)]
     parameters.append(tuple(p["all"].layers[0].weight for p in (method.projectors, method.momentum_projectors)))
     for number in (0, steps // 2):
@@ -359,19 +361,19 @@ def test_the_copy_follows_with_a_fixed_momentum(tmp_path, given, steps, momentum
 
 
 def train_on_few_pairs(folder, **changes):
-    """60 steps on 16 pairs of noise. Gives the method and, of both directions, how many pairs find each other: by the projector's
-    embeddings, and as the contrast compares them, the predictor's output with the projector's."""
+    """Trains for 60 steps on 16 pairs of noise. Returns R@1, averaged over both directions, of the projector's embeddings, and of the
+    predictor's output compared with the projector's, as in the loss."""
     method = build(folder, **PLAIN, **changes).float().train()
     batch = make_batch(method.view_plan, 16)
-    optimisers = build_optimisers(method.parameter_groups(), OptimiserConfig(lr=3e-3, weight_decay=0.1), method)
+    optimizers = build_optimizers(method.parameter_groups(), OptimizerConfig(lr=3e-3, weight_decay=0.1), method)
     for number in range(60):
         step = StepInfo(number, 60)
-        optimisers.set_lr(number, 60)
+        optimizers.set_lr(number, 60)
         result = forward_backward(method, batch, step, ALONE)
-        optimisers.step()
+        optimizers.step()
         move_statistics(method, ALONE, keep=True)
         method.after_step(result.features, result.targets, GATHER, step)
-        optimisers.zero_grad()
+        optimizers.zero_grad()
     method.eval()
     caption = batch.texts["caption"]
     with torch.no_grad():
@@ -382,13 +384,13 @@ def train_on_few_pairs(folder, **changes):
         q = z if method.predictor is None else method.predictor(z, GATHER)
         z, q = ({kind: F.normalize(x, dim=-1) for kind, x in values.items()} for values in (z, q))
     similarities = embeds["image"] @ embeds["text"].T, q["image"] @ z["text"].T + z["image"] @ q["text"].T
-    own = torch.arange(16)
-    return [((s.argmax(0) == own).sum() + (s.argmax(1) == own).sum()).item() / 32 for s in similarities]
+    labels = torch.arange(16)
+    return [((s.argmax(0) == labels).sum() + (s.argmax(1) == labels).sum()).item() / 32 for s in similarities]
 
 
-def test_itc_alone_leaves_the_modalities_apart(tmp_path):
-    """Naive ITC fits its loss by a predictor that exchanges the modalities; a mixture, which it must leave as it is, prevents that, and
-    two projectors without a predictor do (the order of Table 1)."""
+def test_itc_alone_does_not_align_modalities(tmp_path):
+    """With ITC alone, the predictor fits the loss by swapping the modalities. Mixed features, which it must map to themselves, prevent
+    this, and so do two projectors without a predictor (the order of Table 1)."""
     (naive, fitted), (two, _), (mixed, _) = (
         train_on_few_pairs(tmp_path, **changes)
         for changes in ({"losses": ("itc",)}, {"losses": ("itc",), "heads": "two"}, {})
@@ -399,11 +401,11 @@ def test_itc_alone_leaves_the_modalities_apart(tmp_path):
     assert mixed > naive + 0.15
 
 
-def test_the_modality_gap_is_followed(tmp_path):
+def test_modality_gap_is_logged(tmp_path):
     method = build(tmp_path, **PLAIN)
     assert method.scalars() == {"logit_scale": torch.tensor(5.0)}
-    features = features_of(1)
-    method.objective(features, features_of(2), GATHER, START)
+    features = random_features(1)
+    method.objective(features, random_features(2), GATHER, START)
     images, texts = (
         [row / sum(v * v for v in row) ** 0.5 for row in features[f"{kind}_features"].detach()]
         for kind in ("image", "text")
@@ -413,37 +415,37 @@ def test_the_modality_gap_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_norm": "batch_apart"}, {"head_norm": "layer", "pooling": "balanced"}])
-def test_images_texts_and_both_are_embedded_alike(tmp_path, changes):
+def test_image_text_and_joint_embeddings(tmp_path, changes):
     method = build(tmp_path, **changes).eval()
     batch = make_batch(method.view_plan, 4)
     pixels, caption = batch.images["image"].pixels, batch.texts["caption"]
-    given = pixels, caption.ids, caption.lengths
+    inputs = pixels, caption.ids, caption.lengths
     embeds = {
         "image": method.encode_image(pixels),
-        "text": method.encode_text(*given[1:]),
-        "joint": method.encode_joint(*given),
+        "text": method.encode_text(*inputs[1:]),
+        "joint": method.encode_joint(*inputs),
     }
     for kind, value in embeds.items():
         assert value.shape == (4, 16)
         torch.testing.assert_close(value.norm(dim=-1), torch.ones(4, dtype=torch.float64))
-        rows = {"image": given[:1], "text": given[1:], "joint": given}[kind]
-        alone = {"image": method.encode_image, "text": method.encode_text, "joint": method.encode_joint}[kind]
-        torch.testing.assert_close(alone(*(x[1:3] for x in rows)), value[1:3])  # whatever else is in the batch
+        rows = {"image": inputs[:1], "text": inputs[1:], "joint": inputs}[kind]
+        encode = {"image": method.encode_image, "text": method.encode_text, "joint": method.encode_joint}[kind]
+        torch.testing.assert_close(encode(*(x[1:3] for x in rows)), value[1:3])  # independent of the rest of the batch
     assert (embeds["joint"] - embeds["image"]).norm() > 1e-3
 
 
 @pytest.mark.parametrize(
     "changes", [{"losses": ("itc",), "heads": "two"}, {"losses": ("itc", "xmc"), "head_norm": "batch_apart"}]
 )
-def test_heads_that_tell_modalities_apart_have_no_joint_embedding(tmp_path, changes):
+def test_modality_specific_heads_have_no_joint_embedding(tmp_path, changes):
     method = build(tmp_path, **changes).eval()
     batch = make_batch(method.view_plan, 4)
     caption = batch.texts["caption"]
-    with pytest.raises(UserError, match="no embedding of both"):
+    with pytest.raises(UserError, match="cannot embed image and text jointly"):
         method.encode_joint(batch.images["image"].pixels, caption.ids, caption.lengths)
 
 
-def test_hidden_states_for_localisation_lie_where_patches_and_tokens_do(tmp_path):
+def test_patch_and_token_features_are_aligned(tmp_path):
     method = build(tmp_path).eval()
     batch = make_batch(method.view_plan, 3)
     pixels, caption = batch.images["image"].pixels, batch.texts["caption"]
@@ -463,7 +465,7 @@ def test_hidden_states_for_localisation_lie_where_patches_and_tokens_do(tmp_path
 # ---------------------------------------------------------------- data, sizes, recipes
 
 
-def test_the_loaders_patch_ranks_are_on_the_models_grid(tmp_path, pairs):
+def test_loader_patch_ranks_match_the_models_grid(tmp_path, pairs):
     source = open_source(str(pairs))
     tokenizer = train_bpe((c for i in range(len(source)) for c in source.record(i).captions), 300)
     path = tmp_path / "model.json"
@@ -471,47 +473,47 @@ def test_the_loaders_patch_ranks_are_on_the_models_grid(tmp_path, pairs):
     config = TrainConfig(
         "oner", OneRConfig(head_hidden=16, head_dim=8), model=str(path), context_length=12, image_size=48
     )
-    method = runs.build_method(config, tokenizer)
-    assert (runs.image_size(method), runs.patch_grid(method)) == (48, (6, 6))
+    method = build_run_method(config, tokenizer)
+    assert (image_size(method), patch_grid(method)) == (48, (6, 6))
     loader = PairLoader(
-        source, range(len(source)), method.view_plan, tokenizer, image_size=runs.image_size(method), context_length=12,
-        batch_size=8, seed=0, patch_grid=runs.patch_grid(method),
+        source, range(len(source)), method.view_plan, tokenizer, image_size=image_size(method), context_length=12,
+        batch_size=8, seed=0, patch_grid=patch_grid(method),
     )  # fmt: skip
     (loaded,) = itertools.islice(loader.batches(0, 1), 1)
     view, caption = loaded.batch.images["image"], loaded.batch.texts["caption"]
     assert view.patch_ranks.shape == (8, 6, 6)
-    assert (clean(caption) < tokenizer.vocab_size).all()
+    assert (unmasked(caption) < tokenizer.vocab_size).all()
     features = method.encode(loaded.batch, END)
     assert features["mim_image_count"].sum() == (view.patch_ranks < 0.5).sum()
     assert features["mlm_text_count"].sum() == (caption.labels >= 0).sum()
 
 
-def test_methods_with_two_towers_mask_no_patches(tmp_path):
+def test_two_tower_methods_have_no_patch_grid(tmp_path):
     clip = build_method("clip", tmp_path)
-    assert (runs.image_size(clip), runs.patch_grid(clip)) == (32, None)
+    assert (image_size(clip), patch_grid(clip)) == (32, None)
 
 
-def test_a_second_stage_takes_the_weights_to_a_larger_size(tmp_path):
+def test_weights_load_at_a_larger_image_size(tmp_path):
     method = build(tmp_path)
-    run_step(method, make_batch(method.view_plan, BATCH), ALONE)  # the copy is another by now
+    run_step(method, make_batch(method.view_plan, BATCH), ALONE)  # the EMA copy now differs from the tower
     larger = OneR(method.config, TowerSpec(str(tmp_path / "model.json"), 50, 12, image_size=64)).double()
     larger.load_state_dict(method.state_dict())
-    assert runs.patch_grid(larger) == (4, 4)
+    assert patch_grid(larger) == (4, 4)
     batch = make_batch(larger.view_plan, BATCH, image_size=64)
     batch.images["image"].patch_ranks = torch.rand(BATCH, 4, 4)
     result = forward_backward(larger, batch, STEP, ALONE)
     assert math.isfinite(result.loss)
     caption = batch.texts["caption"]
-    same = [m.eval().encode_text(clean(caption), caption.lengths) for m in (method, larger)]
+    same = [m.eval().encode_text(unmasked(caption), caption.lengths) for m in (method, larger)]
     torch.testing.assert_close(*same, rtol=0, atol=0)
 
 
-def test_recipes_are_the_papers():
+def test_recipes_match_the_paper():
     paper = RECIPES["oner-cc3m"](2_900_000)
     assert paper.method_config == OneRConfig()
     assert (paper.model, paper.epochs, paper.batch_size) == ("ViT-B-16", 40, 4096)
-    assert (paper.optimiser.lr, paper.optimiser.weight_decay) == (pytest.approx(1.6e-3), 0.1)
-    assert paper.optimiser.num_warmup_steps(4000) == 400
+    assert (paper.optimizer.lr, paper.optimizer.weight_decay) == (pytest.approx(1.6e-3), 0.1)
+    assert paper.optimizer.num_warmup_steps(4000) == 400
     models = [RECIPES["oner"](pairs).model for pairs in (500, 50_000, 500_000, 5_000_000)]
     assert models == ["oner-tiny", "oner-small", "ViT-S-32", "ViT-B-32"]
     assert RECIPES["oner"](500).method_config == ABLATIONS["1-itc-cmc"]
@@ -536,11 +538,11 @@ def test_recipes_are_the_papers():
         ("mim_ratio", (0.0, 0.5)),
     ],
 )
-def test_senseless_values_are_refused(field, value):
+def test_invalid_settings_are_rejected(field, value):
     with pytest.raises(UserError, match=f"^{field} is "):
         OneRConfig(**{field: value})
 
 
-def test_statistics_apart_need_images_and_texts_alone():
-    with pytest.raises(UserError, match="without itc"):
+def test_batch_apart_needs_itc():
+    with pytest.raises(UserError, match="only itc trains the head on single images and texts"):
         OneRConfig(losses=("cmc",), head_norm="batch_apart")

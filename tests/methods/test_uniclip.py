@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from builders import build_method, make_batch
+from helpers.builders import build_method, make_batch
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.recipes import recipe
-from coalign.recipes.uniclip import ABLATIONS, UniCLIPConfig
+from coalign.methods import recipe
+from coalign.methods.uniclip.config import UniCLIPConfig
+from coalign.methods.uniclip.tables import ABLATIONS
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
 from coalign.types import STRONG, WEAK, AugmentationParams, StepInfo, TextPolicy
@@ -32,7 +33,7 @@ def mean(values):
 
 
 def naive(method, features):
-    """The batch's loss by loops over the sets of the paper: members (pair, view), D(i, j), P_i, N_i."""
+    """Computes the batch's loss with loops over the paper's sets: members (pair, view), D(i, j), P_i, N_i."""
     config, z, ids = method.config, features["embeds"], features["caption_ids"].tolist()
     num_images, size = len(config.views), len(config.views) + config.text_views
     members = [(pair, view) for pair in range(len(z)) for view in range(size)]
@@ -62,18 +63,18 @@ def naive(method, features):
                     w = weights[kind(i, p)] if config.loss == "mp-nce" else 1
                     losses.append(-w * torch.log(s(i, p) / (s(i, p) + n_i)))
             elif p_i:
-                below = sum(s(i, p) for p in p_i) + n_i
+                denominator = sum(s(i, p) for p in p_i) + n_i
                 if config.loss == "supcon":
-                    losses.append(mean([-torch.log(s(i, p) / below) for p in p_i]))
+                    losses.append(mean([-torch.log(s(i, p) / denominator) for p in p_i]))
                 else:
-                    losses.append(-torch.log(sum(s(i, p) for p in p_i) / below))
+                    losses.append(-torch.log(sum(s(i, p) for p in p_i) / denominator))
     return mean(losses)
 
 
 @pytest.mark.parametrize("views", [(3, 1), (2, 2)])
 @pytest.mark.parametrize(("own_similarity", "unified"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("name", ["mp-nce", "mp-nce-unweighted", "mp-nce-no-trivial", "supcon", "mil-nce"])
-def test_objective_equals_the_paper_written_as_loops(tmp_path, name, own_similarity, unified, views):
+def test_objective_equals_naive_loops(tmp_path, name, own_similarity, unified, views):
     method = build_method(
         "uniclip", tmp_path, views=("weak", "strong", "strong")[: views[0]], text_views=views[1], loss=name,
         domain_similarity=own_similarity, unified_supervision=unified, multi_positive=unified,
@@ -82,20 +83,20 @@ def test_objective_equals_the_paper_written_as_loops(tmp_path, name, own_similar
     for value in values:
         torch.nn.init.uniform_(value, 0.5, 2.0)
     features = random_features(method)
-    one, other = loss(method, features), naive(method, features)
-    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(x, [features["embeds"], *values]) for x in (one, other))):
+    ours, expected = loss(method, features), naive(method, features)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, [features["embeds"], *values]) for x in (ours, expected))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------- temperatures and offsets
 
 
-def with_given_offsets(method, offsets):
-    """The gradient of three offsets that stand in for the method's own (or for the one that is shared)."""
+def gradient_of_offsets(method, offsets):
+    """Returns the gradient of three offsets that replace the method's own (or the shared one)."""
     scales, _ = method.similarity()
-    chosen = offsets[method.similarity.domains]
-    method.similarity.forward = lambda: (scales, chosen)
+    pairwise = offsets[method.similarity.domains]
+    method.similarity.forward = lambda: (scales, pairwise)
     return torch.autograd.grad(loss(method, random_features(method)), offsets)[0]
 
 
@@ -104,23 +105,23 @@ def with_given_offsets(method, offsets):
     "changes",
     [{"domain_similarity": False}, {"unified_supervision": False}, {"domain_similarity": False, "unified_supervision": False}],
 )  # fmt: skip
-def test_an_offset_that_cancels_is_not_trained(tmp_path, changes, name):
-    """Eq. 15: whether shared, or of positives and negatives of the same combination, b has gradient zero."""
+def test_offsets_that_cancel_are_not_parameters(tmp_path, changes, name):
+    """Eq. 15: b has zero gradient if it is shared, or if positives and negatives have the same domain combination."""
     method = build_method("uniclip", tmp_path, loss=name, **changes)
     assert method.similarity.offsets is None
     assert not any("offset" in parameter for parameter, _ in method.named_parameters())
     offsets = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
-    assert with_given_offsets(method, offsets).abs().max() < 1e-13
+    assert gradient_of_offsets(method, offsets).abs().max() < 1e-13
 
 
-def test_offsets_of_domains_are_trained(tmp_path):
+def test_domain_offsets_are_trained(tmp_path):
     method = build_method("uniclip", tmp_path)
     offsets = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
-    assert with_given_offsets(method, offsets).abs().min() > 1e-3
+    assert gradient_of_offsets(method, offsets).abs().min() > 1e-3
     assert any(p is method.similarity.offsets for p in method.parameter_groups()["scale"])
 
 
-def test_scalars_and_the_clamp(tmp_path):
+def test_scalars_and_clamp(tmp_path):
     method = build_method("uniclip", tmp_path)
     assert {name: value.item() for name, value in method.scalars().items()} == pytest.approx(
         {f"logit_scale{name}": 1 / 0.07 for name in ("", "_image_image", "_text_text")}
@@ -138,62 +139,65 @@ def test_scalars_and_the_clamp(tmp_path):
 # ---------------------------------------------------------------- the augmentation
 
 
-def aware(tmp_path, **changes):
-    """A method whose residual blocks have left their start, at which they are the identity."""
+def randomized(tmp_path, **changes):
+    """Returns a method with a random head, since residual blocks are initialized to the identity."""
     method = build_method("uniclip", tmp_path, **changes)
     for parameter in method.head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return method
 
 
-def encoded(method, batch):
-    """What the image encoder gave, and the image embeds [batch, view, dim]."""
-    seen = []
-    handle = method.image.register_forward_hook(lambda module, inputs, output: seen.append(output))
+def encode_with_features(method, batch):
+    """Returns the image encoder's features and the image embeds [batch, view, dim]."""
+    features = []
+    handle = method.image.register_forward_hook(lambda module, inputs, output: features.append(output))
     embeds = method.encode(batch, STEP)["embeds"][:, : len(method.config.views)]
     handle.remove()
-    return torch.cat(seen), embeds
+    return torch.cat(features), embeds
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp-3", "residual-1", "residual-3"])
 @pytest.mark.parametrize("change", ["shuffled", "identity"])
-def test_only_the_head_sees_the_augmentation(tmp_path, head, change):
-    method = aware(tmp_path, head=head)
+def test_only_the_head_depends_on_the_augmentation(tmp_path, head, change):
+    method = randomized(tmp_path, head=head)
     batch, other = make_batch(method.view_plan, 4), make_batch(method.view_plan, 4)
     for view in other.images.values():
         identity = torch.tensor(AugmentationParams().vector()).expand(4, -1)
         view.params = view.params.roll(1, 0) if change == "shuffled" else identity
-    (features, embeds), (other_features, other_embeds) = encoded(method, batch), encoded(method, other)
+    (features, embeds), (other_features, other_embeds) = (
+        encode_with_features(method, batch),
+        encode_with_features(method, other),
+    )
     assert torch.equal(features, other_features)
     assert ((embeds - other_embeds).norm(dim=-1) > 1e-4).all()
 
 
-def test_without_the_embedding_the_head_is_agnostic_too(tmp_path):
-    method = aware(tmp_path, augmentation_embedding=False)
+def test_head_without_embedding_ignores_the_augmentation(tmp_path):
+    method = randomized(tmp_path, augmentation_embedding=False)
     batch, other = make_batch(method.view_plan, 4), make_batch(method.view_plan, 4)
     for view in other.images.values():
         view.params = view.params.flip(0)
-    assert torch.equal(encoded(method, batch)[1], encoded(method, other)[1])
+    assert torch.equal(encode_with_features(method, batch)[1], encode_with_features(method, other)[1])
     assert not any("augmentation" in name for name, _ in method.named_parameters())
 
 
-def test_the_control_tells_the_head_how_another_samples_view_was_made(tmp_path):
-    method, control = aware(tmp_path), aware(tmp_path, foreign_parameters=True)
+def test_foreign_parameters_condition_the_head_on_another_sample(tmp_path):
+    method, control = randomized(tmp_path), randomized(tmp_path, foreign_parameters=True)
     control.load_state_dict(method.state_dict())
     batch, other = make_batch(method.view_plan, 4), make_batch(method.view_plan, 4)
     for view in other.images.values():
         view.params = torch.stack([view.params[number - 1] for number in range(4)])
-    assert torch.equal(encoded(control, batch)[1], encoded(method, other)[1])
+    assert torch.equal(encode_with_features(control, batch)[1], encode_with_features(method, other)[1])
     pixels = next(iter(batch.images.values())).pixels
     assert torch.equal(control.encode_image(pixels), method.encode_image(pixels))
 
 
-def test_evaluation_embeds_an_unchanged_image(tmp_path):
-    method = aware(tmp_path)
+def test_evaluation_uses_identity_parameters(tmp_path):
+    method = randomized(tmp_path)
     batch = make_batch(method.view_plan, 4)
     for view in batch.images.values():
         view.params = torch.tensor([[0.0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]]).repeat(4, 1)
-    embeds = encoded(method, batch)[1]
+    embeds = encode_with_features(method, batch)[1]
     for number, view in enumerate(batch.images.values()):
         torch.testing.assert_close(method.encode_image(view.pixels), embeds[:, number])
     torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(4, 3, dtype=torch.float64))
@@ -202,7 +206,7 @@ def test_evaluation_embeds_an_unchanged_image(tmp_path):
 # ---------------------------------------------------------------- views and texts
 
 
-def test_views_are_the_papers(tmp_path):
+def test_views_match_the_paper(tmp_path):
     plan = build_method("uniclip", tmp_path).view_plan
     assert list(plan.images.values()) == [WEAK, STRONG, STRONG]
     assert list(plan.texts.values()) == [TextPolicy()]
@@ -211,7 +215,7 @@ def test_views_are_the_papers(tmp_path):
     assert list(plan.texts.values()) == [TextPolicy(), TextPolicy("eda"), TextPolicy("eda")]
 
 
-def test_embeds_hold_image_views_then_text_views(tmp_path):
+def test_embeds_order_image_views_before_text_views(tmp_path):
     method = build_method("uniclip", tmp_path, text_views=2)
     batch = make_batch(method.view_plan, 4)
     embeds = method.encode(batch, STEP)["embeds"]
@@ -223,13 +227,13 @@ def test_embeds_hold_image_views_then_text_views(tmp_path):
         torch.testing.assert_close(embeds[:, number], method.encode_text(caption.ids, caption.lengths))
 
 
-def test_text_is_read_at_the_start_token_by_bidirectional_attention(tmp_path):
+def test_text_is_pooled_at_the_start_token_with_bidirectional_attention(tmp_path):
     method = build_method("uniclip", tmp_path)
     ids, lengths = torch.arange(1, 9).repeat(2, 1), torch.tensor([6, 6])
-    ids[1, 5] = 40  # the last token, which causal attention hides from the start
-    one, other = method.encode_text(ids, lengths)
-    assert (one - other).norm() > 1e-3
-    ids[1] = torch.tensor([1, 2, 3, 4, 5, 6, 40, 41])  # only the padding differs
+    ids[1, 5] = 40  # the last token, which the start token could not attend to under causal attention
+    first, second = method.encode_text(ids, lengths)
+    assert (first - second).norm() > 1e-3
+    ids[1] = torch.tensor([1, 2, 3, 4, 5, 6, 40, 41])  # differs only in the padding
     torch.testing.assert_close(*method.encode_text(ids, lengths))
     features = method.text(ids, lengths, with_tokens=True)
     torch.testing.assert_close(features.pooled, features.tokens[:, 0])
@@ -238,31 +242,32 @@ def test_text_is_read_at_the_start_token_by_bidirectional_attention(tmp_path):
 # ---------------------------------------------------------------- the tables and the recipes
 
 
-def test_every_row_of_the_ablation_tables_is_there():
+def test_ablations_cover_the_papers_tables():
     rows = {table: [name for name in ABLATIONS if name.startswith(table)] for table in ("4a", "4b", "5", "6")}
     assert {table: len(names) for table, names in rows.items()} == {"4a": 9, "4b": 6, "5": 3, "6": 5}
     paper = UniCLIPConfig(multi_positive=True)  # the last row of every table is the method itself
-    ours = {name for name, config in ABLATIONS.items() if config == paper}
-    assert ours == {"4a-aware-residual-3", "4b-aware-1-weak-2-strong", "5-domain-unified", "6-mp-nce"}
-    assert len({*ABLATIONS.values()}) == 23 - 3 - 1  # 4a and 4b share the plain head on one weak and two strong views
+    unchanged = {name for name, config in ABLATIONS.items() if config == paper}
+    assert unchanged == {"4a-aware-residual-3", "4b-aware-1-weak-2-strong", "5-domain-unified", "6-mp-nce"}
+    assert len({*ABLATIONS.values()}) == 23 - 3 - 1  # 4a and 4b share the plain head with one weak and two strong views
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_row_of_the_ablation_tables_trains(tmp_path, name):
+def test_every_ablation_trains(tmp_path, name):
     method = build_method("uniclip", tmp_path, **vars(ABLATIONS[name]))
     batch = make_batch(method.view_plan, 6)
-    optimiser = torch.optim.AdamW([p for group in method.parameter_groups().values() for p in group], lr=3e-3)
+    optimizer = torch.optim.AdamW([p for group in method.parameter_groups().values() for p in group], lr=3e-3)
     losses = []
     for _ in range(4):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.append(forward_backward(method, batch, STEP, ALONE).loss)
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
-        optimiser.step()
-    assert all(p.grad.any() for name, p in method.named_parameters() if "bias" not in name)  # biases of keys have none
+        optimizer.step()
+    # the biases of keys cancel in softmax
+    assert all(p.grad.any() for name, p in method.named_parameters() if "bias" not in name)
     assert losses[-1] < losses[0]
 
 
-def test_recipes_are_the_papers():
+def test_recipes_match_the_paper():
     cc3m, yfcc15m = recipe("uniclip-cc3m")(2_900_000), recipe("uniclip-yfcc15m")(15_000_000)
     assert (cc3m.model, cc3m.epochs, cc3m.method_config) == ("ViT-B-16", 50, UniCLIPConfig())
     assert (yfcc15m.model, yfcc15m.epochs, yfcc15m.method_config) == ("ViT-B-32", 32, UniCLIPConfig())
@@ -279,6 +284,6 @@ def test_recipes_are_the_papers():
         ({"max_logit_scale": math.nan}, "max_logit_scale is nan"),
     ],
 )
-def test_senseless_settings(changes, message):
+def test_invalid_settings_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         UniCLIPConfig(**changes)

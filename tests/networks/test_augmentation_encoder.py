@@ -9,8 +9,8 @@ WIDTH, EMBED_DIM, AUGMENTATION_DIM = 6, 4, 5
 HEADS = ["linear", "mlp-3", "mlp-6", "residual-1", "residual-3"]
 
 
-def head_of(name, augmentation_dim=AUGMENTATION_DIM, seed=0):
-    """A head with random weights everywhere, the tower's projection that it was given, and inputs."""
+def random_head(name, augmentation_dim=AUGMENTATION_DIM, seed=0):
+    """Returns a head with random weights, the tower's projection, and inputs."""
     torch.manual_seed(seed)
     projection = nn.Linear(WIDTH, EMBED_DIM, bias=False)
     head = build_head(name, WIDTH, EMBED_DIM, projection, augmentation_dim)
@@ -20,7 +20,7 @@ def head_of(name, augmentation_dim=AUGMENTATION_DIM, seed=0):
     return head, projection, torch.randn(3, WIDTH), augmentation
 
 
-def test_encoder_is_a_two_layer_perceptron_of_the_eleven_numbers():
+def test_encoder_is_a_two_layer_mlp():
     encoder, params = AugmentationEncoder(), torch.rand(3, 11)
     inner, _, outer = encoder
     assert [tuple(p.shape) for p in encoder.parameters()] == [(256, 11), (256,), (256, 256), (256,)]
@@ -29,15 +29,15 @@ def test_encoder_is_a_two_layer_perceptron_of_the_eleven_numbers():
     )
 
 
-def test_linear_head_is_one_matrix_on_both_inputs():
-    head, projection, x, augmentation = head_of("linear")
+def test_linear_head_is_linear_in_both_inputs():
+    head, projection, x, augmentation = random_head("linear")
     matrix = torch.cat([projection.weight, head.shift.weight], dim=1)
     torch.testing.assert_close(head(x, augmentation), torch.cat([x, augmentation], dim=1) @ matrix.T)
 
 
 @pytest.mark.parametrize("layers", [3, 6])
 def test_mlp_head(layers):
-    head, _, x, augmentation = head_of(f"mlp-{layers}")
+    head, _, x, augmentation = random_head(f"mlp-{layers}")
     matrices = [p for p in head.parameters() if p.ndim == 2]
     shapes = [(WIDTH, WIDTH + AUGMENTATION_DIM), *[(WIDTH, WIDTH)] * (layers - 2), (EMBED_DIM, WIDTH)]
     assert [tuple(m.shape) for m in matrices] == shapes
@@ -50,7 +50,7 @@ def test_mlp_head(layers):
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("augmentation_dim", [0, AUGMENTATION_DIM])
 def test_residual_head(blocks, augmentation_dim):
-    head, projection, x, augmentation = head_of(f"residual-{blocks}", augmentation_dim)
+    head, projection, x, augmentation = random_head(f"residual-{blocks}", augmentation_dim)
     assert len(head.blocks) == blocks
     expected = x
     for block in head.blocks:
@@ -62,17 +62,17 @@ def test_residual_head(blocks, augmentation_dim):
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_residual_head_starts_as_the_towers_projection(blocks):
+def test_residual_head_starts_as_the_projection(blocks):
     projection = nn.Linear(WIDTH, EMBED_DIM)
     head, x = build_head(f"residual-{blocks}", WIDTH, EMBED_DIM, projection, AUGMENTATION_DIM), torch.randn(3, WIDTH)
     torch.testing.assert_close(head(x, torch.randn(3, AUGMENTATION_DIM)), projection(x))
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_augmentation_matters_exactly_where_it_is_given(name):
-    head, _, x, augmentation = head_of(name)
+def test_head_depends_on_the_augmentation_only_if_given(name):
+    head, _, x, augmentation = random_head(name)
     assert not torch.allclose(head(x, augmentation), head(x, augmentation.flip(0)))
-    head, projection, x, _ = head_of(name, augmentation_dim=0)
+    head, projection, x, _ = random_head(name, augmentation_dim=0)
     assert head(x, None).shape == (3, EMBED_DIM)
     if name == "linear":
         torch.testing.assert_close(head(x, None), projection(x))

@@ -19,8 +19,8 @@ def test_equals_mocov3_with_its_column_major_order(oracles):
         torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-6)
 
 
-def test_a_learned_table_is_read_between_its_patches():
-    """A table whose values rise along a row and along a column rises as steadily on a finer grid, and its class token stays."""
+def test_resize_positions_interpolates_the_grid():
+    """A table that is linear in row and column stays linear on a finer grid, and its class token is unchanged."""
     side = torch.arange(4, dtype=torch.float64)
     grid = torch.stack([side.repeat(4), side.repeat_interleave(4)], dim=1)  # [16, 2]: column, row
     table = torch.cat([torch.tensor([[7.0, 8.0]], dtype=torch.float64), grid])
@@ -28,7 +28,7 @@ def test_a_learned_table_is_read_between_its_patches():
     assert finer[0].tolist() == [7, 8]
     columns = finer[1:, 0].view(8, 8)
     torch.testing.assert_close(columns, columns[:1].expand(8, 8))
-    inner = columns[0, 2:6]  # away from the border, where there is nothing beyond
+    inner = columns[0, 2:6]  # away from the border, where values are extrapolated
     torch.testing.assert_close(inner.diff(), torch.full((3,), 0.5, dtype=torch.float64), atol=0.05, rtol=0)
     torch.testing.assert_close(finer[1:, 1].view(8, 8).T, columns)
     assert resize_positions(table, 17) is table

@@ -10,13 +10,13 @@ WIDTH, HEADS = 24, 3
 def transformer(**options):
     torch.manual_seed(0)
     blocks = Transformer(WIDTH, 3, HEADS, ls_init_value=0.5, **options).double()
-    for parameter in blocks.parameters():  # biases begin at zero, and would hide that they are forgotten
+    for parameter in blocks.parameters():  # zero-initialized biases would hide that they are ignored
         torch.nn.init.normal_(parameter, std=0.3)
     return blocks
 
 
 def gradients(outputs, blocks, x):
-    """Of a sum that weighs every number differently."""
+    """Returns gradients of a sum that weights every output differently."""
     weights = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).view_as(outputs)
     return torch.autograd.grad((outputs * weights).sum(), [x, *blocks.parameters()])
 
@@ -24,7 +24,7 @@ def gradients(outputs, blocks, x):
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 2, 3], [1] * 4, sorted([3, 4, 9, 30] * 20), [7]])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("reads", [False, True])
-def test_equals_open_clips_blocks_on_each_sequence_alone(lengths, causal, reads):
+def test_packed_blocks_equal_open_clip(lengths, causal, reads):
     blocks = transformer()
     x = torch.randn(sum(lengths), WIDTH, dtype=torch.float64, requires_grad=True)
     ends = torch.tensor(lengths).cumsum(0)
@@ -51,26 +51,26 @@ def test_length_groups(lengths):
     assert all(group.size >= 16 for group in groups[:-1])
     first = 0
     for group in groups:
-        own = lengths[first : first + group.size]
-        assert (max(own), sum(own)) == (group.longest, group.num_tokens)
-        assert group.longest <= max(2 * own[0], own[min(15, group.size - 1)])
+        members = lengths[first : first + group.size]
+        assert (max(members), sum(members)) == (group.longest, group.num_tokens)
+        assert group.longest <= max(2 * members[0], members[min(15, group.size - 1)])
         first += group.size
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_bfloat16_attention_on_a_cpu_is_computed_in_float32(causal):
-    """The result is the float32 attention of the same numbers, rounded once, and so are the gradients."""
+def test_bfloat16_attention_on_cpu_is_computed_in_float32(causal):
+    """Result and gradients equal float32 attention on the same values, rounded once."""
     torch.manual_seed(0)
     lengths = [3, 5, 5]
     packing = pack(lengths, torch.device("cpu"))
     inputs = [torch.randn(sum(lengths), 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     exact = [x.detach().float().requires_grad_() for x in inputs]
     with torch.autocast("cpu", torch.bfloat16):
-        found = packing.attend(*inputs, heads=2, causal=causal)
-    wanted = packing.attend(*exact, heads=2, causal=causal)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, wanted.bfloat16())
-    found.backward(torch.ones_like(found))
-    wanted.backward(torch.ones_like(wanted))
+        ours = packing.attend(*inputs, heads=2, causal=causal)
+    expected = packing.attend(*exact, heads=2, causal=causal)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, expected.bfloat16())
+    ours.backward(torch.ones_like(ours))
+    expected.backward(torch.ones_like(expected))
     for x, y in zip(inputs, exact):
         assert torch.equal(x.grad, y.grad.bfloat16())

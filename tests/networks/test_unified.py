@@ -7,15 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.networks.towers import TowerSpec
-from coalign.networks.unified import (
-    States,
-    attend,
-    build_unified_tower,
-    grid_positions,
-    join,
-    pool,
-)
+from coalign.networks.towers.spec import TowerSpec
+from coalign.networks.unified import States, attend, build_unified_tower, grid_positions, join, pool
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
@@ -43,29 +36,26 @@ IDS, LENGTHS = torch.randint(1, 48, (3, 9), generator=torch.Generator().manual_s
 # ---------------------------------------------------------------- positions and sizes
 
 
-def test_position_tables_are_mocov3s(oracles):
+def test_position_tables_equal_mae_and_mocov3(oracles):
     oracle = oracles("positions")
     torch.testing.assert_close(grid_positions(4, 4, 16), oracle["mae_sincos.out.pos_4_16"], rtol=0, atol=1e-12)
     theirs = oracle["mocov3_sincos.out.pos_4x4_16"][0, 1:].view(4, 4, 16).transpose(0, 1)  # column by column
     torch.testing.assert_close(grid_positions(4, 4, 16).float(), theirs.reshape(16, 16), rtol=0, atol=1e-6)
 
 
-def test_words_have_the_sinusoids_of_their_number(tower):
+def test_word_positions_are_sinusoids(tower):
     for position, row in enumerate(tower.word_positions.tolist()):
         angles = [position / 10000 ** (2 * k / 32) for k in range(16)]
         assert row == pytest.approx([*map(math.sin, angles), *map(math.cos, angles)], abs=1e-6)
 
 
 @pytest.mark.parametrize("side", [6, 12, 24])
-def test_positions_of_another_size_are_the_interpolated_table(side):
+def test_positions_at_another_size_match_interpolation(side):
     own = grid_positions(12, 12, 64).T.view(1, 64, 12, 12)
     theirs = F.interpolate(own, size=(side, side), mode="bicubic", align_corners=False)
     ours = grid_positions(side, 12, 64).T.view(1, 64, side, side)
-    inner = (
-        ...,
-        slice(side // 6, -side // 6),
-        slice(side // 6, -side // 6),
-    )  # at the border interpolation extrapolates
+    # interpolation extrapolates at the border
+    inner = (..., slice(side // 6, -side // 6), slice(side // 6, -side // 6))
     assert (ours - theirs)[inner].abs().max() < 0.05
     assert (ours - grid_positions(side, side, 64).T.view(1, 64, side, side)).abs().max() > 0.5 or side == 12
 
@@ -79,15 +69,15 @@ def test_weights_load_at_any_size(tmp_path, tower):
     patches = larger(larger.embed_image(large)).patches
     assert patches.shape == (2, 64, 32)
     features = [pool(model(model.embed_image(x)), "mean") for model, x in ((tower, small), (larger, large))]
-    assert F.cosine_similarity(*features).min() > 0.8  # the same picture is the same picture
+    assert F.cosine_similarity(*features).min() > 0.8  # the same images at two sizes
     assert F.cosine_similarity(features[0], pool(tower(tower.embed_image(pixels(2, seed=9))), "mean")).min() < 0.9999
 
 
 # ---------------------------------------------------------------- the sequence
 
 
-def test_a_sequence_is_cls_patches_words_and_equals_torchs_blocks(tower):
-    """The packed forward pass against open_clip's blocks as they are, a sample at a time and without padding."""
+def test_packed_forward_equals_open_clip_blocks(tower):
+    """Compares the packed forward pass with open_clip's blocks on one sample at a time, without padding."""
     image, text = tower.embed_image(pixels(3)), tower.embed_text(IDS, LENGTHS)
     joint = tower(join(image, text))
     for row, length in enumerate((LENGTHS - 2).tolist()):
@@ -106,20 +96,20 @@ def test_a_sequence_is_cls_patches_words_and_equals_torchs_blocks(tower):
         torch.testing.assert_close(pool(joint, "balanced")[row], sum(halves) / 2)
 
 
-def test_patches_and_words_alone_are_pooled_alike_whether_balanced_or_not(tower):
+def test_balanced_pooling_of_one_modality_is_mean_pooling(tower):
     for tokens in (tower.embed_image(pixels(3)), tower.embed_text(IDS, LENGTHS)):
         states = tower(tokens)
         torch.testing.assert_close(pool(states, "balanced"), pool(states, "mean"))
 
 
-def test_start_end_and_padding_are_not_seen(tower):
+def test_start_end_and_padding_tokens_are_ignored(tower):
     changed = IDS.clone()
     changed[:, 0] = 49
     for row, length in enumerate(LENGTHS.tolist()):
         changed[row, length - 1 :] = 48
     states = [tower(tower.embed_text(ids, LENGTHS)) for ids in (IDS, changed)]
-    for one, other in zip(*states):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for original, other in zip(*states):
+        torch.testing.assert_close(original, other, rtol=0, atol=0)
     changed[0, 3] = 7
     assert not torch.equal(tower(tower.embed_text(changed, LENGTHS)).cls[0], states[0].cls[0])
 
@@ -132,42 +122,42 @@ def test_captions_without_words(tower):
     torch.testing.assert_close(joint.patches, tower(tower.embed_image(pixels(3))).patches)
 
 
-def test_patch_pixels_are_in_the_order_of_the_patches(tower):
+def test_patch_pixels_are_in_row_major_order(tower):
     image = pixels(1)
-    found = tower.patch_pixels(image)[0]
-    assert found.shape == (16, 192)
+    patches = tower.patch_pixels(image)[0]
+    assert patches.shape == (16, 192)
     for row in range(4):
         for column in range(4):
-            block = tower.normalise(image)[0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            torch.testing.assert_close(found[4 * row + column], block.permute(1, 2, 0).flatten())
+            block = tower.normalize(image)[0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            torch.testing.assert_close(patches[4 * row + column], block.permute(1, 2, 0).flatten())
 
 
-def test_masked_patches_leak_nothing(tower):
-    """Neither their own embedding nor, by the stem's overlap, that of a neighbour depends on their pixels."""
+def test_masked_patches_do_not_leak_pixels(tower):
+    """Neither their own embedding nor, through the stem's receptive field, a neighbor's depends on their pixels."""
     masked = torch.zeros(2, 16, dtype=torch.bool)
     masked[0, 5] = masked[1, 0] = masked[1, 15] = True
-    one, other = pixels(2), pixels(2)
+    original, other = pixels(2), pixels(2)
     other[0, :, 8:16, 8:16] = 255 - other[0, :, 8:16, 8:16]
     other[1, :, :8, :8] = 3
     other[1, :, 24:, 24:] = 200
-    embedded = [tower.embed_image(x, masked).patches for x in (one, other)]
+    embedded = [tower.embed_image(x, masked).patches for x in (original, other)]
     torch.testing.assert_close(*embedded, rtol=0, atol=0)
-    for patch, place in ((embedded[0][0, 5], 5), (embedded[0][1, 15], 15)):
-        torch.testing.assert_close(patch, tower.mask_patch + tower.patch_positions[place])
-    assert not torch.equal(tower.embed_image(one).patches[0, 6], tower.embed_image(other).patches[0, 6])
+    for patch, index in ((embedded[0][0, 5], 5), (embedded[0][1, 15], 15)):
+        torch.testing.assert_close(patch, tower.mask_patch + tower.patch_positions[index])
+    assert not torch.equal(tower.embed_image(original).patches[0, 6], tower.embed_image(other).patches[0, 6])
 
 
 # ---------------------------------------------------------------- attention from one sequence to another
 
 
-def test_given_itself_is_self_attention(tower):
+def test_given_itself_equals_self_attention(tower):
     for tokens in (tower.embed_image(pixels(3)), tower.embed_text(IDS, LENGTHS)):
         for own, crossed in zip(tower(tokens), tower.given(tokens, tokens)):
             torch.testing.assert_close(own, crossed)
 
 
-def test_given_another_its_keys_and_values_are_the_others_states(tower):
-    """F(T|I) written out with torch's own attention, a sample at a time."""
+def test_given_uses_keys_and_values_of_the_context(tower):
+    """Computes F(T|I) with torch's attention, one sample at a time."""
     image, text = tower.embed_image(pixels(3)), tower.embed_text(IDS, LENGTHS)
     states = tower.given(text, image)
     for row, length in enumerate((LENGTHS - 2).tolist()):
@@ -187,9 +177,9 @@ def test_given_another_its_keys_and_values_are_the_others_states(tower):
 
 @pytest.mark.parametrize(("x_length", "y_length"), [(5, 7), (1, 16), (9, 2)])
 def test_attention_over_a_concatenation_is_a_weighted_sum(x_length, y_length):
-    """App. A, Eqs. 9 to 13, with λ of Eq. 14, where √d_k belongs too, and the means of Eqs. 17 to 20."""
+    """App. A, Eqs. 9 to 13, with λ of Eq. 14 (which also needs √d_k), and the means of Eqs. 17 to 20."""
     torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 1, batch_first=True).double()  # a λ for each head: one head here
+    attention = nn.MultiheadAttention(8, 1, batch_first=True).double()  # λ is per head, so a single head
     X, Y = torch.randn(1, x_length, 8, dtype=torch.float64), torch.randn(1, y_length, 8, dtype=torch.float64)
 
     def f(queries, context):
@@ -198,7 +188,7 @@ def test_attention_over_a_concatenation_is_a_weighted_sum(x_length, y_length):
     def projected(x, part):
         return F.linear(x[0], attention.in_proj_weight.view(3, 8, 8)[part], attention.in_proj_bias.view(3, 8)[part])
 
-    def share_of(own, other):  # λ, Eq. 14
+    def lambda_of(own, other):  # Eq. 14
         scores = [(projected(own, 0) @ projected(z, 1).T / 8**0.5).exp().sum(1, keepdim=True) for z in (own, other)]
         return scores[0] / sum(scores)
 
@@ -206,21 +196,21 @@ def test_attention_over_a_concatenation_is_a_weighted_sum(x_length, y_length):
     both = f(concatenated, concatenated)
     sides = {}
     for own, other, rows in ((X, Y, slice(0, x_length)), (Y, X, slice(x_length, None))):
-        share = share_of(own, other)
-        sides[rows.start] = share * f(own, own) + (1 - share) * f(own, other)
+        weight = lambda_of(own, other)
+        sides[rows.start] = weight * f(own, own) + (1 - weight) * f(own, other)
         torch.testing.assert_close(both[rows], sides[rows.start], rtol=1e-10, atol=1e-12)  # Eq. 13
     alpha = x_length / (x_length + y_length)
     expected = alpha * sides[0].mean(0) + (1 - alpha) * sides[x_length].mean(0)  # Eqs. 18-20
     torch.testing.assert_close(both.mean(0), expected, rtol=1e-10, atol=1e-12)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- errors
 
 
-def test_inputs_of_another_size_are_refused(tower):
-    with pytest.raises(UserError, match="13 tokens, but this model has positions for 12"):
+def test_inputs_of_wrong_size_are_rejected(tower):
+    with pytest.raises(UserError, match="13 tokens, but this model supports 12"):
         tower.embed_text(torch.ones(1, 13, dtype=torch.int64), torch.tensor([13]))
-    with pytest.raises(UserError, match="40 × 40 pixels, but this model takes 32 × 32"):
+    with pytest.raises(UserError, match="40 × 40 pixels, but this model needs 32 × 32"):
         tower.embed_image(pixels(1, size=40))
 
 
@@ -229,20 +219,20 @@ def test_inputs_of_another_size_are_refused(tower):
     [
         ({"vision": {"timm_model_name": "test_resnet"}}, "plain ViT"),
         ({"vision": {"layers": [1, 1, 1, 1]}}, "plain ViT"),
-        ({"vision": {"patch_size": 14}}, "patches of 14"),
-        ({"image_size": 36}, "36 pixels"),
-        ({"vision": {"width": 40}}, "width 40"),
+        ({"vision": {"patch_size": 14}}, "is 14, but must be a power of two"),
+        ({"image_size": 36}, "image size is 36, but must be a multiple of"),
+        ({"vision": {"width": 40}}, "is 40, but must be a multiple of 16"),
         ({"vision": {"image_size": [32, 64]}}, "square"),
         ({"pretrained": "openai"}, "from scratch"),
     ],
 )
-def test_models_that_fit_no_single_tower_are_refused(tmp_path, changes, message):
+def test_unsupported_models_are_rejected(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         build(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(("name", "grid", "millions"), [("ViT-B-16", (14, 14), 127.085), ("oner-tiny", (8, 8), 5.253)])
-def test_shape_by_model_name(name, grid, millions):
+def test_model_sizes(name, grid, millions):
     with torch.device("meta"):
         tower = build_unified_tower(TowerSpec(name, 49409), masks_patches=True)
     assert tower.patch_grid == grid

@@ -15,7 +15,7 @@ def spread(counts: list[int], edges: list[float]) -> dict[str, Any]:
 
 
 def plain(**changes: Any) -> dict[str, Any]:
-    """A data check as plain values, as it comes out of JSON."""
+    """A data check as plain values, as read from JSON."""
     sides = spread([0, 0, 5, 40, 0], [8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
     shares = spread([10, 80], [0.0, 0.5, 1.0])
     few = spread([0, 7, 2], [-0.5, 0.5, 1.5, 2.5])
@@ -47,7 +47,7 @@ def plain(**changes: Any) -> dict[str, Any]:
         "num_tags": 2,
         "tags": [["cat", 500], ["$dog_", 100]],
         "gallery": {"random": [row], "shared captions": [row], "look-alikes": []},
-        "worries": ["The first worry.", "The second worry."],
+        "warnings": ["The first warning.", "The second warning."],
     }
     return check | changes
 
@@ -56,7 +56,7 @@ PICTURES = {3: np.zeros((10, 12, 3), np.uint8)}
 
 
 def visible(page: Any) -> str:
-    """The text of the page, without its pictures and styles."""
+    """The text of the page, without images and styles."""
     text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", page.html(), flags=re.DOTALL)
     return " ".join(text.split())
 
@@ -64,18 +64,18 @@ def visible(page: Any) -> str:
 def test_verdict_comes_first_and_numbers_are_there() -> None:
     text = visible(check_page(plain(), PICTURES))
     body = text[text.index("all 1,200 samples") :]
-    assert body.index("The first worry. And one thing more below.") < body.index("Usable samples")
+    assert body.index("The first warning. One more warning below.") < body.index("Usable samples")
     for piece in (
         "1,190",
         "10 broken (0.83 %)",
         "truncated image",
         "wrong number of columns",
         "1 of 77",
-        "The second worry.",
+        "The second warning.",
     ):
         assert piece in body, piece
     assert "one $caption$ 50" in body
-    assert "nothing but nouns 13 1 %" in body
+    assert "only nouns 13 1.0 %" in body
 
 
 def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
@@ -89,19 +89,19 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worries", "verdict"), [([], "Nothing was found"), (["One."], "One."), (["A.", "B.", "C."], "A. And 2 things")]
+    ("warnings", "verdict"), [([], "No problems found"), (["One."], "One."), (["A.", "B.", "C."], "A. 2 more warnings")]
 )
-def test_verdict(worries: list[str], verdict: str) -> None:
-    text = visible(check_page(plain(worries=worries), PICTURES))
+def test_verdict(warnings: list[str], verdict: str) -> None:
+    text = visible(check_page(plain(warnings=warnings), PICTURES))
     assert verdict in text
-    assert ("What should worry you" in text) == (len(worries) > 1)
+    assert ("Warnings" in text) == (len(warnings) > 1)
 
 
-def test_token_lengths_appear_where_they_were_counted() -> None:
-    assert "tokens in a caption" not in visible(check_page(plain(), PICTURES))
+def test_token_lengths_appear_if_counted() -> None:
+    assert "tokens per caption" not in visible(check_page(plain(), PICTURES))
     text = visible(check_page(plain(tokens=spread([3, 4], [2.5, 3.5, 4.5]), cut=26), PICTURES))
-    assert "tokens in a caption 1 2 2.5 9" in text
-    assert "longer than the context 26 2 %" in text
+    assert "tokens per caption 1 2 2.5 9" in text
+    assert "longer than the context length 26 2.0 %" in text
 
 
 def test_nothing_usable() -> None:
@@ -115,15 +115,15 @@ def test_nothing_usable() -> None:
         "tags": [],
         "num_tags": 0,
     }
-    text = visible(check_page(plain(**absent, **empty, gallery={}, worries=["None can be used."]), {}))
+    text = visible(check_page(plain(**absent, **empty, gallery={}, warnings=["None can be used."]), {}))
     assert "None can be used." in text
     assert "truncated image" in text
 
 
-def test_part_of_the_data_is_said_to_be_one() -> None:
+def test_a_partial_check_is_labeled() -> None:
     text = visible(check_page(plain(samples=9000), PICTURES))
     assert "1,200 random samples of 9,000" in text
-    assert "Only a part was looked at" in text
+    assert "Only a sample was checked" in text
 
 
 def test_pictures_stand_with_their_captions() -> None:

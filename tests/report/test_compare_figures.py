@@ -33,10 +33,10 @@ def test_points_show_value_interval_and_chance():
     assert drawn(figure).min() < 128
 
 
-def test_differences_have_their_line_and_the_groups_keep_their_colours():
+def test_differences_have_their_line_and_the_groups_keep_their_colors():
     figure = compare_figures.points(["R@1", "R@5"], {"other $x$": VALUES["other $x$"]}, difference_to="one")
     axes = figure.axes[0]
-    assert "difference to one" in axes.get_xlabel()
+    assert "difference from one" in axes.get_xlabel()
     assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
     both = compare_figures.points(["R@1", "R@5"], VALUES).axes[0].containers[1]
     assert axes.containers[0].lines[0].get_color() == both.lines[0].get_color()
@@ -59,7 +59,7 @@ def test_learning_curves_by_pairs_and_by_time():
     np.testing.assert_allclose(mean.get_xdata() * 60, [10, 20, 30])  # minutes, since the longest takes 1,000 seconds
     np.testing.assert_allclose(mean.get_ydata(), [3.5, 3.0, 2.5])
     assert len(figure.axes[0].lines) == 3 + 1  # a mean and two seeds, and a single run
-    assert [axes.get_xlabel() for axes in figure.axes] == ["pairs seen", "minutes"] * 2
+    assert [axes.get_xlabel() for axes in figure.axes] == ["samples seen", "minutes"] * 2
     drawn(figure)
 
 
@@ -70,7 +70,7 @@ def test_runs_that_were_validated_unequally_often_have_no_mean():
     assert sorted(len(line.get_xdata()) for line in figure.axes[0].lines) == [0, 1, 2]
 
 
-def test_zero_shot_is_drawn_where_it_was_followed_and_nothing_without_validations():
+def test_zero_shot_is_drawn_if_tracked_and_nothing_without_validations():
     figure = compare_figures.learning_curves(
         {"one": [run((5, 10), **{"val/zero_shot_acc1": 0.5})], "other": [run((5,))]}
     )

@@ -6,12 +6,11 @@ import sys
 import pytest
 
 from coalign.report.compare_page import (
+    ComparedMetric,
     Comparison,
-    Figure,
     Group,
     compare_page,
     interval_text,
-    time_text,
     title,
     verdict,
 )
@@ -34,8 +33,8 @@ def group(
         steps=60,
         samples_seen=15_360,
         seconds=754.0,
-        figures={
-            R1: Figure(
+        metrics={
+            R1: ComparedMetric(
                 "rate",
                 0.21,
                 (0.18, 0.24),
@@ -46,7 +45,7 @@ def group(
                 near if several else over,
                 over if several else None,
             ),
-            RANK: Figure(
+            RANK: ComparedMetric(
                 "rank", 8.5, (7.0, 10.0), None, 600, 320.0, -1.5 if difference else None, (-3.0, 0.0) if over else None
             ),
         },
@@ -77,13 +76,13 @@ def test_the_page_shows_everything(tmp_path):
         "other +3.0 (+1.0 to +5.0)",
         "1,234,567",
         "0, 1, 2",
-        "12.6 min",
+        "12 min 34 s",
         "600 images",
         "18.0–24.0",
         "+0.5 to +2.5",
         "−1.5",
         "epochs",
-        '<td dir="auto">none</td>',  # a setting that is None, where the other method has none such
+        '<td dir="auto">none</td>',  # a setting that is None; the other method lacks it
         "1, 2",
     ):
         assert words in html, words
@@ -94,22 +93,24 @@ def test_the_page_shows_everything(tmp_path):
 def test_a_single_group_has_no_differences(tmp_path):
     alone = Comparison([group("clip", seeds=[0, 1])], {}, {"images": 600})
     page = compare_page(alone).html()
-    assert "difference to" not in page
+    assert "<th>difference</th>" not in page
+    assert "<th>difference</th>" in compare_page(comparison()).html()
     assert page.count("data:image/png;base64,") == 2
     assert verdict(alone) == "Image → text R@1 of clip is 21.0 % (95 % interval 15.0–27.0; chance 0.2 %)."
 
 
 @pytest.mark.parametrize(
-    ("over", "told"), [((0.01, 0.05), True), ((-0.05, -0.01), True), ((-0.01, 0.07), False), ((0.0, 0.06), False)]
+    ("over", "significant"),
+    [((0.01, 0.05), True), ((-0.05, -0.01), True), ((-0.01, 0.07), False), ((0.0, 0.06), False)],
 )
-def test_the_verdict_says_no_more_than_the_interval_allows(over, told):
-    assert ("cannot be told from none" not in verdict(comparison(over=over))) == told
+def test_the_verdict_marks_differences_that_are_not_significant(over, significant):
+    assert ("not significant" not in verdict(comparison(over=over))) == significant
 
 
-def test_the_verdict_takes_the_interval_over_seeds_where_there_is_one():
-    # over items it would be told: half as far from zero on both sides
+def test_the_verdict_prefers_the_interval_over_seeds():
+    # the interval over items is half as wide
     several = comparison(over=(-0.01, 0.07), seeds=[0, 1])
-    assert "other +3.0 (−1.0 to +7.0, which cannot be told from none)" in verdict(several)
+    assert "other +3.0 (−1.0 to +7.0, not significant)" in verdict(several)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,11 @@ def test_titles(name, words):
 
 
 def test_small_texts():
-    figure = Figure("rank", 7.25, (4.0, 1234.5), None, 9, None)
-    assert interval_text(figure, figure.over_items) == "4–1,234.5"
-    assert interval_text(figure, None) is None
-    assert (
-        interval_text(Figure("rate", 0.1, (-0.02, 0.2), None, 9, None), (-0.02, 0.2)) == "0.0–20.0"
-    )  # of a t-interval
-    assert [time_text(seconds) for seconds in (9.6, 600, 7200)] == ["10 s", "10.0 min", "2.0 h"]
+    metric = ComparedMetric("rank", 7.25, (4.0, 1234.5), None, 9, None)
+    assert interval_text(metric, metric.over_items) == "4–1,234.5"
+    assert interval_text(metric, None) is None
+    # a t-interval may reach below zero
+    assert interval_text(ComparedMetric("rate", 0.1, (-0.02, 0.2), None, 9, None), (-0.02, 0.2)) == "0.0–20.0"
 
 
 def test_the_page_imports_no_torch():

@@ -145,10 +145,3 @@ def test_confusion_matrix_of_any_size(n):
     shares = figure.axes[0].images[0].get_array()
     np.testing.assert_array_equal(np.diag(shares), np.arange(n) > 0)
     drawn(figure)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.2141, "21.4 %"), (0.0, "0.0 %"), (1.0, "100.0 %"), (0.0021, "0.21 %"), (2e-6, "0.0002 %")]
-)
-def test_per_cent(value, text):
-    assert figures.percent(value) == text

@@ -131,10 +131,19 @@ def test_tables_align_numbers_and_show_absent_ones():
     page = Page("t")
     page.table(
         ("name", "value"),
-        [("a", 1234567), ("b", 0.123456), ("c", None), ("d", True), ("e", "12.5 %"), ("f", "3 apples")],
+        [
+            ("a", 1234567),
+            ("b", 0.123456),
+            ("c", None),
+            ("d", True),
+            ("e", "12.5 %"),
+            ("f", "3 apples"),
+            ("g", "12 min 34 s"),
+            ("h", "2 d 4 h"),
+        ],
     )
     html = page.html()
-    for cell in ("1,234,567", "0.1235", "12.5 %"):
+    for cell in ("1,234,567", "0.1235", "12.5 %", "12 min 34 s", "2 d 4 h"):
         assert re.search(rf'<td class="number"[^>]*>{cell}</td>', html)
     assert '<td class="quiet">–</td>' in html
     assert "<td>yes</td>" in html
@@ -178,7 +187,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_place_that_cannot_be_written_is_said_in_one_sentence(tmp_path):
+def test_an_unwritable_path_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write the report"):
         Page("t").write(Path(tmp_path / "file" / "report.html"))

@@ -54,20 +54,20 @@ def test_a_full_run_shows_everything(tmp_path):
     run_page(full_run()).write(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in (
-        "Image-to-text R@1 on held-out pairs is 21.4 % (95 % interval 19.8–23.0 %; chance 0.2 %), 107 times chance.",
+        "Image-to-text R@1 on held-out pairs is 21.4 % (95 % interval 19.8–23.0 %; chance 0.2 %): 107 times chance.",
         "train.betas",
         "0.9, 0.98",
         "an image query",
         "a text query",
         "the missed",
         "1,500,000",
-        "50.0 % of the time went into waiting for data",
+        "50.0 % of the time was spent waiting for data",
         "10 of 10,000 samples read, 0.1 %, could not be used",
         "cut at byte 12",
         "7–9",
     ):
         assert words in html, words
-    assert html.index("empty caption") < html.index("truncated image")  # the commonest reason first
+    assert html.index("empty caption") < html.index("truncated image")  # most frequent reason first
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert pictures == {"metrics", "curves", "similarity", "modality_gap", "cosines", "confusion"}
 
@@ -76,20 +76,24 @@ def test_a_run_of_which_nothing_is_known_still_has_a_page(tmp_path):
     run_page(RunSummary(title="empty")).write(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "No step was taken; nothing was evaluated." in html
-    assert "every sample could be read" in html
+    assert "every sample was readable" in html
     assert list(tmp_path.glob("*.png")) == []
 
 
 @pytest.mark.parametrize(
     ("row", "start", "end"),
     [
-        (MetricRow("R@1", 0.03, 0.001, 0.06, 30, 0.02), "R@1 on", "chance 2.0 %), which cannot be told from chance."),
+        (
+            MetricRow("R@1", 0.03, 0.001, 0.06, 30, 0.02),
+            "R@1 on",
+            "chance 2.0 %), not significantly better than chance.",
+        ),
         (
             MetricRow("accuracy", 0.6, 0.55, 0.65, 300, 0.5),
             "Accuracy on",
             "(95 % interval 55.0–65.0 %; chance 50.0 %).",
         ),
-        (MetricRow("R@1", 0.05, 0.04, 0.06, 300, 0.02), "R@1 on held-out", "chance 2.0 %), 2.5 times chance."),
+        (MetricRow("R@1", 0.05, 0.04, 0.06, 300, 0.02), "R@1 on held-out", "chance 2.0 %): 2.5 times chance."),
         (
             MetricRow("accuracy", 0.6, 0.5, 0.7, 9),
             "Accuracy on held-out pairs is 60.0 %",
@@ -98,7 +102,7 @@ def test_a_run_of_which_nothing_is_known_still_has_a_page(tmp_path):
         (
             MetricRow("rank", 400, 290, 480, 9, 320, "rank"),
             "Rank on held-out pairs is 400",
-            "cannot be told from chance.",
+            "not significantly better than chance.",
         ),
         (MetricRow("rank", 8, 7, 9, 9, 320, "rank"), "Rank on held-out pairs is 8", "(95 % interval 7–9; chance 320)."),
     ],
@@ -112,7 +116,7 @@ def test_the_verdict_says_no_more_than_the_interval_allows(row, start, end):
 def test_the_verdict_of_an_interrupted_run():
     run = RunSummary("t", history=[{"step": 0, "loss": 2.0}, {"step": 1, "loss": None}], ended="interrupted")
     assert verdict(run) == (
-        "The training loss ended at 2; nothing was evaluated. The run was interrupted and can be resumed."
+        "The final training loss is 2; nothing was evaluated. The run was interrupted and can be resumed."
     )
 
 

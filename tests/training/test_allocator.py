@@ -10,16 +10,17 @@ import torch
 from coalign.training.allocator import keep_freed_memory
 if {keep}:
     keep_freed_memory()
-for turn in range(30):
-    if turn == 15:
+for i in range(30):
+    if i == 15:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16_000_000)  # 64 MB, freed at once
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc alone has these settings")
-def test_memory_that_comes_again_is_not_faulted_in_again():
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
+def test_reused_memory_causes_no_page_faults():
     faults = [
         int(subprocess.run([sys.executable, "-c", PROGRAM.format(keep=keep)], capture_output=True, check=True).stdout)
         for keep in (False, True)

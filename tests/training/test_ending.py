@@ -1,4 +1,4 @@
-"""How a process of several ends: with gloo's threads joined, since freeing tensors after the interpreter they abort it."""
+"""Distributed processes destroy their process group before the interpreter exits: otherwise gloo's threads may abort them."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import torch.distributed as dist
 
-# an exit handler registered first runs last
+# exit handlers run in reverse order of registration
 SCRIPT = """
 import atexit
 import torch.distributed as dist
@@ -16,8 +16,8 @@ assert join_world("cpu").gather_objects("here") == ["here", "here"]
 """
 
 
-def test_a_process_leaves_its_group_before_it_ends():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # holds a port that is free
+def test_the_process_group_is_destroyed_at_exit():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # listens on a free port
     environment = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2",
         "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from coalign.errors import UserError
 from coalign.training import log
-from coalign.training.log import TIMINGS, BadSampleLog, NonFiniteGuard, RunLog, StopSignal, duration
+from coalign.training.log import TIMINGS, BadSampleLog, NonFiniteGuard, RunLog, StopSignal
 
 
 class Clock:
-    """A clock that stands still until it is told to go on."""
+    """A clock that advances only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,7 +53,7 @@ def plain_console() -> Console:
 def train(run_log: RunLog, steps: range, clock: Clock) -> None:
     for step in steps:
         clock.now += 0.5
-        run_log.step(step, {"loss": torch.tensor(1 / (step + 1)), "lr": 1e-3}, pairs=32, waited=0.1)
+        run_log.step(step, {"loss": torch.tensor(1 / (step + 1)), "lr": 1e-3}, pairs=32, wait_seconds=0.1)
         if step % 4 == 3:
             clock.now += 7
             run_log.evaluation(step, {"val/loss": step / 2})
@@ -65,18 +65,18 @@ def train(run_log: RunLog, steps: range, clock: Clock) -> None:
 def test_rows_hold_values_and_timings(tmp_path: Path, clock: Clock) -> None:
     with RunLog(tmp_path, 6, interactive=False, console=plain_console()) as run_log:
         train(run_log, range(6), clock)
-    found = rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in found] == [0, 1, 2, 3, 3, 4, 5]
-    assert found[4] == {"step": 3, "val/loss": 1.5}
-    training = [row for row in found if "loss" in row]
+    logged = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [0, 1, 2, 3, 3, 4, 5]
+    assert logged[4] == {"step": 3, "val/loss": 1.5}
+    training = [row for row in logged if "loss" in row]
     assert [row["loss"] for row in training] == pytest.approx([1 / (step + 1) for step in range(6)])
     assert [row["seconds"] for row in training] == [0.5, 1.0, 1.5, 2.0, 9.5, 10.0]
-    # 32 pairs in half a second, a fifth of it waiting; the seven seconds of the evaluation count for neither
+    # 32 pairs in half a second, a fifth of it waiting for data; the seven seconds of evaluation are not counted
     assert {row["pairs_per_second"] for row in training} == {64.0}
     assert {row["data_wait"] for row in training} == {0.2}
 
 
-def test_fewer_rows_and_what_they_sum_up(tmp_path: Path, clock: Clock) -> None:
+def test_a_row_per_several_steps_averages_their_timings(tmp_path: Path, clock: Clock) -> None:
     class Loss:
         reads = 0
 
@@ -86,51 +86,51 @@ def test_fewer_rows_and_what_they_sum_up(tmp_path: Path, clock: Clock) -> None:
 
     with RunLog(tmp_path, 10, interactive=False, row_every=4, console=plain_console()) as run_log:
         for step in range(10):
-            clock.now += 1 + step  # steps take longer and longer
-            run_log.step(step, {"loss": Loss()}, pairs=10, waited=0.5)
-    found = rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in found] == [0, 4, 8, 9]
-    assert found[1]["pairs_per_second"] == pytest.approx(40 / (2 + 3 + 4 + 5), abs=0.01)
-    assert found[1]["data_wait"] == pytest.approx(2 / (2 + 3 + 4 + 5), abs=1e-4)
-    assert Loss.reads == 4  # reading a tensor waits for the device
+            clock.now += 1 + step  # each step takes longer than the previous one
+            run_log.step(step, {"loss": Loss()}, pairs=10, wait_seconds=0.5)
+    logged = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [0, 4, 8, 9]
+    assert logged[1]["pairs_per_second"] == pytest.approx(40 / (2 + 3 + 4 + 5), abs=0.01)
+    assert logged[1]["data_wait"] == pytest.approx(2 / (2 + 3 + 4 + 5), abs=1e-4)
+    assert Loss.reads == 4  # reading a tensor synchronizes with the device
 
 
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path: Path, clock: Clock) -> None:
     def without_timings(run_dir: Path) -> list[dict]:
-        found = rows(run_dir / "metrics.jsonl")
-        assert all(set(TIMINGS) <= set(row) for row in found if "loss" in row)
-        return [{name: value for name, value in row.items() if name not in TIMINGS} for row in found]
+        logged = rows(run_dir / "metrics.jsonl")
+        assert all(set(TIMINGS) <= set(row) for row in logged if "loss" in row)
+        return [{name: value for name, value in row.items() if name not in TIMINGS} for row in logged]
 
-    with RunLog(tmp_path / "whole", 20, interactive=False, console=plain_console()) as run_log:
+    with RunLog(tmp_path / "uninterrupted", 20, interactive=False, console=plain_console()) as run_log:
         train(run_log, range(20), clock)
     for killed_at, resumed_at in ((13, 8), (12, 12), (3, 0)):
         run_dir = tmp_path / f"{killed_at}-{resumed_at}"
         run_log = RunLog(run_dir, 20, interactive=False, console=plain_console())
-        train(run_log, range(killed_at), clock)  # and no orderly end
+        train(run_log, range(killed_at), clock)  # without closing the log
         with open(run_dir / "metrics.jsonl", "a") as file:
             file.write('{"step": 5, "lo')  # the torn line of a killed process
         with RunLog(run_dir, 20, interactive=False, start_step=resumed_at, console=plain_console()) as run_log:
             train(run_log, range(resumed_at, 20), clock)
-        assert without_timings(run_dir) == without_timings(tmp_path / "whole")
+        assert without_timings(run_dir) == without_timings(tmp_path / "uninterrupted")
         seconds = [row["seconds"] for row in rows(run_dir / "metrics.jsonl") if "seconds" in row]
-        assert seconds == sorted(seconds)  # they go on from where the kept rows end
+        assert seconds == sorted(seconds)  # continue from the last kept row
 
 
-def test_a_line_torn_exactly_before_its_end_is_cut(tmp_path: Path) -> None:
+def test_a_line_without_its_newline_is_removed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}')
     with RunLog(tmp_path, 5, interactive=False, start_step=2, console=plain_console()):
         pass
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 0}]
 
 
-def test_values_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
+def test_non_finite_values_become_null(tmp_path: Path) -> None:
     with RunLog(tmp_path, 1, interactive=False, console=plain_console()) as run_log:
-        run_log.step(0, {"loss": math.nan, "grad_norm": torch.tensor(math.inf)}, pairs=1, waited=0)
+        run_log.step(0, {"loss": math.nan, "grad_norm": torch.tensor(math.inf)}, pairs=1, wait_seconds=0)
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert row["loss"] is row["grad_norm"] is None
 
 
-def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     class Full:
         name = tmp_path / "metrics.jsonl"
 
@@ -141,13 +141,13 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
         log._write_row(Full(), {"step": 1})
 
 
-def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
+def test_tensorboard_receives_the_same_values(tmp_path: Path) -> None:
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with RunLog(tmp_path, 4, interactive=False, console=plain_console()) as run_log:
         for step in range(4):
-            run_log.step(step, {"loss/clip": step / 4, "bad": math.nan}, pairs=1, waited=0)
+            run_log.step(step, {"loss/clip": step / 4, "bad": math.nan}, pairs=1, wait_seconds=0)
     with RunLog(tmp_path, 4, interactive=False, start_step=2, console=plain_console()) as run_log:
-        run_log.step(2, {"loss/clip": 9.0}, pairs=1, waited=0)
+        run_log.step(2, {"loss/clip": 9.0}, pairs=1, wait_seconds=0)
     events = loader.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss/clip")] == [(0, 0.0), (1, 0.25), (2, 9.0)]
@@ -155,28 +155,28 @@ def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
     assert {"pairs_per_second", "data_wait"} <= set(events.Tags()["scalars"])
 
 
-def test_tensorboard_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
     with RunLog(tmp_path, 1, interactive=False, console=plain_console()) as run_log:
-        run_log.step(0, {"loss": 1.0}, pairs=1, waited=0)
+        run_log.step(0, {"loss": 1.0}, pairs=1, wait_seconds=0)
     assert not (tmp_path / "tensorboard").exists()
 
 
-# ---------------------------------------------------------------- what the reader sees
+# ---------------------------------------------------------------- display
 
 
-def test_plain_lines_come_at_the_first_step_every_so_often_and_at_the_last(tmp_path: Path, clock: Clock) -> None:
+def test_plain_lines_are_printed_at_the_first_and_last_step_and_at_intervals(tmp_path: Path, clock: Clock) -> None:
     console = plain_console()
     with RunLog(tmp_path, 100, interactive=False, line_seconds=10, console=console) as run_log:
         for step in range(100):
-            clock.now += 60 if step == 0 else 0.5  # the first step starts up workers
+            clock.now += 60 if step == 0 else 0.5  # workers start in the first step
             values = {"loss": 2.5, "scale": 14.2857, "lr": 5e-4, "grad_norm": 0.1234567}
-            run_log.step(step, values, pairs=32, waited=0.05, bad_samples=step // 10)
+            run_log.step(step, values, pairs=32, wait_seconds=0.05, bad_samples=step // 10)
         run_log.note("saved [last]")
     lines = console.file.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == [f"step {n}/100" for n in (1, 21, 41, 61, 81, 100)]
     assert lines[-1] == "saved [last]"
-    for part in (
+    for text in (
         "loss 2.5",
         "scale 14.29",
         "lr 5.00e-04",
@@ -185,9 +185,9 @@ def test_plain_lines_come_at_the_first_step_every_so_often_and_at_the_last(tmp_p
         "data wait 10%",
         "bad samples 4",
     ):
-        assert f"  {part}" in lines[2]
+        assert f"  {text}" in lines[2]
     assert lines[0].endswith("ETA -")
-    assert lines[2].endswith("ETA 30 s")  # 59 steps of half a second: the slow first step is no measure
+    assert lines[2].endswith("ETA 30 s")  # 59 steps of half a second: the slow first step is not counted
     assert lines[-2].endswith("ETA 0 s")
 
 
@@ -197,11 +197,11 @@ def test_the_display_on_a_terminal_shows_everything(tmp_path: Path, clock: Clock
         for step in range(10):
             clock.now += 2.0
             values = {"loss": 2.5, "loss/clip": 1.5, "scale": 14.0, "lr": 5e-4, "grad_norm": 0.5}
-            run_log.step(step, values, pairs=32, waited=0.5, bad_samples=3)
+            run_log.step(step, values, pairs=32, wait_seconds=0.5, bad_samples=3)
         run_log.evaluation(9, {"val/loss": 0.75})
         run_log.note("a note")
-    shown = console.file.getvalue()
-    for part in (
+    output = console.file.getvalue()
+    for text in (
         "step 10/50",
         "ETA 1 min 20 s",
         "loss/clip",
@@ -213,14 +213,9 @@ def test_the_display_on_a_terminal_shows_everything(tmp_path: Path, clock: Clock
         "bad samples",
         "3",
     ):
-        assert part in shown
-    for part in ("pairs/s", "16", "data wait", "25%", "val/loss", "0.75", "a note\n"):
-        assert part in shown
-
-
-def test_durations_read_well() -> None:
-    spoken = {0.4: "0 s", 59: "59 s", 60: "1 min 0 s", 3599: "59 min 59 s", 12000: "3 h 20 min", 187300: "2 d 4 h"}
-    assert {seconds: duration(seconds) for seconds in spoken} == spoken
+        assert text in output
+    for text in ("pairs/s", "16", "data wait", "25%", "val/loss", "0.75", "a note\n"):
+        assert text in output
 
 
 # ---------------------------------------------------------------- bad samples
@@ -237,24 +232,25 @@ def test_bad_samples_are_listed_and_counted_once(tmp_path: Path) -> None:
     assert bad.total == 4
     assert bad.counts == {"truncated image": 3, "empty caption": 1}
     assert bad.summary() == "truncated image: 3, empty caption: 1"
-    found = rows(tmp_path / "bad_samples.jsonl")
-    assert found[0] == {"key": "0.jpg", "reason": "truncated image", "detail": "cut off", "epoch": 0}
-    assert [row["key"] for row in found] == ["0.jpg", "1.jpg", "2.jpg", "caf\udce9.jpg"]
+    listed = rows(tmp_path / "bad_samples.jsonl")
+    assert listed[0] == {"key": "0.jpg", "reason": "truncated image", "detail": "cut off", "epoch": 0}
+    assert [row["key"] for row in listed] == ["0.jpg", "1.jpg", "2.jpg", "caf\udce9.jpg"]
 
 
-def test_the_budget_is_a_share_of_what_was_seen_but_of_no_fewer_than_a_thousand(tmp_path: Path) -> None:
+def test_the_budget_is_a_fraction_of_at_least_a_thousand_samples_seen(tmp_path: Path) -> None:
     bad = BadSampleLog(tmp_path, budget_fraction=0.01)
     bad.add(entries(0, 1))
     bad.check(samples_seen=10)
     bad.add(entries(1, 10))
-    bad.check(samples_seen=20)  # ten of twenty
+    bad.check(samples_seen=20)  # 10 of 20
     bad.add(entries(10, 11, reason="empty caption"))
-    for seen in (20, 1000, 1099):
+    for samples_seen in (20, 1000, 1099):
         with pytest.raises(UserError, match="more than the budget of 1 %") as caught:
-            bad.check(seen)
+            bad.check(samples_seen)
     assert "11 of the 1,099 samples" in str(caught.value)
     assert "truncated image: 10, empty caption: 1" in str(caught.value)
     assert str(tmp_path / "bad_samples.jsonl") in str(caught.value)
+    assert "--max-bad-fraction" in str(caught.value)
     bad.check(1100)
     strict = BadSampleLog(tmp_path / "strict", budget_fraction=0.0)
     strict.check(10)
@@ -267,7 +263,7 @@ def test_bad_samples_survive_a_resume(tmp_path: Path) -> None:
     first = BadSampleLog(tmp_path)
     first.add(entries(0, 5))
     state = json.loads(json.dumps(first.state_dict()))
-    first.add(entries(5, 8))  # after the checkpoint: these come again
+    first.add(entries(5, 8))  # after the checkpoint: added again by the resumed run
     resumed = BadSampleLog(tmp_path, state=state)
     assert resumed.total == 5
     resumed.add(entries(2, 9, epoch=1))
@@ -278,26 +274,26 @@ def test_bad_samples_survive_a_resume(tmp_path: Path) -> None:
     assert BadSampleLog(tmp_path).total == 0  # a new run
 
 
-# ---------------------------------------------------------------- steps that are not finite
+# ---------------------------------------------------------------- non-finite steps
 
 
-def test_the_guard_stops_after_so_many_in_a_row(tmp_path: Path) -> None:
+def test_the_guard_stops_after_consecutive_non_finite_steps(tmp_path: Path) -> None:
     guard = NonFiniteGuard(tmp_path, limit=3)
     for step, finite in enumerate([True, False, False, True, False, False]):
         guard.step(step, finite, [step, 100 + step])
     assert (guard.total, guard.in_a_row) == (4, 2)
     resumed = NonFiniteGuard(tmp_path, limit=3, start_step=5, state=guard.state_dict())
-    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, .* step 6 .*non_finite\.jsonl"):
+    with pytest.raises(UserError, match=r"not finite in 3 consecutive steps, the last one step 6 .*non_finite\.jsonl"):
         resumed.step(6, False, [6, 106], "loss")
-    found = rows(tmp_path / "non_finite.jsonl")
-    assert [(row["step"], row["samples"]) for row in found] == [(s, [s, 100 + s]) for s in (1, 2, 4, 6)]
-    assert found[-1]["what"] == "loss"
+    listed = rows(tmp_path / "non_finite.jsonl")
+    assert [(row["step"], row["samples"]) for row in listed] == [(s, [s, 100 + s]) for s in (1, 2, 4, 6)]
+    assert listed[-1]["what"] == "loss"
 
 
-def test_the_guard_of_another_rank_writes_nothing_but_stops_as_well(tmp_path: Path) -> None:
+def test_the_guard_of_other_ranks_stops_too_but_writes_nothing(tmp_path: Path) -> None:
     guard = NonFiniteGuard(None, limit=1)
     guard.step(0, True)
-    with pytest.raises(UserError, match="1 steps in a row"):
+    with pytest.raises(UserError, match="1 consecutive steps"):
         guard.step(1, False, [1])
     NonFiniteGuard(tmp_path).step(0, True)
     assert list(tmp_path.iterdir()) == []
@@ -307,13 +303,13 @@ def test_the_guard_of_another_rank_writes_nothing_but_stops_as_well(tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
+def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
         assert stop.requested is None
         signal.raise_signal(number)
         assert stop.requested == number.name
-        signal.raise_signal(signal.SIGINT)  # the launcher's copy of the same Ctrl-C
+        signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, forwarded by a launcher
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested == number.name
     assert signal.getsignal(number) == before
@@ -331,7 +327,7 @@ with log.StopSignal() as stop:
 """
 
 
-def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
+def test_a_second_ctrl_c_kills_the_process() -> None:
     child = subprocess.Popen([sys.executable, "-c", LOOP], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "SIGINT\n"
     child.send_signal(signal.SIGINT)

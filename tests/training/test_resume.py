@@ -1,4 +1,4 @@
-"""A real process of `coalign train`, killed at any moment or asked to stop, then resumed, ends with the run of one that was left alone."""
+"""A `coalign train` process that is killed or stopped at any moment, and resumed, gives the same run as an uninterrupted one."""
 
 import random
 import signal
@@ -6,10 +6,10 @@ import time
 from functools import cache
 
 import pytest
-import tiny
-from test_trainer import assert_equal_runs
+from helpers import tiny
+from helpers.equal_runs import assert_equal_runs
 
-from coalign import cli
+from coalign.cli import main as cli
 
 pytestmark = pytest.mark.slow
 STEPS = 168  # 24 epochs of 7
@@ -17,37 +17,37 @@ OPTIONS = {"epochs": 24, "save_every": 3, "evals": 4}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, pairs, model_file):
-    """threads -> the run that nobody interrupts. A real process, as the others are: bit for bit holds for equal numbers of threads."""
+def uninterrupted(tmp_path_factory, pairs, model_file):
+    """Number of threads -> an uninterrupted run, in a separate process. Runs are bitwise equal only with the same number of threads."""
 
     @cache
     def run(threads):
-        out = tmp_path_factory.mktemp("straight") / "run"
+        out = tmp_path_factory.mktemp("uninterrupted") / "run"
         finish(tiny.train_args(pairs, out, model_file, **OPTIONS), threads)
-        assert steps(out) == STEPS
+        assert num_steps(out) == STEPS
         return out
 
     return run
 
 
 def finish(args, threads):
-    """Runs the command to its end and returns what it printed."""
+    """Runs the command until it ends and returns its output."""
     process = tiny.start(args, threads)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return output
 
 
-def steps(out):
-    """Rows of steps in metrics.jsonl, a torn last line not among them."""
+def num_steps(out):
+    """The number of steps in metrics.jsonl, without a torn last line."""
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
-def wait_for(process, out, wanted):
-    """Until the run has done `wanted` steps. False if it ended before."""
+def wait_for(process, out, steps):
+    """Waits until the run has done `steps` steps. Returns False if it ended before."""
     deadline = time.monotonic() + 300
-    while steps(out) < wanted:
+    while num_steps(out) < steps:
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline
@@ -55,19 +55,19 @@ def wait_for(process, out, wanted):
     return True
 
 
-def interrupt(args, out, number, rng, most, threads=1):
-    """Starts the command, and signals it a few steps beyond where the run was. Returns (exit code, output, whether it was signalled)."""
-    done = steps(out)
+def interrupt(args, out, number, rng, max_steps, threads=1):
+    """Starts the command and signals it after up to `max_steps` more steps. Returns exit code, output, and whether it reached that step."""
+    first_step = num_steps(out)
     process = tiny.start(args, threads)
-    reached = wait_for(process, out, done + rng.randint(1, most))
-    time.sleep(rng.uniform(0, 0.05))  # anywhere in a step, a validation, or a checkpoint being written
+    reached = wait_for(process, out, first_step + rng.randint(1, max_steps))
+    time.sleep(rng.uniform(0, 0.05))  # at any point of a step, a validation or a save
     process.send_signal(number)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output + errors, reached
 
 
 def kill_and_resume(times, seed, pairs, model_file, out, threads=1):
-    """Starts the run, kills it `times` times and lets it end."""
+    """Starts the run, kills and resumes it `times` times, and lets it finish."""
     rng = random.Random(seed)
     killed = 0
     workers = [0, 1, 2, 3] * times
@@ -81,44 +81,44 @@ def kill_and_resume(times, seed, pairs, model_file, out, threads=1):
         assert reached, output
         assert code == -signal.SIGKILL, output
         killed += 1
-    assert "going on at step" in finish(args(), threads)
+    assert "resuming at step" in finish(args(), threads)
 
 
 def weights(out):
-    """The files of the weights, byte for byte."""
+    """The bytes of the weight files."""
     return {name: (out / name / "model.safetensors").read_bytes() for name in ("last", "best")}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_killed_twice(tmp_path, pairs, model_file, straight, threads):
+def test_killed_twice(tmp_path, pairs, model_file, uninterrupted, threads):
     kill_and_resume(2, 0, pairs, model_file, tmp_path / "run", threads)
-    assert_equal_runs(straight(threads), tmp_path / "run")
-    assert weights(tmp_path / "run") == weights(straight(threads))
+    assert_equal_runs(uninterrupted(threads), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(uninterrupted(threads))
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_killed_twenty_times(tmp_path, pairs, model_file, straight):
+def test_killed_twenty_times(tmp_path, pairs, model_file, uninterrupted):
     kill_and_resume(20, 1, pairs, model_file, tmp_path / "run")
-    assert_equal_runs(straight(1), tmp_path / "run")
-    assert weights(tmp_path / "run") == weights(straight(1))
+    assert_equal_runs(uninterrupted(1), tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(uninterrupted(1))
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_asked_to_stop(tmp_path, pairs, model_file, straight):
-    """Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the exit code says that the run is not complete."""
+def test_stop_signals(tmp_path, pairs, model_file, uninterrupted):
+    """Ctrl-C and SIGTERM finish the step, save a checkpoint, and exit with the code of an incomplete run."""
     out, rng = tmp_path / "run", random.Random(2)
     for number, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 0)):
         args = tiny.train_args(pairs, out, model_file, **OPTIONS | {"workers": workers, "resume": "auto"})
         code, output, reached = interrupt(args, out, number, rng, 40)
         assert reached
         assert code == cli.INTERRUPTED, output
-        assert f"Stopped at step {steps(out)}; go on with --resume auto." in output
+        assert f"Stopped at step {num_steps(out)}; continue with --resume auto." in output
         assert "Traceback" not in output
         assert not (out / "results.json").exists()
     args = tiny.train_args(pairs, out, model_file, **OPTIONS | {"resume": "auto"})
     finish(args, threads=1)
-    assert_equal_runs(straight(1), out)
-    assert weights(out) == weights(straight(1))
+    assert_equal_runs(uninterrupted(1), out)
+    assert weights(out) == weights(uninterrupted(1))
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path, pairs, model_file):
@@ -131,5 +131,5 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, pairs, model_file):
     first.kill()
     first.communicate()
     assert second.returncode == 2
-    assert errors.startswith("coalign: The output directory")
+    assert errors.startswith("coalign: The output folder")
     assert f"is in use by process {first.pid}" in errors

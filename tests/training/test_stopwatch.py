@@ -3,39 +3,39 @@ import time
 import pytest
 import torch
 
-from coalign.training.stopwatch import Stopwatch, part
+from coalign.training.stopwatch import Stopwatch, timed
 
 
-def test_parts_without_what_is_within_them():
-    with Stopwatch(torch.device("cpu")) as watch:
+def test_a_stage_excludes_the_time_of_nested_stages(monkeypatch):
+    now = 1000.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    with Stopwatch(torch.device("cpu")) as stopwatch:
         for _ in range(2):
-            with part("step"):
-                time.sleep(0.01)
-                with part("outer"):
-                    time.sleep(0.02)
-                    with part("inner"):
-                        time.sleep(0.04)
-                with part("inner"):
-                    time.sleep(0.01)
-    assert len(watch.steps) == 2
-    for step in watch.steps:
-        assert step == {
-            "step": pytest.approx(0.01, abs=0.008),
-            "outer": pytest.approx(0.02, abs=0.015),
-            "inner": pytest.approx(0.05, abs=0.03),
-        }
-        assert step["inner"] > step["outer"] > step["step"]
+            with timed("step"):
+                sleep(1)
+                with timed("outer"):
+                    sleep(2)
+                    with timed("inner"):
+                        sleep(4)
+                with timed("inner"):
+                    sleep(1)
+    assert stopwatch.steps == [{"step": 1, "outer": 2, "inner": 5}] * 2
 
 
-def test_nothing_is_kept_where_none_runs():
-    with Stopwatch(torch.device("cpu")) as watch:
+def test_nothing_is_recorded_without_a_running_stopwatch():
+    with Stopwatch(torch.device("cpu")) as stopwatch:
         pass
-    with part("step"), part("inner"):
+    with timed("step"), timed("inner"):
         pass
-    assert not watch.steps
+    assert not stopwatch.steps
 
 
-def test_a_part_that_fails_ends():
-    with Stopwatch(torch.device("cpu")) as watch, pytest.raises(KeyError), part("step"), part("inner"):
+def test_a_stage_that_raises_is_closed():
+    with Stopwatch(torch.device("cpu")) as stopwatch, pytest.raises(KeyError), timed("step"), timed("inner"):
         raise KeyError
-    assert set(watch.steps[0]) == {"step", "inner"}
+    assert set(stopwatch.steps[0]) == {"step", "inner"}

@@ -1,4 +1,4 @@
-"""Real processes under torchrun: one is killed, some are fewer than before, two are on machines of their own. The run is the same."""
+"""torchrun: a run is the same with a killed rank, with a changed number of processes, and on two machines."""
 
 import os
 import shutil
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from test_trainer import assert_equal_runs, untimed
+from helpers import tiny
+from helpers.equal_runs import assert_equal_runs, untimed
 
 from coalign.training import checkpoint
 
@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def launch(args, *options, prefix=(), **environment):
-    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, "-m", "coalign.cli", *args]
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, "-m", "coalign", *args]
     return subprocess.Popen(
         command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -37,29 +37,29 @@ def finish(*processes):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, pairs, model_file):
-    """A run of two processes that nobody disturbs."""
+    """An uninterrupted run of two processes."""
     out = tmp_path_factory.mktemp("two") / "run"
     finish(launch(tiny.train_args(pairs, out, model_file, **OPTIONS), "--standalone", "--nproc-per-node=2"))
     assert checkpoint.load(out / "last").trainer["step"] == STEPS
     return out
 
 
-def rows(out):
+def num_steps(out):
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
-def wait_for(process, out, wanted):
+def wait_for(process, out, steps):
     deadline = time.monotonic() + 300
-    while rows(out) < wanted:
+    while num_steps(out) < steps:
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
 def workers(launcher):
-    """Rank -> process, of a launcher's children."""
-    found = {}
+    """Rank -> process id of a launcher's children."""
+    pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -67,12 +67,12 @@ def workers(launcher):
         except (OSError, ValueError):
             continue
         if parent == launcher.pid and "RANK" in values:
-            found[int(values["RANK"])] = int(folder.name)
-    return found
+            pids[int(values["RANK"])] = int(folder.name)
+    return pids
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_started_again_and_the_run_ends_as_undisturbed(tmp_path, pairs, model_file, two, rank):
+def test_a_killed_rank_is_restarted_and_the_run_is_the_same(tmp_path, pairs, model_file, two, rank):
     out = tmp_path / "run"
     args = tiny.train_args(pairs, out, model_file, **OPTIONS)
     process = launch(args, "--standalone", "--nproc-per-node=2", "--max-restarts=2")
@@ -82,8 +82,8 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_undisturbed(tmp_path
     assert_equal_runs(out, two)
 
 
-def test_resumed_by_one_process_it_goes_on_with_the_same_batches(tmp_path, pairs, model_file):
-    """And with the same gradients, up to the order of additions. CLIP: what DeCLIP finds nearest turns on the last digit."""
+def test_a_run_resumed_by_one_process_continues_with_the_same_batches(tmp_path, pairs, model_file):
+    """Gradients are equal up to the order of additions. CLIP, because DeCLIP's nearest neighbors depend on the last digit."""
     out, alone = tmp_path / "run", tmp_path / "alone"
     options = {**OPTIONS, "recipe": "clip"}
     args = tiny.train_args(pairs, out, model_file, **options)
@@ -92,29 +92,28 @@ def test_resumed_by_one_process_it_goes_on_with_the_same_batches(tmp_path, pairs
     for pid in workers(process).values():
         os.kill(pid, signal.SIGTERM)
     process.communicate(timeout=300)
-    done = checkpoint.load(out / "last").trainer["step"]
-    assert 20 <= done < STEPS
+    assert 20 <= checkpoint.load(out / "last").trainer["step"] < STEPS
     finish(tiny.start(args), tiny.start(tiny.train_args(pairs, alone, model_file, **options)))
     losses, expected = ([row["loss"] for row in untimed(folder) if "loss" in row] for folder in (out, alone))
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected, rel=1e-4)
-    ours, theirs = (checkpoint.load(folder / "last").model for folder in (out, alone))
-    # as one vector: Adam moves a bias whose gradient is zero up to rounding by its sign
-    one, other = (torch.cat([value.flatten() for value in weights.values()]) for weights in (ours, theirs))
-    assert (one - other).norm() < 1e-2 * other.norm()
+    weights = [checkpoint.load(folder / "last").model for folder in (out, alone)]
+    # compared as one vector: if a gradient is zero up to rounding, Adam steps by its sign
+    actual, reference = (torch.cat([value.flatten() for value in each.values()]) for each in weights)
+    assert (actual - reference).norm() < 1e-2 * reference.norm()
 
 
 @contextmanager
 def two_machines():
-    """Two network namespaces with a cable between them, or a skipped test that says why."""
+    """Two connected network namespaces. Skips the test if they cannot be created."""
     if not shutil.which("ip") or os.getuid() != 0:
         pytest.skip("network namespaces need root and ip")
     names, links = [f"coalign-{os.getpid()}-{i}" for i in range(2)], [f"ca{os.getpid()}{i}" for i in range(2)]
 
-    def ip(*words):
-        done = subprocess.run(["ip", *words], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+    def ip(*args):
+        completed = subprocess.run(["ip", *args], capture_output=True, text=True)
+        if completed.returncode:
+            pytest.skip(f"network namespaces cannot be created: {completed.stderr.strip()}")
 
     try:
         for name in names:
@@ -131,7 +130,7 @@ def two_machines():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_two_machines_train_as_one(tmp_path, pairs, model_file, two):
+def test_two_machines_train_like_one(tmp_path, pairs, model_file, two):
     out = tmp_path / "run"
     args = tiny.train_args(pairs, out, model_file, **OPTIONS)
     with two_machines() as (names, links):
@@ -146,29 +145,29 @@ def test_two_machines_train_as_one(tmp_path, pairs, model_file, two):
     assert_equal_runs(out, two)
 
 
-DIVIDE = """
-from coalign import cli
-from coalign.divided import is_divided
-from coalign.run import prepare
+SHARD_SMALL_LAYERS = """
+from coalign.cli import main as cli
+from coalign.dtensor import is_sharded
+from coalign.workflows.train import setup
 
-whole = prepare.shard
+original = setup.shard
 
-def shard(method, world):  # of the tiny model's layers none is large enough by itself
-    whole(method, world, least=64)
-    assert sum(map(is_divided, method.parameters())) > 4
+def shard(method, world):  # no layer of the tiny model reaches the default size
+    original(method, world, min_numel=64)
+    assert sum(map(is_sharded, method.parameters())) > 4
 
-prepare.shard = shard
+setup.shard = shard
 raise SystemExit(cli.main())
 """
 
 
-def test_divided_weights_train_as_whole_ones_and_one_process_takes_them_up(tmp_path, pairs, model_file):
-    """--shard: the same run as without, checkpoints in the same form, evaluated by one process while the other waits."""
-    outs = [tmp_path / name for name in ("whole", "divided")]
+def test_sharded_training_equals_unsharded_training(tmp_path, pairs, model_file):
+    """--shard gives the same weights and the same checkpoint format, and one process can evaluate and resume the run."""
+    outs = [tmp_path / name for name in ("unsharded", "sharded")]
     args = [tiny.train_args(pairs, out, model_file, **{**OPTIONS, "recipe": "mcd", "epochs": 3}) for out in outs]
-    (tmp_path / "divide.py").write_text(DIVIDE)
+    (tmp_path / "train_sharded.py").write_text(SHARD_SMALL_LAYERS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, str(tmp_path / "divide.py"), *args[1], "--shard"]
+    command = [*launcher, str(tmp_path / "train_sharded.py"), *args[1], "--shard"]
     finish(
         tiny.start(args[0], processes=2),
         subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
@@ -179,4 +178,4 @@ def test_divided_weights_train_as_whole_ones_and_one_process_takes_them_up(tmp_p
         for key, value in one.items():
             torch.testing.assert_close(value, other[key], rtol=1e-3, atol=2e-5, msg=key)
     assert (outs[1] / "report.html").exists()
-    finish(tiny.start(args[1]))  # alone and without --shard: it finds the run complete
+    finish(tiny.start(args[1]))  # one process without --shard: the run is already complete

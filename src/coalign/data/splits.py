@@ -1,5 +1,4 @@
-"""Train and validation parts of a source that has none: no caption and no image on both sides, and the same sides
-tomorrow."""
+"""Stable train/val splits that share no caption and no image, for sources without splits of their own."""
 
 from __future__ import annotations
 
@@ -14,65 +13,66 @@ from typing import Any
 
 import numpy as np
 
-from coalign.data.common import Fingerprints, Splits, cache_folder, hash64
-from coalign.data.randomness import stable_hash
+from coalign.data.sources.base import Fingerprints, Splits, hash64
 from coalign.errors import BadSample, UserError
+from coalign.files import cache_folder, write_atomically
+from coalign.randomness import stable_hash
 from coalign.types import Source
 
-_LARGE = 0.01  # share of the data from which a group is boilerplate and stays in train
+_LARGE = 0.01  # fraction of the data above which a group counts as boilerplate and stays in train
 _log = logging.getLogger(__name__)
 
 
 def assign_splits(
     source: Source, val_fraction: float = 0.05, seed: int = 0, by: str | None = None
 ) -> tuple[Splits, dict[str, int]]:
-    """The source's own splits; where it has no val, one taken from its train part (or from all of it) by a stable
-    hash.
+    """Returns the source's own splits; if it has no val split, holds one out of train (or of all samples) by a stable hash.
 
-    Samples that share a caption or an identical image file form a group, groups that share a sample are one, and a
-    group goes to one side by the hash of its smallest key, so that data added elsewhere moves nothing. A group of more
-    than 1 % of the data (a caption that is boilerplate) goes to train, as do samples that cannot be used. If the hash
-    leaves val empty, the group with the lowest hash makes it.
+    Samples that share a caption or an identical image file form a group, transitively. Each group is assigned as a whole,
+    by the hash of its smallest key, so adding unrelated data does not move any sample. Groups of more than 1 % of the data
+    (boilerplate captions) and unusable samples go to train. If the hash leaves val empty, val is the group with the
+    lowest hash.
 
-    With `by`, a column of the data such as an author's name, samples with the same value of it form a group instead, and what is held
-    out is by others than what is trained on. Captions may then be on both sides, images not. UserError if no sample has such a
-    value, or the data have their own validation part.
+    With `by`, a column such as the author's name, samples with the same value form a group instead. Train and val then
+    share no value and no image, but may share captions. Raises UserError if no sample has a value, or if the source has
+    its own val split.
 
-    Returns the indices of each split, ascending, and counts for a report: samples per split, `groups`,
-    `largest_group`, `grouped` (samples in groups of two or more), `unusable`.
+    Returns the indices of each split, ascending, and counts for a report: samples per split, `groups`, `largest_group`,
+    `grouped` (samples in groups of two or more), `unusable`.
     """
     own: Splits = dict(getattr(source, "splits", None) or {})
     if "val" in own or (own and "train" not in own):
         if by is not None:
-            raise UserError(f"{source.name} has its own validation part; leave out --val-by {by}.")
+            raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
         return own, {name: len(indices) for name, indices in own.items()}
-    pool = own.get("train", _every(source))
-    draw = lambda: _drawn(source, pool, val_fraction, seed, by)  # noqa: E731
-    in_val, counts = _kept(source, f"{val_fraction} {seed} {by}", draw)
+    pool = own.get("train", _all_indices(source))
+    draw = lambda: _draw_val(source, pool, val_fraction, seed, by)  # noqa: E731
+    in_val, counts = _cached(source, f"{val_fraction} {seed} {by}", draw)
     splits = own | {"train": pool[~in_val], "val": pool[in_val]}
     return splits, {name: len(indices) for name, indices in splits.items()} | counts
 
 
-def _every(source: Source) -> np.ndarray:
-    """All indices, in half of the memory where they are small enough: of a hundred million samples it counts."""
+def _all_indices(source: Source) -> np.ndarray:
+    """All indices, as uint32 if they fit: this saves 400 MB for a hundred million samples."""
     return np.arange(len(source), dtype=np.uint32 if len(source) < 2**32 else np.int64)
 
 
-def _drawn(
+def _draw_val(
     source: Source, pool: np.ndarray, val_fraction: float, seed: int, by: str | None
 ) -> tuple[np.ndarray, dict[str, int]]:
-    prints = fingerprints(source)
-    usable = (prints.caption_counts > 0)[pool]
-    groups = (_groups(prints) if by is None else _groups_by(source, by))[pool]
-    in_val, counts = _val_mask(groups, prints.keys[pool], usable, val_fraction, seed)
+    """Draws the val split of the samples in `pool`: bool [pool], and counts for a report."""
+    hashes = fingerprints(source)
+    usable = (hashes.caption_counts > 0)[pool]
+    groups = (_groups(hashes) if by is None else _groups_by(source, by))[pool]
+    in_val, counts = _val_mask(groups, hashes.keys[pool], usable, val_fraction, seed)
     if by is not None:
-        images = prints.images[pool]
+        images = hashes.images[pool]
         in_val &= ~np.isin(images, images[~in_val & usable])
     return in_val, counts
 
 
 def _groups_by(source: Source, column: str) -> np.ndarray:
-    """One label a sample, equal where it has the same value in this column. Samples without one are groups of their own."""
+    """Group labels, int64 [sample], equal for samples with the same value in `column`. A sample without a value is its own group."""
     labels = np.arange(len(source))
     first: dict[str, int] = {}
     for index in range(len(source)):
@@ -83,35 +83,33 @@ def _groups_by(source: Source, column: str) -> np.ndarray:
         if value:
             labels[index] = first.setdefault(value, index)
     if not first:
-        raise UserError(f"{source.name} has no column {column!r} to hold out by.")
+        raise UserError(f"{source.name} has no column {column!r}; set --val-by to a column of the data.")
     return labels
 
 
-def _kept(
+def _cached(
     source: Source, settings: str, draw: Callable[[], tuple[np.ndarray, dict[str, int]]]
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """What was drawn of a source in this state before, from the cache folder: grouping a hundred million samples takes long."""
+    """Returns `draw()`, cached by the source's stamp and the settings, since grouping a hundred million samples is slow."""
     if not hasattr(source, "stamp"):
         return draw()
-    place = cache_folder() / "splits" / f"{hash64(f'{source.stamp()} {settings}'.encode()):016x}.npz"
+    path = cache_folder() / "splits" / f"{hash64(f'{source.stamp()} {settings}'.encode()):016x}.npz"
     try:
-        with np.load(place, allow_pickle=False) as stored:
+        with np.load(path, allow_pickle=False) as stored:
             counts = dict(zip(stored["names"].tolist(), stored["counts"].tolist()))
             return np.unpackbits(stored["in_val"], count=int(stored["size"])).view(bool), counts
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         in_val, counts = draw()
+    arrays: dict[str, Any] = {"in_val": np.packbits(in_val), "size": len(in_val)}
+    arrays |= {"names": list(counts), "counts": list(counts.values())}
     with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_suffix(f".{os.getpid()}.npz")
-        np.savez(
-            temporary, in_val=np.packbits(in_val), size=len(in_val), names=list(counts), counts=list(counts.values())
-        )
-        os.replace(temporary, place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
     return in_val, counts
 
 
-def nested_share(indices: np.ndarray, fraction: float) -> np.ndarray:
-    """A random share of these samples, at least one, in their order; a smaller share is part of every larger one."""
+def nested_subset(indices: np.ndarray, fraction: float) -> np.ndarray:
+    """A random fraction of `indices` (at least one), in the same order. Smaller fractions are subsets of larger ones."""
     if fraction == 1:
         return indices
     draws = _uniform(indices.astype(np.uint64), 1)
@@ -121,6 +119,7 @@ def nested_share(indices: np.ndarray, fraction: float) -> np.ndarray:
 def _val_mask(
     groups: np.ndarray, keys: np.ndarray, usable: np.ndarray, val_fraction: float, seed: int
 ) -> tuple[np.ndarray, dict[str, int]]:
+    """Whether each sample is in val, bool [sample], and counts of groups."""
     in_val = np.zeros(len(groups), dtype=bool)
     _, group, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
     counts = {
@@ -141,29 +140,33 @@ def _val_mask(
 
 
 def _uniform(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A number in [0, 1) of each 64-bit key (SplitMix64's finaliser)."""
+    """Hashes 64-bit keys to uniform numbers in [0, 1) (SplitMix64's finalizer)."""
     bits = keys ^ np.uint64(stable_hash("split", seed))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def _groups(prints: Fingerprints) -> np.ndarray:
-    """One label a sample, equal exactly where samples are connected by shared images or captions. Unusable samples
-    connect nothing."""
-    counts = prints.caption_counts.astype(np.int64)
+def _groups(hashes: Fingerprints) -> np.ndarray:
+    """Group labels, int64 [sample], equal exactly for samples connected by shared images or captions.
+
+    Unusable samples connect nothing.
+    """
+    counts = hashes.caption_counts.astype(np.int64)
     samples = np.arange(len(counts))
     usable = counts > 0
-    _, images = np.unique(prints.images, return_inverse=True)
-    _, captions = np.unique(prints.captions, return_inverse=True)
+    _, images = np.unique(hashes.images, return_inverse=True)
+    _, captions = np.unique(hashes.captions, return_inverse=True)
     edges_sample = np.concatenate([samples[usable], np.repeat(samples, counts)])
     edges_value = np.concatenate([images[usable], captions + len(samples)])
     return connected_components(len(samples), edges_sample, edges_value)
 
 
 def connected_components(count: int, samples: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The smallest index of each sample's component: [count]. Sample `samples[i]` has the value `values[i]`; equal
-    values connect."""
+    """The smallest index in each sample's connected component: int64 [count].
+
+    Sample `samples[i]` has the value `values[i]`; samples with equal values are connected.
+    """
     labels = np.arange(count)
     lowest = np.empty(int(values.max(initial=-1)) + 1, dtype=labels.dtype)
     while True:
@@ -171,9 +174,8 @@ def connected_components(count: int, samples: np.ndarray, values: np.ndarray) ->
         np.minimum.at(lowest, values, labels[samples])
         merged = labels.copy()
         np.minimum.at(merged, samples, lowest[values])
-        np.minimum.at(
-            merged, labels, merged.copy()
-        )  # the component's present root follows, so that whole components merge at once
+        # The current root follows, so that whole components merge at once.
+        np.minimum.at(merged, labels, merged.copy())
         merged = merged[merged]
         if np.array_equal(merged, labels):
             return labels
@@ -184,8 +186,7 @@ def connected_components(count: int, samples: np.ndarray, values: np.ndarray) ->
 
 
 def fingerprints(source: Source) -> Fingerprints:
-    """The source's own fingerprints, or made by reading every record and image once. Hashes of image files are kept in
-    the cache folder."""
+    """The source's own fingerprints, or those from reading every record and image. Caches the hashes of image files."""
     if hasattr(source, "fingerprints"):
         return source.fingerprints()
     keys = np.zeros(len(source), dtype=np.uint64)
@@ -207,21 +208,21 @@ def fingerprints(source: Source) -> Fingerprints:
 
 
 def _image_hashes(source: Source, usable: np.ndarray) -> np.ndarray:
-    """uint64 [sample], 0 for an image that cannot be read."""
+    """Image hashes, uint64 [sample]; 0 for unusable samples and unreadable images."""
     hashes = np.zeros(len(source), dtype=np.uint64)
     stamps, cache = None, None
-    wanted = np.flatnonzero(usable)
+    missing = np.flatnonzero(usable)
     if hasattr(source, "image_path"):
         stamps = np.array([_stamp(source, index) for index in range(len(source))], dtype=np.uint64)
         cache = cache_folder() / "images" / f"{hash64(os.path.abspath(source.name).encode()):016x}.npy"
-        known_stamps, known_hashes = _load_cache(cache)
-        place = np.minimum(np.searchsorted(known_stamps, stamps), max(0, len(known_stamps) - 1))
-        if len(known_stamps):
-            hashes = np.where(known_stamps[place] == stamps, known_hashes[place], 0).astype(np.uint64)
-            wanted = wanted[hashes[wanted] == 0]
-    if len(wanted):
-        _log.info("reading %s images once to find identical ones", f"{len(wanted):,}")
-        hashes[wanted] = np.fromiter(_hash_images(source, wanted), dtype=np.uint64, count=len(wanted))
+        cached_stamps, cached_hashes = _load_cache(cache)
+        position = np.minimum(np.searchsorted(cached_stamps, stamps), max(0, len(cached_stamps) - 1))
+        if len(cached_stamps):
+            hashes = np.where(cached_stamps[position] == stamps, cached_hashes[position], 0).astype(np.uint64)
+            missing = missing[hashes[missing] == 0]
+    if len(missing):
+        _log.info("hashing %s images to detect duplicates (once)", f"{len(missing):,}")
+        hashes[missing] = np.fromiter(_hash_images(source, missing), dtype=np.uint64, count=len(missing))
         if cache is not None and stamps is not None:
             _store_cache(cache, stamps, hashes)
     return hashes
@@ -235,16 +236,16 @@ def _hash_images(source: Source, indices: np.ndarray) -> Iterable[int]:
             return 0
         return hash64(image if isinstance(image, bytes) else f"{image.shape}".encode() + image.tobytes()) or 1
 
-    def hash_some(start: int) -> list[int]:
+    def hash_chunk(start: int) -> list[int]:
         return [hash_one(index) for index in indices[start : start + 64].tolist()]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for hashes in pool.map(hash_some, range(0, len(indices), 64)):
+        for hashes in pool.map(hash_chunk, range(0, len(indices), 64)):
             yield from hashes
 
 
 def _stamp(source: Any, index: int) -> int:
-    """Hash of an image file's path, size and time of change: as long as it is the same, so is the file."""
+    """Hash of an image file's path, size and modification time, which changes when the file does; 0 if there is no file."""
     try:
         path = source.image_path(index)
         status = os.stat(path)
@@ -255,21 +256,16 @@ def _stamp(source: Any, index: int) -> int:
 
 def _load_cache(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        known = np.load(path, allow_pickle=False)
-        if known.dtype == np.uint64 and known.ndim == 2 and len(known) == 2:
-            return known[0], known[1]
+        cached = np.load(path, allow_pickle=False)
+        if cached.dtype == np.uint64 and cached.ndim == 2 and len(cached) == 2:
+            return cached[0], cached[1]
     except (OSError, ValueError, EOFError):
         pass
     return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64)
 
 
 def _store_cache(path: Path, stamps: np.ndarray, hashes: np.ndarray) -> None:
-    order = np.argsort(stamps)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    sorted_by_stamp = np.stack([stamps, hashes])[:, np.argsort(stamps)]
+    with suppress(OSError):  # if the disk is full or read-only, the next run reads the files again
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.save(file, np.stack([stamps, hashes])[:, order])
-        os.replace(temporary, path)
-    except OSError:  # a full or read-only disk: the files are read again next time
-        temporary.unlink(missing_ok=True)
+        write_atomically(path, lambda temporary: np.save(temporary, sorted_by_stamp))

@@ -1,4 +1,4 @@
-"""Two-way choices: does an image lie nearer to its true caption than to a false one that differs in one thing (SugarCrepe's question)?"""
+"""Compositionality: choices between a true and a false caption that differ in one fact (SugarCrepe), and Winoground's pairs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from coalign.types import DualEncoder, Foil
 
 @dataclass
 class CompositionalityResult:
-    """Accuracies are fractions; a tie counts one half, so that chance is 1/2."""
+    """Accuracies are fractions; a tie counts one half, so chance is 1/2."""
 
-    overall: Metric  # the mean of the kinds' accuracies
+    overall: Metric  # mean over the kinds
     by_kind: dict[str, Metric]
-    by_how: dict[str, Metric]  # of what was replaced, swapped or added: the mean of the kinds' accuracies
+    by_how: dict[str, Metric]  # "replace", "swap" or "add" -> mean over its kinds
     correct: np.ndarray  # float64 [item]: 1, 0, or 1/2 for a tie
-    kinds: np.ndarray  # int64 [item], the position in `by_kind`
-    images: np.ndarray  # int64 [item], the image's index: the bootstrap draws an image with all of its items
+    kinds: np.ndarray  # int64 [item], position in `by_kind`
+    images: np.ndarray  # int64 [item], image index: the bootstrap draws an image with all of its items
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -37,22 +37,23 @@ class CompositionalityResult:
         }
 
     def outcomes(self) -> dict[str, np.ndarray]:
-        """What the accuracies are means of, item by item; each kind's after its name."""
-        found = {"mean_per_kind": self.correct, "classes": self.kinds}
+        """Returns the per-item values behind the accuracies, overall and for each kind."""
+        outcomes = {"mean_per_kind": self.correct, "classes": self.kinds}
         for number, kind in enumerate(self.by_kind):
             rows = self.kinds == number
-            found |= {f"{kind}.accuracy": self.correct[rows], f"{kind}.clusters": self.images[rows]}
-        return found
+            outcomes |= {f"{kind}.accuracy": self.correct[rows], f"{kind}.clusters": self.images[rows]}
+        return outcomes
 
 
-def choose_captions(
-    model: DualEncoder, images: ImageEmbeds, foils: Sequence[Foil], batch_size: int = 256
-) -> Evaluation:
-    """Scores the foils whose images could be read. UserError if there are none."""
+def evaluate_foils(model: DualEncoder, images: ImageEmbeds, foils: Sequence[Foil], batch_size: int = 256) -> Evaluation:
+    """Evaluates whether each foil's image is more similar to the true caption than to the false one.
+
+    Foils of unreadable images are dropped. Raises UserError if none is left.
+    """
     row = {index: number for number, index in enumerate(images.indices)}
     foils = [foil for foil in foils if foil.index in row]
     if not foils:
-        raise UserError("There is nothing to choose between: no image with a false caption could be read.")
+        raise UserError("There is nothing to evaluate: no image with a false caption could be read.")
     true, false = (
         embed_texts(model, [getattr(foil, side) for foil in foils], batch_size) for side in ("true", "false")
     )
@@ -61,18 +62,18 @@ def choose_captions(
     correct = np.where(np.abs(margins) <= TIE, 0.5, margins > 0)
     names = list(dict.fromkeys(foil.kind for foil in foils))
     kinds = np.array([names.index(foil.kind) for foil in foils])
-    owners = np.array([foil.index for foil in foils])
+    image_indices = np.array([foil.index for foil in foils])
     hows = np.array([foil.how for foil in foils])
     result = CompositionalityResult(
         overall=metrics.mean_per_class(correct, kinds),
-        by_kind={name: metrics.mean(correct[kinds == k], owners[kinds == k]) for k, name in enumerate(names)},
+        by_kind={name: metrics.mean(correct[kinds == k], image_indices[kinds == k]) for k, name in enumerate(names)},
         by_how={
             how: metrics.mean_per_class(correct[hows == how], kinds[hows == how])
             for how in dict.fromkeys(hows.tolist())
         },
         correct=correct,
         kinds=kinds,
-        images=owners,
+        images=image_indices,
     )
     texts = [text for foil in foils for text in (foil.true, foil.false)]
     return Evaluation(result, images, texts, true)
@@ -80,32 +81,34 @@ def choose_captions(
 
 @dataclass
 class PairsResult:
-    """Shares of the examples (Winoground's scores): a tie is wrong, as it is there."""
+    """Winoground's scores, as fractions of the examples; a tie counts as wrong, as in the paper."""
 
-    text: Metric  # each image lies nearer to its own caption than to the other
-    image: Metric  # each caption lies nearer to its own image than to the other
+    text: Metric  # each image is more similar to its own caption than to the other
+    image: Metric  # each caption is more similar to its own image than to the other
     group: Metric  # both
 
     def to_json(self) -> dict[str, Any]:
-        chances = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}  # of four random similarities
-        named = {name: {**metric.to_json(), "chance": chances[name]} for name, metric in vars(self).items()}
-        return {"task": "image_caption_selection", **named}
+        chances = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}  # for four random similarities
+        scores = {name: {**metric.to_json(), "chance": chances[name]} for name, metric in vars(self).items()}
+        return {"task": "image_caption_selection", **scores}
 
 
-def tell_pairs_apart(model: DualEncoder, images: ImageEmbeds, captions: Callable[[int], str]) -> PairsResult:
-    """Scores examples of two images, of the indices 2 i and 2 i + 1; those of which an image could not be read are left out. UserError if
-    none is left."""
+def evaluate_pairs(model: DualEncoder, images: ImageEmbeds, captions: Callable[[int], str]) -> PairsResult:
+    """Computes Winoground's scores on examples of two images each, with indices 2 i and 2 i + 1.
+
+    Examples with an unreadable image are dropped. Raises UserError if none is left.
+    """
     row = {index: number for number, index in enumerate(images.indices)}
     firsts = [index for index in row if index % 2 == 0 and index + 1 in row]
     if not firsts:
-        raise UserError("There is nothing to tell apart: no pair of images could be read.")
+        raise UserError("There is nothing to evaluate: no pair of images could be read.")
     pairs = [index for first in firsts for index in (first, first + 1)]
     texts = embed_texts(model, [captions(index) for index in pairs])
     embeds = images.embeds[[row[index] for index in pairs]]
     # [example, image, caption]
     cosines = torch.bmm(embeds.view(len(firsts), 2, -1), texts.view(len(firsts), 2, -1).mT)
-    own = cosines.diagonal(dim1=1, dim2=2)  # of image i and caption i
-    crossed = cosines.flip(2).diagonal(dim1=1, dim2=2)  # of image i and the other caption
-    text, image = (own > crossed + TIE).all(1), (own > crossed.flip(1) + TIE).all(1)
+    matched = cosines.diagonal(dim1=1, dim2=2)  # image i with caption i
+    crossed = cosines.flip(2).diagonal(dim1=1, dim2=2)  # image i with the other caption
+    text, image = (matched > crossed + TIE).all(1), (matched > crossed.flip(1) + TIE).all(1)
     scores = {"text": text, "image": image, "group": text & image}
     return PairsResult(**{name: metrics.mean(score.double().numpy()) for name, score in scores.items()})

@@ -1,4 +1,4 @@
-"""What a text beside the image does for a model that takes both as one input (OneR, "Text-guided Visual Reasoning")."""
+"""Text-guided classification, for a model that takes image and text as one input (OneR, "Text-guided Visual Reasoning")."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from coalign.evaluation.metrics import Metric
 from coalign.evaluation.zero_shot import class_weights
 from coalign.types import DualEncoder, JointEncoder
 
-_ROWS = 256  # inputs a call
+_BATCH_SIZE = 256  # inputs per call
 
 
 @dataclass
 class GuidanceResult:
-    """Accuracies are fractions of the same items, so that their differences are paired."""
+    """Accuracies are fractions of the same items, so their difference is paired."""
 
-    plain: Metric  # by the image alone
-    guided: Metric  # by the image with a text
+    plain: Metric  # of the image alone
+    guided: Metric  # of the image with a text
     difference: Metric
     plain_correct: np.ndarray  # float64 [item]
     guided_correct: np.ndarray  # float64 [item]
@@ -36,16 +36,18 @@ class GuidanceResult:
         return {"task": "guidance", "items": len(self.plain_correct), **named}
 
 
-def _result(plain: np.ndarray, guided: np.ndarray, clusters: np.ndarray) -> GuidanceResult:
-    one, other, difference = (metrics.mean(values, clusters) for values in (plain, guided, guided - plain))
-    return GuidanceResult(one, other, difference, plain, guided)
+def _result(plain_correct: np.ndarray, guided_correct: np.ndarray, clusters: np.ndarray) -> GuidanceResult:
+    plain, guided, difference = (
+        metrics.mean(values, clusters) for values in (plain_correct, guided_correct, guided_correct - plain_correct)
+    )
+    return GuidanceResult(plain, guided, difference, plain_correct, guided_correct)
 
 
 @torch.no_grad()
 def _embed_joint(encode_joint: JointEncoder, pixels: Tensor, texts: Sequence[str]) -> Tensor:
     parts = [
-        encode_joint(pixels[start : start + _ROWS], texts[start : start + _ROWS]).float().cpu()
-        for start in range(0, len(texts), _ROWS)
+        encode_joint(pixels[start : start + _BATCH_SIZE], texts[start : start + _BATCH_SIZE]).float().cpu()
+        for start in range(0, len(texts), _BATCH_SIZE)
     ]
     return F.normalize(torch.cat(parts), dim=-1)
 
@@ -59,55 +61,60 @@ def bootstrapped_guidance(
     templates: Sequence[str],
     top_k: int = 10,
 ) -> GuidanceResult:
-    """OneR's Table 3: an image's `top_k` likeliest classes are each put beside the image, and that input is compared with the class once
-    more; the likeliest then is the guided answer. No label is shown to the model. Batches as for `classify`."""
+    """Classifies images again with their own first predictions beside them (OneR, Table 3).
+
+    Each of an image's `top_k` predicted classes is written beside the image, and the joint embedding is compared with that class; the
+    guided prediction is the best of them. The labels serve for evaluation only. Raises UserError if no image has a label.
+    """
     weights = class_weights(model, classnames, templates)
-    plain, guided, rows = [], [], []
+    plain, guided, image_indices = [], [], []
     for indices, pixels, _ in batches:
-        kept = [row for row, index in enumerate(indices) if index in labels]
-        if not kept:
+        labeled = [row for row, index in enumerate(indices) if index in labels]
+        if not labeled:
             continue
-        images = embed_images(model, [([indices[row] for row in kept], pixels[kept], [])])
+        images = embed_images(model, [([indices[row] for row in labeled], pixels[labeled], [])])
         top = (images.embeds @ weights.T).topk(min(top_k, len(classnames)), dim=1).indices  # [image, candidate]
-        texts = [templates[0].replace("{}", classnames[c]) for row in top.tolist() for c in row]
-        joint = _embed_joint(encode_joint, pixels[kept].repeat_interleave(top.shape[1], 0), texts)
-        again = (joint.view(*top.shape, -1) * weights[top]).sum(-1)  # [image, candidate]
-        truth = torch.tensor([labels[index] for index in images.indices])
-        plain += (top[:, 0] == truth).tolist()
-        guided += (top.gather(1, again.argmax(1, keepdim=True))[:, 0] == truth).tolist()
-        rows += images.indices
-    if not rows:
-        raise UserError("There is nothing to classify: no image has one of the classes as its label.")
-    return _result(np.array(plain, float), np.array(guided, float), np.array(rows))
+        texts = [templates[0].replace("{}", classnames[c]) for candidates in top.tolist() for c in candidates]
+        joint = _embed_joint(encode_joint, pixels[labeled].repeat_interleave(top.shape[1], 0), texts)
+        guided_scores = (joint.view(*top.shape, -1) * weights[top]).sum(-1)  # [image, candidate]
+        targets = torch.tensor([labels[index] for index in images.indices])
+        plain += (top[:, 0] == targets).tolist()
+        guided += (top.gather(1, guided_scores.argmax(1, keepdim=True))[:, 0] == targets).tolist()
+        image_indices += images.indices
+    if not image_indices:
+        raise UserError("There is nothing to classify: no image has a label that is one of the classes.")
+    return _result(np.array(plain, float), np.array(guided, float), np.array(image_indices))
 
 
 @dataclass(frozen=True)
 class GuidedQuery:
-    """What is to be said of one thing in an image: `guide` names the thing, `answers` are the texts to choose from."""
+    """A classification of one object in an image: `guide` names the object, `candidates` are the texts to choose from."""
 
     index: int
     guide: str
-    answers: tuple[str, ...]
-    right: int  # position in `answers`
+    candidates: tuple[str, ...]
+    target: int  # position in `candidates`
 
 
-def guided_answers(
-    model: DualEncoder, encode_joint: JointEncoder, image_of: Callable[[int], Tensor], queries: Sequence[GuidedQuery]
+def guided_classification(
+    model: DualEncoder, encode_joint: JointEncoder, load_image: Callable[[int], Tensor], queries: Sequence[GuidedQuery]
 ) -> GuidanceResult:
-    """Text-guided classification: the answer nearest to the image alone, and to the image with the guide beside it. `image_of`: index ->
-    uint8 [3, side, side]."""
+    """Chooses among each query's candidates, by the image alone and by the image with the guide beside it.
+
+    `load_image`: index -> uint8 [3, side, side]. Raises UserError if there are no queries.
+    """
     if not queries:
-        raise UserError("There is nothing to ask: no image shows a thing that a text alone can name.")
-    answers = embed_texts(model, [answer for query in queries for answer in query.answers])
-    groups = answers.split([len(query.answers) for query in queries])
-    pixels = torch.stack([image_of(query.index) for query in queries])
+        raise UserError("There is nothing to classify: no image has an object that a text identifies uniquely.")
+    candidates = embed_texts(model, [candidate for query in queries for candidate in query.candidates])
+    groups = candidates.split([len(query.candidates) for query in queries])
+    pixels = torch.stack([load_image(query.index) for query in queries])
     indices = [query.index for query in queries]
-    chunks = (slice(start, start + _ROWS) for start in range(0, len(queries), _ROWS))
-    alone = embed_images(model, ((indices[rows], pixels[rows], []) for rows in chunks)).embeds
-    joint = _embed_joint(encode_joint, pixels, [query.guide for query in queries])
+    chunks = (slice(start, start + _BATCH_SIZE) for start in range(0, len(queries), _BATCH_SIZE))
+    image_embeds = embed_images(model, ((indices[rows], pixels[rows], []) for rows in chunks)).embeds
+    joint_embeds = _embed_joint(encode_joint, pixels, [query.guide for query in queries])
 
     def correct(embeds: Tensor) -> np.ndarray:
-        chosen = [int((group @ embed).argmax()) for group, embed in zip(groups, embeds)]
-        return np.array([float(choice == query.right) for choice, query in zip(chosen, queries)])
+        predictions = [int((group @ embed).argmax()) for group, embed in zip(groups, embeds)]
+        return np.array([float(predicted == query.target) for predicted, query in zip(predictions, queries)])
 
-    return _result(correct(alone), correct(joint), np.array(indices))
+    return _result(correct(image_embeds), correct(joint_embeds), np.array(indices))

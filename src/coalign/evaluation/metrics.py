@@ -1,9 +1,8 @@
-"""Figures with bootstrap intervals: accuracy, mean per class, R@K, median rank.
+"""Metrics with bootstrap intervals: accuracy, mean per class, R@K, median rank.
 
-An interval is the bootstrap percentile interval over the evaluated items: it says how far the figure would move with
-another sample of items of the same kind, not with another training run, which `over_runs` says. With one item, or when
-every item agrees, it has no width. Ties are not broken by position: a figure is its expectation when tied candidates are
-put in random order, so a collapsed model scores exactly chance.
+An interval is the bootstrap percentile interval over the evaluated items. It covers the choice of items, not the training run;
+`over_runs` covers the latter. Its width is zero for a single item, and when all items agree. Ties are not broken by position: a metric
+is its expected value under a random order of the tied candidates, so a collapsed model scores exactly chance.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from coalign.errors import UserError
 
 REPLICATES = 1000
 LEVEL = 0.95
-TIE = 1e-6  # float32 cosines closer than this are equal: their last digits depend on how the sum was blocked
-_CHUNK = 4_000_000  # numbers held at a time
+TIE = 1e-6  # float32 cosines closer than this are equal: their last digits depend on the order of summation
+_CHUNK = 4_000_000  # numbers in memory at a time
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure with its interval; `n` is the number of items it was measured on. Rates are fractions, not per cent."""
+    """A value with its interval; `n` is the number of evaluated items. Rates are fractions, not percentages."""
 
     value: float
     low: float
@@ -36,14 +35,14 @@ class Metric:
 
 
 def mean(scores: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Metric:
-    """Mean of scores [item]; the interval comes from resampling items, or whole `clusters` of items (int [item])."""
-    scores = _checked(scores)
+    """Returns the mean of scores [item]; the interval resamples items, or whole `clusters` of items (int [item])."""
+    scores = _as_float64(scores)
     if clusters is None:
         sums, counts = scores, np.ones(len(scores))
     else:
         _, inverse = np.unique(clusters, return_inverse=True)
         sums, counts = np.bincount(inverse, scores), np.bincount(inverse).astype(float)
-    # Equal clusters are interchangeable: drawing how often each kind of cluster comes is the same, and far cheaper.
+    # Equal clusters are interchangeable, and drawing the count of each kind of cluster is far cheaper.
     kinds, multiplicity = np.unique(np.stack([sums, counts], 1), axis=0, return_counts=True)
     draws = [
         (weights @ kinds[:, 0]) / (weights @ kinds[:, 1]) for weights in _resamples(multiplicity, len(kinds), seed)
@@ -52,12 +51,12 @@ def mean(scores: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) 
 
 
 def mean_per_class(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> Metric:
-    """Mean over the classes that occur of the mean score within the class; scores and labels [item].
+    """Returns the mean of the per-class means of scores, over the classes that occur; scores and labels [item].
 
-    The bootstrap is stratified: items are resampled within their class. Plain resampling would now and then lose a
-    small class altogether, for which the figure is then undefined. A class with one item adds nothing to the width.
+    The bootstrap is stratified: items are resampled within their class. Plain resampling would sometimes drop a small class entirely,
+    and the metric would be undefined. A class with one item adds nothing to the width.
     """
-    scores = _checked(scores)
+    scores = _as_float64(scores)
     classes, labels = np.unique(labels, return_inverse=True)
     draws = np.zeros(REPLICATES)
     for label in range(len(classes)):
@@ -68,26 +67,26 @@ def mean_per_class(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> Met
 
 
 def per_class(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Mean score of each class [class]; NaN for a class without items."""
+    """Returns the mean score of each class [class]; NaN for a class without items."""
     counts = np.bincount(labels, minlength=num_classes)
     sums = np.bincount(labels, scores, minlength=num_classes)
     return np.divide(sums, counts, out=np.full(num_classes, np.nan), where=counts > 0)
 
 
 def median(values: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Metric:
-    """Median of values [item] (the mean of the middle two of an even number); resampled as in `mean`."""
-    values = _checked(values)
+    """Returns the median of values [item] (the mean of the middle two if their number is even), resampled as in `mean`."""
+    values = _as_float64(values)
     return _metric(float(np.median(values)), _median_draws(values, clusters, seed), len(values))
 
 
 def mean_median(
     values: Sequence[np.ndarray], clusters: np.ndarray, minus: Sequence[np.ndarray] = (), seed: int = 0
 ) -> Metric:
-    """The mean over runs of each run's median of values [item], less the same of other runs on the same items if there are any.
+    """Returns the mean over runs of each run's median of values [item], minus the mean of the `minus` runs' medians if there are any.
 
-    The same draws of items are taken for every run, so that the interval of a difference is that of paired runs.
+    All runs share the same resamples of items, so the interval of a difference is paired.
     """
-    runs, others = ([_checked(run) for run in side] for side in (values, minus))
+    runs, others = ([_as_float64(run) for run in side] for side in (values, minus))
     draws = np.mean([_median_draws(run, clusters, seed) for run in runs], axis=0)
     value = float(np.mean([np.median(run) for run in runs]))
     if others:
@@ -97,7 +96,7 @@ def mean_median(
 
 
 def _median_draws(values: np.ndarray, clusters: np.ndarray | None, seed: int) -> np.ndarray:
-    """The median of every resample [replicate]; with clusters, the same resamples for any values."""
+    """Returns the median of every resample [replicate]; with clusters, the resamples do not depend on the values."""
     if clusters is None:
         ordered, multiplicity = np.unique(values, return_counts=True)
         group = np.arange(len(ordered))
@@ -108,65 +107,65 @@ def _median_draws(values: np.ndarray, clusters: np.ndarray | None, seed: int) ->
         multiplicity = np.ones(inverse.max() + 1, dtype=int)
     draws = []
     for weights in _resamples(multiplicity, len(ordered), seed):
-        passed = np.cumsum(weights[:, group], axis=1)  # [replicate, value]: how many items up to here
-        total = passed[:, -1:]
-        lower = ordered[np.argmax(passed > (total - 1) // 2, axis=1)]
-        upper = ordered[np.argmax(passed > total // 2, axis=1)]
+        cumulative = np.cumsum(weights[:, group], axis=1)  # [replicate, value]: number of items up to this value
+        total = cumulative[:, -1:]
+        lower = ordered[np.argmax(cumulative > (total - 1) // 2, axis=1)]
+        upper = ordered[np.argmax(cumulative > total // 2, axis=1)]
         draws.append((lower + upper) / 2)
     return np.concatenate(draws)
 
 
 def over_runs(values: Sequence[float], minus: Sequence[float] | None = None) -> tuple[float, float] | None:
-    """95 % t-interval of the mean of a figure over runs that differ in their seed, or of its difference to other runs' mean (Welch).
+    """Returns the 95 % t-interval of a metric's mean over runs with different seeds, or of the difference from `minus` (Welch).
 
-    It says how far another choice of seeds would move the figure on the same items. None with a single run on a side.
+    It covers the choice of seeds, on the same items. Returns None if either side has a single run.
     """
-    from scipy.special import stdtrit  # not at the top: training starts without it
+    from scipy.special import stdtrit  # imported late: training does not need it
 
     sides = [np.asarray(side, dtype=np.float64) for side in (values, minus) if side is not None]
     if any(len(side) < 2 for side in sides):
         return None
-    squares = [side.var(ddof=1) / len(side) for side in sides]  # of the standard errors
-    freedom = sum(squares) ** 2 / max(sum(s**2 / (len(side) - 1) for s, side in zip(squares, sides)), 1e-300)
-    half = float(stdtrit(max(1.0, freedom), (1 + LEVEL) / 2) * sum(squares) ** 0.5)
-    middle = float(sides[0].mean() - (sides[1].mean() if len(sides) > 1 else 0))
-    return middle - half, middle + half
+    variances = [side.var(ddof=1) / len(side) for side in sides]  # squared standard errors
+    freedom = sum(variances) ** 2 / max(sum(v**2 / (len(side) - 1) for v, side in zip(variances, sides)), 1e-300)
+    half_width = float(stdtrit(max(1.0, freedom), (1 + LEVEL) / 2) * sum(variances) ** 0.5)
+    center = float(sides[0].mean() - (sides[1].mean() if len(sides) > 1 else 0))
+    return center - half_width, center + half_width
 
 
-def hit_probability(better: np.ndarray, tied_wrong: np.ndarray, tied_right: np.ndarray, k: int) -> np.ndarray:
-    """Probability that one of the first `k` places holds a right candidate, when tied candidates stand in random order.
+def hit_probability(better: np.ndarray, tied_incorrect: np.ndarray, tied_correct: np.ndarray, k: int) -> np.ndarray:
+    """Returns the probability of a correct candidate among the top `k`, if tied candidates are in random order.
 
-    Per query: `better` wrong candidates stand before the best right one; `tied_wrong` wrong and `tied_right` right ones
-    (itself included) are tied with it. All candidates tied gives the level of chance.
+    Per query: `better` incorrect candidates rank above the best correct one; `tied_incorrect` incorrect and `tied_correct` correct
+    candidates (itself included) are tied with it. If all candidates are tied, this is the chance level.
     """
-    places = np.maximum(k - better, 0)
+    slots = np.maximum(k - better, 0)
     miss = np.ones(np.shape(better), dtype=np.float64)
-    for place in range(k):  # the chance that this place, too, gets a wrong one
-        wrong_left = np.maximum(tied_wrong - place, 0)
-        miss *= np.where(place < places, wrong_left / np.maximum(wrong_left + tied_right, 1), 1.0)
+    for slot in range(k):  # the probability that this slot is incorrect too
+        remaining = np.maximum(tied_incorrect - slot, 0)
+        miss *= np.where(slot < slots, remaining / np.maximum(remaining + tied_correct, 1), 1.0)
     return 1 - miss
 
 
-def chance_median_rank(wrong: np.ndarray, right: np.ndarray) -> float:
-    """The rank that a random order does not exceed for half of the queries; each has `wrong` and `right` candidates."""
-    kinds, weights = np.unique(np.stack([wrong, right], 1), axis=0, return_counts=True)
-    wrong_t, total = torch.from_numpy(kinds[:, 0]).double(), torch.from_numpy(kinds.sum(1)).double()
+def chance_median_rank(incorrect: np.ndarray, correct: np.ndarray) -> float:
+    """Returns the median rank under a random order, for queries with `incorrect` and `correct` candidates each (int [query])."""
+    kinds, weights = np.unique(np.stack([incorrect, correct], 1), axis=0, return_counts=True)
+    num_incorrect, total = torch.from_numpy(kinds[:, 0]).double(), torch.from_numpy(kinds.sum(1)).double()
 
-    def found(rank: int) -> float:  # share of queries whose best right candidate is among the first `rank`
-        log_miss = wrong_t.add(1).lgamma() - (wrong_t - rank).clamp(min=0).add(1).lgamma()
+    def hit_rate(rank: int) -> float:  # fraction of queries with a correct candidate among the first `rank`
+        log_miss = num_incorrect.add(1).lgamma() - (num_incorrect - rank).clamp(min=0).add(1).lgamma()
         log_miss = log_miss - total.add(1).lgamma() + (total - rank).clamp(min=0).add(1).lgamma()
-        miss = torch.where(wrong_t >= rank, log_miss.exp(), 0.0).numpy()
+        miss = torch.where(num_incorrect >= rank, log_miss.exp(), 0.0).numpy()
         return float(1 - (miss * weights).sum() / weights.sum())
 
     low, high = 1, int(total.max())
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if found(middle) >= 0.5 - 1e-9 else (middle + 1, high)
+        low, high = (low, middle) if hit_rate(middle) >= 0.5 - 1e-9 else (middle + 1, high)
     return float(low)
 
 
 def _resamples(multiplicity: np.ndarray, width: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each kind comes, int [some replicates, kind], REPLICATES rows in all; `width` bounds the memory."""
+    """Yields the count of each kind, int [replicate, kind], in chunks of REPLICATES rows in total; `width` bounds the memory."""
     generator = np.random.default_rng(seed)
     n = int(multiplicity.sum())
     chunk = max(1, _CHUNK // max(width, len(multiplicity)))
@@ -179,7 +178,9 @@ def _metric(value: float, draws: np.ndarray, n: int) -> Metric:
     return Metric(value, float(low), float(high), n)
 
 
-def _checked(scores: np.ndarray) -> np.ndarray:
+def _as_float64(scores: np.ndarray) -> np.ndarray:
     if len(scores) == 0:
-        raise UserError("There is nothing to evaluate: the data gave 0 usable items; check the data set and its split.")
+        raise UserError(
+            "There is nothing to evaluate: the data has no usable samples; check the dataset and its split."
+        )
     return np.asarray(scores, dtype=np.float64)

@@ -1,8 +1,7 @@
 """Prompt templates and class names for zero-shot classification.
 
-The templates of the papers' eleven data sets are those published with CLIP (Radford et al. 2021; data/prompts.md of
-openai/CLIP), and ImageNet's eighty come from open_clip, so that figures can be compared. In a template, `{}` is the
-place of the class name.
+The templates of the papers' eleven datasets are those published with CLIP (Radford et al. 2021; data/prompts.md of openai/CLIP), and
+ImageNet's eighty come from open_clip, so results are comparable. In a template, `{}` stands for the class name.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ DEFAULT = ("a photo of a {}.",)
 
 
 def _articles(*patterns: str) -> tuple[str, ...]:
-    """Each pattern with "a" and with "the" in the place of `*`."""
+    """Returns each pattern with `*` replaced by "a" and by "the"."""
     return tuple(pattern.replace("*", article) for article in ("a", "the") for pattern in patterns)
 
 
@@ -61,12 +60,15 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 class ClassName(NamedTuple):
-    label: str  # what the data call the class: a folder, a tag, a column's value
-    name: str  # what the prompt calls it
+    label: str  # its label in the data: a folder, a tag, a column's value
+    name: str  # its name in the prompts
 
 
 def templates(name: str) -> list[str]:
-    """The templates of a data set (a key of TEMPLATES, or "imagenet"), or of a text file with one template a line."""
+    """Returns the templates of a dataset (a key of TEMPLATES, or "imagenet"), or of a text file with one template per line.
+
+    Raises UserError if it is neither, or the file holds no usable templates.
+    """
     if name == "imagenet":
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
@@ -75,28 +77,31 @@ def templates(name: str) -> list[str]:
         return list(TEMPLATES[name])
     if not Path(name).is_file():
         known = ", ".join([*TEMPLATES, "imagenet"])
-        raise UserError(f"No prompt templates are called {name!r}, nor is there such a file; known are {known}.")
+        raise UserError(f"{name!r} is neither a file nor a set of prompt templates; choose a file, {known}.")
     lines = [line for _, line in _lines(Path(name), "templates")]
-    return checked_templates(lines, name)
+    check_templates(lines, name)
+    return lines
 
 
-def checked_templates(lines: Sequence[str], where: str = "the templates") -> list[str]:
-    """The templates themselves; UserError where one has no place for the class name."""
+def check_templates(lines: Sequence[str], source: str = "the templates") -> None:
+    """Raises UserError if a template lacks a placeholder for the class name, or there are no templates."""
     for line in lines:
         if "{}" not in line:
-            raise UserError(f"The template {line!r} in {where} has no {{}}; write {{}} where the class name goes.")
+            raise UserError(f"The template {line!r} in {source} has no {{}}; write {{}} where the class name goes.")
     if not lines:
-        raise UserError(f"There is no template in {where}; give at least one, such as 'a photo of a {{}}.'.")
-    return list(lines)
+        raise UserError(f"There are no templates in {source}; give at least one, such as 'a photo of a {{}}.'.")
 
 
 def read_classes(path: Path) -> list[ClassName]:
-    """The user's classes, one a line: `name`, or `label = name` if the data have another word for the class."""
+    """Reads a classes file with one class per line: `name`, or `label = name` if the data uses another label.
+
+    Raises UserError if the file is unreadable, or has malformed lines or duplicates.
+    """
     classes = []
     for number, line in _lines(path, "classes"):
         label, _, name = (part.strip() for part in line.partition("="))
         if not label or ("=" in line and not name):
-            raise UserError(f"Line {number} of {path} is {line!r}; a line is a class name, or `label = name`.")
+            raise UserError(f"Line {number} of {path} is {line!r}, but must be a class name or `label = name`.")
         classes.append(ClassName(label, name or label))
     check_distinct([entry.label for entry in classes], f"label in {path}")
     check_distinct([entry.name for entry in classes], f"class name in {path}")
@@ -104,20 +109,20 @@ def read_classes(path: Path) -> list[ClassName]:
 
 
 def check_distinct(names: Sequence[str], what: str = "class name") -> None:
-    """UserError for a name that comes twice, since neither class could win over the other, or when there is none."""
+    """Raises UserError for a repeated name, as the two classes would always tie, and if there are no names."""
     if not names:
         raise UserError(f"There is no {what}; give at least one.")
     first: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if name in first:
             raise UserError(
-                f"The {what} {name!r} comes twice (entries {first[name]} and {number}); make the names distinct."
+                f"The {what} {name!r} is repeated (entries {first[name]} and {number}); make the names distinct."
             )
         first[name] = number
 
 
 def _lines(path: Path, what: str) -> list[tuple[int, str]]:
-    """Numbered lines that are not blank."""
+    """Returns the non-blank lines of a file with their numbers."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,1 +1,1 @@
-"""Models in the forms of other libraries."""
+"""Models in the formats of other libraries: load and export."""

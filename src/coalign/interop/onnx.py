@@ -1,4 +1,4 @@
-"""Models as ONNX graphs, which onnxruntime runs without PyTorch (extra "onnx"): image.onnx, text.onnx and, for one tower, joint.onnx."""
+"""ONNX graphs, which onnxruntime runs without PyTorch (extra "onnx"): image.onnx, text.onnx and, for OneR, joint.onnx."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.networks.towers import ImageTower, TextFeatures, TextTower
+from coalign.networks.towers.image import ImageTower
+from coalign.networks.towers.text import TextFeatures, TextTower
 from coalign.networks.transformer import is_plain
 from coalign.networks.unified import UnifiedTower
 from coalign.types import DualEncoder
 
-INFO = "onnx_model.json"  # what a client must know: image size, context length, special tokens, logit scale
+INFO = "onnx_model.json"  # image size, context length, special tokens and logit scale, for clients
 OPSET = 18
 _MISSING = 'ONNX needs the extra "onnx": pip install "coalign[onnx]".'
 
@@ -36,22 +37,24 @@ def to_onnx(
     context_length: int,
     folder: Path,
 ) -> None:
-    """Writes a graph for each of `encode`: name -> function of the (dense copy of the) method that gives its encode function of pixels, of
-    token ids and lengths, or of all three. `inputs`: an example of each graph's inputs, uint8 pixels [batch, 3, side, side] and int64 ids
-    [batch, token]. A graph takes any batch and up to `context_length` tokens; a text ends at its first end token.
+    """Writes one graph per entry of `encode` to `folder`.
+
+    encode: graph name -> function from a dense copy of the method to its encode function of pixels, of token ids and lengths, or of all
+    three. inputs: graph name -> example inputs, uint8 pixels [batch, 3, side, side] and int64 ids [batch, token]. A graph accepts any batch
+    size and up to `context_length` tokens; a text ends at its first end token.
     """
     try:
-        import onnxscript  # noqa: F401  the exporter's own
+        import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError:
         raise UserError(_MISSING) from None
-    dense = densely(method)
-    for name, choose in encode.items():
-        graph = _Graph(dense, choose(dense), end_id).eval()
+    dense = make_dense(method)
+    for name, get_encode in encode.items():
+        graph = _Graph(dense, get_encode(dense), end_id).eval()
         example = inputs[name]
         names = ["pixels" if value.dtype == torch.uint8 else "input_ids" for value in example]
         batch, token = torch.export.Dim("batch", min=1), torch.export.Dim("token", min=4, max=context_length)
         shapes = tuple({0: batch} if value.dtype == torch.uint8 else {0: batch, 1: token} for value in example)
-        with warnings.catch_warnings(), _Quiet("torch.onnx", "onnxscript", "torch.export"):
+        with warnings.catch_warnings(), _ErrorsOnly("torch.onnx", "onnxscript", "torch.export"):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 graph,
@@ -67,8 +70,8 @@ def to_onnx(
             )
 
 
-class _Quiet:
-    """Keeps libraries from logging their progress."""
+class _ErrorsOnly:
+    """Context in which the named loggers only log errors."""
 
     def __init__(self, *names: str) -> None:
         self.loggers = [logging.getLogger(name) for name in names]
@@ -84,26 +87,26 @@ class _Quiet:
 
 
 class _Graph(nn.Module):
-    """Inputs -> normalised embeds [batch, dim]."""
+    """Inputs -> normalized embeds [batch, dim]."""
 
     def __init__(self, method: nn.Module, encode: Callable[..., Tensor], end_id: int) -> None:
         super().__init__()
         self.method, self.encode, self.end_id = method, encode, end_id
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        given: list[Tensor] = []
+        arguments: list[Tensor] = []
         for value in inputs:
-            given.append(value)
-            if value.dtype == torch.int64:
-                given.append((value == self.end_id).int().argmax(1) + 1)
-        return F.normalize(self.encode(*given).float(), dim=-1)
+            arguments.append(value)
+            if value.dtype == torch.int64:  # token ids come with their lengths
+                arguments.append((value == self.end_id).int().argmax(1) + 1)
+        return F.normalize(self.encode(*arguments).float(), dim=-1)
 
 
 # ---------------------------------------------------------------- dense forwards
 
 
-def densely(method: nn.Module) -> Any:
-    """A copy whose towers compute padded sequences and mask the padding: a graph cannot pack them."""
+def make_dense(method: nn.Module) -> Any:
+    """Returns a copy whose towers run on padded sequences with a mask, as a graph cannot pack sequences."""
     dense = copy.deepcopy(method).cpu().float().eval()
     forwards: dict[type, Callable[..., Any]] = {ImageTower: _image, TextTower: _text, UnifiedTower: _unified}
     for module in dense.modules():
@@ -121,17 +124,17 @@ def _image(tower: ImageTower, pixels: Tensor) -> Tensor:
 
 
 def _text(tower: TextTower, ids: Tensor, lengths: Tensor, with_tokens: bool = False) -> TextFeatures:
-    transformer, place = tower.transformer, torch.arange(ids.shape[1], device=ids.device)
+    transformer, position = tower.transformer, torch.arange(ids.shape[1], device=ids.device)
     x = transformer.token_embedding(ids) + transformer.positional_embedding[: ids.shape[1]]
-    valid = place < lengths[:, None]  # [batch, token]
-    mask = (place <= place[:, None])[None, None] if tower.attention == "causal" else valid[:, None, None]
+    valid = position < lengths[:, None]  # [batch, token]
+    mask = (position <= position[:, None])[None, None] if tower.attention == "causal" else valid[:, None, None]
     x = transformer.ln_final(_blocks(transformer.transformer.resblocks, x, mask)) * valid[..., None]
     if tower.pooling == "mean":
         pooled = x.sum(1) / lengths[:, None].to(x.dtype)
     elif tower.pooling == "start":
         pooled = x[:, 0]
     else:
-        pooled = (x * (place == lengths[:, None] - 1)[..., None]).sum(1)
+        pooled = (x * (position == lengths[:, None] - 1)[..., None]).sum(1)
     return TextFeatures(pooled, x if with_tokens else None)
 
 
@@ -140,22 +143,25 @@ def _unified(tower: UnifiedTower, tokens: Any) -> Any:
 
 
 def _blocks(blocks: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [batch, token, width]; `mask` bool, true where a key is seen, of any shape that fits [batch, heads, query, key]."""
+    """Runs open_clip's blocks on x [batch, token, width]; `mask`, bool, broadcasts to [batch, heads, query, key], true to attend."""
     for block in blocks:
         attention = block.attn
         q, k, v = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
         q, k, v = (z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + block.ls_1(attention.out_proj(mixed))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + block.ls_1(attention.out_proj(attended))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return x
 
 
-# ---------------------------------------------------------------- as evaluation takes them
+# ---------------------------------------------------------------- loading
 
 
 def from_onnx(folder: Path, tokenize: Callable[[Sequence[str], int], tuple[Tensor, Tensor]]) -> DualEncoder:
-    """An exported folder, run by onnxruntime on the CPU; `tokenize` gives padded ids of texts."""
+    """Loads an exported folder, which onnxruntime runs on the CPU. `tokenize`: (texts, context length) -> padded ids, lengths.
+
+    Raises UserError if the folder is not an ONNX export.
+    """
     info = read_info(folder)
     image, text = (session(folder / f"{name}.onnx") for name in ("image", "text"))
 
@@ -184,18 +190,18 @@ def read_info(folder: Path) -> dict[str, Any]:
             "logit_scale": float(info["logit_scale"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INFO} is not what an export to ONNX writes: {error}.") from error
+        raise UserError(f"{folder / INFO} is not a valid file of an ONNX export: {error}.") from error
 
 
 def session(path: Path) -> Callable[..., np.ndarray]:
-    """The graph of a file as a function of its named inputs. UserError for what is none."""
+    """Returns the graph of a file as a function of its named inputs. Raises UserError if it cannot be loaded or run."""
     try:
         import onnxruntime
     except ImportError:
         raise UserError(_MISSING) from None
     try:
         run = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
-    except Exception as error:  # onnxruntime's own kinds
+    except Exception as error:  # onnxruntime has its own exception types
         raise UserError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
 
     def embed(**inputs: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Losses on what was masked, for each sample apart: nothing couples samples here, so the sums can be taken slice by slice."""
+"""Masked-prediction losses, summed per sample: they do not couple samples, so they can be computed on slices of a batch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def masked_language_loss(
     labels: Int[Tensor, "batch token"],
     head: Callable[[Tensor], Tensor],
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """Masked language modelling (Devlin et al. 2018): of each sample the sum of −log p(original token) over its masked tokens, and their
-    number.
+    """Masked language modeling (Devlin et al. 2018). Returns, per sample, the sum of −log p(original token) over its masked tokens, and
+    their number; (0, 0) for a sample without masked tokens.
 
-    `labels` hold the original id where a token was masked, else -100. Only masked tokens go through `head` [masked, width] ->
-    [masked, vocabulary]. A sample without masked tokens has (0, 0). Computed in at least float32.
+    `labels` are the original ids of masked tokens, and -100 elsewhere. Only masked tokens pass through `head`: [masked, width] ->
+    [masked, vocabulary]. Computed in at least float32.
     """
     masked = labels != NOT_MASKED
     row, position = masked.nonzero(as_tuple=True)  # [masked]
@@ -38,17 +38,17 @@ def masked_image_loss(
     patches: Float[Tensor, "batch patch values"],
     head: Callable[[Tensor], Tensor],
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """Masked image modelling (He et al. 2022): of each sample the sum over its masked patches of the mean squared error of their pixels,
-    and the number of masked patches.
+    """Masked image modeling (He et al. 2022). Returns, per sample, the sum over its masked patches of the mean squared error of the
+    predicted pixels, and the number of masked patches; (0, 0) for a sample without masked patches.
 
-    `patches` hold the pixels; each patch is normalised to mean 0 and variance 1 before it is predicted. Only masked patches go through
-    `head` [masked, width] -> [masked, values]. A sample without masked patches has (0, 0). Computed in at least float32.
+    `patches` are the pixels; the targets are normalized to mean 0 and variance 1 per patch. Only masked patches pass through `head`:
+    [masked, width] -> [masked, values]. Computed in at least float32.
     """
     row, position = masked.nonzero(as_tuple=True)  # [masked]
-    predicted = at_least_float32(head(tokens[row, position]))
-    with torch.autocast(predicted.device.type, enabled=False):
-        pixels = patches[row, position].to(predicted.dtype)
-        centred = pixels - pixels.mean(-1, keepdim=True)
-        variance = centred.square().sum(-1, keepdim=True) / (pixels.shape[-1] - 1)
-        losses = (predicted - centred * (variance + 1e-6).rsqrt()).square().mean(-1)
+    predictions = at_least_float32(head(tokens[row, position]))
+    with torch.autocast(predictions.device.type, enabled=False):
+        pixels = patches[row, position].to(predictions.dtype)
+        centered = pixels - pixels.mean(-1, keepdim=True)
+        variance = centered.square().sum(-1, keepdim=True) / (pixels.shape[-1] - 1)
+        losses = (predictions - centered * (variance + 1e-6).rsqrt()).square().mean(-1)
     return losses.new_zeros(len(masked)).index_add(0, row, losses), masked.sum(1)

@@ -1,4 +1,4 @@
-"""Margin losses that rank a query's own key above others, as sums over the others for each row."""
+"""Margin losses that rank a query's own key above other keys, summed per row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from coalign.losses.tiled import at_least_float32, by_rows
+from coalign.losses.tiled import at_least_float32, over_row_chunks
 
 
 def margin_ranking(
@@ -16,20 +16,21 @@ def margin_ranking(
     margin: float,
     ignored: Bool[Tensor, "batch others"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Σ_j [α − q_i·k_i + q_i·k_j]₊ for each row i: MCT's J_ic and J_ci over the queue of the other modality (Eqs. 11 and 14), and in both
-    directions over a batch, with the diagonal ignored, the sum of hinges of VSE++ (Faghri et al. 2018, Eq. 5).
+    """Returns Σ_j [α − q_i·k_i + q_i·k_j]₊ for each row i.
 
-    Where `ignored` is true, the other is left out. A row of each, not their sum: rows may have different numbers of others. Inputs are
-    normalised by the caller; computed in at least float32, and without the matrix of all hinges in memory.
+    With the queue of the other modality as `others`, these are MCT's J_ic and J_ci (Eqs. 11 and 14). In both directions over a batch, with
+    the diagonal ignored, it is the sum of hinges of VSE++ (Faghri et al. 2018, Eq. 5). `ignored` marks others to omit; sums are per row
+    because rows may have different numbers of others. Inputs must be normalized. Computed in at least float32, without materializing the
+    matrix of hinges.
     """
 
-    def of_rows(queries: Tensor, keys: Tensor, *ignored: Tensor) -> Tensor:
-        own = (queries * keys).sum(1, keepdim=True)  # [row, 1]
-        hinges = (queries @ others.T).add_(margin - own)  # [row, others]; in place, as it is large
+    def row_sums(queries: Tensor, keys: Tensor, *ignored: Tensor) -> Tensor:
+        positive = (queries * keys).sum(1, keepdim=True)  # [row, 1]
+        hinges = (queries @ others.T).add_(margin - positive)  # [row, others]; in place, as it is large
         for mask in ignored:
             hinges = hinges.masked_fill_(mask, -torch.inf)
         return hinges.relu_().sum(1)
 
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys, others = (at_least_float32(x) for x in (queries, keys, others))
-        return by_rows(of_rows, queries, keys, *([] if ignored is None else [ignored]), columns=len(others))
+        return over_row_chunks(row_sums, queries, keys, *([] if ignored is None else [ignored]), columns=len(others))

@@ -1,7 +1,7 @@
-"""What every contrastive loss sums over, without the matrix of all similarities: its tiles are made, used, and made again for the gradient.
+"""Log-sum-exp over negatives without materializing the similarity matrix: tiles are computed, reduced, and recomputed for the gradient.
 
-Memory is that of one tile beside the embeddings. A tile of two sets that are compared both ways, or of a set with itself, is made once
-for its rows and its columns.
+Besides the embeddings, memory holds one tile at a time. If two sets are compared in both directions, or a set with itself, each tile is
+computed once and reduced over both its rows and its columns.
 """
 
 from __future__ import annotations
@@ -22,202 +22,212 @@ from torch.utils.checkpoint import checkpoint
 
 from coalign.errors import UserError
 
-TILE = 512  # rows and columns that are compared at once on a CPU: 1 MB of float32, which its cache holds
-LOG2_E = math.log2(math.e)  # logits are to base 2 within a tile: 2^x costs a third of e^x
+TILE = 512  # rows and columns per tile on a CPU: 1 MB of float32, which fits its cache
+LOG2_E = math.log2(math.e)  # within a tile, logits are to base 2: 2^x costs a third of e^x
 
 Direction = Literal["rows", "both", "within"]
-# of rows and of columns, integers [row] or [row, label]: a row and a column that share one are not each other's negatives
+# integer labels of rows and of columns, [row] or [row, label]: a row and a column that share one are not negatives of each other
 Labels = tuple[Tensor, Tensor]
 
 
-def sum_over_others(
+def negatives_logsumexp(
     queries: Float[Tensor, "row dim"],
     keys: Float[Tensor, "column dim"],
     logit_scale: Float[Tensor, ...],
     row_labels: Int[Tensor, "row label"],
     column_labels: Int[Tensor, "column label"],
 ) -> Float[Tensor, " row"]:
-    """log Σ_j e^{s·q_i·k_j} of each row, over the columns with which it shares no label.
+    """Returns log Σ_j e^{s·q_i·k_j} for each row i, over the columns j that share no label with it.
 
-    Labels are compared place by place. Where a row has no such column, the value is `floor`'s and the gradient zero. Computed in at least
-    float32, as all in this module.
+    The labels at each position are compared only with each other. For a row without such columns, the value is about `masked_logit` and
+    the gradient is zero. Computed in at least float32, like everything in this module.
     """
-    return _Sums.apply(queries, keys, logit_scale, row_labels, column_labels, "rows")
+    return _LogSumExp.apply(queries, keys, logit_scale, row_labels, column_labels, "rows")
 
 
-def sum_over_others_both_ways(
+def negatives_logsumexp_both_ways(
     first: Float[Tensor, "row dim"],
     second: Float[Tensor, "column dim"],
     logit_scale: Float[Tensor, ...],
     first_labels: Int[Tensor, "row label"],
     second_labels: Int[Tensor, "column label"],
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " column"]]:
-    """`sum_over_others` of the first with the second, and of the second with the first, from the same products."""
-    sums = _Sums.apply(first, second, logit_scale, first_labels, second_labels, "both")
+    """Returns `negatives_logsumexp` of the first set with the second and of the second with the first, from the same products."""
+    sums = _LogSumExp.apply(first, second, logit_scale, first_labels, second_labels, "both")
     return sums[: len(first)], sums[len(first) :]
 
 
-def sum_over_others_within(
+def negatives_logsumexp_within(
     embeds: Float[Tensor, "row dim"], logit_scale: Float[Tensor, ...], labels: Int[Tensor, "row label"]
 ) -> Float[Tensor, " row"]:
-    """`sum_over_others` of a set with itself, from half of the products. A row is none of its others."""
-    return _Sums.apply(embeds, embeds, logit_scale, labels, labels, "within")
+    """Returns `negatives_logsumexp` of a set with itself, from half of the products. A row is not its own negative."""
+    return _LogSumExp.apply(embeds, embeds, logit_scale, labels, labels, "within")
 
 
-def as_rows(labels: Labels) -> Labels:
-    """[row, label] and [column, label]."""
+def labels_2d(labels: Labels) -> Labels:
+    """Returns the labels as [row, label] and [column, label]."""
     rows, columns = (x if x.ndim == 2 else x[:, None] for x in labels)
     return rows, columns
 
 
-def floor(dtype: torch.dtype) -> float:
-    """In place of minus infinity, of which the gradient of a sum of nothing else is NaN."""
+def masked_logit(dtype: torch.dtype) -> float:
+    """Returns the logit of a masked entry: finite, because the gradient of a sum over minus infinity alone would be NaN."""
     return torch.finfo(dtype).min / 4
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """bfloat16 and float16 go to float32 (at τ = 0.01 their rounding is larger than the loss); float32 and float64 stay."""
+    """Casts bfloat16 and float16 to float32 (at τ = 0.01, their rounding error exceeds the loss). Leaves float32 and float64 unchanged."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-class _Sums(torch.autograd.Function):
-    """Rows' sums, followed by columns' sums in the direction "both"."""
+class _LogSumExp(torch.autograd.Function):
+    """Log-sum-exp of the rows, and in direction "both" also of the columns, concatenated."""
 
     @staticmethod
     def forward(
-        context: Any, queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: Direction
+        ctx: Any, queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, direction: Direction
     ) -> Tensor:
-        context.way, context.dtypes = way, (queries.dtype, keys.dtype, scale.dtype)
+        ctx.direction, ctx.dtypes = direction, (queries.dtype, keys.dtype, scale.dtype)
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = at_least_float32(queries), at_least_float32(keys)
             rows, columns = _compact(rows, columns)
-            found = _made_by(queries).sums(queries, keys, scale, rows, columns, way)
-            context.save_for_backward(queries, keys, scale, rows, columns, found)
-            return found / LOG2_E
+            sums = _backend(queries).log2_sums(queries, keys, scale, rows, columns, direction)
+            ctx.save_for_backward(queries, keys, scale, rows, columns, sums)
+            return sums / LOG2_E
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, scale, rows, columns, found = context.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, scale, rows, columns, sums = ctx.saved_tensors
         with torch.autocast(queries.device.type, enabled=False):
-            # a sum over nothing has no gradient
-            gradient = gradient.to(found).masked_fill(found <= floor(found.dtype) / 2, 0.0)
-            keys_too = context.needs_input_grad[1]  # a queue's have no gradient
-            query_sums, key_sums = _made_by(queries).gradient_sums(
-                queries, keys, scale, rows, columns, context.way, found, gradient, keys_too
+            # an empty sum has no gradient
+            gradient = gradient.to(sums).masked_fill(sums <= masked_logit(sums.dtype) / 2, 0.0)
+            with_keys = ctx.needs_input_grad[1]  # false for the keys of a queue
+            query_products, key_products = _backend(queries).gradient_products(
+                queries, keys, scale, rows, columns, ctx.direction, sums, gradient, with_keys
             )
-            of_scale = (queries * query_sums).sum().to(context.dtypes[2]).expand(scale.shape)
-            of_queries = query_sums.mul_(scale).to(context.dtypes[0])
-            of_keys = None if key_sums is None else key_sums.mul_(scale).to(context.dtypes[1])
-            return of_queries, of_keys, of_scale, None, None, None
+            scale_grad = (queries * query_products).sum().to(ctx.dtypes[2]).expand(scale.shape)
+            query_grad = query_products.mul_(scale).to(ctx.dtypes[0])
+            key_grad = None if key_products is None else key_products.mul_(scale).to(ctx.dtypes[1])
+            return query_grad, key_grad, scale_grad, None, None, None
 
 
-def _made_by(tensor: Tensor) -> ModuleType:
-    """The module whose `sums` and `gradient_sums` are for this tensor: this one, or on request the one in Triton."""
+def _backend(tensor: Tensor) -> ModuleType:
+    """Returns the module that implements `log2_sums` and `gradient_products`: this one, or the Triton one if COALIGN_TRITON=1."""
     if os.environ.get("COALIGN_TRITON") == "1" and tensor.is_cuda and tensor.dtype == torch.float32:
         try:
             return importlib.import_module("coalign.losses.tiled_triton")
         except ImportError as error:
             raise UserError(
-                f"COALIGN_TRITON=1 needs Triton, which cannot be imported ({error}): install triton, or unset COALIGN_TRITON."
+                f"COALIGN_TRITON=1 is set, but Triton cannot be imported ({error}); install triton or unset COALIGN_TRITON."
             ) from error
     return sys.modules[__name__]
 
 
-def sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: Direction) -> Tensor:
-    """log2 Σ 2^x with x_ij = log2(e)·s·q_i·k_j, of the rows [row], and in the direction "both" then of the columns."""
-    found = queries.new_full([len(queries)], -torch.inf)
-    of_columns = found if way == "within" else queries.new_full([len(keys)], -torch.inf)
-    for i, j, logits, spare in _tiles(queries, keys, scale, rows, columns, way):
-        _add(found[i], logits, 1, spare)
-        if _counts_columns(way, i, j):
-            _add(of_columns[j], logits, 0, spare)
-    return torch.cat([found, of_columns]) if way == "both" else found
+def log2_sums(
+    queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, direction: Direction
+) -> Tensor:
+    """Returns log2 Σ 2^x with x_ij = log2(e)·s·q_i·k_j for the rows, [row], and in direction "both" also for the columns.
+
+    `rows` and `columns` are their labels, int32 [label, row] and [label, column].
+    """
+    row_sums = queries.new_full([len(queries)], -torch.inf)
+    column_sums = row_sums if direction == "within" else queries.new_full([len(keys)], -torch.inf)
+    for i, j, logits, scratch in _tiles(queries, keys, scale, rows, columns, direction):
+        _accumulate(row_sums[i], logits, 1, scratch)
+        if _includes_columns(direction, i, j):
+            _accumulate(column_sums[j], logits, 0, scratch)
+    return torch.cat([row_sums, column_sums]) if direction == "both" else row_sums
 
 
-def gradient_sums(
+def gradient_products(
     queries: Tensor,
     keys: Tensor,
     scale: Tensor,
     rows: Tensor,
     columns: Tensor,
-    way: Direction,
-    of: Tensor,
+    direction: Direction,
+    sums: Tensor,
     gradient: Tensor,
-    keys_too: bool,
+    with_keys: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """G·K, and on request Gᵀ·Q, with the tiles of G = ∂L/∂(s·q·k) from the sums `of` and their gradient.
+    """Returns G·K and, if `with_keys`, Gᵀ·Q, computing the tiles of G = ∂L/∂(s·q·k) from the `log2_sums` and their gradient.
 
-    Times s they are the gradients of queries and keys, and Σ_i q_i·(G·K)_i is that of s. "within", x is symmetric and q = k: a tile above
-    the diagonal stands for its mirror image too, and both results together are the gradient of q.
+    Multiplied by s, these are the gradients of queries and keys; Σ_i q_i·(G·K)_i is the gradient of s. In direction "within", x is
+    symmetric and q = k: a tile above the diagonal also stands for its mirror image, and the gradient of q is the sum of both results.
     """
-    of_rows, of_columns = of[: len(queries)], of[-len(keys) :]
+    row_sums, column_sums = sums[: len(queries)], sums[-len(keys) :]
     row_gradient, column_gradient = gradient[: len(queries)], gradient[-len(keys) :]
-    query_sums, key_sums = torch.zeros_like(queries), torch.zeros_like(keys) if keys_too else None
-    for i, j, logits, spare in _tiles(queries, keys, scale, rows, columns, way):
-        tile = torch.sub(logits, of_rows[i, None], out=spare).exp2_().mul_(row_gradient[i, None])
-        if _counts_columns(way, i, j):
-            tile += logits.sub_(of_columns[j]).exp2_().mul_(column_gradient[j])
-        query_sums[i].addmm_(tile, keys[j])
-        if key_sums is not None:
-            key_sums[j].addmm_(tile.T, queries[i])
-    return query_sums, key_sums
+    query_products, key_products = torch.zeros_like(queries), torch.zeros_like(keys) if with_keys else None
+    for i, j, logits, scratch in _tiles(queries, keys, scale, rows, columns, direction):
+        tile = torch.sub(logits, row_sums[i, None], out=scratch).exp2_().mul_(row_gradient[i, None])
+        if _includes_columns(direction, i, j):
+            tile += logits.sub_(column_sums[j]).exp2_().mul_(column_gradient[j])
+        query_products[i].addmm_(tile, keys[j])
+        if key_products is not None:
+            key_products[j].addmm_(tile.T, queries[i])
+    return query_products, key_products
 
 
 def _tiles(
-    queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: Direction
+    queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, direction: Direction
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, columns, their logits to base 2, and as much memory for the caller to use; both are used again for the next tile."""
-    side = _side(queries.device)
+    """Yields row slice, column slice, base-2 logits and a scratch buffer of the same shape. The next tile overwrites both tensors."""
+    side = _tile_side(queries.device)
     height, width = min(side, len(queries)), min(side, len(keys))
-    memory, spare = (torch.empty(height * width, dtype=queries.dtype, device=queries.device) for _ in range(2))
-    nothing = floor(queries.dtype)
+    buffers = [torch.empty(height * width, dtype=queries.dtype, device=queries.device) for _ in range(2)]
+    masked = masked_logit(queries.dtype)
     for top in range(0, len(queries), side):
         i = slice(top, min(top + side, len(queries)))
         scaled = queries[i] * (scale * LOG2_E).to(queries)
-        for left in range(top if way == "within" else 0, len(keys), side):
+        for left in range(top if direction == "within" else 0, len(keys), side):
             j = slice(left, min(left + side, len(keys)))
             shape = (i.stop - i.start, j.stop - j.start)
-            logits, other = (x[: shape[0] * shape[1]].view(shape) for x in (memory, spare))
+            logits, scratch = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
             torch.mm(scaled, keys[j].T, out=logits)
-            for of_rows, of_columns in zip(rows[:, i], columns[:, j]):
-                # most tiles have no label in common: only those columns are looked at that have one of the rows'
-                shared = torch.isin(of_columns, of_rows).nonzero().squeeze(1)
+            for row_labels, column_labels in zip(rows[:, i], columns[:, j]):
+                # few tiles contain a shared label, so only the columns with a label of some row are compared
+                shared = torch.isin(column_labels, row_labels).nonzero().squeeze(1)
                 if len(shared) == shape[1]:
-                    logits.masked_fill_(of_rows[:, None] == of_columns, nothing)
+                    logits.masked_fill_(row_labels[:, None] == column_labels, masked)
                 elif len(shared):
-                    logits[:, shared] = logits[:, shared].masked_fill(of_rows[:, None] == of_columns[shared], nothing)
-            yield i, j, logits, other
+                    equal = row_labels[:, None] == column_labels[shared]
+                    logits[:, shared] = logits[:, shared].masked_fill(equal, masked)
+            yield i, j, logits, scratch
 
 
-def _counts_columns(way: Direction, rows: slice, columns: slice) -> bool:
-    return way == "both" or (way == "within" and rows != columns)
+def _includes_columns(direction: Direction, rows: slice, columns: slice) -> bool:
+    """Whether a tile is also reduced over its columns; in direction "within", tiles on the diagonal are not."""
+    return direction == "both" or (direction == "within" and rows != columns)
 
 
-def _add(sums: Tensor, logits: Tensor, dim: int, spare: Tensor) -> None:
-    """log2(2^sums + Σ 2^logits over `dim`), in place."""
+def _accumulate(sums: Tensor, logits: Tensor, dim: int, scratch: Tensor) -> None:
+    """Sets `sums` to log2(2^sums + Σ 2^logits over `dim`), in place."""
     largest = logits.amax(dim, keepdim=True)
-    of_tile = torch.sub(logits, largest, out=spare).exp2_().sum(dim).log2_() + largest.squeeze(dim)
-    sums.copy_(torch.logaddexp2(sums, of_tile))
+    tile_sums = torch.sub(logits, largest, out=scratch).exp2_().sum(dim).log2_() + largest.squeeze(dim)
+    sums.copy_(torch.logaddexp2(sums, tile_sums))
 
 
 def _compact(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels as int32 [label, row] and [label, column], which compare faster: a caption's id has 63 bits."""
+    """Returns the labels as int32 [label, row] and [label, column], which compare faster than 63-bit caption ids."""
     compact = [torch.cat([row, column]).unique(return_inverse=True)[1].int() for row, column in zip(rows.T, columns.T)]
     both = torch.stack(compact)
     return both[:, : len(rows)], both[:, len(rows) :]
 
 
-def _side(device: torch.device) -> int:
-    """Of a tile. A GPU is handed more at once, so that it does not wait for the next."""
+def _tile_side(device: torch.device) -> int:
+    """Returns the side of a tile; larger on a GPU, so that it is not launch-bound."""
     return TILE if device.type == "cpu" else 8 * TILE
 
 
-def by_rows(function: Callable[..., Tensor], *tensors: Tensor, columns: int) -> Tensor:
-    """`function` on a part of the rows of all `tensors` at a time, [row], each part with `columns` columns: made again for the gradient,
-    so that no more than a tile's worth of what it makes on the way exists."""
-    size = max(1, _side(tensors[0].device) ** 2 // max(1, columns))
+def over_row_chunks(function: Callable[..., Tensor], *tensors: Tensor, columns: int) -> Tensor:
+    """Applies `function` to chunks of the rows of all `tensors` and concatenates the results, [row].
+
+    Each row needs memory for `columns` intermediate values. Intermediates are recomputed for the gradient, so that at most one tile's worth
+    exists at a time.
+    """
+    size = max(1, _tile_side(tensors[0].device) ** 2 // max(1, columns))
     if len(tensors[0]) <= size:
         return function(*tensors)
-    parts = zip(*(tensor.split(size) for tensor in tensors))
-    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+    chunks = zip(*(tensor.split(size) for tensor in tensors))
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])

@@ -1,11 +1,11 @@
-"""`tiled`'s sums and their gradient as Triton kernels, in which a tile of similarities never leaves the chip.
+"""Triton kernels for `tiled.log2_sums` and `tiled.gradient_products`, in which a tile of similarities never leaves the chip.
 
-In plain PyTorch a tile is written to memory and read again by every operation on it; here a block of rows goes through the columns and
-keeps what it sums in registers, as in FlashAttention (Dao et al. 2022). Nothing is added up by atomics, so that a run can be repeated.
-Products are made by three passes of TF32, which is about as exact as float32, or by one where torch allows TF32 for its own.
+In plain PyTorch, every operation on a tile reads it from memory and writes it back. Here a block of rows iterates over the columns and
+accumulates in registers, as in FlashAttention (Dao et al. 2022). There are no atomic additions, so results are reproducible. Products use
+three passes of TF32, which is about as accurate as float32, or one pass if torch allows TF32 for its own products.
 
-Run in Triton's interpreter and compiled for NVIDIA's GPUs by the tests; on a GPU it was never run, let alone measured. COALIGN_TRITON=1
-asks for it.
+The tests run the kernels in Triton's interpreter and compile them for NVIDIA GPUs; they have never been run or benchmarked on a GPU.
+COALIGN_TRITON=1 enables them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, CHUNK = (
-    64,
-    32,
-    32,
-)  # of a tile, and of the dimensions multiplied at once: as large as registers hold, by ptxas
-MAX_OUT = 256  # dimensions of the gradient that one program sums
-FLOOR = tl.constexpr(torch.finfo(torch.float32).min / 4)  # tiled.floor
+# tile size, and number of dimensions multiplied at once: as large as fits into registers, according to ptxas
+ROWS, COLUMNS, CHUNK = 64, 32, 32
+MAX_OUT = 256  # maximum number of gradient dimensions per program
+FLOOR = tl.constexpr(torch.finfo(torch.float32).min / 4)  # tiled.masked_logit
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -32,7 +29,7 @@ def _tile(
     queries, keys, scale, row_labels, column_labels, rows, columns, num_rows, num_columns, dim,
     LABELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits to base 2 [ROWS, COLUMNS]: `FLOOR` where a label is shared, minus infinity beyond the last column."""
+    """Base-2 logits [ROWS, COLUMNS]: `FLOOR` if row and column share a label, minus infinity beyond the last column."""
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -41,9 +38,9 @@ def _tile(
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
     logits = products * (tl.load(scale) * LOG2_E)
     for label in tl.static_range(LABELS):
-        of_rows = tl.load(row_labels + label * num_rows + rows, mask=rows < num_rows, other=-1)
-        of_columns = tl.load(column_labels + label * num_columns + columns, mask=columns < num_columns, other=-2)
-        logits = tl.where(of_rows[:, None] == of_columns[None, :], FLOOR, logits)
+        of_row = tl.load(row_labels + label * num_rows + rows, mask=rows < num_rows, other=-1)
+        of_column = tl.load(column_labels + label * num_columns + columns, mask=columns < num_columns, other=-2)
+        logits = tl.where(of_row[:, None] == of_column[None, :], FLOOR, logits)
     return tl.where(columns[None, :] < num_columns, logits, -float("inf"))
 
 
@@ -52,7 +49,7 @@ def _sums_kernel(
     queries, keys, scale, row_labels, column_labels, sums, num_rows, num_columns, dim,
     LABELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """log2 Σ_j 2^x_ij of ROWS rows."""
+    """log2 Σ_j 2^x_ij for ROWS rows."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -74,7 +71,7 @@ def _weighted_kernel(
     num_rows, num_columns, dim, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, OUT: tl.constexpr,
     LABELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(G·K)_i of ROWS rows and OUT dimensions, with G_ij = g_i·2^(x_ij − s_i) of the rows, plus g_j·2^(x_ij − s_j) of the columns."""
+    """(G·K)_i for ROWS rows and OUT dimensions, with G_ij = g_i·2^(x_ij − s_i) (BY_ROWS) + g_j·2^(x_ij − s_j) (BY_COLUMNS)."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     out = tl.program_id(1) * OUT + tl.arange(0, OUT)
     weighted = tl.zeros([ROWS, OUT], tl.float32)
@@ -87,7 +84,7 @@ def _weighted_kernel(
             queries, keys, scale, row_labels, column_labels, rows, columns, num_rows, num_columns, dim,
             LABELS, ROWS, COLUMNS, CHUNK, PRECISION,
         )  # fmt: skip
-        # no share is more than 1; what has no sum, and gradient 0, would be infinite
+        # a softmax weight is at most 1; without the clamp, an empty sum (with gradient 0) would give infinity
         tile = tl.zeros([ROWS, COLUMNS], tl.float32)
         if BY_ROWS:
             tile += tl.exp2(tl.minimum(logits - s_i[:, None], 0.0)) * g_i[:, None]
@@ -100,28 +97,28 @@ def _weighted_kernel(
     tl.store(result + rows[:, None] * dim + out, weighted, mask=(rows[:, None] < num_rows) & (out < dim))
 
 
-def sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: str) -> Tensor:
-    """`tiled.sums`, on a GPU."""
+def log2_sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, direction: str) -> Tensor:
+    """`tiled.log2_sums` on a GPU."""
     queries, keys, rows, columns = (x.contiguous() for x in (queries, keys, rows, columns))
     scale = scale.float()
-    of_rows = _sums(queries, keys, scale, rows, columns)
-    return torch.cat([of_rows, _sums(keys, queries, scale, columns, rows)]) if way == "both" else of_rows
+    row_sums = _sums(queries, keys, scale, rows, columns)
+    return torch.cat([row_sums, _sums(keys, queries, scale, columns, rows)]) if direction == "both" else row_sums
 
 
-def gradient_sums(
-    queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, way: str, of: Tensor, gradient: Tensor,
-    keys_too: bool,
+def gradient_products(
+    queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, direction: str, sums: Tensor, gradient: Tensor,
+    with_keys: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`tiled.gradient_sums`, on a GPU."""
+    """`tiled.gradient_products` on a GPU."""
     queries, keys, rows, columns = (x.contiguous() for x in (queries, keys, rows, columns))
     scale = scale.float()
-    by_rows = (of[: len(queries)], gradient[: len(queries)].contiguous())
-    if way == "within":  # G + Gᵀ for what is row and column at once: half for each
+    by_rows = (sums[: len(queries)], gradient[: len(queries)].contiguous())
+    if direction == "within":  # G + Gᵀ, as each embedding is both a row and a column; half of it for each result
         half = _weighted(queries, keys, scale, rows, columns, by_rows, by_rows).div_(2)
         return half, half.clone()
-    by_columns = (of[-len(keys) :], gradient[-len(keys) :].contiguous()) if way == "both" else None
-    of_queries = _weighted(queries, keys, scale, rows, columns, by_rows, by_columns)
-    return of_queries, _weighted(keys, queries, scale, columns, rows, by_columns, by_rows) if keys_too else None
+    by_columns = (sums[-len(keys) :], gradient[-len(keys) :].contiguous()) if direction == "both" else None
+    query_products = _weighted(queries, keys, scale, rows, columns, by_rows, by_columns)
+    return query_products, _weighted(keys, queries, scale, columns, rows, by_columns, by_rows) if with_keys else None
 
 
 def _sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -132,7 +129,7 @@ def _sums(queries: Tensor, keys: Tensor, scale: Tensor, rows: Tensor, columns: T
     return result
 
 
-Weights = tuple[Tensor, Tensor]  # sums s, gradients g, of rows or of columns
+Weights = tuple[Tensor, Tensor]  # sums s and gradients g, of the rows or of the columns
 
 
 def _weighted(

@@ -1,44 +1,68 @@
-"""The registry: the one place that lists the methods. A line is name -> (its file and class, its configuration)."""
+"""The registry: the only list of methods. Each entry maps a name to (module:class, module:config class)."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from coalign.config import TrainConfig
 from coalign.errors import UserError
 
 if TYPE_CHECKING:
     from coalign.method import Method
 
 METHODS = {
-    "clip": ("coalign.methods.clip:CLIP", "coalign.recipes.clip:CLIPConfig"),
-    "slip": ("coalign.methods.slip:SLIP", "coalign.recipes.slip:SLIPConfig"),
-    "declip": ("coalign.methods.declip:DeCLIP", "coalign.recipes.declip:DeCLIPConfig"),
-    "uniclip": ("coalign.methods.uniclip:UniCLIP", "coalign.recipes.uniclip:UniCLIPConfig"),
-    "mcd": ("coalign.methods.mcd:MCD", "coalign.recipes.mcd:MCDConfig"),
-    "oner": ("coalign.methods.oner:OneR", "coalign.recipes.oner:OneRConfig"),
-    "mct": ("coalign.methods.mct:MCT", "coalign.recipes.mct:MCTConfig"),
+    "clip": ("coalign.methods.clip.method:CLIP", "coalign.methods.clip.config:CLIPConfig"),
+    "slip": ("coalign.methods.slip.method:SLIP", "coalign.methods.slip.config:SLIPConfig"),
+    "declip": ("coalign.methods.declip.method:DeCLIP", "coalign.methods.declip.config:DeCLIPConfig"),
+    "uniclip": ("coalign.methods.uniclip.method:UniCLIP", "coalign.methods.uniclip.config:UniCLIPConfig"),
+    "mcd": ("coalign.methods.mcd.method:MCD", "coalign.methods.mcd.config:MCDConfig"),
+    "oner": ("coalign.methods.oner.method:OneR", "coalign.methods.oner.config:OneRConfig"),
+    "mct": ("coalign.methods.mct.method:MCT", "coalign.methods.mct.config:MCTConfig"),
 }
 
 
 def method_class(name: str) -> type[Method]:
+    """Returns a method's class. Raises UserError for an unknown name."""
     return _import(_entry(name)[0])
 
 
 def config_class(name: str) -> type[Any]:
-    """The method's Config, without importing torch."""
+    """Returns a method's configuration class without importing torch. Raises UserError for an unknown name."""
     return _import(_entry(name)[1])
 
 
 def _entry(name: str) -> tuple[str, str]:
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}."
-        raise UserError(f"There is no method named {name!r}; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"available methods: {', '.join(METHODS)}."
+        raise UserError(f"Unknown method {name!r}; {hint}")
     return METHODS[name]
 
 
 def _import(path: str) -> Any:
     module, name = path.split(":")
     return getattr(import_module(module), name)
+
+
+Recipe = Callable[[int], TrainConfig]  # number of training pairs -> settings
+
+
+def recipes() -> dict[str, Recipe]:
+    """Returns all recipes by name: the `RECIPES` of every method's config.py."""
+    registered: dict[str, Recipe] = {}
+    for _, config in METHODS.values():
+        registered.update(import_module(config.split(":")[0]).RECIPES)
+    return registered
+
+
+def recipe(name: str) -> Recipe:
+    """Returns a recipe by name. Raises UserError for an unknown name."""
+    known = recipes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"available recipes: {', '.join(sorted(known))}."
+        raise UserError(f"Unknown recipe {name!r}; {hint}")
+    return known[name]

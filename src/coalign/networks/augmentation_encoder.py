@@ -1,4 +1,4 @@
-"""UniCLIP's augmentation encoder f_A, and the image projection heads g_I of its Table 4a, which alone see what f_A says."""
+"""UniCLIP's augmentation encoder f_A and the image projection heads g_I of its Table 4a, which take f_A's output."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from coalign.types import AugmentationParams
 
-NUM_PARAMS = len(fields(AugmentationParams))  # of a view: 11
+NUM_PARAMS = len(fields(AugmentationParams))  # 11 per view
 
 
 class AugmentationEncoder(nn.Sequential):
-    """f_A: the 11 numbers that describe a view -> its augmentation embedding [batch, dim]."""
+    """f_A: the augmentation parameters of a view [batch, 11] -> its augmentation embedding [batch, dim]."""
 
     def __init__(self, dim: int = 256) -> None:
         super().__init__(nn.Linear(NUM_PARAMS, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -24,7 +24,7 @@ class AugmentationEncoder(nn.Sequential):
 
 
 class LinearHead(nn.Module):
-    """A linear layer on [x; f_A]: the tower's own projection of x, and what f_A adds to it."""
+    """Linear layer on [x; f_A]: the tower's own projection of x plus a linear map of f_A."""
 
     def __init__(self, augmentation_dim: int, embed_dim: int, projection: nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class LinearHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """`num_layers` linear layers with GELU between them, as wide as x; the first takes [x; f_A]."""
+    """`num_layers` linear layers as wide as x, with GELU in between; the first takes [x; f_A]."""
 
     def __init__(self, width: int, augmentation_dim: int, embed_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ class MLPHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch width"], augmentation: Float[Tensor, "batch augmentation_dim"] | None
     ) -> Float[Tensor, "batch embed_dim"]:
-        x = self.layers[0](_joined(x, augmentation))
+        x = self.layers[0](_concat(x, augmentation))
         for layer in self.layers[1:]:
             x = layer(F.gelu(x))
         return x
 
 
 class AwareBlock(nn.Module):
-    """x + W₂ GELU(W₁ LayerNorm[x; f_A]). W₂ starts at zero, and the block as the identity."""
+    """x + W₂ GELU(W₁ LayerNorm[x; f_A]). W₂ is initialized to zero, so the block starts as the identity."""
 
     def __init__(self, width: int, augmentation_dim: int) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class AwareBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch width"], augmentation: Float[Tensor, "batch augmentation_dim"] | None
     ) -> Float[Tensor, "batch width"]:
-        return x + self.outer(F.gelu(self.inner(self.norm(_joined(x, augmentation)))))
+        return x + self.outer(F.gelu(self.inner(self.norm(_concat(x, augmentation)))))
 
 
 class ResidualHead(nn.Module):
-    """Residual blocks that all see f_A, then the tower's own projection; it starts as that projection alone."""
+    """Residual blocks that all take f_A, then the tower's own projection. At initialization, it equals that projection."""
 
     def __init__(self, width: int, augmentation_dim: int, num_blocks: int, projection: nn.Module) -> None:
         super().__init__()
@@ -89,8 +89,11 @@ class ResidualHead(nn.Module):
 
 
 def build_head(name: str, width: int, embed_dim: int, projection: nn.Module, augmentation_dim: int = 0) -> nn.Module:
-    """g_I by name: `linear`, `mlp-N` of N layers, `residual-N` of N blocks. `projection` is the tower's own, width -> embed_dim, which an
-    MLP has no use for. With `augmentation_dim` 0 the head is called with None for f_A."""
+    """Builds g_I by name: `linear`, `mlp-N` with N layers, or `residual-N` with N blocks.
+
+    `projection` is the tower's own, width -> embed_dim; an MLP does not use it. With `augmentation_dim` 0, the head is called with None
+    instead of f_A.
+    """
     kind, _, number = name.partition("-")
     if kind == "linear":
         return LinearHead(augmentation_dim, embed_dim, projection)
@@ -99,5 +102,5 @@ def build_head(name: str, width: int, embed_dim: int, projection: nn.Module, aug
     return ResidualHead(width, augmentation_dim, int(number), projection)
 
 
-def _joined(x: Tensor, augmentation: Tensor | None) -> Tensor:
+def _concat(x: Tensor, augmentation: Tensor | None) -> Tensor:
     return x if augmentation is None else torch.cat([x, augmentation], dim=1)

@@ -1,4 +1,4 @@
-"""Batch normalisation that does not depend on slices or ranks: in trunks over fixed groups of samples, in heads over the global batch."""
+"""Batch normalization independent of micro-batches and ranks: over fixed groups of samples in trunks, over the global batch in heads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch.nn import functional as F
 
 
 class StepStatistics:
-    """Running statistics that move once a step. Those of each pass wait in `pending` until the trainer calls `move_statistics`; only
-    passes with gradient count, since a step takes exactly one of those for every view of every sample."""
+    """Running statistics that are updated once per step.
+
+    The statistics of each forward pass are kept in `pending` until the trainer calls `move_statistics`. Only passes with gradient count,
+    because a step has exactly one of them for each view of each sample.
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -22,7 +25,7 @@ class StepStatistics:
     pending: list[Tensor]  # [2, channel] each: mean, unbiased variance
 
     def move_statistics(self, sum_over_ranks: Callable[[Tensor], Tensor], keep: bool) -> None:
-        """Moves the running statistics to the mean of this step's (of all ranks), or forgets them when the step is skipped."""
+        """Updates the running statistics with the mean of this step's over all ranks, or discards these if the step is skipped."""
         pending, self.pending = self.pending, []
         if not keep or not pending:
             return
@@ -35,7 +38,7 @@ class StepStatistics:
 
 
 class GroupedBatchNorm2d(StepStatistics, nn.BatchNorm2d):  # type: ignore[misc]
-    """BatchNorm over groups of `group` consecutive samples; slices and ranks must be multiples of it."""
+    """BatchNorm over groups of `group` consecutive samples. Batches and micro-batches of each rank must be multiples of `group`."""
 
     def __init__(self, num_features: int, group: int, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
@@ -47,12 +50,12 @@ class GroupedBatchNorm2d(StepStatistics, nn.BatchNorm2d):  # type: ignore[misc]
             return super().forward(input)
         if len(input) % self.group:
             raise ValueError(
-                f"a slice of {len(input)} samples is not a multiple of the batch-norm group of {self.group}"
+                f"The number of samples is {len(input)}, but must be a multiple of the batch-norm group of {self.group}."
             )
         outputs = []
         for chunk in input.split(self.group):
             statistics = torch.zeros(2, self.num_features, dtype=self.running_mean.dtype, device=input.device)
-            mean, variance = statistics.unbind()  # F.batch_norm writes into them (momentum 1: replaces)
+            mean, variance = statistics.unbind()  # overwritten by F.batch_norm, as momentum is 1
             outputs.append(F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
             if torch.is_grad_enabled():
                 self.pending.append(statistics)
@@ -60,18 +63,18 @@ class GroupedBatchNorm2d(StepStatistics, nn.BatchNorm2d):  # type: ignore[misc]
 
 
 class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
-    """BatchNorm over the rows of all ranks, for heads, which run in `objective`. Statistics are in at least float32."""
+    """BatchNorm over the rows of all ranks, for heads, which run in `objective`. Computes in at least float32."""
 
     def __init__(self, num_features: int, affine: bool = True) -> None:
         super().__init__(num_features, affine=affine)
         self.pending = []
 
     def forward(self, input: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
-        """[batch, num_features], with the ranks' `gather` -> the same shape."""
+        """Normalizes [batch, num_features] by the statistics over all ranks, collected with `gather`."""
         if not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        x, mean, variance, rows = _Normalise.apply(x, self.eps, gather)
+        x, mean, variance, rows = _Normalize.apply(x, self.eps, gather)
         if torch.is_grad_enabled() and rows:
             self.pending.append(torch.stack([mean, variance * rows / (rows - 1).clamp(min=1)]))
         if self.affine:
@@ -79,42 +82,44 @@ class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
         return x.to(input.dtype)
 
 
-class _Normalise(torch.autograd.Function):
-    """Rows less their mean, over their standard deviation, both over the rows of all ranks; and the mean, the variance and how many rows
-    there are. For the gradient it keeps the result alone, where autograd would keep the centred rows, too."""
+class _Normalize(torch.autograd.Function):
+    """Standardizes the rows over all ranks. Also returns the mean, the variance and the number of rows.
+
+    Saves only the result for the gradient; autograd would also save the centered rows.
+    """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, eps: float, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        rows = gather(x.new_tensor([len(x)])).sum()  # ranks may hold unequally many
+    def forward(ctx: Any, x: Tensor, eps: float, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        rows = gather(x.new_tensor([len(x)])).sum()  # ranks may have different numbers of rows
         mean = gather(x.sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
         result = x - mean
         variance = gather(result.square().sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
         scale = (variance + eps).rsqrt()
         result *= scale
-        context.gather = gather
-        context.save_for_backward(result, scale, rows)
-        context.mark_non_differentiable(mean, variance, rows)
+        ctx.gather = gather
+        ctx.save_for_backward(result, scale, rows)
+        ctx.mark_non_differentiable(mean, variance, rows)
         return result, mean, variance, rows
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
-        result, scale, rows = context.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        result, scale, rows = ctx.saved_tensors
         sums = torch.stack([gradient.sum(0), (gradient * result).sum(0)])[None]  # [1, 2, channel]
-        with_ones, with_result = context.gather(sums).sum(0) / rows.clamp(min=1)
-        of_x = (result * -with_result).add_(gradient).sub_(with_ones).mul_(scale)
-        return of_x, None, None
+        gradient_mean, product_mean = ctx.gather(sums).sum(0) / rows.clamp(min=1)
+        x_grad = (result * -product_mean).add_(gradient).sub_(gradient_mean).mul_(scale)
+        return x_grad, None, None
 
 
 def group_batch_norms(module: nn.Module, group: int) -> nn.Module:
-    """Replaces every BatchNorm2d below `module` (timm's fused norm-activations included) by the grouped one, weights kept."""
+    """Replaces every BatchNorm2d in `module`, including timm's fused norm and activation, by a GroupedBatchNorm2d with the same weights.
+    Returns `module`."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             grouped = GroupedBatchNorm2d(child.num_features, group, child.eps, child.momentum or 0.1)
             grouped.load_state_dict(child.state_dict())
-            activation = [
-                getattr(child, part) for part in ("drop", "act") if hasattr(child, part)
-            ]  # timm's BatchNormAct2d
+            # timm's BatchNormAct2d also applies dropout and an activation
+            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
             setattr(module, name, nn.Sequential(grouped, *activation) if activation else grouped)
         else:
             group_batch_norms(child, group)

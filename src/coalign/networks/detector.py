@@ -1,4 +1,4 @@
-"""Detectors on an image tower with the stages of a ResNet: torchvision's Faster R-CNN and Mask R-CNN, as C4 or with a feature pyramid."""
+"""Detectors on a ResNet image tower: torchvision's Faster R-CNN and Mask R-CNN with a feature pyramid, or Faster R-CNN as C4."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from coalign.errors import UserError
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-ANCHORS_SIDE = 800  # shorter side of the images for which anchors of 32 to 512 pixels are meant
+ANCHOR_IMAGE_SIDE = 800  # shorter image side for which the anchors of 32 to 512 pixels were designed
 
 
-def trunk_of(encoder: nn.Module) -> nn.Module:
-    """The part of an image encoder that has a ResNet's stages. UserError for one that has none, such as a ViT."""
+def resnet_trunk(encoder: nn.Module) -> nn.Module:
+    """Returns the module of an image encoder that has a ResNet's stages. Raises UserError if there is none, as in a ViT."""
     for module in encoder.modules():
         if all(hasattr(module, name) for name in STAGES):
             return module
-    raise UserError("Detectors are built on the stages of a ResNet, which this image tower has not.")
+    raise UserError("Detection needs a ResNet image tower, but this model has a different one.")
 
 
 class Stages(nn.Module):
-    """pixels [batch, 3, height, width] -> the outputs of the stem's successors, by name. BatchNorm keeps the statistics of pre-training."""
+    """Pixels [batch, 3, height, width] -> the outputs of the first stages by name. BatchNorm keeps the statistics of pre-training."""
 
-    def __init__(self, trunk: nn.Module, last: int) -> None:
+    def __init__(self, trunk: nn.Module, num_stages: int) -> None:
         super().__init__()
-        before = [name for name, _ in trunk.named_children()]
-        self.stem = nn.Sequential(*(getattr(trunk, name) for name in before[: before.index(STAGES[0])]))
-        self.stages = nn.ModuleDict({name: getattr(trunk, name) for name in STAGES[:last]})
+        children = [name for name, _ in trunk.named_children()]
+        self.stem = nn.Sequential(*(getattr(trunk, name) for name in children[: children.index(STAGES[0])]))
+        self.stages = nn.ModuleDict({name: getattr(trunk, name) for name in STAGES[:num_stages]})
         with torch.no_grad():
             self.channels: list[int] = [x.shape[1] for x in self.train()(torch.zeros(1, 3, 64, 64)).values()]
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        x, found = self.stem(x), OrderedDict()
+        x, outputs = self.stem(x), OrderedDict()
         for name, stage in self.stages.items():
             x = stage(x)
-            found[name] = x
-        return found
+            outputs[name] = x
+        return outputs
 
     def train(self, mode: bool = True) -> Stages:
         return super().train(False)
 
 
 class _Pyramid(nn.Module):
+    """All four stages with a feature pyramid."""
+
     out_channels = 256
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -62,8 +64,8 @@ class _Pyramid(nn.Module):
         return self.fpn(self.body(x))
 
 
-class _Third(nn.Module):
-    """The third stage alone, of stride 16."""
+class _ThirdStage(nn.Module):
+    """C4 backbone: the output of the third stage, of stride 16."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
@@ -74,8 +76,8 @@ class _Third(nn.Module):
         return OrderedDict([("0", self.body(x)["layer3"])])
 
 
-class _Fourth(nn.Module):
-    """The fourth stage on the features of each region, and their mean: [region, channel, 14, 14] -> [region, width]."""
+class _FourthStage(nn.Module):
+    """C4 box head: the fourth stage on the features of each region, averaged: [region, channel, 14, 14] -> [region, width]."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class _Fourth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.stage(x).mean((2, 3))
 
-    def train(self, mode: bool = True) -> _Fourth:
+    def train(self, mode: bool = True) -> _FourthStage:
         return super().train(False)
 
 
@@ -98,15 +100,18 @@ def build_detector(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> nn.Module:
-    """A detector of `num_classes` (labels 1 … num_classes) on the trunk of `encoder`. `side`: the shorter side to which images are resized;
-    anchors scale with it. `regions`: of an image, from which the heads learn in a step; proposals learn from half as many. Masks need the
-    pyramid, as in the papers."""
-    trunk: Any = trunk_of(encoder)
-    sizes = tuple(max(4, round(size * side / ANCHORS_SIDE)) for size in (32, 64, 128, 256, 512))
+    """Builds a detector for `num_classes` classes (labels 1 … num_classes) on the trunk of `encoder`.
+
+    Images are resized to a shorter side of `side`; anchors scale with it. Per image and step, the heads are trained on `regions` regions
+    and the proposals on half of that number. Raises UserError if the trunk is not a ResNet, or for masks without the pyramid, which the
+    papers use for them.
+    """
+    trunk: Any = resnet_trunk(encoder)
+    sizes = tuple(max(4, round(size * side / ANCHOR_IMAGE_SIDE)) for size in (32, 64, 128, 256, 512))
     ratios = (0.5, 1.0, 2.0)
     options: dict[str, Any] = {
         "min_size": side,
-        "max_size": round(side * 1333 / ANCHORS_SIDE),
+        "max_size": round(side * 1333 / ANCHOR_IMAGE_SIDE),
         "image_mean": list(mean),
         "image_std": list(std),
         "box_batch_size_per_image": regions,
@@ -129,16 +134,16 @@ def build_detector(
             **options,
         )
     if with_masks:
-        raise UserError("Masks need the feature pyramid; leave c4 to boxes.")
-    third, fourth = _Third(trunk), _Fourth(trunk).train()
+        raise UserError("Masks need the feature pyramid; use c4 for boxes only.")
+    backbone, box_head = _ThirdStage(trunk), _FourthStage(trunk).train()
     with torch.no_grad():
-        width = fourth(torch.zeros(1, third.out_channels, 14, 14)).shape[1]
+        width = box_head(torch.zeros(1, backbone.out_channels, 14, 14)).shape[1]
     return FasterRCNN(
-        third,
+        backbone,
         num_classes=None,
         rpn_anchor_generator=AnchorGenerator((sizes,), (ratios,)),
         box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
-        box_head=fourth,
+        box_head=box_head,
         box_predictor=FastRCNNPredictor(width, num_classes + 1),
         **options,
     )

@@ -1,4 +1,4 @@
-"""UniCLIP's similarity, which has its own temperature and offset for every combination of image and text."""
+"""UniCLIP's similarity, with a separate temperature and offset for each combination of image and text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ COMBINATIONS = ("image_image", "image_text", "text_text")  # D, in the order of 
 
 
 class DomainSimilarity(nn.Module):
-    """1/τ_D and b_D of s_ij = exp((cos(z_i, z_j) − b_D) / τ_D) (UniCLIP, Eq. 16), learned; 1/τ in log-space.
+    """Learned 1/τ_D (in log-space) and b_D of s_ij = exp((cos(z_i, z_j) − b_D) / τ_D) (UniCLIP, Eq. 16).
 
-    `domains` [view, view] says which combination two views are. With `shared` there is one τ; without `offsets` b is zero and no
-    parameter, as where it cancels (Eq. 15).
+    `domains` [view, view] is the combination of each two views. With `shared` there is a single τ. Without `offsets`, b is fixed at zero,
+    for cases in which it cancels (Eq. 15).
     """
 
     domains: Tensor
@@ -23,22 +23,22 @@ class DomainSimilarity(nn.Module):
     def __init__(self, domains: Int[Tensor, "view view"], temperature: float, shared: bool, offsets: bool) -> None:
         super().__init__()
         self.register_buffer("domains", domains * 0 if shared else domains, persistent=False)
-        number = 1 if shared else len(COMBINATIONS)
-        self.log_logit_scales = nn.Parameter(torch.full([number], math.log(1 / temperature)))
-        self.offsets = nn.Parameter(torch.zeros(number)) if offsets else None
+        num_domains = 1 if shared else len(COMBINATIONS)
+        self.log_logit_scales = nn.Parameter(torch.full([num_domains], math.log(1 / temperature)))
+        self.offsets = nn.Parameter(torch.zeros(num_domains)) if offsets else None
 
     def forward(self) -> tuple[Float[Tensor, "view view"], Float[Tensor, "view view"]]:
-        """1/τ_D and b_D of every two views."""
+        """Returns 1/τ_D and b_D for each two views."""
         logit_scales = self.log_logit_scales.exp()[self.domains]
         return logit_scales, torch.zeros_like(logit_scales) if self.offsets is None else self.offsets[self.domains]
 
     @torch.no_grad()
     def clamp_(self, max_logit_scale: float) -> None:
-        """Keeps every 1/τ between 1 and `max_logit_scale`."""
+        """Clamps every 1/τ to [1, max_logit_scale]."""
         self.log_logit_scales.clamp_(0, math.log(max_logit_scale))
 
     def scalars(self) -> dict[str, Tensor]:
-        """Every 1/τ_D and b_D; `logit_scale` alone is that of image and text, as in other methods, or the shared one."""
+        """Returns every 1/τ_D and b_D by name. `logit_scale` is 1/τ of image-text pairs, as in other methods, or the shared 1/τ."""
         scales = self.log_logit_scales.detach().exp()
         names = ("logit_scale_image_image", "logit_scale", "logit_scale_text_text")
         scalars = {"logit_scale": scales[0]} if len(scales) == 1 else dict(zip(names, scales))

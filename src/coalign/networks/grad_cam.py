@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al. 2017) of a two-tower model: which places of the image tower's last map the similarity to a text hangs on."""
+"""Grad-CAM (Selvaraju et al. 2017) of a two-tower model: the regions of an image that its similarity to a text depends on."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.networks.towers import ImageTower
+from coalign.networks.towers.image import ImageTower
 
-LEAST_SIDE = 4  # a map of fewer rows shows no place: an earlier one is taken
+MIN_MAP_SIDE = 4  # smaller feature maps are too coarse; an earlier layer is used instead
 
 
 def grad_cam(
     tower: ImageTower, encode_image: Callable[[Tensor], Tensor], pixels: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """ReLU of the maps' channels, weighted by the mean gradient of the cosine with the text: [batch, row, column].
+    """Returns the ReLU of the feature map's channels weighted by the mean gradient of the cosine with the text: [batch, row, column].
 
-    `encode_image` goes through `tower` to normalised embeds; pixels uint8 [batch, 3, side, side]; text_embeds [batch, dim].
+    `encode_image` must call `tower` and return normalized embeds. pixels uint8 [batch, 3, side, side]; text_embeds [batch, dim].
     """
     layer, to_maps = _spatial_layer(tower, pixels[:1])
-    caught: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        caught.append(output)
+    def capture(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        outputs.append(output)
 
-    with layer.register_forward_hook(keep), torch.enable_grad():
+    with layer.register_forward_hook(capture), torch.enable_grad():
         embeds = encode_image(pixels)
-        (gradient,) = torch.autograd.grad((embeds * text_embeds).sum(), caught[:1])
-    maps, slopes = (to_maps(x.detach().float(), len(pixels)) for x in (caught[0], gradient))
-    return F.relu((slopes.mean((2, 3), keepdim=True) * maps).sum(1))
+        (gradient,) = torch.autograd.grad((embeds * text_embeds).sum(), outputs[:1])
+    maps, gradients = (to_maps(x.detach().float(), len(pixels)) for x in (outputs[0], gradient))
+    return F.relu((gradients.mean((2, 3), keepdim=True) * maps).sum(1))
 
 
 def _spatial_layer(tower: ImageTower, pixels: Tensor) -> tuple[nn.Module, Callable[[Tensor, int], Tensor]]:
-    """The last layer whose output has places, and what makes [batch, channel, row, column] of that output."""
+    """Returns the last layer with a spatial output, and a function that converts the output to [batch, channel, row, column]."""
     trunk = tower.trunk
     if isinstance(trunk, VisionTransformer):
         return trunk.transformer.resblocks[-1].ln_1, _grid(num_prefix=1)
@@ -51,7 +51,7 @@ def _spatial_layer(tower: ImageTower, pixels: Tensor) -> tuple[nn.Module, Callab
 
 
 def _grid(num_prefix: int) -> Callable[[Tensor, int], Tensor]:
-    """Tokens, packed [batch · token, width] or [batch, token, width], as the map of the patches among them."""
+    """Returns a function that converts tokens, [batch · token, width] or [batch, token, width], to a map of their patches."""
 
     def to_maps(tokens: Tensor, batch: int) -> Tensor:
         patches = tokens.view(batch, -1, tokens.shape[-1])[:, num_prefix:]
@@ -63,22 +63,23 @@ def _grid(num_prefix: int) -> Callable[[Tensor, int], Tensor]:
 
 @torch.no_grad()
 def _last_map(tower: ImageTower, pixels: Tensor) -> nn.Module:
-    """Of a convolutional trunk the last module whose output is a map of at least 4 × 4 places."""
-    found: list[nn.Module] = []
+    """Returns the last module of a convolutional trunk with a feature map of at least 4 × 4. Raises UserError if there is none."""
+    candidates: list[nn.Module] = []
 
-    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) >= LEAST_SIDE:
-            found.append(module)
+    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) >= MIN_MAP_SIDE:
+            candidates.append(module)
 
-    hooks = [module.register_forward_hook(note) for module in tower.trunk.modules() if module is not tower.trunk]
+    hooks = [module.register_forward_hook(record) for module in tower.trunk.modules() if module is not tower.trunk]
     try:
         tower(pixels)
     finally:
         for hook in hooks:
             hook.remove()
-    if not found:
+    if not candidates:
         side = pixels.shape[-1]
         raise UserError(
-            f"This image tower has no map of {LEAST_SIDE} × {LEAST_SIDE} places for images of {side} pixels."
+            f"Grad-CAM needs a feature map of at least {MIN_MAP_SIDE} × {MIN_MAP_SIDE}, "
+            f"but this image tower has none for images of {side} pixels."
         )
-    return found[-1]
+    return candidates[-1]

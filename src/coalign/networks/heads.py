@@ -1,4 +1,4 @@
-"""Heads on top of towers. Those with batch statistics run in `objective`, on all of a rank's rows at once."""
+"""Heads on top of towers. Heads with batch statistics run in `objective`, on all local rows at once."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ HeadNorm = Literal["batch", "batch_apart", "layer"]
 
 @torch.no_grad()
 def spread(x: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Standard deviation of the normalised rows, mean over dimensions, times √dim (SimSiam, §4.1): about 1 where the rows point
-    everywhere, 0 where they have collapsed to one direction."""
+    """Returns the standard deviation of the normalized rows, averaged over dimensions, times √dim (SimSiam, §4.1): about 1 if their
+    directions are evenly distributed, 0 if they have collapsed to one direction."""
     x = F.normalize(x.float(), dim=-1)
     return x.std(0, correction=0).mean() * x.shape[1] ** 0.5
 
 
 class MLP(nn.Module):
-    """Linear layers of the given widths, BatchNorm and ReLU after each but the last, and if wanted BatchNorm after the last.
+    """Linear layers of the given widths with BatchNorm and ReLU after each but the last, and with `last_norm` BatchNorm after the last.
 
-    The statistics are those of the rows of one call on all ranks: views that are passed apart are normalised apart. SLIP's SSL head has
-    no `last_norm`, SimSiam's projector has one.
+    Batch statistics cover the rows of one call on all ranks, so views passed in separate calls are normalized separately. SimSiam's
+    projector uses `last_norm`, SLIP's SSL head does not.
     """
 
     def __init__(self, widths: Sequence[int], last_norm: bool = False) -> None:
@@ -40,21 +40,21 @@ class MLP(nn.Module):
         self, x: Float[Tensor, "batch width"], gather: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "batch last_width"]:
         last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             x = layer(x)
-            if number < len(self.norms):
-                x = self.norms[number](x, gather)
-            if number < last:
+            if index < len(self.norms):
+                x = self.norms[index](x, gather)
+            if index < last:
                 x = F.relu(x)
         return x
 
 
 class ModalityBlindMLP(nn.Module):
-    """MoCo-v3's projector or predictor, for rows of several kinds ("image", "text", …): linear layers without bias, a normalisation after
-    each, without a learned scale after the last, and ReLU between.
+    """MoCo-v3's projector or predictor for several kinds of rows ("image", "text", …): linear layers without bias, a normalization after
+    each (the last one without learned scale), and ReLU in between.
 
-    norm: "batch" is one BatchNorm over the rows of all kinds and ranks; "batch_apart" gives each kind its own statistics, which tells the
-    kinds apart though all weights are shared; "layer" is LayerNorm.
+    norm: "batch" is one BatchNorm over the rows of all kinds and ranks. "batch_apart" has separate statistics per kind, so that kinds are
+    treated differently although they share all weights. "layer" is LayerNorm.
     """
 
     def __init__(self, widths: Sequence[int], kinds: Sequence[str], norm: HeadNorm) -> None:
@@ -69,15 +69,15 @@ class ModalityBlindMLP(nn.Module):
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths[1:-1])
 
     def forward(self, rows: dict[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """kind -> [batch, width], equally many of each, to kind -> [batch, last width]."""
+        """Maps rows [batch, width] by kind to outputs [batch, last_width] by kind. All kinds must have the same number of rows."""
         x = torch.cat(list(rows.values()))
-        for number, layer in enumerate(self.layers):
-            x = self._normalise(layer(x), self.statistics[number], list(rows), gather)
-            if number < len(self.scales):
-                x = F.relu(x * self.scales[number] + self.shifts[number])
+        for index, layer in enumerate(self.layers):
+            x = self._normalize(layer(x), self.statistics[index], list(rows), gather)
+            if index < len(self.scales):
+                x = F.relu(x * self.scales[index] + self.shifts[index])
         return dict(zip(rows, x.unflatten(0, (len(rows), -1))))
 
-    def _normalise(
+    def _normalize(
         self, x: Tensor, statistics: nn.Module, kinds: list[str], gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
         assert isinstance(statistics, nn.ModuleDict)
@@ -91,13 +91,13 @@ class ModalityBlindMLP(nn.Module):
 
 
 class MaskedLanguageHead(nn.Module):
-    """Token features after the tower's final norm -> a logit for every token of the vocabulary, by one linear layer, as in the released
-    code of DeCLIP. The mask token is no answer: `vocab_size` is the tokenizer's."""
+    """Linear layer from token features after the tower's final norm to vocabulary logits, as in DeCLIP's released code. `vocab_size` is the
+    tokenizer's and excludes the mask token, which is never a target."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.decoder = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.decoder.weight, std=0.02)  # BERT's: the loss starts near ln(vocab_size)
+        nn.init.normal_(self.decoder.weight, std=0.02)  # as in BERT; the initial loss is near ln(vocab_size)
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, tokens: Float[Tensor, "masked width"]) -> Float[Tensor, "masked vocabulary"]:

@@ -1,4 +1,4 @@
-"""Position tables: fixed sinusoids, and learned ones at another image size."""
+"""Position tables: fixed sinusoids, and interpolation of learned tables."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from torch.nn import functional as F
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """Sines then cosines of `positions` [n] at dim/2 frequencies 10000^(−2k/dim): float64 [n, dim] (Vaswani et al. 2017)."""
+    """Returns sines, then cosines of `positions` [n] at the dim/2 frequencies 10000^(−2k/dim): float64 [n, dim] (Vaswani et al. 2017).
+    Raises ValueError for an odd `dim`."""
     if dim % 2:
-        raise ValueError(f"a sinusoidal table needs an even width, not {dim}")
+        raise ValueError(f"dim is {dim}, but must be even for a sinusoidal table.")
     frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = positions.double()[:, None] * frequencies  # [n, dim/2]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
-    """The table of a patch grid in reading order: float64 [rows·columns, dim], half for the column, half for the row (MAE, MoCo-v3)."""
+    """Returns the table of a patch grid in row-major order: float64 [rows·columns, dim], half for the column, half for the row (MAE,
+    MoCo-v3). Raises ValueError if `dim` is not a multiple of 4."""
     if dim % 4:
-        raise ValueError(f"a two-dimensional sinusoidal table needs a width divisible by four, not {dim}")
+        raise ValueError(f"dim is {dim}, but must be a multiple of 4 for a two-dimensional sinusoidal table.")
     column = sincos_1d(torch.arange(columns).repeat(rows), dim // 2)
     row = sincos_1d(torch.arange(rows).repeat_interleave(columns), dim // 2)
     return torch.cat([column, row], dim=1)
 
 
 def resize_positions(table: Tensor, length: int) -> Tensor:
-    """A learned table of a class token and a square grid of patches, [1 + old², dim], for another grid: [length, dim]. Bicubic, as ViTs are
-    fine-tuned at a higher resolution (Dosovitskiy et al. 2021, §3.2)."""
+    """Interpolates the learned table of a class token and a square patch grid, [1 + old², dim], to another grid: [length, dim]. Bicubic, as
+    for fine-tuning ViTs at higher resolution (Dosovitskiy et al. 2021, §3.2)."""
     if len(table) == length:
         return table
     cls, grid = table[:1], table[1:]

@@ -1,8 +1,8 @@
-"""The forward of open_clip's Transformers, exact but without waste: sequences packed without padding, a last block for one token each.
+"""Efficient forward pass of open_clip's Transformers: packed sequences, and a last block that computes only the pooled token.
 
-In packed form all tokens of all sequences lie one after another, [tokens, width], so that linear layers and norms never see padding. Only
-attention pads, sequences of similar length together. Where a single token of each sequence is read (CLIP's class and end tokens), the
-last block computes keys and values of all tokens, and everything else of that one alone.
+Packed sequences are concatenated, [tokens, width], so that linear layers and norms do not process padding. Only attention pads, in groups
+of similar length. If a single token of each sequence is pooled (CLIP's class and end tokens), the last block computes keys and values of
+all tokens and everything else for that token only. The outputs are unchanged.
 """
 
 from __future__ import annotations
@@ -18,57 +18,60 @@ from torch.nn import functional as F
 
 
 class LengthGroup(NamedTuple):
-    """Consecutive sequences that attention pads to the longest among them."""
+    """Consecutive sequences that attention pads to a common length."""
 
-    size: int  # sequences
-    longest: int
-    num_tokens: int
+    size: int  # number of sequences
+    longest: int  # length of the longest sequence
+    num_tokens: int  # total, without padding
 
 
 @dataclass
 class Packing:
-    """How sequences of these lengths are packed: shortest first."""
+    """Layout of packed sequences, shortest first."""
 
     groups: list[LengthGroup]
-    slots: list[
-        Tensor | None
-    ]  # of each group: where its tokens lie in [size · longest], int64; None: it has no padding
+    # per group: indices of its tokens in the padded [size · longest], int64; None if it has no padding
+    slots: list[Tensor | None]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, heads: int, causal: bool) -> Tensor:
-        """Softmax attention within each sequence. keys, values [tokens, width]; queries [tokens, width] as well, or one for each
-        sequence, [sequences, width], which sees all of it. Returns [queries, width]."""
-        every_token = len(queries) == len(keys)
-        token, sequence, mixed = 0, 0, []
+        """Softmax attention within each sequence.
+
+        keys, values [tokens, width]; queries [tokens, width], or one query per sequence, [sequences, width], which attends to the whole
+        sequence. Returns [queries, width].
+        """
+        all_tokens = len(queries) == len(keys)
+        token, sequence, outputs = 0, 0, []
         for group, slots in zip(self.groups, self.slots):
             tokens = slice(token, token + group.num_tokens)
-            rows = tokens if every_token else slice(sequence, sequence + group.size)
+            rows = tokens if all_tokens else slice(sequence, sequence + group.size)
             k, v = (_split_heads(_pad(x[tokens], group, slots), heads) for x in (keys, values))
-            q = _pad(queries[rows], group, slots) if every_token else queries[rows].unsqueeze(1)
-            causally = causal and every_token  # then no token sees the padding, which is behind it
-            mask = None if slots is None or causally else _valid(group, slots)
-            x = _attention(_split_heads(q, heads), k, v, mask, causally)
+            q = _pad(queries[rows], group, slots) if all_tokens else queries[rows].unsqueeze(1)
+            is_causal = causal and all_tokens  # the causal mask then also hides the padding
+            mask = None if slots is None or is_causal else _valid(group, slots)
+            x = _attention(_split_heads(q, heads), k, v, mask, is_causal)
             x = x.transpose(1, 2).flatten(2).flatten(0, 1)  # [size · (longest or 1), width]
-            mixed.append(x.index_select(0, slots) if every_token and slots is not None else x)
+            outputs.append(x.index_select(0, slots) if all_tokens and slots is not None else x)
             token, sequence = tokens.stop, sequence + group.size
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def pack(lengths: Sequence[int], device: torch.device) -> Packing:
-    """The packing of sequences with these lengths, which must not decrease."""
+    """Returns the packing of sequences with these lengths, which must be in ascending order."""
     groups = group_by_length(lengths)
     slots: list[Tensor | None] = []
     first = 0
     for group in groups:
-        own = torch.tensor(lengths[first : first + group.size], device=device)
-        valid = torch.arange(group.longest, device=device) < own[:, None]  # [size, longest]
-        padded = group.num_tokens < group.size * group.longest
-        slots.append(valid.flatten().nonzero().squeeze(1) if padded else None)
+        group_lengths = torch.tensor(lengths[first : first + group.size], device=device)
+        valid = torch.arange(group.longest, device=device) < group_lengths[:, None]  # [size, longest]
+        has_padding = group.num_tokens < group.size * group.longest
+        slots.append(valid.flatten().nonzero().squeeze(1) if has_padding else None)
         first += group.size
     return Packing(groups, slots)
 
 
 def group_by_length(lengths: Sequence[int], smallest: int = 16) -> list[LengthGroup]:
-    """Groups of at least `smallest` sequences (but the last), in which the longest is at most about twice as long as the shortest."""
+    """Groups sequences so that the longest of a group is at most about twice as long as the shortest. All groups but the last have at least
+    `smallest` sequences."""
     groups: list[LengthGroup] = []
     shortest = 0
     for length in lengths:
@@ -82,20 +85,21 @@ def group_by_length(lengths: Sequence[int], smallest: int = 16) -> list[LengthGr
 
 
 def is_plain(transformer: Transformer) -> bool:
-    """Whether `run_blocks` knows the blocks: CLIP's, not open_clip's variants with norms or scales within the attention."""
+    """Whether `run_blocks` supports the blocks: CLIP's, but not open_clip's variants with norms or scales inside the attention."""
     return all(type(block) is ResidualAttentionBlock for block in transformer.resblocks)
 
 
 def run_blocks(
     transformer: Transformer, x: Tensor, packing: Packing, causal: bool = False, read: Tensor | None = None
 ) -> Tensor:
-    """Runs packed tokens [tokens, width] through the blocks; the weights, and the outputs, are open_clip's.
+    """Runs packed tokens [tokens, width] through the blocks, with the same weights and outputs as open_clip's.
 
-    With `read` (int64 [sequences], one token of each sequence; the last one if `causal`), only these are returned: [sequences, width].
+    `read` (int64 [sequences]) selects one token per sequence, which must be its last one if `causal`: returns [sequences, width]. Otherwise
+    returns [tokens, width].
     """
     last = len(transformer.resblocks) - 1
-    for number, block in enumerate(transformer.resblocks):
-        x = _block(block, x, packing, causal, read if number == last else None)
+    for index, block in enumerate(transformer.resblocks):
+        x = _block(block, x, packing, causal, read if index == last else None)
     return x
 
 
@@ -114,7 +118,7 @@ def _block(block: ResidualAttentionBlock, x: Tensor, packing: Packing, causal: b
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """[size, heads, token, dim] each. In float32 on a CPU: its kernels' backward in bfloat16 takes 1.2 to 12 times as long."""
+    """Attention over [size, heads, token, dim]. Uses float32 on CPUs, where the bfloat16 backward takes 1.2 to 12 times as long."""
     dtype = queries.dtype
     if queries.device.type == "cpu" and dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
@@ -131,7 +135,7 @@ def _pad(x: Tensor, group: LengthGroup, slots: Tensor | None) -> Tensor:
 
 
 def _valid(group: LengthGroup, slots: Tensor) -> Tensor:
-    """bool [size, 1, 1, longest], false at padding."""
+    """Attention mask, bool [size, 1, 1, longest], false at padding."""
     valid = torch.zeros(group.size * group.longest, dtype=torch.bool, device=slots.device)
     return valid.index_fill_(0, slots, True).view(group.size, 1, 1, group.longest)
 

@@ -1,4 +1,4 @@
-"""The page of `coalign data check`: what is in a data set, and what should worry you before you train on it."""
+"""The page of `coalign data check`: the contents of a dataset, and warnings before you train on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from coalign.formatting import percent
 from coalign.report.figures import INK, LINE, PALETTE, SOFT, WIDTH
 from coalign.report.page import GalleryCell, Page
 
@@ -17,40 +18,40 @@ Pictures = Mapping[int, np.ndarray]  # index of a sample -> uint8 [height, width
 _GALLERIES = (  # key, title, what it is
     (
         "random",
-        "A random handful",
-        "Would you guess these captions from the pictures, and the pictures from the captions?",
+        "Random samples",
+        "Could you match these captions and images without knowing the pairs?",
     ),
-    ("shared captions", "Captions that several samples share", "Up to four samples of each of the most frequent ones."),
-    ("identical images", "Images that occur more than once", "The same file under several names."),
+    ("shared captions", "Shared captions", "Up to four samples of each of the most frequent captions."),
+    ("identical images", "Identical images", "The same file under several names."),
     (
         "look-alikes",
-        "Images that look alike",
-        "Other files, but the same 8 × 8 difference hash: duplicates, variants, chance.",
+        "Similar images",
+        "Different files with the same 8 × 8 difference hash: near-duplicates, variants, or chance.",
     ),
-    ("hardly English", "Captions that are hardly English", "Less than half of the words are in the English word list."),
-    ("longest captions", "The longest captions", ""),
-    ("shortest captions", "The shortest captions", ""),
-    ("smallest images", "The smallest images", ""),
-    ("blank images", "Blank images", "A single colour; often a white drawing on a transparent ground."),
+    ("hardly English", "Mostly non-English captions", "Fewer than half of the words are in the English word list."),
+    ("longest captions", "Longest captions", ""),
+    ("shortest captions", "Shortest captions", ""),
+    ("smallest images", "Smallest images", ""),
+    ("blank images", "Blank images", "A single color; often a white drawing on a transparent background."),
 )
 
 
 def check_page(check: Mapping[str, Any], pictures: Pictures) -> Page:
-    """The page for a data check as plain values (`dataclasses.asdict` of a DataCheck) and its gallery's pictures."""
+    """The page of a data check, from its plain values (`dataclasses.asdict` of a DataCheck) and its gallery's images."""
     whole = check["checked"] == check["samples"]
-    looked_at = f"all {check['samples']:,} samples"
+    scope = f"all {check['samples']:,} samples"
     if not whole:
-        looked_at = f"{check['checked']:,} random samples of {check['samples']:,}"
-    page = Page("Data check", f"{check['name']} · {looked_at}")
-    page.verdict(_verdict(check["worries"]))
+        scope = f"{check['checked']:,} random samples of {check['samples']:,}"
+    page = Page("Data check", f"{check['name']} · {scope}")
+    page.verdict(_verdict(check["warnings"]))
     page.numbers(_tiles(check))
-    if len(check["worries"]) > 1:
-        page.section("What should worry you")
-        page.table(["", "finding"], [[number, text] for number, text in enumerate(check["worries"], 1)])
+    if len(check["warnings"]) > 1:
+        page.section("Warnings")
+        page.table(["", "warning"], [[number, text] for number, text in enumerate(check["warnings"], 1)])
     if not whole:
-        page.text("Only a part was looked at: duplicates between the part and the rest are not counted.")
+        page.text("Only a sample was checked: duplicates between it and the rest are not counted.")
     if check["usable"]:
-        page.section("A random handful", _GALLERIES[0][2])
+        page.section("Random samples", _GALLERIES[0][2])
         page.gallery(_cells(check["gallery"]["random"], pictures))
         _images(page, check)
         _captions(page, check)
@@ -60,12 +61,12 @@ def check_page(check: Mapping[str, Any], pictures: Pictures) -> Page:
     return page
 
 
-def _verdict(worries: Sequence[str]) -> str:
-    if not worries:
-        return "Nothing was found that should keep you from training on this."
-    rest = len(worries) - 1
-    more = "" if rest == 0 else f" And {'one thing' if rest == 1 else f'{rest} things'} more below."
-    return worries[0] + more
+def _verdict(warnings: Sequence[str]) -> str:
+    if not warnings:
+        return "No problems found: you can train on this data."
+    rest = len(warnings) - 1
+    more = "" if rest == 0 else f" {'One more warning' if rest == 1 else f'{rest} more warnings'} below."
+    return warnings[0] + more
 
 
 def _tiles(check: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -80,7 +81,7 @@ def _tiles(check: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Captions", f"{captions:,}", words),
         ("Share a caption", f"{shared:,}", f"{_share(shared, usable)} of the samples"),
         ("Image occurs twice", f"{twice:,}", f"{_share(twice, usable)} of the samples"),
-        ("Hardly English", f"{foreign:,}", f"{_share(foreign, captions)} of the captions"),
+        ("Mostly non-English", f"{foreign:,}", f"{_share(foreign, captions)} of the captions"),
     ]
 
 
@@ -106,29 +107,29 @@ def _images(page: Page, check: Mapping[str, Any]) -> None:
     same = check["same_image"] or {"groups": 0, "samples": 0}
     rows: list[list[object]] = [
         ["the same file", same["groups"], same["samples"], _share(same["samples"], total)],
-        ["look alike at 8 × 8 cells", alike["groups"], alike["samples"], _share(alike["samples"], total)],
-        ["blank (a single colour)", None, check["blank"], _share(check["blank"], total)],
+        ["same 8 × 8 difference hash", alike["groups"], alike["samples"], _share(alike["samples"], total)],
+        ["blank (a single color)", None, check["blank"], _share(check["blank"], total)],
     ]
     page.table(["duplicates", "groups", "samples", "share"], rows)
 
 
 def _captions(page: Page, check: Mapping[str, Any]) -> None:
     page.section("Captions")
-    panels = [("words in a caption", "words", check["words"])]
+    panels = [("words per caption", "words", check["words"])]
     if check["tokens"]:
-        panels.append(("tokens in a caption", "tokens, with start and end", check["tokens"]))
-    panels.append(("share of English words", "of the words of a caption", check["english"]))
-    page.figure(_histograms(panels), "The last bar of words and tokens holds the longer ones, too.")
+        panels.append(("tokens per caption", "tokens, start and end included", check["tokens"]))
+    panels.append(("English words", "fraction of a caption's words", check["english"]))
+    page.figure(_histograms(panels), "The last bar includes all longer captions.")
     page.table(["", "smallest", "median", "mean", "largest"], [_landmarks(name, spread) for name, _, spread in panels])
     total = check["captions"]
-    rows = [["longer than the context", check["cut"], _share(check["cut"], total)]] if check["tokens"] else []
-    rows.append(["less than half English words", check["hardly_english"], _share(check["hardly_english"], total)])
+    rows = [["longer than the context length", check["cut"], _share(check["cut"], total)]] if check["tokens"] else []
+    rows.append(["mostly non-English", check["hardly_english"], _share(check["hardly_english"], total)])
     parts = check["single_part_of_speech"].items()
-    rows += [[f"nothing but {name}", count, _share(count, total)] for name, count in parts]
-    page.table(["captions that are", "captions", "share"], rows)
+    rows += [[f"only {name}", count, _share(count, total)] for name, count in parts]
+    page.table(["captions", "count", "share"], rows)
     per_sample = check["captions_per_sample"].items()
     page.table(
-        ["captions a sample", "samples", "share"],
+        ["captions per sample", "samples", "share"],
         [[n, count, _share(count, check["usable"])] for n, count in per_sample],
     )
     same = check["same_caption"] or {"largest": []}
@@ -138,22 +139,18 @@ def _captions(page: Page, check: Mapping[str, Any]) -> None:
 def _tags(page: Page, check: Mapping[str, Any]) -> None:
     if not check["num_tags"]:
         return
-    page.section(
-        "Tags", f"{check['num_tags']:,} different tags on {check['tagged']:,} samples; the most frequent ones:"
-    )
+    page.section("Tags", f"{check['num_tags']:,} distinct tags on {check['tagged']:,} samples; the most frequent:")
     page.figure(_bars(check["tags"][:30]))
 
 
 def _broken(page: Page, check: Mapping[str, Any]) -> None:
     if check["broken"]:
-        page.section(
-            "Broken samples", "They cannot be used as they are; training replaces them until there are too many."
-        )
+        page.section("Broken samples", "Training replaces broken samples by others, and stops when there are too many.")
         rows = [(row["reason"], row["count"], "\n".join(row["examples"][:3])) for row in check["broken"]]
         page.table(["reason", "samples", "for example"], rows)
     if check["problems"]:
         shown = f"{len(check['problems']):,} of {check['num_problems']:,}"
-        page.section("Left out", f"What was found when the data was opened and is no sample ({shown}).")
+        page.section("Left out", f"Found while opening the data, but not used as samples ({shown}).")
         page.table(["where", "why"], check["problems"])
 
 
@@ -173,15 +170,14 @@ def _landmarks(name: str, spread: Mapping[str, Any]) -> list[object]:
 
 
 def _share(count: int, of: int) -> str:
-    share = 100 * count / max(1, of)
-    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
+    return percent(count / max(1, of))
 
 
 # ---------------------------------------------------------------- figures
 
 
 def _histograms(panels: Sequence[tuple[str, str, Mapping[str, Any]]], base: int | None = None) -> Figure:
-    """Ready-counted histograms side by side; empty bins at either end are left away."""
+    """Precomputed histograms side by side, without the empty bins at both ends."""
     figure = _canvas(2.7)
     for position, (title, label, spread) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), position)

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from coalign.report.figures import INK, LINE, PALETTE, SOFT, WIDTH, new_figure, percent_axis, style
 
-Validations = Sequence[Sequence[Mapping[str, float]]]  # of each run: its validations in their order
-_FOLLOWED = (
+Validations = Sequence[Sequence[Mapping[str, float]]]  # per run: its validations in order
+_TRACKED = (
     ("val/loss", "Held-out loss"),
     ("mean_recall", "Mean of all held-out R@K"),
     ("val/zero_shot_acc1", "Zero-shot top-1"),
@@ -24,9 +24,9 @@ def points(
     chance: Sequence[float | None] = (),
     difference_to: str | None = None,
 ) -> Figure:
-    """A line per name, and on it a point with its interval (value, low, high) for each of the compared; a tick marks chance.
+    """A row per metric name, with one point and interval (value, low, high) per group; a dotted tick marks the chance level.
 
-    With `difference_to`, the values are differences to that one, and a line marks none.
+    With `difference_to`, the values are differences from that group, and a line marks zero.
     """
     step = 0.8 / max(1, len(values))
     figure = new_figure(WIDTH, (0.2 + 0.2 * len(values)) * len(names) + 1.0)
@@ -37,9 +37,9 @@ def points(
     places = np.arange(len(names))[::-1]
     for place in places[:-1]:
         axes.axhline(place - 0.5, color=LINE, linewidth=0.8)
-    colours = _colours(values, skip=difference_to is not None)
+    colors = _colors(values, skip=difference_to is not None)
     for row, (name, triples) in enumerate(values.items()):
-        marker = "os^"[row // len(PALETTE) % 3]  # colours come again
+        marker = "os^"[row // len(PALETTE) % 3]  # colors repeat
         value, low, high = np.array(triples).T
         spread = np.stack([value - low, high - value]).clip(min=0)
         own = places + 0.4 - step * (row + 0.5)
@@ -49,7 +49,7 @@ def points(
             xerr=spread,
             fmt=marker,
             markersize=5,
-            color=colours[name],
+            color=colors[name],
             elinewidth=1.6,
             capsize=2.5,
             label=name,
@@ -61,7 +61,7 @@ def points(
         axes.plot([], [], color=SOFT, linewidth=1.6, linestyle=":", label="chance")
     if difference_to is not None:
         axes.axvline(0, color=INK, linewidth=1.0)
-        axes.set_xlabel(f"difference to {difference_to}, in points of per cent", fontsize=9, color=SOFT)
+        axes.set_xlabel(f"difference from {difference_to}, percentage points", fontsize=9, color=SOFT)
     else:
         axes.set_xlim(left=0)
     axes.set_ylim(-0.5, len(names) - 0.5)
@@ -73,10 +73,10 @@ def points(
 
 
 def learning_curves(runs: Mapping[str, Validations]) -> Figure | None:
-    """Every validation of the named groups of runs, against pairs seen (left) and time (right). None if there was no validation."""
+    """Every validation of the groups of runs, against samples seen (left) and time (right). None if there was no validation."""
     kept = [
         (key, title)
-        for key, title in _FOLLOWED
+        for key, title in _TRACKED
         if any(key in row for group in runs.values() for run in group for row in run)
     ]
     if not kept:
@@ -84,13 +84,13 @@ def learning_curves(runs: Mapping[str, Validations]) -> Figure | None:
     longest = max(row["seconds"] for group in runs.values() for run in group for row in run if "seconds" in row)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 180 else ("seconds", 1)
     figure = new_figure(WIDTH, 2.6 * len(kept) + 0.4)
-    colours = _colours(runs)
+    colors = _colors(runs)
     for row, (key, title) in enumerate(kept):
-        for column, (against, label, scale) in enumerate((("samples", "pairs seen", 1), ("seconds", unit, seconds))):
+        for column, (against, label, scale) in enumerate((("samples", "samples seen", 1), ("seconds", unit, seconds))):
             axes = figure.add_subplot(len(kept), 2, 2 * row + column + 1)
             style(axes, title)
             for name, group in runs.items():
-                _lines(axes, [_series(run, against, key, scale) for run in group], colours[name], name)
+                _lines(axes, [_series(run, against, key, scale) for run in group], colors[name], name)
             axes.set_xlim(left=0)
             axes.ticklabel_format(axis="x", scilimits=(-3, 6), useMathText=True)
             if key != "val/loss":
@@ -104,21 +104,21 @@ def learning_curves(runs: Mapping[str, Validations]) -> Figure | None:
 def by_fraction(
     scores: Mapping[str, Mapping[float, Mapping[int, float]]], base: str = "clip", title: str = ""
 ) -> Figure:
-    """Rates of methods on fractions of the pairs, by seed; a dotted line is the base's mean on all that it has seen."""
+    """Metrics of methods trained on fractions of the pairs, by seed; the dotted line is the base method's mean on all pairs."""
     figure = new_figure(WIDTH, 3.6)
     axes = figure.add_subplot()
     style(axes, title)
     if base in scores:
         level = np.mean(list(scores[base][max(scores[base])].values()))
         axes.axhline(float(level), color=SOFT, linewidth=1.6, linestyle=":")
-    colours = _colours(scores)
+    colors = _colors(scores)
     for name, of_fraction in scores.items():
         fractions = sorted(of_fraction)
         means = [np.mean(list(of_fraction[fraction].values())) for fraction in fractions]
-        axes.plot(fractions, means, color=colours[name], linewidth=1.7, label=name)
+        axes.plot(fractions, means, color=colors[name], linewidth=1.7, label=name)
         for fraction in fractions:
             values = list(of_fraction[fraction].values())
-            axes.plot([fraction] * len(values), values, "o", color=colours[name], markersize=3.2, alpha=0.6)
+            axes.plot([fraction] * len(values), values, "o", color=colors[name], markersize=3.2, alpha=0.6)
     axes.set_xscale("log", base=2)
     every = sorted({fraction for of_fraction in scores.values() for fraction in of_fraction})
     axes.set_xticks(every, [f"{100 * fraction:g} %" for fraction in every])
@@ -128,18 +128,18 @@ def by_fraction(
     return figure
 
 
-def _lines(axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, name: str) -> None:
-    """One run as a line; several as pale lines, with their mean where all were validated equally often."""
+def _lines(axes: Axes, series: Sequence[tuple[np.ndarray, np.ndarray]], color: str, name: str) -> None:
+    """One run as a line; several as pale lines, with their mean if all have the same number of validations."""
     series = [one for one in series if len(one[0])]
     if len({len(x) for x, _ in series}) == 1:
         x, y = np.mean([x for x, _ in series], axis=0), np.mean([y for _, y in series], axis=0)
-        axes.plot(x, y, color=colour, linewidth=1.7, marker="o", markersize=3.2, label=name)
+        axes.plot(x, y, color=color, linewidth=1.7, marker="o", markersize=3.2, label=name)
         if len(series) == 1:
             return
     else:
-        axes.plot([], [], color=colour, linewidth=1.7, label=name)
+        axes.plot([], [], color=color, linewidth=1.7, label=name)
     for x, y in series:
-        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.4)
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.4)
 
 
 def _series(run: Sequence[Mapping[str, float]], against: str, key: str, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +148,8 @@ def _series(run: Sequence[Mapping[str, float]], against: str, key: str, scale: f
     return np.array(x, dtype=float), np.array(y, dtype=float)
 
 
-def _colours(names: Mapping[str, object], skip: bool = False) -> dict[str, str]:
-    """A group has the same colour in every figure; `skip`: the first group is not among them."""
+def _colors(names: Mapping[str, object], skip: bool = False) -> dict[str, str]:
+    """A group has the same color in every figure. `skip`: the first group is left out of `names`."""
     return {name: PALETTE[(number + skip) % len(PALETTE)] for number, name in enumerate(names)}
 
 
@@ -162,9 +162,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
         fontsize=8.5,
         labelcolor=SOFT,
         loc="outside upper center",
-        ncols=max(
-            1, min(6, len(labels), 110 // (max(map(len, labels)) + 8))
-        ),  # a column is as wide as its longest name
+        # a column is as wide as its longest name
+        ncols=max(1, min(6, len(labels), 110 // (max(map(len, labels)) + 8))),
     )
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -1,4 +1,4 @@
-"""The page that shows finished runs side by side: what differs between them, what came out, and how it got there."""
+"""The page that compares finished runs: their settings, their metrics with intervals, their learning curves."""
 
 from __future__ import annotations
 
@@ -7,53 +7,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from coalign.formatting import duration, percent
 from coalign.report import compare_figures
-from coalign.report.figures import percent
 from coalign.report.page import Page
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure of a group of runs. Intervals are 95 %: over the held-out items (bootstrap) and over seeds (t)."""
+class ComparedMetric:
+    """One metric of a group of runs. Intervals are 95 %: over the held-out items (bootstrap) and over seeds (t)."""
 
     kind: Literal["rate", "rank", "distance"]
-    value: float  # the mean over the group's runs
-    over_items: Interval | None  # None: a distance, which is of all items together
-    over_seeds: Interval | None  # None: a single run
+    value: float  # mean over the group's runs
+    over_items: Interval | None  # None for a distance, which is one value for all items
+    over_seeds: Interval | None  # None for a single run
     n: int  # items
     chance: float | None
-    difference: float | None = None  # to the first group, on the same items; None for the first group itself
+    difference: float | None = None  # from the first group, on the same items; None for the first group itself
     difference_over_items: Interval | None = None
     difference_over_seeds: Interval | None = None
 
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone, or a single run."""
+    """Runs that differ only in their seed, or a single run."""
 
     name: str
     runs: list[str]
     seeds: list[int]
     method: str
-    settings: dict[str, Any]  # those that differ between the groups, by dotted name
-    parameters: int  # trained ones
+    settings: dict[str, Any]  # those that differ between groups, by dotted name
+    parameters: int  # trainable
     steps: float  # steps, samples and seconds: means over the runs
     samples_seen: float
     seconds: float
-    figures: dict[str, Figure] = field(default_factory=dict)
-    validations: list[list[dict[str, float]]] = field(
-        default_factory=list
-    )  # of each run: step, samples, seconds, values
+    metrics: dict[str, ComparedMetric] = field(default_factory=dict)
+    # of each run: step, samples, seconds, values
+    validations: list[list[dict[str, float]]] = field(default_factory=list)
 
 
 @dataclass
 class Comparison:
-    """Groups of runs that were evaluated on the same held-out items. Differences are to the first."""
+    """Groups of runs evaluated on the same held-out items. Differences are from the first group."""
 
     groups: list[Group]
-    settings: dict[str, Any]  # those that all share
+    settings: dict[str, Any]  # those that all groups share
     held_out: dict[str, int]  # images, captions, …
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +60,7 @@ class Comparison:
 
 
 def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
-    """The report of a comparison. `advice` stands at its top, instead of the headline's sentence."""
+    """The report of a comparison. `advice` replaces the headline sentence at its top."""
     groups = comparison.groups
     page = Page("Comparison", ", ".join(group.name for group in groups))
     for sentence in advice or [verdict(comparison)]:
@@ -73,37 +72,37 @@ def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
         page.section("Learning curves")
         page.figure(
             curves,
-            "Each validation, by pairs seen and by time since the start, validations included. Pale lines are single seeds. Losses of "
-            "different methods are different things: compare them only where the method is the same.",
+            "Each validation, against samples seen and against time since the start, validations included. Pale lines are single seeds. "
+            "Losses of different methods are not comparable.",
         )
     if own := differing(groups)[1]:
-        page.section("Settings that not all methods have")
+        page.section("Settings of some methods only")
         _settings_table(page, groups, own)
-    page.section("Settings that all share")
+    page.section("Shared settings")
     page.table(("setting", "value"), [(name, shown(value)) for name, value in comparison.settings.items()])
     return page
 
 
 def verdict(comparison: Comparison) -> str:
-    """The one sentence: the headline figure of the first group, and how far the others are from it."""
+    """The headline sentence: the first group's first metric, and the differences of the other groups."""
     first, *others = comparison.groups
-    name = next(iter(first.figures))
-    figure = first.figures[name]
-    chance = f"; chance {percent(figure.chance)}" if figure.chance is not None else ""
-    start = f"{title(name)} of {first.name} is {value_text(figure)} (95 % interval {interval_text(figure, _widest(figure))}{chance})"
+    name = next(iter(first.metrics))
+    metric = first.metrics[name]
+    chance = f"; chance {percent(metric.chance)}" if metric.chance is not None else ""
+    start = f"{title(name)} of {first.name} is {value_text(metric)} (95 % interval {interval_text(metric, _widest(metric))}{chance})"
     if not others:
         return f"{start}."
-    said = []
+    differences = []
     for other in others:
-        figure = other.figures[name]
-        interval = figure.difference_over_seeds or figure.difference_over_items
-        untold = ", which cannot be told from none" if interval is None or interval[0] <= 0 <= interval[1] else ""
-        said.append(f"{other.name} {difference_text(figure)} ({difference_text(figure, interval)}{untold})")
-    return f"{start}; against it, in points: {'; '.join(said)}."
+        metric = other.metrics[name]
+        interval = metric.difference_over_seeds or metric.difference_over_items
+        undecided = ", not significant" if interval is None or interval[0] <= 0 <= interval[1] else ""
+        differences.append(f"{other.name} {difference_text(metric)} ({difference_text(metric, interval)}{undecided})")
+    return f"{start}. Differences in percentage points: {'; '.join(differences)}."
 
 
-def _widest(figure: Figure) -> Interval:
-    return figure.over_seeds or figure.over_items or (figure.value, figure.value)
+def _widest(metric: ComparedMetric) -> Interval:
+    return metric.over_seeds or metric.over_items or (metric.value, metric.value)
 
 
 # ---------------------------------------------------------------- words
@@ -126,24 +125,24 @@ def title(name: str) -> str:
     return f"{where} {last}"
 
 
-def value_text(figure: Figure, value: float | None = None) -> str:
-    value = figure.value if value is None else value
-    if figure.kind == "distance":
+def value_text(metric: ComparedMetric, value: float | None = None) -> str:
+    value = metric.value if value is None else value
+    if metric.kind == "distance":
         return f"{value:.2f}"
-    return percent(value) if figure.kind == "rate" else f"{value:,.1f}".removesuffix(".0")
+    return percent(value) if metric.kind == "rate" else f"{value:,.1f}".removesuffix(".0")
 
 
-def interval_text(figure: Figure, interval: Interval | None) -> str | None:
+def interval_text(metric: ComparedMetric, interval: Interval | None) -> str | None:
     if interval is None:
         return None
-    low, high = (value_text(figure, max(0.0, edge)) for edge in interval)
+    low, high = (value_text(metric, max(0.0, edge)) for edge in interval)
     return f"{low.removesuffix(' %')}–{high.removesuffix(' %')}"
 
 
-def difference_text(figure: Figure, interval: Interval | None = None) -> str | None:
-    """The difference to the first group, or its interval, in points of per cent, in ranks, or of a distance."""
-    scale, digits = (100 if figure.kind == "rate" else 1), (2 if figure.kind == "distance" else 1)
-    values = [figure.difference] if interval is None else interval
+def difference_text(metric: ComparedMetric, interval: Interval | None = None) -> str | None:
+    """The difference from the first group, or its interval: percentage points for a rate, else the metric's own unit."""
+    scale, digits = (100 if metric.kind == "rate" else 1), (2 if metric.kind == "distance" else 1)
+    values = [metric.difference] if interval is None else interval
     shown = [f"{scale * value:+.{digits}f}".replace("-", "−") for value in values if value is not None]
     return " to ".join(shown) if shown else None
 
@@ -158,25 +157,14 @@ def setting_text(settings: Mapping[str, Any], name: str) -> str:
     return "none" if name in settings and settings[name] is None else shown(settings.get(name))
 
 
-def time_text(seconds: float) -> str:
-    """Short, so that it fits a table's column."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.1f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 # ---------------------------------------------------------------- sections
 
 
 def _setup(page: Page, comparison: Comparison) -> None:
     groups = comparison.groups
-    page.section("What was trained")
+    page.section("Training")
     page.table(
-        ("", "method", "seeds", "trained parameters", "steps", "pairs seen", "training time"),
+        ("", "method", "seeds", "trainable parameters", "steps", "samples seen", "training time"),
         [
             (
                 g.name,
@@ -185,21 +173,21 @@ def _setup(page: Page, comparison: Comparison) -> None:
                 g.parameters,
                 round(g.steps),
                 round(g.samples_seen),
-                time_text(g.seconds),
+                duration(g.seconds),
             )
             for g in groups
         ],
-        "Time is that on the clock, validations included; with several seeds, means.",
+        "Wall-clock time, validations included; means over seeds.",
     )
     common, own = differing(groups)
     if common:
         _settings_table(page, groups, common)
     if own:
-        page.text("The settings that not all methods have stand at the end.")
+        page.text("Settings of some methods only are listed at the end of the page.")
 
 
 def differing(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
-    """The settings that differ and that all groups have, and those that only some have."""
+    """The differing settings that all groups have, and those that only some have."""
     counts = Counter(name for group in groups for name in group.settings if name != "method")
     common = [name for name, count in counts.items() if count == len(groups)]
     return common, [name for name in counts if name not in common]
@@ -217,61 +205,61 @@ def setting_name(name: str) -> str:
 def _results(page: Page, comparison: Comparison) -> None:
     groups = comparison.groups
     several = any(len(group.runs) > 1 for group in groups)
-    counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in comparison.held_out.items())
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in comparison.held_out.items())
     page.section(
         "Results",
-        f"All were evaluated on the same held-out items ({counted}). The interval over items is a 95 % bootstrap interval: it says how far "
-        "other items of the same kind would move the figure. "
-        + ("That over seeds is a 95 % t-interval over the runs of a group, on these items. " if several else "")
-        + "A difference is to the first of the list, paired: both are measured on the same drawn items, so that its interval is usually "
-        "narrower than the two figures' own suggest. Nothing is corrected for the number of comparisons.",
+        f"All runs were evaluated on the same held-out items ({counts}). Intervals over items are 95 % bootstrap intervals: how much the "
+        "metric would change on other items of the same kind. "
+        + ("Intervals over seeds are 95 % t-intervals over the runs of a group, on these items. " if several else "")
+        + "Differences are from the first group and paired: both sides are measured on the same resampled items, so their intervals are "
+        "usually narrower than the metrics' own intervals suggest. No correction for multiple comparisons is applied.",
     )
-    names = [name for name, figure in groups[0].figures.items() if figure.kind == "rate"]
-    points = {g.name: [(g.figures[n].value, *_widest(g.figures[n])) for n in names] for g in groups}
+    names = [name for name, metric in groups[0].metrics.items() if metric.kind == "rate"]
+    points = {g.name: [(g.metrics[n].value, *_widest(g.metrics[n])) for n in names] for g in groups}
     titles = [title(name) for name in names]
     page.figure(
-        compare_figures.points(titles, points, [groups[0].figures[name].chance for name in names]),
-        f"95 % intervals over {'seeds, where there are several, else over items' if several else 'items'}.",
+        compare_figures.points(titles, points, [groups[0].metrics[name].chance for name in names]),
+        f"95 % intervals over {'seeds if there are several, else over items' if several else 'items'}.",
     )
     if len(groups) > 1:
-        differences = {g.name: [_difference(g.figures[n]) for n in names] for g in groups[1:]}
+        differences = {g.name: [_difference(g.metrics[n]) for n in names] for g in groups[1:]}
         page.figure(
             compare_figures.points(titles, differences, difference_to=groups[0].name),
-            "An interval that crosses the line cannot be told from no difference.",
+            "An interval that crosses the line is not significant.",
         )
-    _figures_table(page, groups, several)
+    _metrics_table(page, groups, several)
 
 
-def _difference(figure: Figure) -> tuple[float, float, float]:
-    interval = figure.difference_over_seeds or figure.difference_over_items or (0.0, 0.0)
-    return (figure.difference or 0.0, *interval)
+def _difference(metric: ComparedMetric) -> tuple[float, float, float]:
+    interval = metric.difference_over_seeds or metric.difference_over_items or (0.0, 0.0)
+    return (metric.difference or 0.0, *interval)
 
 
-def _figures_table(page: Page, groups: Sequence[Group], several: bool) -> None:
+def _metrics_table(page: Page, groups: Sequence[Group], several: bool) -> None:
     columns = ["", "run", "value", "over items", *(["over seeds"] if several else []), "chance"]
     if len(groups) > 1:
         columns += ["difference", "over items", *(["over seeds"] if several else [])]
     rows = []
-    for name in groups[0].figures:
+    for name in groups[0].metrics:
         for position, group in enumerate(groups):
-            rows.append((title(name) if position == 0 else "", *figure_cells(group, name, several, len(groups) > 1)))
+            rows.append((title(name) if position == 0 else "", *metric_cells(group, name, several, len(groups) > 1)))
     page.table(
         columns,
         rows,
-        "Differences of rates are in points of per cent; a median rank is the better the smaller. The modality gap is the distance between "
-        "the centroids of images and captions, 0 to 2.",
+        "Differences of rates are in percentage points. Lower median ranks are better. The modality gap is the distance between the "
+        "centroids of image and text embeddings, 0 to 2.",
     )
 
 
-def figure_cells(group: Group, name: str, several: bool, differences: bool, chance: bool = True) -> list[str | None]:
-    """A row of the table of figures: for the page, and for the terminal."""
-    figure = group.figures[name]
-    cells: list[str | None] = [group.name, value_text(figure), interval_text(figure, figure.over_items)]
-    cells += [interval_text(figure, figure.over_seeds)] if several else []
+def metric_cells(group: Group, name: str, several: bool, differences: bool, chance: bool = True) -> list[str | None]:
+    """One row of the table of metrics, for the page and for the terminal."""
+    metric = group.metrics[name]
+    cells: list[str | None] = [group.name, value_text(metric), interval_text(metric, metric.over_items)]
+    cells += [interval_text(metric, metric.over_seeds)] if several else []
     if chance:
-        cells.append(None if figure.chance is None else value_text(figure, figure.chance))
+        cells.append(None if metric.chance is None else value_text(metric, metric.chance))
     if differences:
-        intervals = [figure.difference_over_items, *([figure.difference_over_seeds] if several else [])]
-        cells.append(difference_text(figure))
-        cells += [None if interval is None else difference_text(figure, interval) for interval in intervals]
+        intervals = [metric.difference_over_items, *([metric.difference_over_seeds] if several else [])]
+        cells.append(difference_text(metric))
+        cells += [None if interval is None else difference_text(metric, interval) for interval in intervals]
     return cells

@@ -1,4 +1,4 @@
-"""Which curves of a run's log belong together. Known by name are only the trainer's own keys: a method's are grouped by their words."""
+"""Groups the curves of a run's log into panels. Only the trainer's keys are known by name; a method's are grouped by prefix."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Panel:
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """The panels of all keys in the rows of metrics.jsonl: loss, recalls, rate and gradient large; then, small, every loss term (their
-    scales differ) and every scalar of the method; then the trainer's speed."""
+    """The panels of all keys in metrics.jsonl: large ones for loss, recalls, learning rate and gradient norm; small ones for every loss
+    term (their scales differ), every scalar of the method, and the throughput."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     terms = [key for key in keys if key.startswith("loss/")]
     recalls = [key for key in keys if key.startswith("val/") and not key.endswith(("loss", "rank"))]
@@ -48,8 +48,8 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
 
 
 def families(keys: Sequence[str]) -> dict[str, list[str]]:
-    """Keys that are the same quantity of several things, by their common first words: those in a scope ("scale/image"), and those that
-    begin alike if the beginning is a key itself ("scale", "scale_text_text") or if they are three or more. Others stay alone."""
+    """Groups keys of one quantity by their common prefix: keys in a scope ("scale/image"), and keys whose prefix is itself a key ("scale",
+    "scale_text_text") or is shared by three or more. Other keys form groups of one."""
     left = list(keys)
     found: dict[str, list[str]] = {}
     parts = {key: key.replace("/", "_").split("_") for key in keys}
@@ -92,7 +92,7 @@ def _words(key: str) -> str:
 
 
 def _rest(key: str, stem: str) -> str:
-    """What a member adds to the family's name."""
+    """The part of a key that follows its group's name."""
     return _words(key.removeprefix(stem).strip("_/")) or _words(key)
 
 

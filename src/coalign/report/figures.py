@@ -1,4 +1,4 @@
-"""Figures of a run, as matplotlib `Figure` objects. No pyplot: nothing is global, nothing needs a display."""
+"""Figures of a run, as matplotlib `Figure` objects. No pyplot, so there is no global state and no display is needed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from coalign.formatting import percent
 from coalign.report import curves
 
 INK, SOFT, LINE = "#1c2430", "#5b6675", "#dfe4ea"
-# Told apart by the colour-blind, and by lightness in a grey print.
+# Told apart by the color-blind, and by lightness in a gray print.
 PALETTE = ("#2b5c8a", "#d1782f", "#3a9c8d", "#8b5fa8", "#b8962e", "#b4442c", "#6f7c8a", "#86b3dc")
-IMAGE_COLOUR, TEXT_COLOUR = PALETTE[0], PALETTE[1]
+IMAGE_COLOR, TEXT_COLOR = PALETTE[0], PALETTE[1]
 BLUES = LinearSegmentedColormap.from_list("paper_to_blue", ["#f7f9fb", "#a9c6e0", "#2b5c8a", "#122c47"])
 WIDTH = 9.2  # inches; the page's column
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One result of an evaluation. `kind` "rate": a fraction, shown in per cent; "rank": 1 is the best."""
+    """One result of an evaluation. `kind` "rate": a fraction, shown as a percentage; "rank": 1 is best."""
 
     name: str
     value: float
@@ -39,7 +40,7 @@ class MetricRow:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """The rows of metrics.jsonl, a panel per group of keys; keys may be absent, values None. None: nothing to draw."""
+    """The rows of metrics.jsonl as curves, one panel per group of keys. Keys may be absent, values None. Returns None without any curve."""
     panels = [panel for panel in curves.panels(rows) if panel.series]
     if not panels:
         return None
@@ -66,8 +67,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
 def _panel(axes: Axes, panel: curves.Panel) -> None:
     series, size = panel.series, 7.5 if panel.small else 8
     style(axes, panel.title)
-    for colour, (name, (steps, values)) in zip(PALETTE * len(series), series.items()):
-        _curve(axes, steps, values, name, colour)
+    for color, (name, (steps, values)) in zip(PALETTE * len(series), series.items()):
+        _curve(axes, steps, values, name, color)
     if len(series) > 1 or next(iter(series)) != panel.title:
         many = len(series) > (2 if panel.small else 3)
         axes.legend(
@@ -99,7 +100,7 @@ def _panel(axes: Axes, panel: curves.Panel) -> None:
 
 
 def metric_bars(rows: Sequence[MetricRow]) -> Figure:
-    """Rates with their intervals as horizontal bars; a tick marks chance."""
+    """Rates with their intervals as horizontal bars; a tick marks the chance level."""
     figure = new_figure(WIDTH, 0.36 * len(rows) + 0.9)
     axes = figure.add_subplot()
     style(axes)
@@ -127,7 +128,7 @@ def metric_bars(rows: Sequence[MetricRow]) -> Figure:
 
 
 def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images: Sequence[np.ndarray] = ()) -> Figure:
-    """Cosines [caption, image] of pairs in the same order: the diagonal should be the darkest of its row and column.
+    """Cosines [caption, image] of pairs in the same order: the diagonal should be darkest in its row and column.
 
     Captions stand on the left and images on top, where there are at most 24 pairs.
     """
@@ -154,10 +155,10 @@ def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images:
     if n <= 14:
         middle = (float(np.max(cosines)) + float(np.min(cosines))) / 2
         for i, j in np.ndindex(n, n):
-            colour = "white" if cosines[i, j] > middle else INK
+            color = "white" if cosines[i, j] > middle else INK
             weight = "bold" if i == j else "normal"
             text = f"{cosines[i, j]:.2f}".replace("0.", ".").replace("-", "−")
-            axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour, fontweight=weight)
+            axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=color, fontweight=weight)
     scale = figure.add_axes(((left + side + 0.12) / width, bottom / height, 0.13 / width, side / height))
     bar = figure.colorbar(drawn, cax=scale)
     bar.outline.set_visible(False)
@@ -167,15 +168,15 @@ def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images:
 
 
 def modality_gap(image_embeds: np.ndarray, text_embeds: np.ndarray) -> tuple[Figure, float]:
-    """Paired normalised embeddings [pair, dim] in their two main directions, and the distance of the two centroids.
+    """Paired normalized embeddings [pair, dim] on their first two principal components, and the distance of the two centroids.
 
     The distance is Euclidean in the whole space (Liang et al. 2022); 0 is no gap, 2 the most.
     """
     both = np.concatenate([image_embeds, text_embeds]).astype(np.float64)
-    centred = both - both.mean(axis=0)
-    _, strengths, directions = np.linalg.svd(centred, full_matrices=False)
+    centered = both - both.mean(axis=0)
+    _, strengths, directions = np.linalg.svd(centered, full_matrices=False)
     points = np.zeros((len(both), 2))
-    points[:, : min(2, len(directions))] = centred @ directions[:2].T
+    points[:, : min(2, len(directions))] = centered @ directions[:2].T
     share = (strengths**2)[:2].sum() / max((strengths**2).sum(), 1e-30)
     distance = float(np.linalg.norm(image_embeds.mean(axis=0) - text_embeds.mean(axis=0)))
 
@@ -185,17 +186,19 @@ def modality_gap(image_embeds: np.ndarray, text_embeds: np.ndarray) -> tuple[Fig
     images, texts = points[: len(image_embeds)], points[len(image_embeds) :]
     for image, text in list(zip(images, texts))[:150]:
         axes.plot([image[0], text[0]], [image[1], text[1]], color=LINE, linewidth=0.6, zorder=1)
-    for cloud, colour, name, marker in ((images, IMAGE_COLOUR, "images", "o"), (texts, TEXT_COLOUR, "captions", "^")):
+    for cloud, color, name, marker in ((images, IMAGE_COLOR, "images", "o"), (texts, TEXT_COLOR, "captions", "^")):
         axes.scatter(
-            cloud[:, 0], cloud[:, 1], s=13, color=colour, alpha=0.65, linewidths=0, label=name, marker=marker, zorder=2
+            cloud[:, 0], cloud[:, 1], s=13, color=color, alpha=0.65, linewidths=0, label=name, marker=marker, zorder=2
         )
     ends = np.stack([images.mean(axis=0), texts.mean(axis=0)])
     axes.plot(*ends.T, color=INK, linewidth=1.4, zorder=3)
     axes.scatter(
-        ends[:, 0], ends[:, 1], s=70, color=[IMAGE_COLOUR, TEXT_COLOUR], edgecolors="white", linewidths=1.6, zorder=4
+        ends[:, 0], ends[:, 1], s=70, color=[IMAGE_COLOR, TEXT_COLOR], edgecolors="white", linewidths=1.6, zorder=4
     )
     axes.set_title(f"centroids {distance:.2f} apart", fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(f"the two main directions hold {100 * share:.0f} % of the variance", fontsize=9, color=SOFT)
+    axes.set_xlabel(
+        f"the first two principal components explain {percent(share)} of the variance", fontsize=9, color=SOFT
+    )
     axes.set_aspect("equal", adjustable="datalim")
     axes.grid(False)
     axes.tick_params(labelbottom=False, labelleft=False, length=0)
@@ -204,20 +207,20 @@ def modality_gap(image_embeds: np.ndarray, text_embeds: np.ndarray) -> tuple[Fig
 
 
 def histogram(values: Mapping[str, np.ndarray], label: str) -> Figure:
-    """Distributions over the same bins, each scaled to its own total; values that are not finite are left out."""
+    """Distributions over the same bins, each normalized to its total; non-finite values are dropped."""
     kept = {name: np.asarray(v, dtype=np.float64)[np.isfinite(v)] for name, v in values.items()}
     figure = new_figure(WIDTH * 0.72, 2.9)
     axes = figure.add_subplot()
     style(axes)
     everything = np.concatenate(list(kept.values()) or [np.zeros(0)])
     edges = np.histogram_bin_edges(everything, bins=min(60, max(10, int(len(everything) ** 0.5))))
-    for colour, (name, numbers) in zip(PALETTE * len(kept), kept.items()):
+    for color, (name, numbers) in zip(PALETTE * len(kept), kept.items()):
         if len(numbers):
             weights = np.full(len(numbers), 1 / len(numbers))
             axes.hist(
-                numbers, edges.tolist(), weights=weights, color=colour, alpha=0.45, histtype="stepfilled", label=name
+                numbers, edges.tolist(), weights=weights, color=color, alpha=0.45, histtype="stepfilled", label=name
             )
-            axes.hist(numbers, edges.tolist(), weights=weights, color=colour, linewidth=1.4, histtype="step")
+            axes.hist(numbers, edges.tolist(), weights=weights, color=color, linewidth=1.4, histtype="step")
     axes.yaxis.set_major_formatter(percent_axis())
     axes.set_xlabel(label, fontsize=9, color=SOFT)
     if len(kept) > 1:
@@ -226,7 +229,7 @@ def histogram(values: Mapping[str, np.ndarray], label: str) -> Figure:
 
 
 def confusion_matrix(confusion: np.ndarray, classnames: Sequence[str]) -> Figure:
-    """Counts [true, predicted], coloured by the share of the true class; names and counts only where they fit."""
+    """Counts [true, predicted], colored by the fraction of the true class; names and counts are drawn if they fit."""
     n = len(classnames)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(0.42 * n, 2.4, 7.0))
@@ -245,27 +248,21 @@ def confusion_matrix(confusion: np.ndarray, classnames: Sequence[str]) -> Figure
     axes.set_ylabel("true", fontsize=9, color=SOFT)
     if n <= 16:
         for i, j in np.argwhere(confusion > 0):
-            colour = "white" if share[i, j] > 0.45 else INK
-            axes.text(j, i, f"{confusion[i, j]}", ha="center", va="center", fontsize=7.5, color=colour)
+            color = "white" if share[i, j] > 0.45 else INK
+            axes.text(j, i, f"{confusion[i, j]}", ha="center", va="center", fontsize=7.5, color=color)
     return figure
 
 
-def percent(value: float) -> str:
-    """A fraction in per cent with two significant digits where it is small, and one decimal elsewhere."""
-    shown = 100 * value
-    return f"{shown:.1f} %" if shown >= 0.95 or shown == 0 else f"{shown:.2g} %"
-
-
-def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour: str) -> None:
+def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, color: str) -> None:
     """Few points as dots on a line; many as a pale line with its running mean on top."""
     if len(values) <= 40:
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker="o", markersize=3.2, label=name)
+        axes.plot(steps, values, color=color, linewidth=1.6, marker="o", markersize=3.2, label=name)
         return
     window = max(3, len(values) // 40) | 1
     padded = np.pad(values, window // 2, mode="reflect")
     smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
-    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-    axes.plot(steps, smooth, color=colour, linewidth=1.7, label=name)
+    axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
+    axes.plot(steps, smooth, color=color, linewidth=1.7, label=name)
 
 
 def new_figure(width: float, height: float) -> Figure:

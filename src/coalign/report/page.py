@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,29 +17,32 @@ import numpy as np
 from PIL import Image
 
 from coalign.errors import UserError
+from coalign.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_CAPTION = 300  # characters shown of a caption; real data has captions of a megabyte
+LONGEST_CAPTION = 300  # characters shown; real data has captions of a megabyte
 LARGEST_THUMBNAIL = 320  # pixels
-DPI = 160  # of figures, shown at 100 to the inch so that they are sharp on fine screens and in print
+DPI = 160  # of figures, which are displayed at 100 DPI, so that they are sharp on high-resolution screens and in print
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_NUMERIC = re.compile(r"[-+−±≈<>~]?\s*[\d.,]+(e[-+]?\d+)?\s*(%|×|s|min|h|MB|GB|[kM]?)(\s*\(.*\))?")
+_NUMERIC = re.compile(
+    r"[-+−±≈<>~]?\s*[\d.,]+(e[-+]?\d+)?\s*(%|×|MB|GB|[kM]|(s|min|h|d)(\s\d+ (s|min|h))?)?(\s*\(.*\))?"
+)
 
 
 @dataclass(frozen=True)
 class GalleryCell:
-    """One picture of a gallery: `good` marks it right or wrong, None leaves it unmarked; `image` None: text alone."""
+    """One cell of a gallery. `good` marks it right or wrong; None leaves it unmarked. With `image` None it is text only."""
 
-    image: np.ndarray | None  # uint8 [height, width, 3], or [height, width] for grey
+    image: np.ndarray | None  # uint8 [height, width, 3], or [height, width] for gray
     caption: str
     good: bool | None = None
-    note: str = ""  # a short figure beside the mark, such as a rank or a similarity
+    note: str = ""  # a short value beside the mark, such as a rank or a similarity
 
 
 class Page:
-    """A report that is built from top to bottom and then written once."""
+    """A report, built from top to bottom and written once."""
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self.title = title
@@ -59,11 +61,11 @@ class Page:
         self._parts.append(f"<p>{escape(paragraph)}</p>")
 
     def verdict(self, sentence: str) -> None:
-        """The one sentence that a hurried reader takes away."""
+        """The headline sentence."""
         self._parts.append(f'<p class="verdict">{escape(sentence)}</p>')
 
     def numbers(self, tiles: Sequence[tuple[str, str, str]]) -> None:
-        """Key figures side by side: (label, value, small print)."""
+        """Key values side by side: (label, value, small print)."""
         cells = "".join(
             f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
             f'<div class="note">{escape(note)}</div></div>'
@@ -93,7 +95,7 @@ class Page:
         self._parts.append(f"<figure>{picture}{legend}</figure>")
 
     def gallery(self, cells: Sequence[GalleryCell], columns: int = 6) -> None:
-        """Pictures in a grid of at most `columns`, fewer on a narrow screen."""
+        """Images in a grid of at most `columns`, fewer on a narrow screen."""
         if not cells:
             self._parts.append('<p class="quiet">none</p>')
             return
@@ -101,7 +103,7 @@ class Page:
         self._parts.append(f'<div class="gallery" style="--columns:{max(1, columns)}">{shown}</div>')
 
     def ranking(self, query: GalleryCell, answers: Sequence[GalleryCell]) -> None:
-        """A query on the left, its answers from the best on the right: pictures side by side, captions as a list."""
+        """A query on the left, its results on the right, best first: images side by side, captions as a list."""
         if all(answer.image is None for answer in answers):
             items = "".join(
                 f'<li class="{_tone(answer)}"><span class="mark">{_mark(answer)}</span>'
@@ -133,16 +135,16 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Write the page and, beside it, its named figures. A reader sees the old file or the new one, whole."""
+        """Writes the page and, beside it, its named figures, each atomically."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for name, png in self._pngs.items():
-                _write_atomically(path.parent / f"{name}.png", png)
-            _write_atomically(path, self.html().encode("utf-8"))
+                write_bytes(path.parent / f"{name}.png", png)
+            write_text(path, self.html())
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"Cannot write the report to {path}: {reason}; choose another place.") from error
+            raise UserError(f"Cannot write the report to {path}: {reason}; choose another path.") from error
 
 
 def escape(value: object) -> str:
@@ -160,7 +162,7 @@ def _tone(cell: GalleryCell) -> str:
 
 
 def _mark(cell: GalleryCell) -> str:
-    """Hits and misses differ by sign as well as by colour: for print, and for readers who see no red and green."""
+    """Hits and misses differ in symbol as well as color, for print and for color-blind readers."""
     return "" if cell.good is None else '<span title="right">✓</span>' if cell.good else '<span title="wrong">✗</span>'
 
 
@@ -188,7 +190,7 @@ def _table_cell(value: object) -> str:
 
 def _png_of_figure(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # captions hold letters that no font of this machine may have
+    with warnings.catch_warnings():  # captions may contain glyphs that no installed font has
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
@@ -198,7 +200,7 @@ def _thumbnail(pixels: np.ndarray) -> str:
     image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)).convert("RGB")
     image.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if max(image.size) <= 96:  # small pictures are shown enlarged, where JPEG's blocks would show
+    if max(image.size) <= 96:  # small images are shown enlarged, which makes JPEG artifacts visible
         image.save(buffer, "PNG", optimize=True)
         return _data_uri(buffer.getvalue(), "png")
     image.save(buffer, "JPEG", quality=88, subsampling=0)
@@ -207,15 +209,3 @@ def _thumbnail(pixels: np.ndarray) -> str:
 
 def _data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

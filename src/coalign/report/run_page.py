@@ -1,4 +1,4 @@
-"""The page of a training run: what came out, how it got there, what it looks like, what it cost."""
+"""The page of a training run: results, training curves, retrieval examples, embedding space, cost."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from coalign.formatting import percent
 from coalign.report import figures
-from coalign.report.figures import MetricRow, percent
+from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell, Page
 
 
 @dataclass
 class Ranking:
-    """A query and its best answers, marked right or wrong."""
+    """A query and its top results, marked right or wrong."""
 
     query: GalleryCell
     answers: list[GalleryCell]
@@ -23,7 +24,7 @@ class Ranking:
 
 @dataclass
 class Miss:
-    """A query whose right answer was only just beaten. Both answers are cells as in a `Ranking`."""
+    """A query whose right result was narrowly outranked. Both results are cells as in a `Ranking`."""
 
     query: GalleryCell
     right: GalleryCell
@@ -32,7 +33,7 @@ class Miss:
 
 @dataclass
 class RunSummary:
-    """All that the page shows, as numbers, words and arrays. What is absent is left out of the page."""
+    """Everything the page shows, as numbers, strings and arrays. Sections without data are omitted."""
 
     title: str
     subtitle: str = ""
@@ -47,7 +48,7 @@ class RunSummary:
     cosines: np.ndarray | None = None  # [caption, image] of a few pairs, in the same order
     cosine_captions: Sequence[str] = ()
     cosine_images: Sequence[np.ndarray] = ()
-    image_embeds: np.ndarray | None = None  # normalised, [pair, dim], of some hundred held-out pairs
+    image_embeds: np.ndarray | None = None  # normalized, [pair, dim], of some hundred held-out pairs
     text_embeds: np.ndarray | None = None
     confusion: np.ndarray | None = None  # int [true class, predicted class]
     classnames: Sequence[str] = ()
@@ -72,9 +73,9 @@ def run_page(run: RunSummary) -> Page:
     _retrieval(page, run)
     _embedding_space(page, run)
     if run.confusion is not None:
-        page.section("Zero-shot confusions", "Rows are the true classes, columns what the model said.")
+        page.section("Zero-shot confusions", "Rows are true classes, columns predicted classes.")
         figure = figures.confusion_matrix(run.confusion, run.classnames)
-        page.figure(figure, "Colour is the share of the true class.", name="confusion")
+        page.figure(figure, "Color: fraction of the true class.", name="confusion")
     _cost(page, run)
     _bad_samples(page, run)
     if run.configuration:
@@ -84,12 +85,12 @@ def run_page(run: RunSummary) -> Page:
 
 
 def verdict(run: RunSummary) -> str:
-    """The one sentence: the headline figure against chance, or what there is instead."""
+    """The headline sentence: the first metric against chance, or the training loss if nothing was evaluated."""
     ending = {"interrupted": " The run was interrupted and can be resumed.", "stopped early": " It stopped early."}
     last = ending.get(run.ended, "")
     if not run.metrics:
         losses = [row["loss"] for row in run.history if isinstance(row.get("loss"), (int, float))]
-        reached = f"The training loss ended at {losses[-1]:.3g}" if losses else "No step was taken"
+        reached = f"The final training loss is {losses[-1]:.3g}" if losses else "No step was taken"
         return f"{reached}; nothing was evaluated.{last}"
     row = run.metrics[0]
     sentence = f"{row.name[:1].upper()}{row.name[1:]} on {run.evaluated_on} is {_shown(row, row.value)}"
@@ -98,9 +99,9 @@ def verdict(run: RunSummary) -> str:
     better = row.low > row.chance if row.kind == "rate" else row.high < row.chance
     sentence += f" (95 % interval {_interval(row)}; chance {_shown(row, row.chance)})"
     if not better:
-        return f"{sentence}, which cannot be told from chance.{last}"
+        return f"{sentence}, not significantly better than chance.{last}"
     times = row.value / row.chance if row.kind == "rate" and row.chance else 0
-    return f"{sentence}, {_times(times)} times chance.{last}" if times >= 2 else f"{sentence}.{last}"
+    return f"{sentence}: {_times(times)} times chance.{last}" if times >= 2 else f"{sentence}.{last}"
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -117,8 +118,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 def _metrics(page: Page, run: RunSummary) -> None:
     page.section(
         "Results",
-        f"Measured on {run.evaluated_on}; intervals are 95 % bootstrap intervals over its items. R@K is the share of queries whose right "
-        "answer is among the first K; the median rank is that of the right answer, 1 being the best.",
+        f"Evaluated on {run.evaluated_on}; intervals are 95 % bootstrap intervals over items. R@K is the fraction of queries whose right "
+        "result is among the top K. The median rank is the median position of the right result; 1 is best.",
     )
     rates = [row for row in run.metrics if row.kind == "rate"]
     if rates:
@@ -142,8 +143,8 @@ def _curves(page: Page, run: RunSummary) -> None:
         page.section("Training")
         page.figure(
             figure,
-            "Pale lines are single rows of the log, strong lines their running mean. Terms of the loss are shown without their weights. "
-            "The held-out loss may rise while retrieval still improves: a model that grows surer pays more for each mistake.",
+            "Pale lines are logged values, strong lines their running mean. Loss terms are shown unweighted. The held-out loss may rise "
+            "while retrieval still improves: a more confident model pays more for each mistake.",
             name="curves",
         )
 
@@ -151,19 +152,19 @@ def _curves(page: Page, run: RunSummary) -> None:
 def _retrieval(page: Page, run: RunSummary) -> None:
     if run.image_queries:
         page.section(
-            "Finding captions for images",
-            "The five captions nearest to each image, the best first, with their cosines.",
+            "Image → text retrieval",
+            "The five captions nearest to each image, best first, with their cosines.",
         )
         for ranking in run.image_queries:
             page.ranking(ranking.query, ranking.answers)
     if run.text_queries:
-        page.section("Finding images for captions", "The five images nearest to each caption, the best from the left.")
+        page.section("Text → image retrieval", "The five images nearest to each caption, best on the left.")
         for ranking in run.text_queries:
             page.ranking(ranking.query, ranking.answers)
     if run.nearest_misses:
         page.section(
             "Nearest misses",
-            "Queries whose right answer was beaten by the smallest margins. The winner may fit just as well.",
+            "Queries whose right result was outranked by the smallest margins. The top result may fit just as well.",
         )
         for miss in run.nearest_misses:
             page.ranking(miss.query, [miss.wrong, miss.right])
@@ -177,21 +178,25 @@ def _embedding_space(page: Page, run: RunSummary) -> None:
     if run.cosines is not None:
         page.figure(
             figures.similarity_matrix(run.cosines, run.cosine_captions, run.cosine_images),
-            "Cosines of held-out captions and images. A pair stands on the diagonal, which should be the darkest.",
+            "Cosines of held-out captions and images. Pairs are on the diagonal, which should be darkest.",
             name="similarity",
         )
     if images is not None and texts is not None:
         figure, distance = figures.modality_gap(images, texts)
         page.figure(
             figure,
-            f"Held-out pairs, thin lines joining image and caption. The centroids lie {distance:.2f} apart: "
-            "0 would be no modality gap, 2 the most there can be.",
+            f"Held-out pairs; thin lines connect image and caption. Modality gap: the centroids are {distance:.2f} apart (0 is none, 2 the "
+            "maximum).",
             name="modality_gap",
         )
         own = (images * texts).sum(axis=1)
         others = (images * np.roll(texts, 1, axis=0)).sum(axis=1)
-        figure = figures.histogram({"own caption": own, "another's caption": others}, "cosine of image and caption")
-        page.figure(figure, "The less they overlap, the better a pair is told from a chance meeting.", name="cosines")
+        figure = figures.histogram({"matching caption": own, "another caption": others}, "cosine of image and caption")
+        page.figure(
+            figure,
+            "The less the two overlap, the better matching pairs are separated from random ones.",
+            name="cosines",
+        )
 
 
 def _cost(page: Page, run: RunSummary) -> None:
@@ -201,12 +206,12 @@ def _cost(page: Page, run: RunSummary) -> None:
     rows: list[tuple[str, Any]] = list(run.cost.items())
     rows += [(f"parameters, {role}", count) for role, count in run.parameters.items()]
     if len(run.parameters) > 1:
-        rows.append(("parameters in all", sum(run.parameters.values())))
+        rows.append(("parameters in total", sum(run.parameters.values())))
     page.table(("", ""), rows)
     waits = [row["data_wait"] for row in run.history if isinstance(row.get("data_wait"), (int, float))]
     if waits and float(np.mean(waits)) > 0.2:
         page.text(
-            f"{percent(float(np.mean(waits)))} of the time went into waiting for data: more loader workers may help."
+            f"{percent(float(np.mean(waits)))} of the time was spent waiting for data: more loader workers may help."
         )
 
 
@@ -214,14 +219,14 @@ def _bad_samples(page: Page, run: RunSummary) -> None:
     page.section("Bad samples")
     total = sum(run.bad_samples.values())
     if not total:
-        page.text("None: every sample could be read.")
+        page.text("None: every sample was readable.")
         return
     share = f" of {run.samples_seen:,} samples read, {percent(total / run.samples_seen)}" if run.samples_seen else ""
     page.text(f"{total:,}{share}, could not be used; each was replaced by another sample.")
     reasons = sorted(run.bad_samples.items(), key=lambda item: (-item[1], item[0]))
     page.table(("reason", "samples"), reasons)
     if run.bad_examples:
-        page.table(("sample", "reason", "detail"), run.bad_examples, "Examples; all are in bad_samples.jsonl.")
+        page.table(("sample", "reason", "detail"), run.bad_examples, "Examples; the full list is in bad_samples.jsonl.")
 
 
 def _shown(row: MetricRow, value: float) -> str:

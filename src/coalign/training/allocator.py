@@ -1,4 +1,4 @@
-"""The C library's allocator, for training on a CPU."""
+"""malloc settings for training on a CPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt(3), glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, where the C library is glibc.
+    """Stops glibc from returning freed memory to the system. Does nothing with other C libraries.
 
-    By default glibc maps every large block anew and gives it back when it is freed, so that each step's activations fault in page by
-    page: about a third of the time of a small model's step.
+    By default glibc maps every large block and unmaps it when freed, so the activations of each step page-fault again: about a third
+    of the step time of a small model.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

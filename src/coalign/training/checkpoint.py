@@ -1,8 +1,8 @@
-"""Checkpoints that survive a crash at any moment, and the lock that keeps a second writer out of a run directory.
+"""Crash-safe checkpoints, and the lock that allows one writer per run folder.
 
-A checkpoint is a directory: model.safetensors, state.safetensors and state.json (optimiser and trainer), and
-manifest.json with the size and the SHA-256 of each. It is written under the name NAME.new, made durable, and only then
-becomes NAME, while the one before it becomes NAME.previous and stays until the next save. Nothing is pickled.
+A checkpoint is a folder: model.safetensors, state.safetensors and state.json (optimizer and trainer), and manifest.json with the size
+and SHA-256 of each file. It is written as NAME.new and fsynced, then renamed to NAME. The previous checkpoint becomes NAME.previous and
+stays until the next save. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _NAME = re.compile(r"(last|best|step-\d+)(\.new|\.previous)?")
 
 @dataclass
 class Checkpoint:
-    """What was saved. `optimiser` and `trainer` are None for one that holds weights only. Tensors are on the CPU."""
+    """A loaded checkpoint, with tensors on the CPU. `optimizer` and `trainer` are None if only weights were saved."""
 
     path: Path
     model: dict[str, Tensor]
-    optimiser: Any
+    optimizer: Any
     trainer: Any
-    warnings: list[str] = field(default_factory=list)  # which damaged one was passed over, and why
+    warnings: list[str] = field(default_factory=list)  # which damaged checkpoints were skipped, and why
 
 
 class _DamagedError(Exception):
@@ -53,38 +53,39 @@ class _DamagedError(Exception):
 # ---------------------------------------------------------------- saving
 
 
-def save(run_dir: Path, name: str, model: Mapping[str, Tensor], optimiser: Any = None, trainer: Any = None) -> Path:
-    """Save as run_dir/name ("last", "best", "step-120"); returns that path.
+def save(run_dir: Path, name: str, model: Mapping[str, Tensor], optimizer: Any = None, trainer: Any = None) -> Path:
+    """Saves to run_dir/name ("last", "best", "step-120") and returns that path.
 
-    model: name -> tensor; those that share memory are saved as separate copies. optimiser, trainer: nested dicts,
-    lists and tuples of tensors, strings, numbers, bools, None. Without an optimiser one cannot resume from it.
-    Whatever happens, a complete checkpoint that was there stays. Raises UserError if it cannot be written (disk full).
+    model: name -> tensor; tensors that share memory are saved as separate copies. optimizer, trainer: nested dicts, lists and tuples of
+    tensors, strings, numbers, bools and None; a checkpoint without an optimizer cannot be resumed from. If saving fails at any point,
+    the previous complete checkpoint stays. Raises UserError if the checkpoint cannot be written (disk full).
     """
     assert _NAME.fullmatch(f"{name}.new"), f"not a checkpoint name: {name}"
     final, new, previous = (run_dir / f"{name}{suffix}" for suffix in ("", ".new", ".previous"))
     try:
-        _tidy(final, new, previous)
+        _recover(final, new, previous)
         new.mkdir(parents=True)
-        _write_files(new, model, optimiser, trainer, sequence=1 + max(map(_sequence, _directories(run_dir)), default=0))
+        _write_files(new, model, optimizer, trainer, sequence=1 + max(map(_sequence, _directories(run_dir)), default=0))
         _swap(final, new, previous)
     except (OSError, SafetensorError) as error:
-        if final.exists() or not previous.exists():  # else it failed between the two renames, and `new` is complete
+        # otherwise it failed between the two renames, and `new` is complete
+        if final.exists() or not previous.exists():
             shutil.rmtree(new, ignore_errors=True)
-        kept = "; the one before it is intact" if final.exists() or previous.exists() else ""
+        kept = "; the previous checkpoint is intact" if final.exists() or previous.exists() else ""
         raise UserError(f"The checkpoint {final} could not be written ({_reason(error)}){kept}.") from error
     _written.add(final)
     return final
 
 
-_written: set[Path] = set()  # by this process, hence known to be whole
+_written: set[Path] = set()  # checkpoints of this process, which need no verification
 
 
-def _tidy(final: Path, new: Path, previous: Path) -> None:
-    """Finish what a crash interrupted, then make room: at most two checkpoints of a name exist at any time."""
+def _recover(final: Path, new: Path, previous: Path) -> None:
+    """Completes a save that a crash interrupted, then removes all but `final`: at most two checkpoints of a name exist at a time."""
     if final not in _written or not final.exists():
-        if _is_whole(new):
+        if _is_intact(new):
             _swap(final, new, previous)
-        elif not _is_whole(final) and _is_whole(previous):
+        elif not _is_intact(final) and _is_intact(previous):
             _remove(final)
             os.replace(previous, final)
             _fsync(final.parent)
@@ -105,25 +106,25 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def _write_files(directory: Path, model: Mapping[str, Tensor], optimiser: Any, trainer: Any, sequence: int) -> None:
+def _write_files(directory: Path, model: Mapping[str, Tensor], optimizer: Any, trainer: Any, sequence: int) -> None:
     tensors: dict[str, Tensor] = {}
-    tree = _flatten({"optimiser": optimiser, "trainer": trainer}, "", tensors)
-    save_file(_independent(model), directory / "model.safetensors", metadata={"format": "pt"})
-    save_file(_independent(tensors), directory / "state.safetensors")
+    tree = _to_json({"optimizer": optimizer, "trainer": trainer}, "", tensors)
+    save_file(_unshared(model), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(_unshared(tensors), directory / "state.safetensors")
     (directory / "state.json").write_text(json.dumps(tree))
     files = {}
     for path in sorted(directory.iterdir()):
         _fsync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    # Last, so that a manifest that can be read vouches for files that are on the disk.
-    manifest = {"format": FORMAT, "sequence": sequence, "resumable": optimiser is not None, "files": files}
+    # written last: a readable manifest implies that all files are on disk
+    manifest = {"format": FORMAT, "sequence": sequence, "resumable": optimizer is not None, "files": files}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _fsync(directory / MANIFEST)
     _fsync(directory)
 
 
-def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, which the format asks for."""
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, none of which share memory, as safetensors requires."""
     result: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -135,35 +136,35 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a nested value; its tensors go to `tensors`, under names that say where they were."""
+def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A nested value as JSON. Its tensors are moved to `tensors`, keyed by their path in the value."""
     if isinstance(value, Tensor):
         name = name.rstrip("/")
         while name in tensors:
             name += "'"
         tensors[name] = value
         return {"tensor": name}
-    if isinstance(value, Mapping):  # as pairs, since keys may be numbers
-        assert all(isinstance(key, (str, int)) for key in value), f"{name}: keys must be strings or whole numbers"
-        return {"dict": [[key, _flatten(item, f"{name}{key}/", tensors)] for key, item in value.items()]}
+    if isinstance(value, Mapping):  # as pairs: JSON keys cannot be integers
+        assert all(isinstance(key, (str, int)) for key in value), f"{name}: keys must be strings or integers"
+        return {"dict": [[key, _to_json(item, f"{name}{key}/", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        items = [_flatten(item, f"{name}{position}/", tensors) for position, item in enumerate(value)]
+        items = [_to_json(item, f"{name}{index}/", tensors) for index, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     assert value is None or isinstance(value, (str, int, float)), f"{name}: {type(value).__name__} cannot be saved"
     return value
 
 
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [_unflatten(item, tensors) for item in value]
+        return [_from_json(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "tuple":
-        return tuple(_unflatten(item, tensors) for item in content)
-    return {key: _unflatten(item, tensors) for key, item in content}
+        return tuple(_from_json(item, tensors) for item in content)
+    return {key: _from_json(item, tensors) for key, item in content}
 
 
 def _fsync(path: Path) -> None:
@@ -189,42 +190,42 @@ def _reason(error: Exception) -> str:
 
 
 def load(path: Path) -> Checkpoint:
-    """Load the checkpoint `path` (run_dir/name), every byte checked; if damaged, the one before it and a warning.
+    """Loads and verifies the checkpoint `path` (run_dir/name). If it is damaged, loads the previous one and records a warning.
 
-    Raises UserError if there is no whole one.
+    Raises UserError if there is no intact checkpoint.
     """
     candidates = [path.with_name(path.name + suffix) for suffix in ("", ".new", ".previous")]
-    found = _first_whole([candidate for candidate in candidates if candidate.is_dir()])
-    if found is None:
-        raise UserError(f"There is no checkpoint at {path}; give a run's directory followed by /last or /best.")
-    return found
+    checkpoint = _newest_intact([candidate for candidate in candidates if candidate.is_dir()])
+    if checkpoint is None:
+        raise UserError(f"There is no checkpoint at {path}; give RUN/last or RUN/best.")
+    return checkpoint
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
-    """Load the newest whole checkpoint from which the run can be resumed; None if there never was one.
+    """Loads the newest intact checkpoint that can be resumed from, or returns None if none was ever saved.
 
-    Damaged ones are passed over with a warning line. Raises UserError if there are only damaged ones.
+    Damaged checkpoints are skipped with a warning. Raises UserError if all are damaged.
     """
-    return _first_whole(_directories(run_dir), only_resumable=True)
+    return _newest_intact(_directories(run_dir), only_resumable=True)
 
 
-def _first_whole(paths: list[Path], only_resumable: bool = False) -> Checkpoint | None:
-    lines = []
+def _newest_intact(paths: list[Path], only_resumable: bool = False) -> Checkpoint | None:
+    skipped = []
     for path in sorted(paths, key=lambda path: _sequence(path) or math.inf, reverse=True):
         if path.suffix and not _sequence(path):
-            continue  # half written or half removed when a process died: nothing is lost
+            continue  # partly written or partly removed when a process died: nothing is lost
         try:
             if only_resumable and not _manifest(path)["resumable"]:
                 continue
             _verify(path)
             checkpoint = _read(path)
         except _DamagedError as damage:
-            lines.append(f"The checkpoint {path} is damaged ({damage}) and was passed over.")
+            skipped.append(f"The checkpoint {path} is damaged ({damage}) and was skipped.")
             continue
-        checkpoint.warnings = lines
+        checkpoint.warnings = skipped
         return checkpoint
-    if lines:
-        raise UserError(f"{lines[0][:-1]}, and there is no whole one beside it: start anew in another directory.")
+    if skipped:
+        raise UserError(f"{skipped[0][:-1]}; no intact checkpoint is left: start a new run in another folder.")
     return None
 
 
@@ -246,7 +247,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _sequence(path: Path) -> int:
-    """Checkpoints of a run are numbered in the order of saving; 0 if there is no telling. (A clock may be set back.)"""
+    """The checkpoint's number in the order of saving, 0 if unknown. (Timestamps are unreliable: clocks can be set back.)"""
     try:
         return _manifest(path)["sequence"]
     except _DamagedError:
@@ -265,7 +266,7 @@ def _verify(path: Path) -> None:
             raise _DamagedError(f"{name}: {error.strerror}") from error
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         _verify(path)
     except _DamagedError:
@@ -276,8 +277,8 @@ def _is_whole(path: Path) -> bool:
 def _read(path: Path) -> Checkpoint:
     try:
         tensors = load_file(path / "state.safetensors")
-        tree = _unflatten(json.loads((path / "state.json").read_bytes()), tensors)
-        return Checkpoint(path, load_file(path / "model.safetensors"), tree["optimiser"], tree["trainer"])
+        tree = _from_json(json.loads((path / "state.json").read_bytes()), tensors)
+        return Checkpoint(path, load_file(path / "model.safetensors"), tree["optimizer"], tree["trainer"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise _DamagedError(str(error)) from error
 
@@ -286,9 +287,9 @@ def _read(path: Path) -> Checkpoint:
 
 
 class RunLock:
-    """Holds a run directory for one process (a context manager); the system lets go of it when the process dies.
+    """Locks a run folder for one process (a context manager). The system releases the lock when the process dies.
 
-    Creates the directory. Raises UserError, saying who holds it, if another process does.
+    Creates the folder. Raises UserError, naming the holder, if another process holds the lock.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -307,37 +308,40 @@ class RunLock:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             file = open(self.run_dir / "run.lock", "a+")  # noqa: SIM115  held until release
         except OSError as error:
-            raise UserError(f"The output directory {self.run_dir} cannot be used: {error.strerror}.") from error
+            raise UserError(f"The output folder {self.run_dir} cannot be used: {error.strerror}.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            where = f"The output directory {self.run_dir}"
-            raise UserError(f"{where} is in use by {holder}: wait for that run, stop it, or choose another.") from error
-        except OSError as error:  # some network file systems know no locks
-            warnings.warn(f"{self.run_dir} cannot be locked ({error.strerror}): let no other run use it", stacklevel=2)
+            raise UserError(
+                f"The output folder {self.run_dir} is in use by {holder}: wait until that run ends, stop it, or choose another folder."
+            ) from error
+        except OSError as error:  # some network file systems do not support locks
+            warnings.warn(
+                f"{self.run_dir} cannot be locked ({error.strerror}); do not start another run in it", stacklevel=2
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         self._file = file
-        _held.add(self)
+        _held_locks.add(self)
 
     def release(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-            _held.discard(self)
+            _held_locks.discard(self)
 
 
-_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+_held_locks: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
-def _drop_inherited() -> None:
-    for lock in list(_held):
+def _release_inherited_locks() -> None:
+    for lock in list(_held_locks):
         lock.release()
 
 
-# A forked loader worker inherits the open file and with it the lock, and would keep it when its parent is killed.
-os.register_at_fork(after_in_child=_drop_inherited)
+# A forked loader worker inherits the open file and its lock, and would keep the lock if its parent were killed.
+os.register_at_fork(after_in_child=_release_inherited_locks)

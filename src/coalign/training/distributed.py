@@ -1,4 +1,4 @@
-"""Processes: who we are, the differentiable gather, and one explicit gradient reduction."""
+"""Distributed training: rank and world size, the differentiable all-gather, and the gradient all-reduce."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from coalign.divided import is_divided
+from coalign.dtensor import is_sharded
 from coalign.errors import UserError
-from coalign.training.stopwatch import part
+from coalign.training.stopwatch import timed
 
-TIMEOUT = timedelta(minutes=10)  # for a process that does not come, or does not answer
-BUCKET_ELEMENTS = 8_000_000  # 32 MB of float32 a reduction
+TIMEOUT = timedelta(minutes=10)  # for a process to start, and for a collective
+BUCKET_ELEMENTS = 8_000_000  # 32 MB of float32 per all-reduce
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank, their number, and the device it trains on."""
+    """Rank of this process, number of processes, and the device to train on."""
 
     rank: int
     size: int
@@ -38,14 +38,14 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, without gradient."""
+        """Returns the sum over ranks, without gradient."""
         total = tensor.detach().clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def broadcast(self, value: Any) -> Any:
-        """The first rank's value, on every rank."""
+        """Returns the first rank's value on every rank."""
         if self.size == 1:
             return value
         holder = [value]
@@ -53,7 +53,7 @@ class World:
         return holder[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
+        """Returns the values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -66,7 +66,7 @@ class World:
 
 
 def join_world(device: str | None = None) -> World:
-    """This process's place: alone, or one of torchrun's (environment RANK, WORLD_SIZE, LOCAL_RANK)."""
+    """Joins the process group of torchrun (environment variables RANK, WORLD_SIZE, LOCAL_RANK), if there is one."""
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
@@ -81,41 +81,39 @@ def join_world(device: str | None = None) -> World:
             store=fresh_prefix(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT,
         )  # fmt: skip
         if chosen.type == "cpu":
-            atexit.register(_end_gloo)
+            atexit.register(_destroy_process_group)
     return World(rank, size, chosen)
 
 
-def _end_gloo() -> None:
-    """Joins gloo's threads: freeing a last tensor while the interpreter ends, they would abort a process that did its work."""
+def _destroy_process_group() -> None:
+    """Joins gloo's threads before the interpreter exits: freeing a tensor after that would abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def fresh_prefix(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """The store under a prefix that no earlier start of the processes has used, the same on every rank.
+    """Returns the store under a prefix that is new in this start of the processes and equal on all ranks.
 
-    torchrun keeps one store through its restarts, and in it the addresses of the dead. Its count of restarts cannot tell
-    starts apart, since each machine counts its own. So the first rank offers a name, every other signs it with one of its
-    own, and has found the living first rank, not a dead one's offer, when that signature is acknowledged.
+    torchrun keeps one store across restarts, including the addresses of dead processes. Its restart count cannot identify a start,
+    because each machine has its own count. So rank 0 offers a prefix, and every other rank signs the offer with a token. If the token
+    is acknowledged, the offer comes from the live rank 0 and not from a dead one. Raises UserError after `TIMEOUT`.
     """
-    own = uuid4().hex
+    token = uuid4().hex
     if rank == 0:
-        store.set("offer", own)
+        store.set("offer", token)
         for other in range(1, size):
-            store.set(f"{own}/acknowledged/{other}", store.get(f"{own}/signed/{other}").decode())  # `get` waits
-        return dist.PrefixStore(own, store)
+            store.set(f"{token}/acknowledged/{other}", store.get(f"{token}/signed/{other}").decode())  # `get` blocks
+        return dist.PrefixStore(token, store)
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
         offer = store.get("offer").decode()
-        store.set(f"{offer}/signed/{rank}", own)
-        with suppress(dist.DistStoreError):  # not yet, or never: perhaps there is another offer by now
+        store.set(f"{offer}/signed/{rank}", token)
+        with suppress(dist.DistStoreError):  # timed out: rank 0 is not there yet, or the offer is a dead process's
             store.wait([f"{offer}/acknowledged/{rank}"], timedelta(seconds=1))
-            if store.get(f"{offer}/acknowledged/{rank}").decode() == own:
+            if store.get(f"{offer}/acknowledged/{rank}").decode() == token:
                 return dist.PrefixStore(offer, store)
         time.sleep(0.02)
-    raise UserError(
-        f"The first of {size} processes did not answer the one of rank {rank} within {TIMEOUT}; start them all anew."
-    )
+    raise UserError(f"Rank 0 of {size} processes did not answer rank {rank} within {TIMEOUT}; restart all processes.")
 
 
 class _AllGather(torch.autograd.Function):
@@ -128,7 +126,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        # every rank's loss reached our rows as columns of its own: the sum of what all ranks sent them
+        # our rows are columns in the loss of every rank, so their gradient is the sum over ranks
         total = gradients[0].contiguous()
         dist.all_reduce(total)
         start = dist.get_rank() * context.rows
@@ -136,7 +134,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class RankGather:
-    """Rows of all ranks in global order, differentiable (`types.Gather`). Every rank must hold equally many rows."""
+    """All-gathers rows in global order, differentiable (implements `types.Gather`). All ranks must have the same number of rows."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -144,21 +142,21 @@ class RankGather:
     def __call__(self, tensor: Tensor) -> Tensor:
         if self.world.size == 1:
             return tensor
-        with part("communication"):
+        with timed("communication"):
             return _AllGather.apply(tensor)
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
+    def global_indices(self, tensor: Tensor) -> Tensor:
         return torch.arange(len(tensor), device=tensor.device) + self.world.rank * len(tensor)
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Sums gradients over ranks, in buckets; an absent gradient counts as zero, and stays absent when absent everywhere.
+    """Sums gradients over ranks, in buckets. A missing gradient counts as zero; if it is missing on all ranks, it stays None.
 
     Each rank's loss is its share of the global loss (see LossTerm), so the sum is the gradient of the global loss.
     """
     if world.size == 1:
         return
-    trained = [p for p in parameters if p.requires_grad and not is_divided(p)]  # FSDP2 sums those that are
+    trained = [p for p in parameters if p.requires_grad and not is_sharded(p)]  # FSDP2 reduces sharded ones
     present = world.sum(torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=world.device))
     bucket: list[nn.Parameter] = []
     elements = 0

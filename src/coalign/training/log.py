@@ -1,4 +1,4 @@
-"""What a run tells: its metrics, its display, its bad samples and non-finite steps; and the signals it listens to."""
+"""Logs of a run: metrics, progress display, bad samples, non-finite steps. Also the handler of stop signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,16 +24,19 @@ from rich.table import Table
 from rich.text import Text
 
 from coalign.errors import UserError
+from coalign.files import write_bytes
+from coalign.formatting import duration
 
-_clock = time.monotonic  # a test sets its own
-# The keys of a row of metrics.jsonl that differ between two equal runs.
+_clock = time.monotonic  # tests replace it
+
+# Keys of metrics.jsonl that differ between two equal runs.
 TIMINGS = ("seconds", "pairs_per_second", "data_wait")
 
 
 def open_rows(path: Path, keep: Callable[[int, dict[str, Any]], bool]) -> tuple[FileIO, list[dict[str, Any]]]:
-    """Open a JSON-lines file for appending, without the torn last line of a killed run and the rows not to be kept.
+    """Opens a JSON-lines file for appending, after removing torn lines of a killed run and rows for which keep(index, row) is False.
 
-    keep(position, row) says which are. Returns the file and the kept rows.
+    Returns the file and the kept rows.
     """
     rows: list[dict[str, Any]] = []
     lines: list[bytes] = []
@@ -46,28 +48,25 @@ def open_rows(path: Path, keep: Callable[[int, dict[str, Any]], bool]) -> tuple[
         if line.endswith(b"\n") and isinstance(row, dict) and keep(len(rows), row):
             rows.append(row)
             lines.append(line)
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_bytes(b"".join(lines))
-    os.replace(replacement, path)
+    write_bytes(path, b"".join(lines))
     return FileIO(path, "a"), rows
 
 
 def _write_row(file: FileIO, row: Mapping[str, Any]) -> None:
     try:
-        file.write(json.dumps(row).encode() + b"\n")  # unbuffered: nothing is lost when the process is killed
+        file.write(json.dumps(row).encode() + b"\n")  # unbuffered: no row is lost if the process is killed
     except OSError as error:
-        raise UserError(f"{file.name!s} could not be written ({error.strerror}): make room, then resume.") from error
-
-
-# ---------------------------------------------------------------- metrics and display
+        raise UserError(
+            f"{file.name!s} could not be written ({error.strerror}); free some disk space, then resume."
+        ) from error
 
 
 class RunLog:
-    """The log of one run (a context manager), for the first rank: metrics.jsonl, TensorBoard if installed, the display.
+    """Writes metrics.jsonl, TensorBoard events if it is installed, and the progress display (a context manager, for rank 0).
 
-    A row of metrics.jsonl has "step", the values, and `TIMINGS`: seconds since the start (over all resumptions),
-    pairs_per_second, and data_wait, the share of time that went into waiting for data. A value that is not finite
-    becomes null. On resuming, the rows from `start_step` on are cut off, since those steps come again.
+    A row of metrics.jsonl has "step", the values, and `TIMINGS`: seconds of training (summed over interruptions), pairs_per_second, and
+    data_wait, the fraction of time spent waiting for data. Non-finite values become null. On resume, rows from `start_step` on are
+    removed, because those steps run again.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class RunLog:
         self._last_line = -math.inf
         self._began = _clock() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
         self._restart_window()
-        self._recent: deque[tuple[float, int]] | None = None  # seconds and steps between rows, for the ETA
+        self._recent: deque[tuple[float, int]] | None = None  # (seconds, steps) between rows, for the ETA
         self._shown: dict[str, str] = {}
         self._console = console or Console()
         self._live: Live | None = None
@@ -110,28 +109,30 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def step(self, step: int, values: Mapping[str, Any], *, pairs: int, waited: float, bad_samples: int = 0) -> None:
-        """A training step is done.
+    def step(
+        self, step: int, values: Mapping[str, Any], *, pairs: int, wait_seconds: float, bad_samples: int = 0
+    ) -> None:
+        """Logs a training step.
 
-        values: numbers or scalar tensors, read only where a row is due (reading waits for a GPU); pairs: in the global
-        batch; waited: seconds that this step waited for its data; bad_samples: found so far.
+        values: numbers or scalar tensors, read only if a row is due (reading synchronizes with the GPU). pairs: size of the global
+        batch. wait_seconds: time spent waiting for data. bad_samples: total so far.
         """
         self._next_step = step + 1
         self._window_steps += 1
         self._window_pairs += pairs
-        self._window_waited += waited
+        self._window_waited += wait_seconds
         last = step + 1 >= self._total_steps
         if step % self._row_every and not last:
             return
         numbers = {name: float(value) for name, value in values.items()}
         now = _clock()
-        passed = max(now - self._window_began, 1e-9)
-        speed = self._window_pairs / passed
-        wait = min(1.0, self._window_waited / passed)
+        elapsed = max(now - self._window_began, 1e-9)
+        speed = self._window_pairs / elapsed
+        wait = min(1.0, self._window_waited / elapsed)
         if self._recent is None:
-            self._recent = deque(maxlen=50)  # the first steps start up workers, compile, warm caches: no measure
+            self._recent = deque(maxlen=50)  # the first window is not representative: workers start, kernels compile
         else:
-            self._recent.append((passed, self._window_steps))
+            self._recent.append((elapsed, self._window_steps))
         self._restart_window()
         timings = (round(now - self._began, 3), round(speed, 2), round(wait, 4))
         self._write(step, numbers, dict(zip(TIMINGS, timings)))
@@ -144,7 +145,7 @@ class RunLog:
             self.note(f"{self._position()}  {line}  {self._eta()}")
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Validation results after a step, as a row of their own. The time they took does not count against pairs/s."""
+        """Logs validation results as a separate row. Their time does not count toward pairs per second."""
         self._restart_window()
         numbers = {name: float(value) for name, value in values.items()}
         self._write(step, numbers, {})
@@ -153,11 +154,11 @@ class RunLog:
         self.note(f"{self._position()}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
 
     def note(self, text: str) -> None:
-        """A line for the reader that stays on the screen."""
+        """Prints a line above the progress display."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def sync(self) -> None:
-        """Put the rows on the disk. Call before a checkpoint that vouches for their steps."""
+        """Flushes the rows to disk. Call it before saving a checkpoint of their steps."""
         os.fsync(self._file.fileno())
 
     def _restart_window(self) -> None:
@@ -207,22 +208,10 @@ def _number(name: str, value: Any) -> str:
     return f"{value:.2e}" if name.split("/")[0] == "lr" else f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: "45 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
-    whole = round(seconds)
-    for (unit, size), (smaller_unit, smaller) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // smaller} {smaller_unit}"
-    return f"{whole} s"
-
-
-# ---------------------------------------------------------------- what went wrong
-
-
 class BadSampleLog:
-    """The samples that cannot be used, in bad_samples.jsonl, each once however many epochs meet it; and their budget.
+    """Lists each unusable sample once in bad_samples.jsonl, and enforces the budget for them.
 
-    `state` is what `state_dict` gave at the checkpoint that is resumed; rows written since come again and are cut off.
+    On resume, `state` is the `state_dict` of the checkpoint. Rows written after it are removed, because their steps run again.
     """
 
     def __init__(self, run_dir: Path, budget_fraction: float = 0.01, state: Mapping[str, Any] | None = None) -> None:
@@ -231,7 +220,7 @@ class BadSampleLog:
         self.counts: Counter[str] = Counter(state["counts"] if state else {})
         run_dir.mkdir(parents=True, exist_ok=True)
         num_kept = self.total
-        self._file, rows = open_rows(self.path, lambda position, _: position < num_kept)
+        self._file, rows = open_rows(self.path, lambda index, _: index < num_kept)
         self._keys = {row["key"] for row in rows}
 
     @property
@@ -239,7 +228,7 @@ class BadSampleLog:
         return self.counts.total()
 
     def add(self, entries: Iterable[tuple[str, str, str, int]]) -> None:
-        """entries: (key, reason, detail, epoch) of each bad sample that was met."""
+        """Logs the entries (key, reason, detail, epoch) whose sample is not listed yet."""
         for key, reason, detail, epoch in entries:
             if key not in self._keys:
                 self._keys.add(key)
@@ -247,19 +236,19 @@ class BadSampleLog:
                 _write_row(self._file, {"key": key, "reason": reason, "detail": detail, "epoch": epoch})
 
     def check(self, samples_seen: int) -> None:
-        """Raise UserError once more samples are bad than the budget's share of the different ones seen, good and bad.
+        """Raises UserError if the fraction of bad samples exceeds the budget. samples_seen: distinct samples, good and bad.
 
-        The share is taken of at least 1,000 samples: one bad among the first ten tells nothing yet.
+        The fraction is taken of at least 1,000 samples: one bad sample among the first ten is not significant.
         """
         if self.total > self.budget_fraction * max(samples_seen, 1000):
             raise UserError(
-                f"{self.total:,} of the {samples_seen:,} samples seen so far cannot be used ({self.summary()}), more "
-                f"than the budget of {100 * self.budget_fraction:.4g} %; they are listed in {self.path}: clean the "
-                "data (see 'coalign data check') or raise the budget for bad samples."
+                f"{self.total:,} of the {samples_seen:,} samples seen so far are unusable ({self.summary()}), more "
+                f"than the budget of {100 * self.budget_fraction:.4g} %; they are listed in {self.path}. Clean the "
+                "data (see `coalign data check`), or raise --max-bad-fraction."
             )
 
     def summary(self) -> str:
-        """Counts by reason, the commonest first."""
+        """Returns the counts by reason, most common first."""
         return ", ".join(f"{reason}: {count:,}" for reason, count in self.counts.most_common())
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,9 +260,9 @@ class BadSampleLog:
 
 
 class NonFiniteGuard:
-    """Counts the steps that were skipped for a non-finite loss or gradient, and stops the run after `limit` in a row.
+    """Counts steps skipped for a non-finite loss or gradient, and stops the run after `limit` consecutive ones.
 
-    Every rank has one, so that all stop together; the one with a `run_dir` lists the samples in non_finite.jsonl.
+    Every rank has a guard, so that all stop together. The guard with a `run_dir` lists the samples in non_finite.jsonl.
     """
 
     def __init__(
@@ -287,7 +276,7 @@ class NonFiniteGuard:
             open_rows(run_dir / "non_finite.jsonl", lambda _, row: row.get("step", start_step) < start_step)[0].close()
 
     def step(self, step: int, finite: bool, samples: Sequence[int | str] = (), what: str = "loss or gradient") -> None:
-        """A step was taken (finite) or skipped. samples: ids of the global batch. Raises UserError at the limit."""
+        """Records that a step was taken (finite) or skipped. samples: indices of the global batch. Raises UserError at the limit."""
         if finite:
             self.in_a_row = 0
             return
@@ -299,7 +288,7 @@ class NonFiniteGuard:
         if self.in_a_row >= self.limit:
             where = f" (samples in {self._run_dir / 'non_finite.jsonl'})" if self._run_dir is not None else ""
             raise UserError(
-                f"The {what} was not finite in {self.in_a_row} steps in a row, the last of them step {step}{where}: "
+                f"The {what} was not finite in {self.in_a_row} consecutive steps, the last one step {step}{where}; "
                 "lower the learning rate, lengthen the warm-up, or train in fp32 or bf16 instead of fp16."
             )
 
@@ -307,13 +296,10 @@ class NonFiniteGuard:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
 
-# ---------------------------------------------------------------- signals
-
-
 class StopSignal:
-    """While inside, SIGINT and SIGTERM only set `requested`: the loop saves and ends. A second Ctrl-C ends it at once.
+    """Context in which SIGINT and SIGTERM set `requested`, so that the loop can save and stop. A second Ctrl-C kills the process.
 
-    A launcher may pass on the Ctrl-C that the terminal has sent already, so what comes within a second is the first.
+    A launcher may forward the Ctrl-C that the terminal sent to all processes, so signals within a second count as one.
     """
 
     def __init__(self) -> None:
@@ -322,7 +308,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals do not arrive
+        if threading.current_thread() is threading.main_thread():  # other threads receive no signals
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

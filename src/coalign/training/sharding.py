@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimiser states divided over processes (FSDP2), for models that are too large for one device each."""
+"""Fully sharded data parallelism (FSDP2): parameters, gradients and optimizer states are sharded over processes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from coalign.divided import divided_like
+from coalign.dtensor import sharded_like
 from coalign.training.distributed import World
 
-LEAST = 1 << 16  # parameters of a layer: smaller ones are not worth a communication of their own
+MIN_NUMEL = 1 << 16  # smaller layers are not worth a separate all-gather
 
 
-def shard(module: nn.Module, world: World, least: int = LEAST) -> None:
-    """Divides the weights of every large layer over the processes. A layer has them whole while it computes, and no longer.
+def shard(module: nn.Module, world: World, min_numel: int = MIN_NUMEL) -> None:
+    """Shards the weights of every layer with at least `min_numel` parameters. A layer is unsharded only while it computes.
 
-    It is each layer by itself that is divided, not a block, as the methods read blocks in ways of their own. Attention stays whole where
-    its weights are read without a call of their layer: torch's own, and the pooling of some ResNets.
+    Layers are sharded one by one, not by block, because methods call parts of blocks. Attention modules that read weights without
+    calling the layer (torch's `MultiheadAttention`, attention pooling of open_clip's ResNets) are not sharded.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
-    read = {
-        part
+    excluded = {
+        child
         for attention in module.modules()
         if isinstance(attention, (nn.MultiheadAttention, AttentionPool2d))
-        for part in attention.modules()
+        for child in attention.modules()
     }
-    for layer in [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding)) and m not in read]:
-        if sum(p.numel() for p in layer.parameters(recurse=False)) >= least:
-            layer.to(memory_format=torch.contiguous_format)  # FSDP cannot divide channels-last weights
-            divided: Any = fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-            # the loss of a process is its share of the whole: gradients are added, not averaged
-            divided.set_gradient_divide_factor(1.0)
-            divided.set_force_sum_reduction_for_comms(True)
+    layer_types = (nn.Linear, nn.Conv2d, nn.Embedding)
+    for layer in [m for m in module.modules() if isinstance(m, layer_types) and m not in excluded]:
+        if sum(p.numel() for p in layer.parameters(recurse=False)) >= min_numel:
+            layer.to(memory_format=torch.contiguous_format)  # FSDP cannot shard channels-last weights
+            fsdp: Any = fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            # each rank's loss is its share of the global loss: gradients are summed, not averaged
+            fsdp.set_gradient_divide_factor(1.0)
+            fsdp.set_force_sum_reduction_for_comms(True)
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Every process has all weights, so that one may compute alone. All must enter it."""
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Context in which every process holds the full weights, so that one process can run the model alone. All processes must enter it."""
     layers = [layer for layer in module.modules() if isinstance(layer, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False)
@@ -56,20 +57,22 @@ def whole(module: nn.Module) -> Iterator[None]:
             layer.set_reshard_after_forward(True)
 
 
-def gathered(values: Any, keep: bool) -> Any:
-    """Nested dicts with every divided tensor whole, on the CPU: what a run without division saves. All processes must call it; one that
-    does not `keep` them has None in their place."""
+def full_tensors(values: Any, keep: bool) -> Any:
+    """Returns nested dicts with every sharded tensor gathered to the CPU, as an unsharded run would save them.
+
+    All processes must call it. On a process without `keep`, None stands for each sharded tensor.
+    """
     if isinstance(values, DTensor):
-        whole_value = values.full_tensor()
-        return whole_value.cpu() if keep else None
+        full = values.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(values, Mapping):
-        return {name: gathered(value, keep) for name, value in values.items()}
+        return {name: full_tensors(value, keep) for name, value in values.items()}
     return values
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors, of which divided parameters take their share."""
+    """Loads a state dict of full tensors into a module whose parameters may be sharded."""
     own = module.state_dict()
     module.load_state_dict(
-        {name: divided_like(own[name], value) if name in own else value for name, value in weights.items()}
+        {name: sharded_like(own[name], value) if name in own else value for name, value in weights.items()}
     )

@@ -1,4 +1,4 @@
-"""One training step: encode on slices, objective on the whole batch, exact gradients on any number of slices and ranks."""
+"""One training step: encode in slices, objective on the whole batch, exact gradients for any number of slices and ranks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from coalign.method import Method
 from coalign.training.distributed import RankGather, World, reduce_gradients
-from coalign.training.stopwatch import part
+from coalign.training.stopwatch import timed
 from coalign.types import Batch, Features, LossTerm, StepInfo
 
 
 @dataclass
 class StepResult:
-    loss: float  # of the global batch
-    terms: dict[str, float]  # each term's global mean, unweighted
+    """Loss of the global batch, and this rank's features."""
+
+    loss: float
+    terms: dict[str, float]  # unweighted mean of each loss term over the global batch
     features: Features
     targets: Features
 
@@ -33,83 +35,84 @@ def forward_backward(
     scaler: torch.amp.GradScaler | None = None,
     seed: int = 0,
 ) -> StepResult:
-    """Leaves the gradient of the global batch's loss in the parameters' `.grad`, the same on every rank.
+    """Accumulates the gradient of the global batch's loss in the parameters' `.grad`, equal on all ranks.
 
-    `slices` cut this rank's rows; with several, features are computed without gradient, the objective's gradient with respect to them is
-    taken, and each slice is encoded again to carry it on (gradient caching, Gao et al. 2021): memory is one slice's.
+    `slices`, the micro-batches, partition this rank's rows. With more than one, features are computed without gradient, the objective is
+    differentiated with respect to them, and each slice is encoded again to backpropagate through the encoders (gradient caching, Gao et
+    al. 2021), so that activations of one slice are in memory at a time.
     """
     slices = slices or [slice(0, len(batch))]
     caching = len(slices) > 1
 
-    def encode(number: int) -> Features:
-        # one autocast context a slice: its weight cache must not carry casts made without gradient into a pass with it
+    def encode(index: int) -> Features:
+        # one autocast context per slice: its weight cache must not reuse casts made without gradient in a pass with gradient
         with _autocast(world, autocast):
-            # dropout and its like are a function of the step and the slice, so that a pass can be run again and a run resumed
-            torch.manual_seed((seed * 1_000_003 + step.step) * 1_009 + number)
-            return method.encode(batch[slices[number]], step)
+            # dropout depends on step and slice only, so that a pass can be recomputed and a run resumed
+            torch.manual_seed((seed * 1_000_003 + step.step) * 1_009 + index)
+            return method.encode(batch[slices[index]], step)
 
-    with torch.set_grad_enabled(not caching), part("encoders, forward"):
-        features = _concatenate([encode(number) for number in range(len(slices))])
-    with torch.no_grad(), _autocast(world, autocast), part("teachers"):
+    with torch.set_grad_enabled(not caching), timed("encoder forward"):
+        features = _concatenate([encode(index) for index in range(len(slices))])
+    with torch.no_grad(), _autocast(world, autocast), timed("teacher forward"):
         targets = _concatenate([method.encode_targets(batch[rows], step) for rows in slices])
     if caching:
         features = {name: t.requires_grad_(t.is_floating_point()) for name, t in features.items()}
-    with _autocast(world, autocast), part("objective, forward"):
+    with _autocast(world, autocast), timed("objective forward"):
         terms = method.objective(features, targets, RankGather(world), step)
-    share, loss, means = _weigh(terms, world)
-    with part("objective, backward" if caching else "backward"):
-        (scaler.scale(share) if scaler else share).backward()
+    local_loss, loss, means = _reduce_terms(terms, world)
+    with timed("objective backward" if caching else "backward"):
+        (scaler.scale(local_loss) if scaler else local_loss).backward()
     if caching:
-        for number, rows in enumerate(slices):
-            with part("encoders once more, for --micro-batch"):
-                again = encode(number)
-            carried = [
+        for index, rows in enumerate(slices):
+            with timed("encoder recompute (--micro-batch)"):
+                recomputed = encode(index)
+            outputs = [
                 (t, gradient[rows])
-                for name, t in again.items()
+                for name, t in recomputed.items()
                 if t.requires_grad and (gradient := features[name].grad) is not None
             ]
-            if carried:
-                with part("encoders, backward"):
-                    torch.autograd.backward([t for t, _ in carried], [gradient for _, gradient in carried])
-    with part("communication"):
+            if outputs:
+                with timed("encoder backward"):
+                    torch.autograd.backward([t for t, _ in outputs], [gradient for _, gradient in outputs])
+    with timed("communication"):
         reduce_gradients(method.parameters(), world)
     return StepResult(loss, means, {name: t.detach() for name, t in features.items()}, targets)
 
 
 @torch.no_grad()
 def evaluate_loss(method: Method, batch: Batch, step: StepInfo, world: World, autocast: torch.dtype | None) -> float:
-    """The loss of the global batch, without gradient."""
+    """Returns the loss of the global batch, without gradient."""
     with _autocast(world, autocast):
         terms = method.objective(
             method.encode(batch, step), method.encode_targets(batch, step), RankGather(world), step
         )
-    return _weigh(terms, world)[1]
+    return _reduce_terms(terms, world)[1]
 
 
 def move_statistics(method: Method, world: World, keep: bool) -> None:
-    """Running statistics of batch norms move once a step, over all ranks, and not on a skipped one."""
+    """Updates the running statistics of all batch norms from all ranks. With `keep` False (a skipped step), discards this step's."""
     for module in method.modules():
         if callable(move := getattr(module, "move_statistics", None)):
             move(world.sum, keep)
 
 
-def _weigh(terms: list[LossTerm], world: World) -> tuple[Tensor, float, dict[str, float]]:
-    """This rank's share of the loss (with gradient), the loss, and each term's mean. A term that counts nothing anywhere is zero."""
+def _reduce_terms(terms: list[LossTerm], world: World) -> tuple[Tensor, float, dict[str, float]]:
+    """Returns this rank's share of the loss (with gradient), the global loss, and the mean of each term (0 if its count is 0)."""
     sums = world.sum(torch.stack([torch.stack([t.total.detach().double(), _count(t)]) for t in terms]))  # [term, 2]
     totals, counts = sums[:, 0].tolist(), sums[:, 1].tolist()
-    share = sum((t.weight / max(count, 1e-30)) * t.total for t, count in zip(terms, counts) if count)
+    local_loss = sum((t.weight / max(count, 1e-30)) * t.total for t, count in zip(terms, counts) if count)
     means = {t.name: total / count if count else 0.0 for t, total, count in zip(terms, totals, counts)}
-    if not isinstance(share, Tensor):
-        share = sum(0.0 * t.total for t in terms)
-    return share, sum(t.weight * means[t.name] for t in terms), means
+    if not isinstance(local_loss, Tensor):
+        local_loss = sum(0.0 * t.total for t in terms)
+    return local_loss, sum(t.weight * means[t.name] for t in terms), means
 
 
 def _count(term: LossTerm) -> Tensor:
     return torch.as_tensor(term.count, dtype=torch.float64, device=term.total.device).detach()
 
 
-def _concatenate(pieces: list[Features]) -> Features:
-    return pieces[0] if len(pieces) == 1 else {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+def _concatenate(slices: list[Features]) -> Features:
+    return slices[0] if len(slices) == 1 else {name: torch.cat([part[name] for part in slices]) for name in slices[0]}
 
 
 def _autocast(world: World, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the parts of a step name themselves, and a stopwatch, if one is running, adds them up."""
+"""Times the stages of a training step: `timed` marks a stage, and a running `Stopwatch` adds up the time of each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ _running: Stopwatch | None = None
 
 
 class Stopwatch:
-    """Seconds of each part of each step, without those of parts within it (a context manager). On a GPU every part waits for its end,
-    which slows a step down a little."""
+    """Records the seconds spent in each stage of each step, excluding nested stages (a context manager).
+
+    On a GPU it synchronizes at every stage boundary, which slows down a step a little.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.steps: list[dict[str, float]] = []
         self._device = device
-        self._parts: defaultdict[str, float] = defaultdict(float)
+        self._stages: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
 
@@ -40,22 +42,22 @@ class Stopwatch:
         self._account()
         self._open.pop()
         if not self._open:
-            self.steps.append(dict(self._parts))
-            self._parts.clear()
+            self.steps.append(dict(self._stages))
+            self._stages.clear()
 
     def _account(self) -> None:
-        """Gives the time since the last change to the part that was the innermost."""
+        """Adds the time since the last boundary to the innermost open stage."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         if self._open:
-            self._parts[self._open[-1]] += now - self._since
+            self._stages[self._open[-1]] += now - self._since
         self._since = now
 
 
 @contextmanager
-def part(name: str) -> Iterator[None]:
-    """A part of a step; the outermost is the step itself, and takes what is in none of the others."""
+def timed(name: str) -> Iterator[None]:
+    """Marks a stage of a step. The outermost stage is the step itself; it gets the time outside all nested stages."""
     if _running is None:
         yield
         return

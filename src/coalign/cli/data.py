@@ -1,0 +1,119 @@
+"""The data commands: make, check and curate datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+
+def check_command(data: Positional[str], report: Path | None = None, limit: int | None = None) -> None:
+    """Check a dataset before training on it: broken files, sizes, captions, duplicates, languages, tags.
+
+    Args:
+        data: anything that `coalign train --data` accepts
+        report: write a report with figures and a gallery to this HTML file
+        limit: number of samples to check, drawn at random (default: all)
+    """
+    from coalign.workflows.data import check_data
+
+    check_data(data, report, limit)
+
+
+def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chinese: bool = False) -> None:
+    """Apply DeCLIP's data rules and write the pairs that pass.
+
+    The rules: no damaged images, no empty captions, at least 80 % English words, more than one part of speech. dropped.jsonl lists the
+    dropped pairs with the reasons.
+
+    Args:
+        data: anything that `coalign train --data` accepts
+        out: the new folder
+        min_side: also drop images whose shorter side is below this many pixels (web data)
+        drop_chinese: also drop captions in Chinese (web data)
+    """
+    from coalign.workflows.data import curate_data
+
+    curate_data(data, out, min_side, drop_chinese)
+
+
+def paraphrase_command(
+    data: Positional[str],
+    out: Path,
+    apertium: tuple[str, ...] = (),
+    marian: tuple[str, ...] = (),
+    device: str = "cpu",
+) -> None:
+    """Write a copy of a dataset with back-translated paraphrases of its English captions, which MCT uses as text views.
+
+    Unusable paraphrases are dropped and counted.
+
+    Args:
+        data: anything that `coalign train --data` accepts
+        out: the new folder
+        apertium: pivot languages of apertium, such as spa (Debian packages apertium and apertium-eng-spa)
+        marian: pairs of Marian models, forward and backward, by name (Helsinki-NLP/opus-mt-en-de Helsinki-NLP/opus-mt-de-en) or folder
+        device: device of the Marian models: cpu, cuda or cuda:N
+    """
+    from coalign.workflows.data import write_paraphrases
+
+    write_paraphrases(data, out, apertium, marian, device)
+
+
+def queries_command(data: Positional[str], out: Path) -> None:
+    """Build the list of search queries of DeCLIP's Appendix C: the dataset's tags and words with their WordNet synonyms.
+
+    Args:
+        data: anything that `coalign train --data` accepts
+        out: the text file to write, one query per line
+    """
+    from coalign.workflows.data import build_query_list
+
+    build_query_list(data, out)
+
+
+def tokenizer_command(data: Positional[str], out: Path, vocab_size: int = 8192) -> None:
+    """Train a small byte-pair tokenizer on the training captions, for `coalign train --tokenizer FILE`.
+
+    Args:
+        data: anything that `coalign train --data` accepts
+        out: the JSON file to write
+        vocab_size: size of the vocabulary
+    """
+    from coalign.workflows.data import train_tokenizer
+
+    train_tokenizer(data, out, vocab_size)
+
+
+def openclipart_command(
+    out: Path, download: bool = False, from_: Annotated[Path | None, arg(name="from")] = None, max_side: int = 256
+) -> None:
+    """Prepare Open Clip Art: about 6,900 public-domain pairs with noisy captions, from Debian's openclipart-png and openclipart-svg.
+
+    Args:
+        out: the new folder
+        download: download the two packages with apt-get (on Debian or Ubuntu; needs no root)
+        from_: read the packages' files under this root instead, such as / if they are installed
+        max_side: longest side of the written images in pixels
+    """
+    from coalign.workflows.data import prepare_openclipart
+
+    prepare_openclipart(out, download, from_, max_side)
+
+
+def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
+    """Write the scenes dataset to disk: synthetic images with captions, tags and exact ground truth.
+
+    Training does not need a copy on disk; use --data scenes:8192.
+
+    Args:
+        out: the new folder
+        size: side of the images in pixels
+        train: number of training pairs; the val, test, compositional and distribution-shift splits have 2,000 pairs each
+        seed: seed of the dataset
+        swap: fraction of the training captions to swap between images as noise (marked in the data)
+    """
+    from coalign.workflows.data import write_scenes
+
+    write_scenes(out, size, train, seed, swap)

@@ -1,0 +1,104 @@
+"""Commands on several runs: `coalign compare`, `coalign benchmark` and `coalign reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from coalign.errors import UserError
+
+
+def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
+    """Compare finished runs on their held-out pairs, with confidence intervals and paired differences.
+
+    Runs that differ only in their seed are averaged.
+
+    Example: coalign compare runs/clip runs/slip --report compare.html
+
+    Args:
+        runs: the folders of two or more finished runs
+        report: write a report with figures to this HTML file
+        json: write the results to this JSON file
+    """
+    from coalign.experiments.compare import compare_and_write
+
+    compare_and_write(runs, report, json)
+
+
+def benchmark_command(
+    data: str,
+    out: Path,
+    methods: tuple[str, ...] = ("clip", "uniclip", "mcd"),
+    minutes: float = 60.0,
+    epochs: float | None = None,
+    fractions: tuple[float, ...] = (1.0,),
+    seeds: int = 2,
+    jobs: int | None = None,
+    report: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Train several methods on your data for equal time, and compare them on the same held-out pairs.
+
+    Add --fractions 0.25 0.5 1 to also measure data efficiency relative to CLIP. If interrupted, run it again to resume.
+
+    Example: coalign benchmark --data pairs.csv --out runs/benchmark --minutes 60
+
+    Args:
+        data: anything that `coalign train --data` accepts
+        out: the folder for the runs, benchmark.html and benchmark.json
+        methods: the methods to train; clip is always included
+        minutes: total training time, split equally among the methods
+        epochs: train every method for this many epochs instead, at equal samples seen
+        fractions: fractions of the pairs to train on, at equal samples seen
+        seeds: number of seeds (0 to N-1) per method
+        jobs: number of trials to run in parallel, each on its share of the cores (default: one per core)
+        report: write the report to this HTML file instead of benchmark.html
+        json: also write the results to this JSON file
+    """
+    from coalign.experiments.benchmark import benchmark_and_write
+
+    options = {"methods": methods, "minutes": minutes, "epochs": epochs, "fractions": fractions, "seeds": seeds}
+    benchmark_and_write(data, out, report, json, jobs=jobs, **options)
+
+
+def reproduce_command(
+    table: Positional[str | None] = None,
+    data: str | None = None,
+    out: Path | None = None,
+    scale: Literal["cpu", "paper"] = "cpu",
+    seeds: int = 3,
+    jobs: int = 1,
+    arms: tuple[str, ...] = (),
+) -> None:
+    """Train every arm of a table of experiments with several seeds, and compare them.
+
+    If interrupted, run it again to resume.
+
+    Example: coalign reproduce two-towers-scenes --data scenes:8192 --out runs/two-towers --jobs 2
+
+    Args:
+        table: the table's name (default: list all tables)
+        data: anything that `coalign train --data` accepts
+        out: the folder for the runs, table.json and table.html
+        scale: cpu trains small models in hours; paper only writes launch.sh, with the commands of the paper's recipes
+        seeds: number of seeds (0 to N-1) per arm
+        jobs: number of trials to run in parallel, each on its share of the cores
+        arms: train only these (default: all)
+    """
+    from coalign.experiments import tables
+
+    if table is None:
+        print("".join(f"{name}\n    {entry.title}\n" for name, entry in tables.TABLES.items()), end="")
+        return
+    tables.table(table)  # report an unknown name before missing options
+    if data is None or out is None:
+        raise UserError(f"The table {table} needs --data and --out; see `coalign reproduce --help`.")
+    from coalign.experiments.compare_terminal import print_comparison
+    from coalign.experiments.reproduce import reproduce
+
+    comparison = reproduce(table, data, out, scale=scale, seeds=seeds, jobs=jobs, arms=arms)
+    if comparison is not None:
+        print_comparison(comparison)
+        print(f"Report: {out / 'table.html'}")

@@ -1,0 +1,145 @@
+"""Commands that use a trained model: search, localize, space, export, import, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from coalign.errors import UserError
+
+
+def search_command(
+    model: Positional[str],
+    data: str,
+    text: str | None = None,
+    image: Path | None = None,
+    top: int = 10,
+    split: str = "all",
+    report: Path | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> None:
+    """Find the images of a dataset that are nearest to a text, to an image, or to both.
+
+    OneR embeds both as one sequence; for a two-tower model the two embeddings are added.
+
+    Example: coalign search runs/oner --data data/openclipart --image apple.png --text "green" --report found.html
+
+    Args:
+        model: a run folder, an exported folder, or another library's model, as for `coalign eval`
+        data: dataset to search: anything that `coalign train --data` accepts
+        text: what the images should show
+        image: an image file that the images should resemble
+        top: number of images to return
+        split: train, val, test, … or all
+        report: write the query and the images found to this HTML file
+        device: cpu, cuda or cuda:N
+        workers: number of loader processes
+    """
+    from coalign.workflows.explore.search import search
+
+    result = search(model, data, text, image, top=top, split=split, report=report, device=device, workers=workers)
+    for number, hit in enumerate(result.hits, 1):
+        print(f"{number:3}  {hit.score:.3f}  {hit.key}  {' / '.join(hit.captions)[:100]}")
+    unreadable = f"; {result.num_unreadable:,} could not be read" if result.num_unreadable else ""
+    print(f"{result.num_images:,} images searched{unreadable}")
+    if report:
+        print(f"Report: {report}")
+
+
+def localize_command(
+    runs: Positional[tuple[str, ...]], image: Path, text: tuple[str, ...], out: Path, device: str = "cpu"
+) -> None:
+    """Draw heat maps of the image regions that match a text: patch similarity for OneR, Grad-CAM for two-tower models.
+
+    Example: coalign localize runs/oner runs/clip --image photo.jpg --text "a red apple" "a table" --out map.png
+
+    Args:
+        runs: the folders of one or more runs (rows of the figure)
+        image: an image file
+        text: one or more texts (columns of the figure)
+        out: the figure to write: .png, .jpg, .pdf or .svg
+        device: cpu, cuda or cuda:N
+    """
+    from coalign.workflows.explore.localize import localize
+
+    localize(runs, image, text, out, device)
+    print(out)
+
+
+def space_command(run: Positional[str], data: str, out: Path, pairs: int = 300, device: str = "cpu") -> None:
+    """Plot how a model's image and text embeddings are distributed, before and after training (t-SNE).
+
+    For OneR, the plot includes the joint embeddings of image and text.
+
+    Example: coalign space runs/oner --data scenes:8192 --out space.png
+
+    Args:
+        run: the folder of a run
+        data: anything that `coalign train --data` accepts; if it is the run's training data, held-out pairs are plotted
+        out: the figure to write: .png, .jpg, .pdf or .svg
+        pairs: number of pairs to plot
+        device: cpu, cuda or cuda:N
+    """
+    from coalign.workflows.explore.space import space
+
+    for name, gap in space(run, data, out, pairs, device).items():
+        print(f"{name}: modality gap {gap:.2f} (distance between the centroids of image and text embeddings)")
+    print(out)
+
+
+def export_command(run: Positional[str], to: str, out: Path, weights: str = "last") -> None:
+    """Export a model to open_clip, transformers (a CLIPModel), ONNX, or its image encoder to timm.
+
+    The export is loaded in that library and checked for equal embeddings. A model that the format cannot represent is refused.
+
+    Example: coalign export runs/clip --to open_clip --out clip-for-open-clip
+
+    Args:
+        run: the folder of a run
+        to: open_clip, transformers, onnx or timm
+        out: the new folder
+        weights: checkpoint: last or best
+    """
+    from coalign.workflows.models.export import export
+
+    print(export(run, to, out, weights))
+
+
+def import_command(model: Positional[str], out: Path) -> None:
+    """Convert a transformers CLIPModel to open_clip's format, so that any two-tower method can start training from it.
+
+    Example: coalign import transformers:openai/clip-vit-base-patch32 --out clip-b32, and then
+    coalign train --recipe uniclip --model clip-b32 --pretrained clip-b32 --data my-pairs --out runs/from-clip
+
+    Args:
+        model: transformers:NAME (on the hub, or a folder)
+        out: the new folder
+    """
+    from coalign.workflows.models.import_model import import_model
+
+    print(import_model(model, out))
+
+
+def card_command(run: Positional[str], out: Path | None = None) -> None:
+    """Write a run's model card: method, data, settings, results with intervals, limits, how to load it.
+
+    Args:
+        run: the folder of a run
+        out: the Markdown file to write (default: print it)
+    """
+    from coalign.files import write_text
+    from coalign.runs.card import card
+    from coalign.runs.folder import check_output
+
+    text = card(run)
+    if out is None:
+        print(text)
+        return
+    check_output(out)
+    try:
+        write_text(out, text)
+    except OSError as error:
+        raise UserError(f"The model card could not be written to {out}: {error.strerror}.") from error
+    print(out)

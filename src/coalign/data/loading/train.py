@@ -1,0 +1,388 @@
+"""The training loader: the samples and views of a step are a pure function of (seed, step).
+
+The loader's only state is the step number: resuming replays nothing, batches do not depend on the number of workers, and
+ranks load consecutive slices of one global batch. Workers load chunks of a batch, which bounds the data in flight and
+lets several workers share a batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalign.data.images.cache import CachedImage, ImageCache
+from coalign.data.images.decode import OpenedImage, open_image
+from coalign.data.images.device_views import finish_views
+from coalign.data.images.views import make_views
+from coalign.data.loading.order import order
+from coalign.data.loading.workers import fetch_all
+from coalign.data.text.tokenizer import Tokenizer
+from coalign.data.text.views import choose_caption, text_view
+from coalign.errors import BadSample, NoCaption, NoImage, UserError
+from coalign.randomness import generator, stable_hash
+from coalign.types import AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
+
+CHUNK = 64  # samples that a worker loads at a time; more if a batch would otherwise have more than MAX_CHUNKS chunks
+MAX_CHUNKS = 64  # each takes a file descriptor in transit
+MAX_ATTEMPTS = 20  # replacements to try for a bad sample
+_PARAMS = len(AugmentationParams().vector())
+
+
+# ---------------------------------------------------------------- loaded batches
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """A sample that could not be used, and why."""
+
+    key: str
+    reason: str
+    detail: str
+    epoch: int
+
+
+@dataclass
+class LoadedBatch:
+    """A batch, and the bad samples that were replaced in it."""
+
+    batch: Batch
+    bad: list[BadEntry]
+
+
+@dataclass
+class _Chunk:
+    """Consecutive samples of a batch, as sent by a worker. Only the pixels are a tensor, in shared memory; the rest is pickled."""
+
+    pixels: Tensor  # uint8 [view, sample, 3, size, size]
+    rows: np.ndarray  # structured [sample]
+    tags: list[list[int]]
+    bad: list[BadEntry]
+
+
+# ---------------------------------------------------------------- training loader
+
+
+class PairLoader:
+    """Loads one rank's batches of image-text pairs, addressed by step.
+
+    indices: indices of the source's samples to train on.
+    batch_size: the global batch size; this rank loads its consecutive slice.
+    cache: keeps decoded images.
+    finish_on: device to which batches are moved, and on which color and blur are applied.
+
+    The incomplete last batch of an epoch is dropped. A bad sample is replaced by one that depends only on (seed, epoch,
+    sample, attempt). A sample without captions is bad if the plan has texts and is not `captionless`.
+
+    An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
+    view from text/NAME. All text views of a sample show the same caption, drawn from "caption". `caption_ids` are equal
+    exactly where captions are equal; a sample without captions has a unique id.
+
+    Paraphrases are stored in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}. Views of kind "paraphrase"
+    get distinct ones, assigned by a draw from "paraphrases"; the caption itself is added if there are too few.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        plan: ViewPlan,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        tag_vocabulary: Mapping[str, int] | None = None,
+        patch_grid: tuple[int, int] | None = None,
+        cache: ImageCache | None = None,
+        finish_on: torch.device | None = None,
+    ) -> None:
+        _check_sizes(len(indices), batch_size, world_size)
+        if plan.tags and tag_vocabulary is None:
+            raise ValueError("a plan with tags needs tag_vocabulary")
+        if plan.patch_ranks and patch_grid is None:
+            raise ValueError("a plan with patch_ranks needs patch_grid")
+        self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices), plan, tokenizer
+        self.image_size, self.context_length, self.batch_size, self.seed = image_size, context_length, batch_size, seed
+        self.workers, self.rank, self.cache, self.finish_on = workers, rank, cache, finish_on
+        self.steps_per_epoch = len(indices) // batch_size
+        self._vocabulary = tag_vocabulary or {}
+        self._local = batch_size // world_size
+        self._chunk_size = max(CHUNK, -(-self._local // MAX_CHUNKS))
+        self._num_chunks = -(-self._local // self._chunk_size)  # per batch of this rank
+        self._row = _row_type(plan, context_length, patch_grid if plan.patch_ranks else None)
+
+    def batches(self, start_step: int, stop_step: int) -> Generator[LoadedBatch, None, None]:
+        """Yields the batches of steps start_step … stop_step - 1; step s is batch s % steps_per_epoch of its epoch.
+
+        Raises UserError if no usable replacement is found for a bad sample. Closing the generator terminates the workers.
+        """
+        tasks = range(start_step * self._num_chunks, stop_step * self._num_chunks)
+        chunks: list[_Chunk] = []
+        with closing(fetch_all(self._chunk, tasks, self.workers, ahead=self._num_chunks)) as fetched:
+            for chunk in fetched:
+                chunks.append(chunk)
+                if len(chunks) == self._num_chunks:
+                    batch, bad = self._collate(chunks), [entry for chunk in chunks for entry in chunk.bad]
+                    yield LoadedBatch(batch if self.finish_on is None else finish_views(batch, self.finish_on), bad)
+                    chunks = []
+
+    def _chunk(self, task: int) -> _Chunk:
+        step, number = divmod(task, self._num_chunks)
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        first = batch * self.batch_size + self.rank * self._local
+        start, stop = number * self._chunk_size, min((number + 1) * self._chunk_size, self._local)
+        positions = np.arange(first + start, first + stop)
+        indices = self.indices[order(len(self.indices), self.seed, epoch)[positions]]
+
+        pixels = np.empty((len(self.plan.images), len(indices), 3, self.image_size, self.image_size), np.uint8)
+        rows = np.zeros(len(indices), self._row)
+        rows["labels"] = -100
+        chunk = _Chunk(torch.from_numpy(pixels), rows, [], [])
+        for i, index in enumerate(indices.tolist()):
+            self._fill(chunk, pixels[:, i], rows[i], index, epoch)
+        return chunk
+
+    def _fill(self, chunk: _Chunk, pixels: np.ndarray, row: np.void, index: int, epoch: int) -> None:
+        """Writes the sample, or its replacement if it is bad, to its position in the chunk."""
+        candidate = index
+        tried: list[BadEntry] = []
+        for attempt in range(MAX_ATTEMPTS + 1):
+            key = f"{self.source.name}[{candidate}]"  # in case the record cannot be read
+            try:
+                record = self._record(candidate)
+                key = record.key
+                chunk.tags.append(self._sample(record, pixels, row, candidate, epoch, occurrence=attempt))
+                chunk.bad += tried
+                return
+            except BadSample as bad:
+                tried.append(BadEntry(key, bad.reason, bad.detail, epoch))
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(f"while loading sample {key!r}")
+                raise
+            candidate = int(self.indices[stable_hash(self.seed, epoch, index, attempt) % len(self.indices)])
+        raise UserError(_unusable_message(self.source.name, tried))
+
+    def _record(self, index: int) -> Record:
+        try:
+            return self.source.record(index)
+        except NoCaption as bad:
+            if not self.plan.captionless and self.plan.texts:
+                raise
+            return bad.record
+
+    def _image_or_none(self, index: int) -> OpenedImage | CachedImage | None:
+        try:
+            return self._open_image(index)
+        except NoImage:
+            if not self.plan.imageless:
+                raise
+            return None
+
+    def _open_image(self, index: int) -> OpenedImage | CachedImage:
+        if self.cache is None:
+            return open_image(self.source.image(index))
+        return self.cache.open(index, lambda: self.source.image(index))
+
+    def _substitute_image(self, index: int, epoch: int) -> OpenedImage | CachedImage | None:
+        """Another sample's image for a sample without one, which keeps batch statistics those of images. None if no try has one."""
+        for attempt in range(10 * MAX_ATTEMPTS):  # many, since a large share of the samples may have no image
+            position = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
+            with suppress(BadSample):
+                return self._open_image(int(self.indices[position]))
+        return None
+
+    def _sample(
+        self, record: Record, pixels: np.ndarray, row: np.void, index: int, epoch: int, occurrence: int
+    ) -> list[int]:
+        """Makes the views of one sample and writes them to `pixels` [view, …] and `row`. Returns the tag ids."""
+
+        def draw(name: str) -> np.random.Generator:
+            return generator(self.seed, epoch, index, occurrence, name)
+
+        texts, caption_id = self._texts(record, index, draw)
+        image = self._image_or_none(index)
+
+        row["index"], row["caption_id"], row["has_caption"] = index, caption_id, bool(record.captions)
+        row["has_image"], row["params"] = image is not None, 0
+        if image is None and self.plan.images:
+            image = self._substitute_image(index, epoch)
+        if image is None:
+            pixels[:] = 0
+        else:
+            views = make_views(image, self.plan.images, draw, self.image_size, finish=self.finish_on is None)
+            for view, (view_pixels, params) in enumerate(views[name] for name in self.plan.images):
+                pixels[view] = view_pixels.numpy()
+                row["params"][view] = params.vector()
+        for view, (ids, labels) in enumerate(texts):
+            row["lengths"][view] = len(ids)
+            row["ids"][view, : len(ids)] = ids
+            if labels is not None:
+                row["labels"][view, : len(labels)] = labels
+        if self.plan.patch_ranks:
+            for view, name in enumerate(self.plan.images):
+                draw(f"{name}/patches").random(dtype=np.float32, out=row["patch_ranks"][view])
+        return sorted({self._vocabulary[tag] for tag in record.tags if tag in self._vocabulary})
+
+    def _texts(
+        self, record: Record, index: int, draw: Callable[[str], np.random.Generator]
+    ) -> tuple[list[tuple[list[int], list[int] | None]], int]:
+        """(token ids, labels) of the plan's text views, and the caption id."""
+        if not record.captions:
+            if self.plan.texts and not self.plan.captionless:
+                raise BadSample("no caption")
+            empty = self.tokenizer.encode("", self.context_length)
+            return [(empty, None) for _ in self.plan.texts], stable_hash("no caption", index)
+        caption = choose_caption(record.captions, draw("caption"))
+        paraphrases = self._paraphrases(record, caption, draw)
+        views = [
+            text_view(
+                caption, policy, draw(f"text/{name}"), self.tokenizer, self.context_length, paraphrases.get(name, ())
+            )
+            for name, policy in self.plan.texts.items()
+        ]
+        return [(view.ids, view.labels) for view in views], stable_hash(caption)
+
+    def _paraphrases(
+        self, record: Record, caption: str, draw: Callable[[str], np.random.Generator]
+    ) -> dict[str, tuple[str]]:
+        """A paraphrase for each text view of kind "paraphrase"; distinct ones as far as available."""
+        views = [name for name, policy in self.plan.texts.items() if policy.kind == "paraphrase"]
+        if not views:
+            return {}
+        stored = record.facts.get("paraphrases") or {}
+        paraphrases = stored.get(caption, []) if isinstance(stored, dict) else None
+        if not isinstance(paraphrases, list) or not all(isinstance(paraphrase, str) for paraphrase in paraphrases):
+            raise BadSample("malformed paraphrases", "expected {caption: [paraphrase, …]}")
+        choices = list(dict.fromkeys(paraphrases))
+        if len(choices) < len(views) and caption not in choices:
+            choices.append(caption)
+        shuffled = draw("paraphrases").permutation(len(choices)).tolist()
+        return {name: (choices[shuffled[i % len(choices)]],) for i, name in enumerate(views)}
+
+    def _collate(self, chunks: list[_Chunk]) -> Batch:
+        rows = np.concatenate([chunk.rows for chunk in chunks])
+        images, texts = {}, {}
+        for view, name in enumerate(self.plan.images):
+            images[name] = ImageView(
+                pixels=_concatenate_pixels(chunks, view),
+                params=_tensor(rows["params"][:, view], np.float32),
+                patch_ranks=_tensor(rows["patch_ranks"][:, view], np.float32) if self.plan.patch_ranks else None,
+            )
+        for view, (name, policy) in enumerate(self.plan.texts.items()):
+            lengths = rows["lengths"][:, view]
+            longest = lengths.max()
+            texts[name] = TextView(
+                ids=_tensor(rows["ids"][:, view, :longest]),
+                lengths=_tensor(lengths),
+                labels=_tensor(rows["labels"][:, view, :longest]) if policy.mask_p > 0 else None,
+            )
+        tags = [sample for chunk in chunks for sample in chunk.tags]
+        return Batch(
+            indices=_tensor(rows["index"]),
+            images=images,
+            texts=texts,
+            caption_ids=_tensor(rows["caption_id"]),
+            has_caption=_tensor(rows["has_caption"], np.bool_),
+            tags=_pad(tags) if self.plan.tags else None,
+            has_image=_tensor(rows["has_image"], np.bool_) if self.plan.imageless else None,
+        )
+
+
+def _concatenate_pixels(chunks: list[_Chunk], view: int) -> Tensor:
+    """The pixels of one view of all chunks, in pinned memory for asynchronous copies to a GPU."""
+    parts = [chunk.pixels[view] for chunk in chunks]
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(parts, out=torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+
+
+def _row_type(plan: ViewPlan, context_length: int, patch_grid: tuple[int, int] | None) -> np.dtype:
+    """Structured dtype of a sample's fixed-size data (all but pixels and tags), which is cheap to send and to concatenate."""
+    images, texts = len(plan.images), len(plan.texts)
+    fields: list[Any] = [
+        ("index", np.int64),
+        ("caption_id", np.int64),
+        ("has_caption", np.bool_),
+        ("has_image", np.bool_),
+        ("params", np.float32, (images, _PARAMS)),
+        ("lengths", np.int32, (texts,)),
+        ("ids", np.int32, (texts, context_length)),
+        ("labels", np.int32, (texts, context_length)),
+    ]
+    if patch_grid is not None:
+        fields.append(("patch_ranks", np.float32, (images, *patch_grid)))
+    return np.dtype(fields, align=True)
+
+
+def _tensor(values: np.ndarray, dtype: type = np.int64) -> Tensor:
+    tensor = torch.from_numpy(values.astype(dtype, order="C"))
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def _pad(tags: list[list[int]]) -> Tensor:
+    """int64 [sample, max_tags], padded with -1."""
+    padded = np.full((len(tags), max([1, *map(len, tags)])), -1, np.int64)
+    for row, sample in zip(padded, tags):
+        row[: len(sample)] = sample
+    return _tensor(padded)
+
+
+def _check_sizes(pairs: int, batch_size: int, world_size: int) -> None:
+    if pairs < 2:
+        count = "no training pairs" if pairs == 0 else "one training pair"
+        raise UserError(f"The data has {count}, but contrastive training requires at least two; add data.")
+    check_batch_size(batch_size, world_size)
+    if batch_size > pairs:
+        largest = pairs // world_size * world_size
+        advice = f"use --batch-size {largest} or less" if largest else f"use at most {pairs} processes"
+        raise UserError(f"The data has {pairs:,} training pairs, fewer than --batch-size {batch_size:,}; {advice}.")
+
+
+def check_batch_size(batch_size: int, world_size: int) -> None:
+    """Raises UserError if the global batch has fewer than two samples or is not divisible by the number of processes."""
+    if batch_size < 2:
+        raise UserError(f"Batch size {batch_size} is too small: contrastive training requires --batch-size 2 or more.")
+    if batch_size % world_size:
+        larger = -(-batch_size // world_size) * world_size
+        raise UserError(
+            f"Batch size {batch_size} is not divisible by the number of processes, {world_size}; use --batch-size {larger}."
+        )
+
+
+def _unusable_message(source: str, tried: list[BadEntry]) -> str:
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(bad.reason for bad in tried).most_common())
+    return (
+        f"The data in {source} seems unusable: {len(tried)} samples in a row were bad ({reasons}), "
+        f"starting with {tried[0].key!r}; run `coalign data check` to inspect it."
+    )
+
+
+# ---------------------------------------------------------------- tags
+
+
+def tag_vocabulary(source: Source, indices: Sequence[int] | np.ndarray, size: int) -> dict[str, int]:
+    """Maps the `size` most frequent tags to ids, most frequent first, ties in alphabetical order.
+
+    Ignores bad samples, except those that only lack a caption.
+    """
+    counts: Counter[str] = Counter()
+    for index in np.asarray(indices).tolist():
+        with suppress(BadSample):
+            try:
+                counts.update(set(source.record(index).tags))
+            except NoCaption as bad:
+                counts.update(set(bad.record.tags))
+    ranked = sorted(counts, key=lambda tag: (-counts[tag], tag))
+    return {tag: number for number, tag in enumerate(ranked[:size])}

@@ -1,0 +1,266 @@
+"""The built-in scenes dataset: images of a few colored shapes, drawn by code, with captions and exact ground truth.
+
+Images, captions and facts are pure functions of (seed, split, number), the same on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+
+from coalign.data.scenes.captions import (
+    KINDS,
+    Fact,
+    make_captions,
+    truth_after_view,
+)
+from coalign.data.scenes.drawing import draw, masks
+from coalign.data.scenes.foils import foils
+from coalign.data.scenes.layout import SPLITS, Scene, make_scene
+from coalign.errors import UserError
+from coalign.randomness import generator, stable_hash
+from coalign.types import AugmentationParams, Foil, Record
+
+TRAIN_SIZE = 8000
+EVALUATION_SIZE = 2000  # images in each split except train
+NUM_CAPTIONS = 4  # per image
+MAX_CACHE_BYTES = 256 << 20  # of drawn images kept in memory
+
+
+class Scenes:
+    """A `Source` of scenes: one split, or all splits, concatenated.
+
+    A scene depends only on the seed, the split and its number in the split, so smaller training sets are prefixes of larger ones. `swap` is
+    the fraction of training samples with the captions and tags of another image, marked by `Record.facts["swapped"]`.
+    """
+
+    name = "scenes"
+
+    def __init__(
+        self, train: int = TRAIN_SIZE, *, seed: int = 0, size: int = 64, swap: float = 0.0, split: str | None = None
+    ) -> None:
+        self.seed, self.size, self.swap = seed, size, swap
+        self._cache: dict[int, np.ndarray] = {}
+        self.splits: dict[str, np.ndarray] = {}
+        start = 0
+        for name in SPLITS if split is None else (split,):
+            length = train if name == "train" else EVALUATION_SIZE
+            self.splits[name] = np.arange(start, start + length)
+            start += length
+        self._length = start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        """Returns the split of a sample and its number in the split."""
+        for name, indices in self.splits.items():
+            if indices[0] <= index <= indices[-1]:
+                return name, int(index - indices[0])
+        raise IndexError(f"scene {index} of {self._length}")
+
+    def _indices(self, split: str) -> np.ndarray:
+        if split not in self.splits:
+            raise UserError(
+                f"The scenes dataset was opened without a split {split!r}; available: {', '.join(self.splits)}."
+            )
+        return self.splits[split]
+
+    def scene(self, index: int) -> Scene:
+        return make_scene(self.seed, *self._locate(index))
+
+    def image(self, index: int) -> np.ndarray:
+        image = self._cache.get(index)
+        if image is None:
+            image = draw(self.scene(index), self.size)
+            image.setflags(write=False)
+            if (len(self._cache) + 1) * image.nbytes <= MAX_CACHE_BYTES:
+                self._cache[index] = image
+        return image
+
+    def masks(self, index: int) -> np.ndarray:
+        """Returns the mask of each object, bool [objects, size, size], in the order of `Record.facts["objects"]`."""
+        return masks(self.scene(index), self.size)
+
+    def record(self, index: int) -> Record:
+        """Returns captions, tags and ground truth of a sample.
+
+        `Record.facts` has the `objects` of the image (a box is left, top, right, bottom in fractions of the frame), the list of facts that
+        each caption states (`captions`), whether the captions are `swapped`, and for images of a single object its `label`, such as
+        "pink heart".
+        """
+        split, number = self._locate(index)
+        swapped = split == "train" and stable_hash(self.seed, "swap", number // 2) / 2**63 < self.swap
+        captions, stated_facts, tags = _captions_and_tags(self.seed, split, number ^ swapped)
+        objects = _objects(make_scene(self.seed, split, number))
+        facts: dict[str, Any] = {
+            "split": split,
+            "number": number,
+            "objects": objects,
+            "captions": [[fact._asdict() for fact in stated] for stated in stated_facts],
+            "swapped": swapped,
+        }
+        if len(objects) == 1:
+            facts["label"] = "{colour} {shape}".format(**objects[0])
+        return Record(f"{split}-{number:06d}", captions, tags, facts)
+
+    def truth_after_view(self, index: int, params: AugmentationParams) -> list[list[bool]]:
+        """Returns for each fact of each caption whether it holds in the view with these parameters."""
+        return [truth_after_view(self.scene(index), facts, params) for facts in self.record(index).facts["captions"]]
+
+    # ------------------------------------------------------------ evaluation
+
+    def foil_items(self, split: str, kind: str, num_foils: int = 2000) -> list[Foil]:
+        """Samples `num_foils` pairs of a true caption and its foil of one kind. Images are repeated as often as necessary."""
+        if kind not in KINDS:
+            raise UserError(f"There are no foils of kind {kind!r}; available: {', '.join(KINDS)}.")
+        items: dict[Foil, None] = {}
+        indices = self._indices(split)
+        for repetition in range(64):
+            for index in map(int, indices):
+                rng = generator(self.seed, 0, index - indices[0], repetition, f"scenes/{split}/foils/{kind}")
+                if foil := foils(self.scene(index), kind, rng):
+                    true, false, how = foil
+                    items[Foil(index, kind, how, true, false)] = None
+                if len(items) == num_foils:
+                    return list(items)
+        raise UserError(
+            f"The {len(indices)} scenes of {split!r} yield only {len(items)} foils of kind {kind!r}, "
+            f"but {num_foils} are requested."
+        )
+
+    def foils(self, indices: np.ndarray, per_kind: int = 500) -> list[Foil]:
+        """Returns foils of all kinds for samples of one split: those among the first `per_kind` foils of each kind in the split."""
+        split, _ = self._locate(int(indices[0]))
+        selected = set(indices.tolist())
+        kinds = (self.foil_items(split, kind, per_kind) for kind in KINDS)
+        return [foil for items in kinds for foil in items if foil.index in selected]
+
+
+@lru_cache(maxsize=16384)
+def _captions_and_tags(seed: int, split: str, number: int) -> tuple[tuple[str, ...], list[list[Fact]], tuple[str, ...]]:
+    """Returns the captions, the facts that each states, and the tags."""
+    scene = make_scene(seed, split, number)
+    captions = make_captions(scene, generator(seed, 0, number, 0, f"scenes/{split}/captions"), NUM_CAPTIONS)
+    tags = dict.fromkeys(word for item in scene.objects for word in (item.shape, item.color, item.size))
+    return tuple(text for text, _ in captions), [facts for _, facts in captions], tuple(tags)
+
+
+def _objects(scene: Scene) -> list[dict[str, Any]]:
+    return [
+        {
+            "shape": item.shape,
+            "colour": item.color,
+            "size": item.size,
+            "cell": list(item.cell),
+            "box": [round(edge, 5) for edge in item.box],
+            "texture": item.texture.kind,
+        }
+        for item in scene.objects
+    ]
+
+
+# ---------------------------------------------------------------- opening and writing
+
+_RANGES: dict[str, tuple[type, float, float]] = {
+    "train": (int, 1, 10_000_000),
+    "seed": (int, 0, 2**31 - 1),
+    "size": (int, 16, 1024),
+    "swap": (float, 0, 1),
+}
+
+
+def open_scenes(options: str = "", split: str | None = None) -> Scenes:
+    """Opens the scenes dataset with options such as "8000,seed=3,size=64,swap=0.1". The first is the number of training images.
+
+    Without `split`, the source has all splits, and its attribute `splits` maps their names to indices. Raises UserError if an option or the
+    split is invalid.
+    """
+    if split is not None and split not in SPLITS:
+        raise UserError(f"The scenes dataset has no split {split!r}; available: {', '.join(SPLITS)}.")
+    values: dict[str, Any] = {}
+    for position, part in enumerate(options.split(",") if options.strip() else []):
+        name, equals, text = part.strip().partition("=")
+        if position == 0 and not equals:
+            name, text = "train", name
+        if name not in _RANGES:
+            raise UserError(
+                f"The scenes dataset has no option {name!r}; set the number of training images, then seed=, size= and swap=, "
+                'as in "scenes:8000,seed=3,size=64,swap=0.1".'
+            )
+        kind, low, high = _RANGES[name]
+        try:
+            values[name] = kind(text)
+        except ValueError:
+            values[name] = float("nan")
+        if not low <= values[name] <= high:
+            what = "an integer" if kind is int else "a number"
+            raise UserError(f"The scenes option {name} is {text!r}, but must be {what} from {low} to {high}.")
+    return Scenes(**values, split=split)
+
+
+def write_scenes(
+    out: Path, options: str = "", *, num_foils: int = 2000, progress: Callable[[int, int], None] | None = None
+) -> dict[str, int]:
+    """Writes all splits to a folder: images/*.png, metadata.jsonl, and the foils of the test split in one file per kind.
+
+    metadata.jsonl has the columns image, captions, tags, split, objects, facts, swapped. The folder is created when it is complete.
+    `progress(done, total)` is called after each image. Returns the number of images per split. Raises UserError if `out` is not empty or
+    cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; choose another folder or empty it.")
+    source = open_scenes(options)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"The scenes cannot be written to {out}: {error.strerror}; choose another folder.") from error
+    try:
+        _write(source, temporary, num_foils, progress)
+        temporary.chmod(0o755)
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {name: len(indices) for name, indices in source.splits.items()}
+
+
+def _write(source: Scenes, folder: Path, num_foils: int, progress: Callable[[int, int], None] | None) -> None:
+    (folder / "images").mkdir()
+    paths = []
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+        for index in range(len(source)):
+            record = source.record(index)
+            paths.append(f"images/{record.key}.png")
+            Image.fromarray(source.image(index)).save(folder / paths[-1])
+            row = {
+                "image": paths[-1],
+                "captions": record.captions,
+                "tags": record.tags,
+                "split": record.facts["split"],
+                "objects": record.facts["objects"],
+                "facts": record.facts["captions"],
+                "swapped": record.facts["swapped"],
+            }
+            _write_line(lines, row)
+            if progress is not None:
+                progress(index + 1, len(source))
+    for kind in KINDS:
+        with (folder / f"foils_{kind}.jsonl").open("w", encoding="utf-8") as lines:
+            for item in source.foil_items("test", kind, num_foils):
+                sentences = {"true": item.true, "false": item.false}
+                _write_line(lines, {"image": paths[item.index], "kind": kind, "how": item.how, **sentences})
+
+
+def _write_line(lines: TextIO, row: Mapping[str, Any]) -> None:
+    print(json.dumps(row, ensure_ascii=False), file=lines)

@@ -1,0 +1,149 @@
+"""Wrappers of a DualEncoder: an embedding cache on disk, bfloat16 autocast, and texts sharded over processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coalign.errors import UserError
+from coalign.files import write_atomically
+from coalign.types import DualEncoder
+
+MIN_COSINE = 0.999  # between an embedding in bfloat16 and in float32
+
+
+def cached(model: DualEncoder, folder: Path, precision: str = "fp32") -> DualEncoder:
+    """Wraps the model to cache every batch of embeddings in `folder`, keyed by the content of model and input.
+
+    An evaluation that is repeated or resumed encodes nothing twice. Raises UserError if the model does not expose its weights, or the
+    folder cannot be created.
+    """
+    if model.weights is None:
+        raise UserError(f"{model.name} does not expose its weights, so its embeddings cannot be cached.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The cache folder {folder} cannot be created: {error.strerror}.") from error
+    digest = f"{precision} {_digest({**model.weights(), **_fingerprint(model)})}"
+
+    def with_cache(kind: str, encode: Callable[[Any], Tensor], content: Callable[[Any], Iterable[bytes]]) -> Any:
+        def encode_or_load(inputs: Any) -> Tensor:
+            key = hashlib.blake2b(f"{kind} {digest}".encode(), digest_size=20)
+            for part in content(inputs):
+                key.update(part)
+            path = folder / f"{key.hexdigest()}.safetensors"
+            try:
+                return load_file(path)["embeds"]
+            except (OSError, SafetensorError, KeyError):  # absent or truncated
+                embeds = encode(inputs).detach().cpu().contiguous()
+                _save(embeds, path)
+                return embeds
+
+        return encode_or_load
+
+    return replace(
+        model,
+        encode_image=with_cache("image", model.encode_image, _pixel_bytes),
+        encode_text=with_cache("text", model.encode_text, _text_bytes),
+        image_features=model.image_features and with_cache("features", model.image_features, _pixel_bytes),
+    )
+
+
+_TEXTS = ("a photo of a dog", "Two RED apples, on a table!", "of " * 200)
+
+
+@torch.no_grad()
+def _fingerprint(model: DualEncoder) -> dict[str, Tensor]:
+    """Returns the model's rounded embeddings of some fixed inputs.
+
+    They distinguish models with equal weights but another activation, head, normalization or tokenizer.
+    """
+    side = model.image_size
+    pixels = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    embeds = {"sampled images": model.encode_image(pixels), "sampled texts": model.encode_text(list(_TEXTS))}
+    return {name: F.normalize(value.float().cpu(), dim=-1).mul(1000).round() for name, value in embeds.items()}
+
+
+def _pixel_bytes(pixels: Tensor) -> list[bytes]:
+    return [str(tuple(pixels.shape)).encode(), pixels.cpu().contiguous().numpy().tobytes()]
+
+
+def _text_bytes(texts: Sequence[str]) -> list[bytes]:
+    return [f"{len(encoded)} ".encode() + encoded for text in texts for encoded in [text.encode()]]
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(embeds: Tensor, path: Path) -> None:
+    try:
+        write_atomically(path, lambda temporary: save_file({"embeds": embeds}, temporary))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The embeddings could not be cached in {path.parent}: {error}") from error
+
+
+def in_bfloat16(model: DualEncoder, device: str) -> DualEncoder:
+    """Wraps the model in bfloat16 autocast.
+
+    The first batch of each kind is also encoded in float32: raises UserError if the two differ by more than rounding.
+    """
+
+    def autocast(inputs_name: str, encode: Callable[[Any], Tensor]) -> Any:
+        checked = False
+
+        def encode_in_bfloat16(inputs: Any) -> Tensor:
+            nonlocal checked
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+                embeds = encode(inputs).float()
+            if not checked:
+                cosine = float(F.cosine_similarity(embeds, encode(inputs).float()).min())
+                if not cosine >= MIN_COSINE:
+                    raise UserError(
+                        f"{model.name} cannot be evaluated in bfloat16: the cosine between its {inputs_name} embeddings in bfloat16 and "
+                        f"float32 is {cosine:.4f}; use --precision fp32."
+                    )
+                checked = True
+            return embeds
+
+        return encode_in_bfloat16
+
+    return replace(
+        model,
+        encode_image=autocast("image", model.encode_image),
+        encode_text=autocast("text", model.encode_text),
+        image_features=model.image_features and autocast("image", model.image_features),
+    )
+
+
+def shard_texts(
+    model: DualEncoder, rank: int, world_size: int, all_gather: Callable[[Tensor], list[Tensor]]
+) -> DualEncoder:
+    """Wraps the model to encode each call's texts in shards over the processes, which all pass the same texts.
+
+    `all_gather` returns the tensors of all ranks.
+    """
+
+    def encode_text(texts: Sequence[str]) -> Tensor:
+        if len(texts) < world_size:
+            return model.encode_text(texts)
+        parts = all_gather(model.encode_text(texts[rank::world_size]).float().cpu())
+        embeds = torch.empty(len(texts), parts[0].shape[1])
+        for other_rank, part in enumerate(parts):
+            embeds[other_rank::world_size] = part
+        return embeds
+
+    return replace(model, encode_text=encode_text)

@@ -1,0 +1,207 @@
+"""Fine-tuning of the zero-shot classifier, and weights interpolated between the two (WiSE-FT, Wortsman et al. 2022)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coalign.config import OptimizerConfig, RoleConfig
+from coalign.errors import UserError
+from coalign.evaluation.embed import Batches
+from coalign.evaluation.probes.accuracy import AccuracyResult, accuracy
+from coalign.optim import build_optimizers
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # interpolation coefficients: 0 is the zero-shot model, 1 the fine-tuned one
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    epochs: int = 10
+    lr: float = 1e-4  # of the last layer, such as the classifier
+    layer_decay: float = 0.75  # learning rate of a layer relative to the next one (layer-wise decay, as in BEiT)
+    weight_decay: float = 0.05
+    batch_size: int = 64
+    label_smoothing: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+def recipe(num_images: int, epochs: int) -> FineTuneConfig:
+    """Returns settings by dataset size: from 100,000 images, such as ImageNet, the batch, decay and loss of Wortsman et al. 2022."""
+    if num_images < 100_000:
+        return FineTuneConfig(epochs=epochs)
+    return FineTuneConfig(epochs=epochs, batch_size=512, weight_decay=0.1, label_smoothing=0.0)
+
+
+@dataclass
+class FineTuneResult:
+    by_alpha: dict[float, AccuracyResult]
+
+    def to_json(self) -> dict[str, Any]:
+        chance = 1 / next(iter(self.by_alpha.values())).num_classes
+        intervals = {alpha_name(alpha): result.top1.to_json() for alpha, result in self.by_alpha.items()}
+        per_class = {alpha_name(alpha): result.mean_per_class.to_json() for alpha, result in self.by_alpha.items()}
+        return {
+            "task": "fine_tuning",
+            "acc1": self.by_alpha[1.0].top1.value,
+            "mean_per_class_recall": self.by_alpha[1.0].mean_per_class.value,
+            "intervals": intervals,
+            "mean_per_class_intervals": per_class,
+            "chance": chance,
+        }
+
+
+def alpha_name(alpha: float) -> str:
+    """Returns the name of an interpolation coefficient in results."""
+    return {0.0: "zero-shot", 1.0: "fine-tuned"}.get(alpha, f"{alpha:g} of the way")
+
+
+class Classifier(nn.Module):
+    """Cosine classifier: uint8 pixels [batch, 3, size, size] -> logits [batch, class], scaled by a fixed factor.
+
+    Parameters that images do not reach, such as a text tower in the same module, stay frozen.
+    """
+
+    def __init__(self, encoder: nn.Module, weights: Tensor, scale: float, size: int) -> None:
+        super().__init__()
+        self.encoder, self.head, self.scale = encoder.eval(), nn.Parameter(weights.clone()), scale
+        unfreeze_used_parameters(encoder, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=weights.device))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(self.encoder(pixels), dim=-1), self.head)
+
+
+def unfreeze_used_parameters(encoder: nn.Module, inputs: Any) -> None:
+    """Makes the parameters that affect the output for `inputs` trainable, and freezes all others."""
+    parameters = [parameter for parameter in encoder.parameters() if parameter.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    encoder(inputs).square().sum().backward()
+    for parameter in parameters:
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+_NUMBERED = re.compile(r"((?:.*\.)?\d+)\.(?:[^.]+\.)+[^.]+$")  # up to the last number of a module with submodules
+
+
+def layers_by_depth(encoder: nn.Module) -> list[list[nn.Parameter]]:
+    """Returns the trainable parameters by layer, from the input to the output.
+
+    A layer is a numbered module, such as blocks.3 or layer2.0. Parameters before the first one form a layer, and unnumbered parameters
+    belong to the preceding layer. open_clip's towers register their projection first, as a bare parameter; it is moved to the end.
+    """
+    layers: dict[str, list[nn.Parameter]] = {"": []}
+    current = ""
+    trainable = [(name, parameter) for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    for name, parameter in sorted(trainable, key=lambda item: item[0].split(".")[-1] in ("text_projection", "proj")):
+        numbered = _NUMBERED.match(name)
+        current = numbered.group(1) if numbered else current
+        layers.setdefault(current, []).append(parameter)
+    return [layer for layer in layers.values() if layer]
+
+
+def fine_tune(
+    classifier: Classifier,
+    batches: Callable[[int], Batches],
+    num_images: int,
+    labels: Mapping[int, int],
+    config: FineTuneConfig,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Trains the classifier on `batches(epoch)` of `num_images` images; `labels`: index -> class.
+
+    The classifier stays in evaluation mode, so BatchNorm keeps its pretrained statistics. Raises UserError if there is nothing to train.
+    """
+    layers = layers_by_depth(classifier.encoder)
+    if not layers:
+        raise UserError("There is nothing to fine-tune: the image encoder has no trainable weights.")
+    classifier.eval()
+
+    def losses(epoch: int) -> Iterator[Tensor]:
+        for indices, pixels, _ in batches(epoch):
+            if len(indices):
+                targets = torch.tensor([labels[index] for index in indices], device=device)
+                yield F.cross_entropy(classifier(pixels.to(device)), targets, label_smoothing=config.label_smoothing)
+
+    minimize(losses, [*layers, [classifier.head]], -(-num_images // config.batch_size), config)
+
+
+def minimize(
+    losses: Callable[[int], Iterable[Tensor]],
+    layers: Sequence[Sequence[nn.Parameter]],
+    steps_per_epoch: int,
+    config: FineTuneConfig,
+) -> None:
+    """Minimizes `losses(epoch)` with AdamW and layer-wise learning rate decay: the last of `layers` has the configured rate.
+
+    Raises UserError if no epoch yields a loss.
+    """
+    groups = {f"layer {depth}": list(layer) for depth, layer in enumerate(layers)}
+    multipliers = {name: config.layer_decay ** (len(groups) - 1 - depth) for depth, name in enumerate(groups)}
+    settings = OptimizerConfig(
+        lr=config.lr,
+        start_lr=0.0,
+        final_lr=0.0,
+        warmup_fraction=0.1,
+        weight_decay=config.weight_decay,
+        betas=(0.9, 0.999),
+        roles={name: RoleConfig(lr_multiplier=value) for name, value in multipliers.items()},
+    )
+    optimizers = build_optimizers(groups, settings, None)
+    parameters = [parameter for layer in layers for parameter in layer]
+    step = 0
+    for epoch in range(config.epochs):
+        for loss in losses(epoch):
+            optimizers.set_lr(step, config.epochs * steps_per_epoch)
+            optimizers.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizers.step()
+            step += 1
+    if not step:
+        raise UserError("There is nothing to fine-tune on: no training image could be read.")
+
+
+@torch.no_grad()
+def evaluate_interpolated(
+    classifier: Classifier,
+    start: Mapping[str, Tensor],
+    test: Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]],
+    labels: Mapping[int, int],
+    num_classes: int,
+    device: torch.device | str = "cpu",
+) -> FineTuneResult:
+    """Evaluates the test accuracy of weights interpolated between `start` and the classifier's, which are restored at the end.
+
+    Raises UserError if no test image with a class is readable.
+    """
+    test_batches = list(test)
+    targets = np.array([labels[index] for indices, _, _ in test_batches for index in indices])
+    if not len(targets):
+        raise UserError("There is nothing to evaluate: the test split has no readable image with a class.")
+    results = {}
+    for alpha in interpolate_weights(classifier, start):
+        predictions = [classifier(pixels.to(device)).argmax(1).cpu() for _, pixels, _ in test_batches if len(pixels)]
+        results[alpha] = accuracy("fine_tuning", torch.cat(predictions).numpy(), targets, num_classes)
+    return FineTuneResult(results)
+
+
+def interpolate_weights(module: nn.Module, start: Mapping[str, Tensor]) -> Iterator[float]:
+    """Loads the weights interpolated between `start` and the module's own for each of ALPHAS, yields it, and restores the module's own."""
+    end = {name: value.clone() for name, value in module.state_dict().items()}
+    for alpha in ALPHAS:
+        module.load_state_dict(
+            {
+                name: torch.lerp(start[name], value, alpha) if value.is_floating_point() else value
+                for name, value in end.items()
+            }
+        )
+        yield alpha
+    module.load_state_dict(end)

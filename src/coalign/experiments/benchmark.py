@@ -1,0 +1,277 @@
+"""benchmark(): trains methods on your data on equal terms, ranks them, and measures how many fewer pairs than CLIP they need."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from coalign.config import TrainConfig
+from coalign.errors import UserError
+from coalign.experiments.compare import compare
+from coalign.experiments.compare_terminal import print_comparison
+from coalign.experiments.data_efficiency import (
+    BASE,
+    Efficiency,
+    Scores,
+    efficiencies,
+    efficiency_words,
+    fraction_scores,
+)
+from coalign.experiments.trials import Trial, finished, run_trials
+from coalign.files import write_json
+from coalign.formatting import duration, percent
+from coalign.methods import METHODS
+from coalign.methods.table import Arm, Table, fraction_name
+from coalign.report import compare_figures
+from coalign.report.compare_page import ComparedMetric, Comparison, compare_page
+from coalign.runs.folder import check_output
+from coalign.training.distributed import World
+from coalign.version import __version__
+from coalign.workflows.evaluate.eval_report import write_results
+from coalign.workflows.train.profile import profile
+from coalign.workflows.train.setup import open_data
+
+HEADLINE = ("retrieval.image_to_text.r10", "retrieval.text_to_image.r10")  # their mean ranks the methods
+OVERHEAD = 40.0  # seconds of a trial besides training: start-up, evaluation, report
+PLAN, RESULT = "plan.json", "benchmark.json"
+VAL_FRACTION, EVALS, PROFILED = 0.1, 5, 6
+
+
+@dataclass
+class BenchmarkResult:
+    comparison: Comparison
+    advice: str
+    efficiency: dict[str, Efficiency]  # by method, if fractions were given
+    by_fraction: Scores = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        efficiency = {name: asdict(found) for name, found in self.efficiency.items()}
+        found = {"efficiency": efficiency, "by_fraction": self.by_fraction}
+        return {"version": __version__, "advice": self.advice, **found, **self.comparison.to_json()}
+
+
+def benchmark(
+    data: str,
+    out: str | Path,
+    methods: Sequence[str] = ("clip", "uniclip", "mcd"),
+    *,
+    minutes: float = 60.0,
+    epochs: float | None = None,
+    fractions: Sequence[float] = (1.0,),
+    seeds: int = 2,
+    jobs: int | None = None,
+    report: Path | None = None,
+) -> BenchmarkResult:
+    """Trains each method with seeds 0 to seeds - 1 on each fraction of the pairs, and compares them on the same held-out pairs.
+
+    All trials together take `minutes`, with equal time per method by its measured speed; or each trains for `epochs`. Fractions of the
+    pairs are compared at equal samples seen. `jobs` trials run at once (default: one per core). Writes
+    benchmark.html (or `report`) and benchmark.json to `out`. Finished trials are kept, interrupted ones are resumed.
+    """
+    out, console = Path(out), Console(highlight=False, soft_wrap=True)
+    methods = list(dict.fromkeys([BASE, *methods]))
+    jobs = max(1, os.cpu_count() or 1) if jobs is None else jobs
+    _check(methods, minutes, epochs, fractions, seeds, jobs)
+    fractions = sorted({*fractions, 1.0})
+    settings = {
+        "data": data,
+        "methods": methods,
+        "minutes": minutes,
+        "epochs": epochs,
+        "fractions": fractions,
+        "seeds": seeds,
+    }
+    sweep = _sweep(data, out, settings, jobs, console)
+    trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in sweep.arms]
+    failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
+    done = [trial for trial in trials if finished(trial)]
+    if len({trial.arm for trial in done}) < 2:
+        raise UserError(f"There is nothing to compare: {'; '.join(failures)}. The logs are in {out}.")
+    result = judge(done)
+    page = compare_page(result.comparison, [result.advice, *efficiency_words(result.efficiency)])
+    if result.by_fraction:
+        page.section("By dataset size")
+        page.figure(
+            compare_figures.by_fraction(result.by_fraction),
+            "R@10, mean of both directions, against the fraction of the pairs trained on, at equal samples seen. Points are seeds, lines "
+            "their means. Where a line crosses CLIP's score on all pairs (dotted), that fraction is enough to match it.",
+        )
+    page.write(report or out / "benchmark.html")
+    write_json(out / RESULT, result.to_json(), indent=1, default=str)
+    for failure in failures:
+        console.print(f"failed: {failure}; its log is in {out}")
+    return result
+
+
+def _check(
+    methods: Sequence[str], minutes: float, epochs: float | None, fractions: Sequence[float], seeds: int, jobs: int
+) -> None:
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise UserError(f"There is no method named {unknown[0]!r}; the methods are {', '.join(METHODS)}.")
+    if len(methods) < 2:
+        raise UserError(f"--methods must name another method besides {BASE}, such as uniclip or mcd.")
+    for name, value in {"--minutes": minutes, "--epochs": epochs, "--seeds": seeds, "--jobs": jobs}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}, but must be more than 0.")
+    if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
+        raise UserError(f"--fractions contains {wrong[0]:g}, but each must be more than 0 and at most 1.")
+
+
+# ---------------------------------------------------------------- planning
+
+
+def _sweep(data: str, out: Path, settings: Mapping[str, Any], jobs: int, console: Console) -> Table:
+    """The arms and their epochs. They are planned once and stored, so that an interrupted benchmark resumes unchanged."""
+    place = out / PLAN
+    if place.exists():
+        try:
+            stored = json.loads(place.read_text())
+            earlier = stored["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{place} is not a plan written by `coalign benchmark`; choose another --out.") from error
+        if earlier != settings:
+            was = {name: value for name, value in earlier.items() if settings.get(name) != value}
+            raise UserError(
+                f"The benchmark in {out} was started with different settings, {was}; use these, or choose another --out."
+            )
+        return _table(settings, stored["epochs"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The benchmark cannot be written to {out}: {error.strerror}; choose another --out.") from error
+    epochs = dict.fromkeys(settings["methods"], settings["epochs"])
+    if settings["epochs"] is None:
+        epochs = _affordable(data, settings, jobs, console)
+    else:
+        _open(data, settings)
+    write_json(place, {"settings": settings, "epochs": epochs}, indent=1)
+    return _table(settings, epochs)
+
+
+def _table(settings: Mapping[str, Any], epochs: Mapping[str, float]) -> Table:
+    arms = {
+        fraction_name(method, fraction): Arm(method, epochs=epochs[method], train_fraction=fraction)
+        for fraction in reversed(settings["fractions"])
+        for method in settings["methods"]
+    }
+    return Table("benchmark", arms, 1.0, batch_size=None, image_size=None, val_fraction=VAL_FRACTION, evals=EVALS)
+
+
+def _open(data: str, settings: Mapping[str, Any]) -> int:
+    """The number of training pairs. Raises UserError if the smallest fraction has fewer than two batches."""
+    sweep = _table(settings, dict.fromkeys(settings["methods"], 1.0))
+    pairs, config = open_data(data, lambda number: sweep.config(BASE, 0, number), World(0, 1, torch.device("cpu")))
+    least = round(min(settings["fractions"]) * len(pairs.train))
+    if least < 2 * config.batch_size:
+        raise UserError(
+            f"{min(settings['fractions']):g} of {len(pairs.train):,} pairs are {least:,}, fewer than two batches of {config.batch_size}; "
+            "omit the smallest fraction."
+        )
+    return len(pairs.train)
+
+
+def _affordable(data: str, settings: Mapping[str, Any], jobs: int, console: Console) -> dict[str, float]:
+    """Epochs that each method can train in its share of the time, by its speed on a trial's share of the cores."""
+    number = _open(data, settings)
+    trials = len(settings["methods"]) * len(settings["fractions"]) * settings["seeds"]
+    seconds = settings["minutes"] * 60 / math.ceil(trials / jobs) - OVERHEAD
+    if seconds < OVERHEAD:
+        least = math.ceil(2 * OVERHEAD * math.ceil(trials / jobs) / 60)
+        raise UserError(f"--minutes {settings['minutes']:g} is too short for {trials} trials; give {least} or more.")
+    sweep = _table(settings, dict.fromkeys(settings["methods"], 1.0))
+    threads, epochs = torch.get_num_threads(), {}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    try:
+        for method in settings["methods"]:
+            found = profile(data, partial(_alone, sweep, method), steps=PROFILED)
+            epochs[method] = seconds * found.pairs_per_second / number
+            console.print(
+                f"{method}: {found.pairs_per_second:,.0f} pairs/s; {epochs[method]:.1f} epochs in {duration(seconds)} per trial"
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return epochs
+
+
+def _alone(sweep: Table, method: str, num_pairs: int) -> TrainConfig:
+    """The settings of a trial that has one core."""
+    return replace(sweep.config(method, 0, num_pairs), workers=0)
+
+
+# ---------------------------------------------------------------- results
+
+
+def judge(trials: Sequence[Trial]) -> BenchmarkResult:
+    """Compares finished trials: metrics, one sentence of advice, and each method's data efficiency."""
+    arms = {trial.arm: trial.sweep.arms[trial.arm] for trial in trials}
+    comparison = compare([trial.folder for trial in trials], groups=[trial.arm for trial in trials])
+    whole = [name for name, arm in arms.items() if arm.train_fraction == 1]
+    scores = {group.name: _score([group.metrics[name] for name in HEADLINE]) for group in comparison.groups}
+    best, *others = sorted(whole, key=lambda name: -scores[name])
+    above_chance = {
+        group.name for group in comparison.groups if any(_above_chance(group.metrics[name]) for name in HEADLINE)
+    }
+    if best not in above_chance:
+        advice = f"No method is above chance yet: the best R@10, {best}'s, is {percent(scores[best])}; train longer."
+        return BenchmarkResult(comparison, advice, {})
+    by_fraction = fraction_scores(trials) if BASE in above_chance else {}
+    return BenchmarkResult(comparison, _advice(trials, best, others, scores), efficiencies(by_fraction), by_fraction)
+
+
+def _above_chance(metric: ComparedMetric) -> bool:
+    return metric.over_items is not None and metric.chance is not None and metric.over_items[0] > metric.chance
+
+
+def _score(metrics: Sequence[ComparedMetric]) -> float:
+    return float(np.mean([metric.value for metric in metrics]))
+
+
+def _advice(trials: Sequence[Trial], best: str, others: Sequence[str], scores: Mapping[str, float]) -> str:
+    start = f"On these pairs {best} is best: R@10, mean of both directions, {percent(scores[best])}"
+    if not others:
+        return f"{start}."
+    close = []
+    for other in others:
+        chosen = [trial for name in (other, best) for trial in trials if trial.arm == name]
+        metrics = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].metrics
+        intervals = [
+            interval
+            for name in HEADLINE
+            for interval in (metrics[name].difference_over_items, metrics[name].difference_over_seeds)
+            if interval is not None
+        ]
+        if any(low <= 0 for low, _ in intervals):
+            close.append(other)
+    second = others[0]
+    lead = f"{start}, {100 * (scores[best] - scores[second]):.1f} percentage points ahead of {second}"
+    if not close:
+        return f"{lead}; its lead over every other method is significant over held-out pairs and seeds."
+    if second in close:
+        return (
+            f"{lead}, but not significantly ahead of {', '.join(close)}: choose the cheapest of them, or train longer."
+        )
+    return f"{lead}; not significantly ahead of {', '.join(close)}."
+
+
+def benchmark_and_write(data: str, out: Path, report: Path | None, json_path: Path | None, **options: Any) -> None:
+    """`coalign benchmark`: trains, prints the comparison and the advice, and writes the page and the JSON file."""
+    for path in (json_path, report):
+        if path:
+            check_output(path)  # before the work
+    report = report or out / "benchmark.html"
+    result = benchmark(data, out, report=report, **options)
+    print_comparison(result.comparison)
+    print("\n".join([result.advice, *efficiency_words(result.efficiency)]))
+    if json_path:
+        write_results(result.to_json(), json_path)
+    print(f"Report: {report}")

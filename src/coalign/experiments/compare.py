@@ -1,0 +1,297 @@
+"""compare(): finished runs on the same held-out items, with intervals and paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coalign.config import flatten, to_json
+from coalign.errors import UserError
+from coalign.evaluation import metrics
+from coalign.evaluation.metrics import Metric
+from coalign.experiments.compare_terminal import print_comparison
+from coalign.files import read_rows
+from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
+from coalign.runs.folder import RESULTS, SavedConfig, check_output, read_config
+from coalign.runs.outcomes import Outcome, read_outcomes
+from coalign.workflows.evaluate.eval_report import write_results
+from coalign.workflows.train.train import MAY_CHANGE_ON_RESUME
+
+# Runs that differ only in these settings form one group. Patience is not among them: it changes the length of a run.
+IGNORED_SETTINGS = MAY_CHANGE_ON_RESUME - {"patience"} | {"seed"}
+HELD_OUT_COUNTS = ("images", "captions", "distinct_captions")
+
+
+@dataclass
+class Finished:
+    """A finished run, as read from its folder."""
+
+    name: str
+    saved: SavedConfig
+    settings: dict[str, Any]  # by dotted name, without IGNORED_SETTINGS
+    results: dict[str, Any]
+    steps: int
+    seconds: float
+    parameters: int  # trainable
+    items: dict[str, np.ndarray]
+    outcomes: dict[str, Outcome]
+    validations: list[dict[str, float]]
+
+
+def compare(
+    runs: Sequence[str | Path], report: str | Path | None = None, groups: Sequence[str] | None = None
+) -> Comparison:
+    """Compares finished runs by their metrics, with intervals and paired differences from the first run on the same items.
+
+    Runs that differ only in their seed form one group, whose metrics are means over seeds; `groups`, one name per run, overrides this
+    grouping. Metrics that some runs lack (such as zero-shot without classes) are omitted. `report`: write a page to this HTML file.
+    Raises UserError for folders without a finished run, for a run given twice, and for runs with different held-out pairs.
+    """
+    if report is not None:
+        check_output(Path(report))
+    folders = [Path(run) for run in runs]
+    if len(folders) < 2:
+        raise UserError("There is nothing to compare; give two runs or more, such as runs/clip runs/slip.")
+    twice = [folder for folder, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"The run {next(f for f in folders if f.resolve() in twice)} is given twice; name each run once."
+        )
+    finished = [_read(folder, name) for folder, name in zip(folders, _names(folders))]
+    for run in finished[1:]:
+        _check_same_items(finished[0], run)
+    grouped: dict[str, list[Finished]] = {}
+    for run, key in zip(finished, groups or [json.dumps(run.settings, sort_keys=True) for run in finished]):
+        grouped.setdefault(key, []).append(run)
+    members = list(grouped.values())
+    for group in members:
+        _check_seeds(group)
+    different = _different([group[0].settings for group in members])
+    metric_names = [name for name in finished[0].outcomes if all(name in run.outcomes for run in finished)]
+    names = list(grouped) if groups else _group_names(members)
+    compared = [
+        _group(name, group, members[0] if number else None, different, metric_names)
+        for number, (name, group) in enumerate(zip(names, members))
+    ]
+    shared = {name: value for name, value in finished[0].settings.items() if name not in different}
+    counts = {name: finished[0].results["retrieval"][name] for name in HELD_OUT_COUNTS}
+    comparison = Comparison(compared, shared, counts)
+    if report is not None:
+        compare_page(comparison).write(Path(report))
+    return comparison
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read(folder: Path, name: str) -> Finished:
+    saved = read_config(folder)
+    if not (folder / RESULTS).exists():
+        raise UserError(f"The run {folder} is not finished; resume it with `coalign train … --resume auto`.")
+    items, outcomes = read_outcomes(folder)
+    if not outcomes:
+        raise UserError(f"The run {folder} held out no pairs, so it has no metrics to compare.")
+    try:
+        results = json.loads((folder / RESULTS).read_text())
+        parameters, ran = sum(results["parameters"].values()), results["run"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{folder / RESULTS} is not a valid results file: {reason}.") from error
+    flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
+    for key in ("classes", "pretrained"):
+        if flat[key]:
+            flat[key] = Path(flat[key]).name
+    settings = {key: value for key, value in flat.items() if key not in IGNORED_SETTINGS}
+    validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
+    return Finished(
+        name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, outcomes, validations
+    )
+
+
+def _shown_data(data: str) -> str:
+    """The name of the data without its folder, which is private and makes no difference."""
+    return Path(data).name if Path(data).is_absolute() else data
+
+
+def _validations(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, float]]:
+    """The validations of a run, with samples seen, elapsed seconds and the mean of their recalls."""
+    seconds = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
+    validations = []
+    for row in rows:
+        values = {
+            key: value for key, value in row.items() if key.startswith("val/") and isinstance(value, (int, float))
+        }
+        if not values:
+            continue
+        point = {"step": row["step"] + 1, "samples": (row["step"] + 1) * batch_size, **values}
+        if row["step"] in seconds:
+            point["seconds"] = seconds[row["step"]]
+        recalls = [value for key, value in values.items() if key.rpartition("_r")[2].isdigit()]
+        if recalls:
+            point["mean_recall"] = sum(recalls) / len(recalls)
+        validations.append(point)
+    return validations
+
+
+def _check_same_items(first: Finished, other: Finished) -> None:
+    for task in first.items.keys() & other.items.keys():
+        if not np.array_equal(first.items[task], other.items[task]):
+            what = "were evaluated on different held-out pairs"
+            if task == "zero_shot":
+                what = "classified different images or used different classes"
+            elif task == "foils":
+                what = "were evaluated on different foils"
+            raise UserError(
+                f"{first.name} and {other.name} {what}, so their metrics cannot be compared; "
+                "evaluate both on the same data with `coalign eval`."
+            )
+
+
+def _check_seeds(group: Sequence[Finished]) -> None:
+    first: dict[int, str] = {}
+    for run in group:
+        seed = run.saved.config.seed
+        if seed in first:
+            raise UserError(
+                f"{first[seed]} and {run.name} have the same settings and the same seed: they are the same run twice; omit one."
+            )
+        first[seed] = run.name
+
+
+# ---------------------------------------------------------------- names and settings
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their paths if two names are equal."""
+    counts = Counter(folder.resolve().name for folder in folders)
+    return [str(folder) if counts[folder.resolve().name] > 1 else folder.resolve().name for folder in folders]
+
+
+def _group_names(members: Sequence[Sequence[Finished]]) -> list[str]:
+    """A single run keeps its name. Several seeds take the method's name, if no other group has the same method."""
+    methods = Counter(group[0].saved.config.method for group in members)
+    names = []
+    for group in members:
+        method = group[0].saved.config.method
+        more = f"{group[0].name} + {len(group) - 1}"
+        names.append(group[0].name if len(group) == 1 else method if methods[method] == 1 else more)
+    counts = Counter(names)
+    return [group[0].name if counts[name] > 1 else name for name, group in zip(names, members)]
+
+
+def _different(settings: Sequence[dict[str, Any]]) -> set[str]:
+    names = {name for each in settings for name in each}
+    missing = object()
+    return {
+        name for name in names if any(each.get(name, missing) != settings[0].get(name, missing) for each in settings)
+    }
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def _group(
+    name: str,
+    runs: Sequence[Finished],
+    first: Sequence[Finished] | None,
+    different: set[str],
+    metric_names: Sequence[str],
+) -> Group:
+    steps = float(np.mean([run.steps for run in runs]))
+    return Group(
+        name=name,
+        runs=[run.name for run in runs],
+        seeds=[run.saved.config.seed for run in runs],
+        method=runs[0].saved.config.method,
+        settings={key: value for key, value in runs[0].settings.items() if key in different},
+        parameters=runs[0].parameters,
+        steps=steps,
+        samples_seen=steps * runs[0].saved.config.batch_size,
+        seconds=float(np.mean([run.seconds for run in runs])),
+        metrics={key: _metric(key, runs, first) for key in metric_names},
+        validations=[run.validations for run in runs],
+    )
+
+
+def _metric(name: str, runs: Sequence[Finished], first: Sequence[Finished] | None) -> ComparedMetric:
+    outcomes = [run.outcomes[name] for run in runs]
+    others = [] if first is None else [run.outcomes[name] for run in first]
+    values, other_values = ([_value(outcome) for outcome in side] for side in (outcomes, others))
+    kind = outcomes[0].kind
+    metric = ComparedMetric(
+        kind="rate" if kind == "class rate" else kind,
+        value=float(np.mean(values)),
+        over_items=_over_items(outcomes),
+        over_seeds=metrics.over_runs(values),
+        n=len(outcomes[0].values),
+        chance=_chance(runs[0].results, name),
+    )
+    if not others:
+        return metric
+    return replace(
+        metric,
+        difference=float(np.mean(values) - np.mean(other_values)),
+        difference_over_items=_over_items(outcomes, others),
+        difference_over_seeds=metrics.over_runs(values, other_values),
+    )
+
+
+def _value(outcome: Outcome) -> float:
+    """The metric of one run."""
+    if outcome.kind == "rank":
+        return float(np.median(outcome.values))
+    if outcome.kind == "class rate":
+        assert outcome.clusters is not None
+        num_classes = int(outcome.clusters.max()) + 1
+        return float(np.nanmean(metrics.per_class(outcome.values, outcome.clusters, num_classes)))
+    return float(outcome.values.mean())
+
+
+def _over_items(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> tuple[float, float] | None:
+    """The bootstrap interval; None for a distance, which is one value for all items."""
+    if outcomes[0].kind == "distance":
+        return None
+    metric = _bootstrap(outcomes, minus)
+    return metric.low, metric.high
+
+
+def _bootstrap(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> Metric:
+    """The mean over runs, minus the mean over other runs. Items are resampled; every run uses the same resamples."""
+    kind, clusters = outcomes[0].kind, outcomes[0].clusters
+    values, others = ([outcome.values for outcome in side] for side in (outcomes, minus))
+    if kind == "rank":
+        assert clusters is not None
+        return metrics.mean_median(values, clusters, others)
+    scores = np.mean(values, axis=0) - (np.mean(others, axis=0) if others else 0.0)
+    if kind == "class rate":
+        assert clusters is not None
+        return metrics.mean_per_class(scores, clusters)
+    return metrics.mean(scores, clusters)
+
+
+def _chance(results: dict[str, Any], name: str) -> float | None:
+    task, *path = name.split(".")
+    if not task.startswith("retrieval"):
+        return None if path == ["acc5"] else float(results[task]["chance"])
+    if path == ["modality_gap"]:
+        return None
+    side, metric = path
+    return float(results[task][side][metric]["chance"])
+
+
+def compare_and_write(runs: Sequence[str], report: Path | None, json_path: Path | None) -> None:
+    """`coalign compare`: prints the comparison, and writes the page and the JSON file."""
+    if json_path:
+        check_output(json_path)  # before the work
+    comparison = compare(runs, report)
+    print_comparison(comparison)
+    if json_path:
+        write_results(comparison.to_json(), json_path)
+    if report:
+        print(f"Report: {report}")

@@ -1,0 +1,164 @@
+"""Trials: one arm of a table with one seed, each trained in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from rich.console import Console
+
+from coalign.config import TrainConfig
+from coalign.errors import UserError
+from coalign.experiments import tag_pretraining as tag_pretraining
+from coalign.experiments.launch_script import run_name
+from coalign.methods.table import Table
+from coalign.runs.folder import RESULTS, read_config
+from coalign.workflows.train.train import train
+
+CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder.safetensors"
+
+
+# a run that differs in one of these does not belong to the table
+COMPARED = (
+    "method", "method_config", "epochs", "batch_size", "model", "image_size", "pretrained",
+    "train_fraction", "unpaired_captions", "test_splits",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed."""
+
+    sweep: Table
+    arm: str
+    seed: int
+    data: str
+    out: Path  # the table's folder
+
+    @property
+    def folder(self) -> Path:
+        return self.out / run_name(self.arm, self.seed)
+
+    def config(self, num_pairs: int) -> TrainConfig:
+        config = self.sweep.config(self.arm, self.seed, num_pairs)
+        if not self.sweep.pretraining_scenes:
+            return config
+        return replace(config, model=tag_pretraining.MODEL, pretrained=str((self.out / TAG_ENCODER).resolve()))
+
+
+def finished(trial: Trial) -> bool:
+    """Whether the trial is finished. Raises UserError if its folder holds a run of another table, or of an older version of this one."""
+    if not (trial.folder / RESULTS).exists():
+        return False
+    saved = read_config(trial.folder)
+    expected = trial.config(saved.num_train)
+    if changed := [name for name in COMPARED if _bare(getattr(saved.config, name)) != _bare(getattr(expected, name))]:
+        raise UserError(
+            f"{trial.folder} holds a run whose {changed[0]} differs from this table's; choose another --out."
+        )
+    return True
+
+
+def _bare(value: Any) -> Any:
+    """A file's name without its folder, which may have moved."""
+    return Path(value).name if isinstance(value, str) else value
+
+
+def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
+    """Runs each trial in its own process. Returns the failed trials with their reasons."""
+    failures: list[str] = []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
+        # threads that each start one process: a process pool hands out trials ahead of time and cannot take them back
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            running = {pool.submit(_in_a_process, trial, threads): trial for trial in trials}
+            for number, future in enumerate(as_completed(running), 1):
+                trial, error = running[future], future.result()
+                if error is not None:
+                    failures.append(f"{trial.folder.name} ({error})")
+                outcome = "done" if error is None else f"failed: {error}"
+                console.print(f"{number} of {len(trials)}: {trial.arm}, seed {trial.seed}: {outcome}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, which running trials receive too, no other trial starts
+    return failures
+
+
+def _in_a_process(trial: Trial, threads: int) -> str | None:
+    """Runs one trial. Returns the error message if it failed, else None."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(trial, threads, os.getpid(), sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return f"its process ended with code {process.exitcode}"
+    finally:
+        process.join()
+
+
+def _report(trial: Trial, threads: int, parent: int, sender: Connection) -> None:
+    """In the trial's process: trains, and sends the error message or None."""
+    Thread(target=_stop_with, args=(parent,), daemon=True).start()
+    message: str | None = None
+    try:
+        _train(trial, threads)
+    except (Exception, KeyboardInterrupt) as error:
+        message = str(error) or type(error).__name__
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        sender.send(message)
+
+
+def _stop_with(parent: int) -> None:
+    """Stops this process with a checkpoint, as SIGTERM does, once its parent is gone, so that the next call can resume the trial."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _train(trial: Trial, threads: int) -> None:
+    """Trains one trial. Its output goes to a log file beside its folder."""
+    sweep = trial.sweep
+
+    def config_for(num_pairs: int) -> TrainConfig:
+        config = trial.config(num_pairs)
+        classes = trial.out / CLASSES if sweep.classes else None
+        # with one core per trial, a loader process would only compete with training
+        return replace(config, classes=classes, workers=0 if threads == 1 else None)
+
+    log = trial.folder.with_name(f"{trial.folder.name}.log")
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            result = train(trial.data, trial.folder, config_for, resume="auto")
+        except Exception as error:
+            print(error) if isinstance(error, UserError) else traceback.print_exc()
+            raise
+    if result is not None and result.ended == "interrupted":
+        raise UserError("interrupted; run it again to resume")

@@ -1,0 +1,22 @@
+"""Durations and percentages as text."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds in the two largest units: "0.36 s", "45 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
+    if 0 < seconds < 1:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    for (unit, size), (smaller_unit, smaller) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        if whole >= size:
+            return f"{whole // size:,} {unit} {whole % size // smaller} {smaller_unit}"
+    return f"{whole} s"
+
+
+def percent(fraction: float) -> str:
+    """Formats a fraction as a percentage with one decimal, "38.1 %"; below 0.95 % with two significant digits, "0.21 %"."""
+    shown = 100 * fraction
+    return f"{shown:.1f} %" if abs(shown) >= 0.95 or shown == 0 else f"{shown:.2g} %"

@@ -1,0 +1,39 @@
+"""An image tower's trunk as a timm model: the arguments of timm.create_model, and the weights by timm's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from torch import nn
+
+from coalign.errors import UserError
+from coalign.files import write_json
+from coalign.networks.towers.image import ImageTower
+
+CONFIG, WEIGHTS = "timm_model.json", "model.safetensors"
+
+
+def to_timm(name: str, vision_cfg: Mapping[str, Any], image: ImageTower, folder: Path) -> None:
+    """Writes the trunk of the model `name` into `folder`. `vision_cfg` is the configuration that the image tower was built from.
+
+    Raises UserError for a trunk that is not a timm model.
+    """
+    if "timm_model_name" not in vision_cfg:
+        raise UserError(
+            f"timm cannot hold the image tower of {name}, which is not a timm model; export the model to open_clip or transformers."
+        )
+    trunk: Any = getattr(image.trunk, "trunk", image.trunk)  # open_clip's TimmModel wraps it
+    kwargs = {"model_name": vision_cfg["timm_model_name"], "num_classes": 0, **vision_cfg.get("timm_kwargs", {})}
+    write_json(folder / CONFIG, kwargs)
+    save_file({k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}, folder / WEIGHTS)
+
+
+def from_timm(folder: Path) -> nn.Module:
+    """Loads an exported folder: normalized pixels [batch, 3, size, size] -> image features [batch, width]."""
+    kwargs = json.loads((folder / CONFIG).read_text())
+    return timm.create_model(**kwargs, checkpoint_path=str(folder / WEIGHTS))

@@ -1,0 +1,78 @@
+"""CLIP: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coalign.losses.contrastive import clip_loss
+from coalign.method import Method
+from coalign.methods.clip.config import CLIPConfig
+from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.spec import TowerSpec
+from coalign.networks.towers.text import build_text_tower
+from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
+
+
+class CLIP(Method):
+    """L = ½ · [InfoNCE(image → text) + InfoNCE(text → image)] over the pairs of a batch (Fig. 3)."""
+
+    def __init__(self, config: CLIPConfig, towers: TowerSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.view_plan = ViewPlan(images={"image": config.image_view}, texts={"caption": TextPolicy()})
+        self.image = build_image_tower(towers)
+        self.text = build_text_tower(towers, attention="causal", pooling="end")
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
+
+    def encode(self, batch: Batch, step: StepInfo) -> Features:
+        caption = batch.texts["caption"]
+        return {
+            "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
+            "text_embeds": self.encode_text(caption.ids, caption.lengths),  # [batch, dim]
+            "caption_ids": batch.caption_ids,  # [batch]
+        }
+
+    def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
+        image_embeds, text_embeds = features["image_embeds"], features["text_embeds"]
+        positives = gather.global_indices(image_embeds)
+        labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
+        all_images, all_texts = gather(image_embeds), gather(text_embeds)  # [global_batch, dim]
+        logit_scale = self.log_logit_scale.exp()
+        loss = clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, logit_scale, labels)
+        return [LossTerm("clip", loss, count=len(image_embeds))]
+
+    @torch.no_grad()
+    def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
+        self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+
+    def scalars(self) -> dict[str, Tensor]:
+        return {"logit_scale": self.log_logit_scale.detach().exp()}
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
+
+    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
+
+    def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
+        return {
+            "image": list(self.image.parameters()),
+            "text": list(self.text.parameters()),
+            "scale": [self.log_logit_scale],
+        }
+
+
+# Implementation details and their sources ([p] stated in the paper, [c] read in released code, [i] inferred):
+# - The log-scale starts at ln(1/0.07) and is clamped to [0, ln 100] [p]. The clamp is applied to the parameter after the step [c, SLIP],
+#   so it does not change the gradient at the bound.
+# - The image view is a random resized crop of 50-100 % of the area, without a flip [c, SLIP's baseline]; the paper uses "a random square
+#   crop" [p].
+# - Text: lower-cased BPE, causal Transformer, feature of the end token [p]. Captions are packed without padding, which does not change
+#   the outputs.
+# - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators.
+# - Logits are computed in float32 under bf16 and fp16 autocast [i].

@@ -1,0 +1,86 @@
+"""OneR's ablations (its Tables 1, 4, 6 and 7) and the tables that train them at small scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from coalign.methods.oner.config import SMALL
+from coalign.methods.table import Arm, Table, chain
+from coalign.methods.table_settings import CLIP_ART_CLASSES, STYLE_SHIFT, TUNED_LR, Rows, paper_arms
+from coalign.types import STRONG
+
+CC3M = "ImageNet zero-shot top-1 after CC3M"
+CHANGES: dict[str, dict[str, Any]] = {
+    "1-itc": {"losses": ("itc",)},
+    "1-itc-two-heads": {"losses": ("itc",), "heads": "two"},
+    "1-itc-xmc": {"losses": ("itc", "xmc")},
+    "1-itc-xmc-cic": {"losses": ("itc", "xmc", "cic")},
+    "1-itc-cmc": {},
+    "7-no-mim": {"mim": False},
+    "7-no-mim-no-mlm": {"mim": False, "mlm": False},
+    "e-strong-augmentation": {"image_view": STRONG},
+    "e-no-teacher": {"teacher": "none"},
+}
+# Every row of Table 1 (and Table 6, which has the same rows), Table 7, and the two claims of Appendix E, for small data.
+ABLATIONS = {name: replace(SMALL, **changes) for name, changes in CHANGES.items()}
+
+
+def _oner(clip_lr: float) -> dict[str, Arm]:
+    """Returns CLIP and the rows of OneR's Table 1. All rows of OneR include masked modeling, as in the paper."""
+    rows = {
+        "ITC": ("1-itc", 1.65),
+        "ITC, two heads": ("1-itc-two-heads", 17.46),
+        "ITC + XMC": ("1-itc-xmc", 22.12),
+        "ITC + XMC + CIC": ("1-itc-xmc-cic", 22.86),
+        "ITC + CMC": ("1-itc-cmc", 23.70),
+    }
+    arms = {name: Arm("oner", CHANGES[row], paper=value) for name, (row, value) in rows.items()}
+    return {"clip": Arm("clip", image_lr=clip_lr), **arms}
+
+
+# Both train for the same number of steps on half of the pairs. With the captions of the other half, the batch is twice as large, so that
+# it contains the same number of pairs on average.
+_HALF: dict[str, Any] = {"train_fraction": 0.5, "epochs": 0.5}
+_AND_TEXTS: dict[str, Any] = {"train_fraction": 0.5, "unpaired_captions": True, "batch": 2}
+_TRANSFER = {
+    "OneR": Arm("oner", **_HALF, paper=6.49),
+    "OneR, more captions": Arm("oner", **_AND_TEXTS, paper=8.54),
+    "ITC, two heads": Arm("oner", CHANGES["1-itc-two-heads"], **_HALF, paper=7.28),
+    "ITC, two heads, more captions": Arm("oner", CHANGES["1-itc-two-heads"], **_AND_TEXTS, paper=8.59),
+}
+
+_MASKING: Rows = {
+    "OneR": ({}, 23.70),
+    "OneR without MIM": ({"mim": False}, 23.4),
+    "OneR without MIM and MLM": ({"mim": False, "mlm": False}, 22.9),
+}
+
+
+TABLES = {
+    "oner-openclipart": Table(
+        "OneR's losses (its Tables 1 and 6) and CLIP, on Open Clip Art",
+        _oner(TUNED_LR["clip"]),
+        epochs=10,
+        classes=CLIP_ART_CLASSES,
+        claims=chain("ITC", "ITC, two heads", "ITC + XMC", "ITC + XMC + CIC", "ITC + CMC"),
+        paper_metric="ImageNet zero-shot top-1 after CC3M, OneR's Table 1",
+        paper_recipe="{method}-cc3m",
+    ),
+    "oner-masking-openclipart": Table(
+        "OneR's masked modeling (its Table 7), on two styles of Open Clip Art",
+        paper_arms("oner", _MASKING),
+        claims=chain("OneR without MIM and MLM", "OneR without MIM", "OneR"),
+        paper_metric=f"{CC3M}, OneR's Table 7",
+        paper_recipe="{method}-cc3m",
+        **STYLE_SHIFT,
+    ),
+    "oner-transfer-openclipart": Table(
+        "OneR with additional captions without images (its Table 4), on half of the pairs in two styles of Open Clip Art",
+        _TRANSFER,
+        claims=tuple((name, f"{name}, more captions") for name in ("OneR", "ITC, two heads")),
+        note='"More captions" adds the captions of the other half, also to the tokenizer\'s training data; they count as pairs seen.',
+        paper_metric="ImageNet zero-shot top-1 after SBU, or SBU with the captions of CC3M, OneR's Table 4",
+        **STYLE_SHIFT,
+    ),
+}

@@ -1,0 +1,122 @@
+"""Tables of experiments: arms that differ in one thing and share every other setting. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from coalign.config import RoleConfig, TrainConfig
+from coalign.methods import recipe, recipes
+
+PAPER_PAIRS = 1_000_000  # placeholder: the papers' recipes do not depend on the number of pairs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table: a recipe, with changes to the method's configuration."""
+
+    recipe: str
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to the method's configuration
+    epochs: float = 1.0  # multiplies the table's epochs, which count the full training split
+    batch: float = 1.0  # multiplies the table's batch size
+    image_lr: float | None = None  # peak learning rate of the image tower, if tuned for this arm
+    train_fraction: float = 1.0  # fraction of the training pairs to train on
+    unpaired_captions: bool = False  # also train on the captions of the remaining pairs, without their images
+    paper: float | None = None  # the value the paper reports for this row (see `Table.paper_metric`)
+
+    @property
+    def sample_fraction(self) -> float:
+        """Fraction of the training samples in one epoch, with or without their images."""
+        return 1.0 if self.unpaired_captions else self.train_fraction
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sweep over arms. Every arm is trained with every seed; differences are relative to the first arm."""
+
+    title: str
+    arms: Mapping[str, Arm]
+    epochs: float
+    note: str = ""  # how the settings were chosen
+    batch_size: int | None = 128  # None: the recipe's
+    image_size: int | None = 48  # None: the recipe's
+    val_fraction: float = 0.1
+    evals: int = 5
+    image_lr: float | None = None  # for arms that set none; None: the recipe's
+    classes: tuple[str, ...] = ()  # of zero-shot classification and the probe, matched against labels and tags
+    probe: bool = False
+    # recipe -> changes to its method's configuration that only this small scale needs
+    recipe_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # if above 0, every arm starts from an image encoder pretrained on the tags of this many other scenes
+    pretraining_scenes: int = 0
+    test_splits: tuple[str, ...] = ()  # evaluated at the end in addition to the held-out pairs
+    # (lower, higher): the second arm is better, according to the paper or to the purpose of a control
+    claims: tuple[tuple[str, str], ...] = ()
+    headline_metrics: tuple[str, ...] = ("retrieval.image_to_text.r10",)  # the metrics that decide the claims
+    paper_metric: str = ""  # what the arms' `paper` values measure, in %, and where the paper reports them
+    paper_recipe: str = ""  # name of the paper's recipe, with {method} for an arm's recipe; "": there is no such paper
+    paper_task: str = "zeroshot:imagenet"  # the paper's evaluation task
+
+    def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
+        """Returns the settings of one trial that trains on `num_pairs` pairs."""
+        row = self.arms[arm]
+        all_pairs = round(num_pairs / row.sample_fraction)
+        config = recipe(row.recipe)(all_pairs)  # arms on a fraction of the pairs use the model for all pairs
+        batch_size = round((self.batch_size or config.batch_size) * row.batch)
+        epochs = self.epochs * row.epochs
+        if row.train_fraction < 1:  # the same number of steps as on all pairs; incomplete batches are dropped
+            epochs *= all_pairs // (self.batch_size or config.batch_size) / row.batch / max(1, num_pairs // batch_size)
+        image_lr = row.image_lr or self.image_lr
+        roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
+        return replace(
+            config,
+            method_config=replace(config.method_config, **{**self.recipe_overrides.get(row.recipe, {}), **row.changes}),
+            epochs=epochs,
+            batch_size=batch_size,
+            image_size=self.image_size or config.image_size,
+            val_fraction=self.val_fraction,
+            train_fraction=row.train_fraction,
+            unpaired_captions=row.unpaired_captions,
+            test_splits=self.test_splits,
+            probe=self.probe,
+            evals=self.evals,
+            seed=seed,
+            optimizer=replace(config.optimizer, roles={**config.optimizer.roles, **roles}),
+        )
+
+    def paper_config(self, arm: str, seed: int) -> tuple[str, TrainConfig] | None:
+        """Returns the name and the settings of an arm's recipe at the paper's scale, or None if it has none."""
+        row = self.arms[arm]
+        name = self.paper_recipe.format(method=row.recipe)
+        if name not in recipes():
+            return None
+        config = recipe(name)(PAPER_PAIRS)
+        return name, replace(
+            config,
+            method_config=replace(config.method_config, **row.changes),
+            epochs=config.epochs * row.epochs / row.train_fraction,
+            batch_size=round(config.batch_size * row.batch),
+            train_fraction=row.train_fraction,
+            seed=seed,
+        )
+
+
+def chain(*arms: str) -> tuple[tuple[str, str], ...]:
+    """Returns the claims that order `arms` from worst to best: one per adjacent pair."""
+    return tuple(pairwise(arms))
+
+
+def fraction_name(arm: str, fraction: float) -> str:
+    """Returns the name of an arm that trains on a fraction of the pairs."""
+    return arm if fraction == 1 else f"{arm}, {100 * fraction:g} %"
+
+
+def by_fraction(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Returns each arm on all, half and a quarter of the pairs."""
+    return {
+        fraction_name(name, fraction): replace(arm, train_fraction=fraction)
+        for fraction in (1.0, 0.5, 0.25)
+        for name, arm in arms.items()
+    }

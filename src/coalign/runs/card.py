@@ -1,0 +1,147 @@
+"""Model cards of runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from coalign.config import flatten, to_json
+from coalign.formatting import percent
+from coalign.methods import method_class
+from coalign.runs.folder import RESULTS, SavedConfig, describe_samples, read_config
+from coalign.version import __version__
+
+_LOAD = {
+    "open_clip": """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
+    "transformers": """from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+model = CLIPModel.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+images = CLIPImageProcessor.from_pretrained("FOLDER")""",
+    "timm": """import json, timm
+
+options = json.load(open("FOLDER/timm_model.json"))
+trunk = timm.create_model(**options, checkpoint_path="FOLDER/model.safetensors")  # normalize with CLIP's mean and std""",
+    "onnx": """import json, numpy as np, onnxruntime
+from tokenizers import Tokenizer
+
+info = json.load(open("FOLDER/onnx_model.json"))
+words = Tokenizer.from_file("FOLDER/tokenizer.json")
+images, texts = (onnxruntime.InferenceSession(f"FOLDER/{name}.onnx") for name in ("image", "text"))
+
+
+def embed_text(text):
+    ids = words.encode(text.lower(), add_special_tokens=False).ids[: info["context_length"] - 2]
+    return texts.run(None, {"input_ids": np.array([[info["start_id"], *ids, info["end_id"]]])})[0]
+
+
+def embed_images(pixels):  # uint8 [batch, 3, size, size], size = info["image_size"]: resized bicubically, center-cropped
+    return images.run(None, {"pixels": pixels})[0]""",
+    "coalign": """from coalign.runs.run import load
+
+encoder = load("FOLDER").encoder()""",
+}
+_LIMITS = """The model was evaluated only on held-out pairs of its own dataset; expect lower accuracy on other data. It inherits the gaps
+and biases of its training data. It has no factual knowledge and does not read text in images reliably. Do not use it to identify people or
+to make decisions about them."""
+_SETTINGS = (
+    "image_size",
+    "context_length",
+    "tokenizer",
+    "batch_size",
+    "epochs",
+    "seed",
+    "precision",
+    "pretrained",
+    "init_from",
+)
+
+
+def card(path: str | Path, library: str = "coalign", weights: str = "last") -> str:
+    """Returns the model card of a run in Markdown: method, data, settings, results with intervals, limits, how to load it.
+
+    library: the library whose loading code to show. weights: the checkpoint that the card is for. The results are always those of the
+    last weights; the card says so if `weights` is another checkpoint. Raises UserError if `path` is not a run.
+    """
+    folder = Path(path)
+    saved = read_config(folder)
+    config, data = saved.config, Path(saved.data).name or saved.data
+    # the docstring of a method's module starts with the paper's citation
+    paper = (sys.modules[method_class(config.method).__module__].__doc__ or "").splitlines()[0]
+    lines = [
+        f"# {config.method} on {data}",
+        "",
+        f"A `{_public(config.model)}` model that embeds images and texts in one space, trained by coalign {__version__} with {paper}",
+        "",
+        "## Data",
+        "",
+        f"{data}: {describe_samples(saved.config, saved.num_train)} for training, {saved.num_val:,} pairs held out.",
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in _settings(saved).items()),
+        "",
+        "## Results",
+        "",
+        *(_results(folder) or ["Not evaluated: no pairs were held out, or the run is not finished."]),
+        "",
+        *(
+            ["", f"These results are those of the last weights; this model has the {weights} weights."]
+            if weights != "last"
+            else []
+        ),
+        "",
+        "## Limits",
+        "",
+        _LIMITS,
+        "",
+        "## Use",
+        "",
+        "```python",
+        _LOAD[library],
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _public(value: Any) -> Any:
+    """Reduces an absolute path to its file name, so that a card reveals no local folders."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _settings(saved: SavedConfig) -> dict[str, Any]:
+    flat = flatten(to_json(saved.config))
+    shared = {name: _public(flat[name]) for name in _SETTINGS if flat.get(name) is not None}
+    return shared | {
+        name.removeprefix("method_config."): v for name, v in flat.items() if name.startswith("method_config.")
+    }
+
+
+def _results(folder: Path) -> list[str]:
+    """Returns the lines of a Markdown table of the held-out metrics with their intervals, or [] if there are none."""
+    if not (folder / RESULTS).exists():
+        return []
+    results = json.loads((folder / RESULTS).read_text())
+    rows: list[tuple[str, dict[str, Any], float | None]] = []
+    for task in (task for task in results if task.startswith("retrieval")):
+        prefix = f"{task.removeprefix('retrieval_')}: " if task != "retrieval" else ""
+        for side, name in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
+            for key, entry in results[task][side].items():
+                if key.startswith("r"):
+                    rows.append((f"{prefix}{name} R@{key[1:]}", entry, entry["chance"]))
+    for task, name in (("zero_shot", "zero-shot"), ("probe", "linear probe")):
+        if task in results:
+            rows.append((f"{name} top-1", results[task]["intervals"]["acc1"], results[task]["chance"]))
+    if not rows:
+        return []
+    table = ["| metric | held out | 95 % interval | chance |", "| --- | --- | --- | --- |"]
+    for name, entry, chance in rows:
+        low, high = (percent(entry[edge]).removesuffix(" %") for edge in ("low", "high"))
+        table.append(f"| {name} | {percent(entry['value'])} | {low}–{high} | {percent(chance or 0)} |")
+    return table

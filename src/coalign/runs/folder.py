@@ -1,0 +1,71 @@
+"""The layout of a run folder: file names and config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coalign.config import TrainConfig, from_json, to_json
+from coalign.errors import UserError
+from coalign.files import write_json
+from coalign.methods import config_class
+
+CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT = (
+    "config.json",
+    "tokenizer.json",
+    "model.json",
+    "results.json",
+    "report.html",
+    "held_out.npz",
+)
+
+RUN_FILES = {CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, "metrics.jsonl", "bad_samples.jsonl"}
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """Contents of config.json: enough to rebuild the model, and to refuse resuming with different settings or data."""
+
+    data: str
+    config: TrainConfig
+    num_train: int
+    num_val: int
+    fingerprint: str = ""  # of the training pairs
+
+
+def describe_samples(config: TrainConfig, number: int) -> str:
+    """Returns "8,192 pairs", or the number and kinds of samples if captions without images are used."""
+    if config.unpaired_captions:
+        return f"{number:,} samples ({100 * config.train_fraction:g} % pairs, the rest captions only)"
+    return f"{number:,} pairs"
+
+
+def write_config(folder: Path, saved: SavedConfig) -> None:
+    fields: dict[str, Any] = {**vars(saved), "config": to_json(saved.config)}
+    write_json(folder / CONFIG, fields)
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError if a report must not be written to `path`: it is a folder, or one of the files of a run."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the path of a file.")
+    if path.name in RUN_FILES and (path.parent / CONFIG).exists():
+        raise UserError(f"{path} belongs to the run in {path.parent}; choose another file name.")
+
+
+def read_config(folder: Path) -> SavedConfig:
+    """Reads config.json. Raises UserError if `folder` is not a run or the configuration cannot be read."""
+    path = folder / CONFIG
+    if not path.is_file():
+        problem = "does not exist" if not folder.exists() else f"is not a run (it has no {CONFIG})"
+        raise UserError(f"{folder} {problem}.")
+    try:
+        saved = json.loads(path.read_text())
+        config = saved["config"]
+        method_config = from_json(config_class(config["method"]), config.pop("method_config"))
+        train_config = replace(from_json(TrainConfig, {**config, "method_config": None}), method_config=method_config)
+        return SavedConfig(**{**saved, "config": train_config})
+    except (ValueError, TypeError, KeyError, UserError) as error:
+        raise UserError(f"{path} cannot be read by this version of coalign: {str(error).rstrip('.')}.") from error

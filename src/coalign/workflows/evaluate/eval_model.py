@@ -1,0 +1,125 @@
+"""The model to evaluate: a run, another library's model, or two callables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from coalign.data.text.tokenizer import load_tokenizer
+from coalign.errors import UserError
+from coalign.interop.onnx import INFO as ONNX_INFO
+from coalign.interop.onnx import from_onnx
+from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
+from coalign.interop.open_clip.load import from_open_clip, open_clip_preprocess
+from coalign.interop.transformers.load import from_transformers, is_transformers_folder
+from coalign.methods.oner.method import OneR
+from coalign.runs.run import Run, check_device, load
+from coalign.types import DualEncoder, JointEncoder, Localizer
+
+FORMS = "a run's folder, an exported folder, open_clip:NAME:WEIGHTS or transformers:NAME"
+
+
+@dataclass
+class EvalModel:
+    """A model to evaluate, with the run it comes from, if any."""
+
+    encoder: DualEncoder
+    run: Run | None = None  # None for models of other libraries, and for two callables
+    library: str = "coalign"  # the library of the model and of its preprocessing
+
+    @property
+    def name(self) -> str:
+        return self.encoder.name if self.run is None else f"{self.run.path.name}, {self.run.checkpoint}"
+
+    @property
+    def has_joint(self) -> bool:
+        """Whether the model takes an image and a text as one input."""
+        return self.run is not None and isinstance(self.run.method, OneR) and self.run.method.has_joint
+
+    def require_run(self, feature: str) -> Run:
+        """Returns the run. Raises UserError for any other model, as only runs support `feature`."""
+        if self.run is None:
+            raise UserError(f"{self.encoder.name} is not a coalign run; only runs support {feature}.")
+        return self.run
+
+    def joint_encoder(self) -> JointEncoder:
+        return self.require_run("joint embeddings of image and text").joint_encoder()
+
+    def localizer(self) -> tuple[Localizer, str]:
+        """Returns a function that computes localization maps, and the name of its technique."""
+        from coalign.workflows.explore.localize import localizer
+
+        return localizer(self.require_run("localization maps"))
+
+
+def open_eval_model(
+    model: str | Path | Run | DualEncoder, weights: str = "last", device: str = "cpu", preprocess: str | None = None
+) -> EvalModel:
+    """Opens a model for evaluation.
+
+    model: a run or its folder, a folder that `coalign export` wrote for open_clip, transformers or as ONNX, `open_clip:…`,
+    `transformers:…`, or a DualEncoder. preprocess: how images are resized and cropped, instead of the model's own preprocessing:
+    "coalign", "open_clip" or "transformers". Raises UserError if the model cannot be opened.
+    """
+    eval_model = _open(model, weights, check_device(device) or "cpu")
+    if preprocess is not None:
+        if preprocess not in PREPROCESSES:
+            raise UserError(f"--preprocess is {preprocess!r}, but must be one of {', '.join(PREPROCESSES)}.")
+        if preprocess != eval_model.library:  # otherwise keep the model's own settings
+            size = eval_model.encoder.image_size
+            eval_model.encoder = replace(eval_model.encoder, preprocess=PREPROCESSES[preprocess](size))
+    return eval_model
+
+
+def _open(model: str | Path | Run | DualEncoder, weights: str, device: str) -> EvalModel:
+    if isinstance(model, DualEncoder):
+        return EvalModel(model)
+    if not isinstance(model, (str, Path)):
+        return EvalModel(model.encoder(), model)
+    kind, _, name = str(model).partition(":")
+    if kind in LIBRARIES and name:
+        return EvalModel(LIBRARIES[kind](name, device), library=kind)
+    folder = Path(model)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return EvalModel(from_open_clip(str(folder), device), library="open_clip")
+    if is_transformers_folder(folder):
+        return EvalModel(from_transformers(str(folder), device), library="transformers")
+    if (folder / ONNX_INFO).is_file():
+        return EvalModel(from_onnx(folder, load_tokenizer(folder / "tokenizer.json")), library="onnx")
+    if not folder.exists():
+        raise UserError(f"{model} does not exist; the model must be {FORMS}.")
+    run = load(folder, weights, device)
+    return EvalModel(run.encoder(), run)
+
+
+LIBRARIES: dict[str, Callable[[str, str | torch.device], DualEncoder]] = {
+    "open_clip": from_open_clip,
+    "transformers": from_transformers,
+}
+
+
+def _open_clip(size: int) -> Callable:
+    from open_clip.transform import PreprocessCfg
+
+    return open_clip_preprocess(PreprocessCfg(size=size))
+
+
+def _transformers(size: int) -> Callable:
+    try:
+        from transformers import CLIPImageProcessor
+    except ImportError:
+        raise UserError('The preprocessing of transformers needs the extra "hf": pip install "coalign[hf]".') from None
+    from coalign.interop.transformers.export import preprocessor
+    from coalign.interop.transformers.load import TransformersPreprocess
+
+    return TransformersPreprocess(CLIPImageProcessor(**preprocessor(size)))
+
+
+PREPROCESSES: dict[str, Callable[[int], Callable | None]] = {
+    "coalign": lambda size: None,
+    "open_clip": _open_clip,
+    "transformers": _transformers,
+}

@@ -1,0 +1,73 @@
+"""localize(): maps of the image regions that match a text, for any run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalign.errors import UserError
+from coalign.evaluation.localization import upsample
+from coalign.method import Method
+from coalign.methods.oner.method import OneR
+from coalign.networks.grad_cam import grad_cam
+from coalign.networks.towers.image import ImageTower
+from coalign.runs.run import Run, image_size, load
+from coalign.types import Localizer
+from coalign.workflows.image_files import check_figure_path, read_image, save_figure
+
+
+def localizer(run: Run) -> tuple[Localizer, str]:
+    """Returns a function that computes localization maps, and the name of its technique: patch similarity for OneR, else Grad-CAM."""
+    method, device = run.method.eval(), next(run.method.parameters()).device
+
+    def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids, lengths = run.tokenizer(texts, run.config.context_length)
+        return ids.to(device), lengths.to(device)
+
+    if isinstance(method, OneR):
+        compare_patches = torch.no_grad()(method.localize)
+        return lambda pixels, texts: compare_patches(pixels.to(device), *tokens(texts)), "patch similarity"
+    tower = _image_tower(method)
+
+    def grad_cam_maps(pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        with torch.no_grad():
+            embeds = method.encode_text(*tokens(texts))
+        return grad_cam(tower, method.encode_image, pixels.to(device), embeds)
+
+    return grad_cam_maps, "Grad-CAM"
+
+
+def _image_tower(method: Method) -> ImageTower:
+    return next(module for module in method.modules() if isinstance(module, ImageTower))
+
+
+def localize(
+    runs: Sequence[str | Path], image: str | Path, texts: Sequence[str], out: str | Path, device: str = "cpu"
+) -> np.ndarray:
+    """Writes a figure of the maps over the image's central square, with one row per run and one column per text.
+
+    Returns the maps, float32 [run, text, side, side]. Raises UserError if there are no runs or texts, or a file cannot be read or written.
+    """
+    from coalign.report.localization_maps import map_grid
+
+    if not runs:
+        raise UserError("No model is given; give a run's folder, such as runs/oner.")
+    if not texts or not all(text.strip() for text in texts):
+        raise UserError('There is nothing to localize; give --text, such as --text "a red apple".')
+    out = check_figure_path(out)
+    loaded = [load(run, device=device) for run in runs]
+    side = max(image_size(run.method) for run in loaded)
+    background = read_image(image, side)[0].permute(1, 2, 0).numpy()
+    maps, names = [], []
+    for run in loaded:
+        compute_maps, technique = localizer(run)
+        pixels = read_image(image, image_size(run.method))
+        run_maps = compute_maps(pixels.expand(len(texts), -1, -1, -1), list(texts))
+        maps.append(upsample(run_maps.cpu(), side).numpy())
+        names.append(f"{run.path.name}, {technique}")
+    save_figure(map_grid([background] * len(loaded), np.stack(maps), [list(texts)] * len(loaded), names), out)
+    return np.stack(maps)

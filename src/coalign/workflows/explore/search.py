@@ -1,0 +1,103 @@
+"""search(): the images of a dataset that are nearest to a text, to an image, or to both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coalign.data.loading.eval import image_batches, sample_key
+from coalign.data.sources.open import open_source
+from coalign.errors import UserError
+from coalign.evaluation.embed import embed_images, embed_texts
+from coalign.report.page import GalleryCell, Page
+from coalign.runs.folder import check_output
+from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
+from coalign.workflows.evaluate.samples import captions_of, select_split
+from coalign.workflows.image_files import read_image, thumbnail
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One image found by a search."""
+
+    index: int  # of the sample in the data
+    key: str
+    score: float  # cosine with the query
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    query: str  # how the query was embedded
+    hits: list[Hit]  # best first
+    num_images: int  # searched
+    num_unreadable: int
+
+
+def search(
+    path: str | Path,
+    data: str,
+    text: str | None = None,
+    image: str | Path | None = None,
+    *,
+    top: int = 10,
+    split: str = "all",
+    report: str | Path | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> SearchResult:
+    """Finds the `top` images of `data` nearest to a text, to an image, or to both.
+
+    OneR embeds text and image as one sequence; for two-tower models the query is the sum of both embeddings. With `report`, also writes
+    a page with the images. Raises UserError if the query is empty, or the model, the data or the image cannot be read.
+    """
+    if text is not None and not text.strip():
+        raise UserError("The text to search for is empty.")
+    if text is None and image is None:
+        raise UserError("There is nothing to search for; give --text, --image or both.")
+    if top < 1:
+        raise UserError(f"--top is {top}, but must be at least 1.")
+    if report is not None:
+        check_output(Path(report))
+    model = open_eval_model(path, device=device)
+    query_embed, query = _embed_query(model, text, image)
+    source = open_source(data)
+    indices = select_split(source, data, model.run, split)[1]
+    encoder, captions = model.encoder, captions_of(source)
+    batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
+    images = embed_images(encoder, batches)
+    scores, rows = (images.embeds @ query_embed).topk(min(top, len(images.indices)))
+    nearest = [(images.indices[row], score) for row, score in zip(rows.tolist(), scores.tolist())]
+    hits = [Hit(index, sample_key(source, index), score, tuple(captions(index))) for index, score in nearest]
+    if report is not None:
+        page = Page("Search", f"{model.name}; {len(images.indices):,} images; query: {query}")
+        pixels = None if image is None else read_image(image, encoder.image_size)[0].permute(1, 2, 0).numpy()
+        page.ranking(
+            GalleryCell(pixels, text or "", note="query"),
+            [
+                GalleryCell(thumbnail(source, hit.index), " / ".join(hit.captions), note=f"{hit.score:.2f}")
+                for hit in hits
+            ],
+        )
+        page.write(Path(report))
+    return SearchResult(query, hits, len(images.indices), len(images.bad))
+
+
+@torch.no_grad()
+def _embed_query(model: EvalModel, text: str | None, image: str | Path | None) -> tuple[Tensor, str]:
+    """Returns the query's normalized embedding, float32 [dim], and a description of it."""
+    encoder = model.encoder
+    if image is None:
+        return embed_texts(encoder, [text or ""])[0], "text"
+    pixels = read_image(image, encoder.image_size, encoder.preprocess)
+    if text is not None and model.has_joint:
+        joint_embed = model.joint_encoder()(pixels, [text])[0].float().cpu()
+        return F.normalize(joint_embed, dim=0), "image and text as one sequence"
+    image_embed = embed_images(encoder, [([0], pixels, [])]).embeds[0]
+    if text is None:
+        return image_embed, "image"
+    return F.normalize(image_embed + embed_texts(encoder, [text])[0], dim=0), "sum of image and text embeddings"

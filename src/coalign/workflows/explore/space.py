@@ -1,0 +1,73 @@
+"""space(): t-SNE of image, caption and, for OneR, joint embeddings, before and after training (OneR, Fig. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from coalign.data.loading.eval import image_batches
+from coalign.data.sources.open import open_source
+from coalign.errors import UserError
+from coalign.evaluation.embed import embed_images, embed_texts
+from coalign.methods.oner.method import OneR
+from coalign.runs.run import Run, build_method, load
+from coalign.workflows.evaluate.samples import captions_of, select_split
+from coalign.workflows.image_files import check_figure_path, save_figure
+
+
+def space(path: str | Path, data: str, out: str | Path, pairs: int = 300, device: str = "cpu") -> dict[str, float]:
+    """Plots the embeddings of `pairs` held-out pairs of `data` by the run's model at random initialization and after training.
+
+    Returns the modality gap of both, the distance between the centroids of images and captions, 0 to 2. Raises UserError if there are
+    fewer than 10 pairs, or the run or the data cannot be read.
+    """
+    from coalign.report.embedding_space import space_panels
+
+    out = check_figure_path(out)
+    trained = load(path, device=device)
+    untrained_method = build_method(replace(trained.config, pretrained=None), trained.tokenizer)
+    initial = replace(trained, method=untrained_method.to(device).eval())
+    source = open_source(data)
+    indices = select_split(source, data, trained, None)[1]
+    captions = captions_of(source)
+    pair_indices = [int(index) for index in np.random.default_rng(0).permutation(indices) if captions(int(index))][
+        :pairs
+    ]
+    if len(pair_indices) < 10:
+        raise UserError(
+            f"{data} has {len(pair_indices)} held-out pairs, too few to plot their embeddings; at least 10 are needed."
+        )
+    batches = list(image_batches(source, pair_indices, trained.encoder().image_size))
+    texts = [captions(index)[0] for index in pair_indices]
+    panels, gaps = {}, {}
+    for name, run in (("before training", initial), ("after training", trained)):
+        embeds = _embeds(run, pair_indices, texts, batches)
+        gaps[name] = float(np.linalg.norm(embeds["images"].mean(0) - embeds["captions"].mean(0)))
+        panels[f"{name}: modality gap {gaps[name]:.2f}"] = _project_to_2d(embeds)
+    save_figure(space_panels(panels), out)
+    return gaps
+
+
+@torch.no_grad()
+def _embeds(run: Run, indices: list[int], texts: list[str], batches: list) -> dict[str, np.ndarray]:
+    """Returns normalized embeds [pair, dim] of images, captions and, for OneR, both jointly, for the pairs with a readable image."""
+    images = embed_images(run.encoder(), batches)
+    row = {index: number for number, index in enumerate(indices)}
+    texts = [texts[row[index]] for index in images.indices]
+    embeds = {"images": images.embeds.numpy(), "captions": embed_texts(run.encoder(), texts).numpy()}
+    if isinstance(run.method, OneR) and run.method.has_joint:
+        pixels = torch.cat([pixels for _, pixels, _ in batches])
+        embeds["joint"] = F.normalize(run.joint_encoder()(pixels, texts).float(), dim=-1).cpu().numpy()
+    return embeds
+
+
+def _project_to_2d(embeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    from sklearn.manifold import TSNE
+
+    rows = np.concatenate(list(embeds.values()))
+    points = TSNE(perplexity=min(30, len(rows) // 4), metric="cosine", init="pca", random_state=0).fit_transform(rows)
+    return dict(zip(embeds, np.split(points, len(embeds))))

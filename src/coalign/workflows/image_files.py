@@ -1,0 +1,71 @@
+"""Reads the images that commands take, and writes the figures that they produce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from coalign.data.images.decode import open_image
+from coalign.data.images.views import make_views
+from coalign.errors import BadSample, UserError
+from coalign.randomness import generator
+from coalign.types import EVALUATION, Source
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+_THUMBNAIL = 128  # pixels
+
+
+def read_image(path: str | Path, side: int, preprocess: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """Reads an image file as its evaluation view, or as the output of `preprocess`: uint8 [1, 3, side, side].
+
+    Raises UserError if the file cannot be read or is not an image.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"The image {path} could not be read: {error.strerror}.") from error
+    try:
+        if preprocess is not None:
+            return preprocess(Image.fromarray(open_image(data).decode(1.0)))[None]
+        return evaluation_view(data, side)[None]
+    except BadSample as bad:
+        raise UserError(
+            f"The image {path} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
+        ) from bad
+
+
+def evaluation_view(image: bytes | np.ndarray, side: int) -> Tensor:
+    """Returns the resized and center-cropped image, uint8 [3, side, side]. Raises BadSample if it cannot be decoded."""
+    views = make_views(image, {"evaluation": EVALUATION}, lambda _: generator(0, 0, 0, 0, "picture"), side)
+    return views["evaluation"][0]
+
+
+def thumbnail(source: Source, index: int) -> np.ndarray:
+    """Returns a sample's image for a report page, uint8 [height, width, 3]."""
+    return evaluation_view(source.image(index), _THUMBNAIL).permute(1, 2, 0).numpy()
+
+
+def check_figure_path(path: str | Path) -> Path:
+    """Returns the path of a figure to write. Raises UserError if its suffix is not an image format, or its folder does not exist."""
+    path = Path(path)
+    if path.suffix.lower() not in _FIGURE_SUFFIXES:
+        raise UserError(f"{path} is not an image file name; end it in .png, .jpg, .pdf or .svg.")
+    if not path.parent.is_dir():
+        raise UserError(f"The figure cannot be written to {path}: the folder {path.parent} does not exist.")
+    return path
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a matplotlib figure. Raises UserError if the file cannot be written."""
+    try:
+        figure.savefig(path, dpi=160)
+    except OSError as error:
+        raise UserError(f"The figure could not be written to {path}: {error.strerror}.") from error

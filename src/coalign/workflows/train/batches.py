@@ -1,0 +1,80 @@
+"""The training and validation pairs of a run, and their loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import gettempdir
+
+import numpy as np
+
+from coalign.config import TrainConfig
+from coalign.data.images.cache import ImageCache
+from coalign.data.loading.train import PairLoader, tag_vocabulary
+from coalign.data.text.tokenizer import Tokenizer
+from coalign.method import Method
+from coalign.randomness import stable_hash
+from coalign.runs.run import image_size, patch_grid
+from coalign.training.distributed import World
+from coalign.types import Source
+
+MAX_VOCABULARY_PAIRS = 200_000  # training pairs to build a tokenizer or a tag vocabulary from
+
+
+@dataclass
+class TrainingData:
+    """The train and val splits of a run."""
+
+    source: Source
+    train: np.ndarray  # indices of `source`
+    val_source: Source
+    val: np.ndarray  # indices of `val_source`
+    test_splits: Mapping[str, np.ndarray] = field(default_factory=dict)  # splits of `source` for the final evaluation
+
+    def tag_ids(self, size: int) -> dict[str, int]:
+        """Returns the `size` most frequent tags of the training pairs (of the first `MAX_VOCABULARY_PAIRS`) and their ids."""
+        return tag_vocabulary(self.source, self.train[:MAX_VOCABULARY_PAIRS], size) if size else {}
+
+
+def pair_loader(
+    method: Method,
+    config: TrainConfig,
+    source: Source,
+    indices: np.ndarray,
+    tokenizer: Tokenizer,
+    world: World,
+    batch_size: int,
+    tag_ids: Mapping[str, int],
+    cache_folder: Path | None = None,
+) -> PairLoader:
+    """Returns a loader of the pairs with the method's views. It caches decoded images in `cache_folder` if `config.image_cache` is set."""
+    return PairLoader(
+        source,
+        indices,
+        method.view_plan,
+        tokenizer,
+        image_size=image_size(method),
+        context_length=config.context_length,
+        batch_size=batch_size,
+        seed=config.seed,
+        workers=config.workers or 0,
+        rank=world.rank,
+        world_size=world.size,
+        tag_vocabulary=tag_ids,
+        patch_grid=patch_grid(method),
+        cache=ImageCache(cache_folder, len(source), config.image_cache * 1e9)
+        if cache_folder and config.image_cache
+        else None,
+        finish_on=world.device if config.device_views else None,
+    )
+
+
+def image_cache_folder(out: Path, source: Source) -> Path:
+    """Returns the folder for decoded images of the run in `out`.
+
+    It is the same for all processes of this machine, and for a resumed run on a source of the same size, until the machine reboots.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    key = (out.resolve(), len(source), boot_id.read_text() if boot_id.exists() else "")
+    return Path(gettempdir()) / f"coalign-images-{stable_hash(*key):016x}"

@@ -1,0 +1,188 @@
+"""The report page of a training run, from its logs and final evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coalign.config import TrainConfig, to_json
+from coalign.errors import BadSample
+from coalign.evaluation.embed import Evaluation
+from coalign.evaluation.retrieval import Direction, RetrievalResult
+from coalign.files import read_rows
+from coalign.formatting import duration
+from coalign.method import Method
+from coalign.report.figures import MetricRow
+from coalign.report.page import GalleryCell
+from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
+from coalign.runs.folder import describe_samples
+from coalign.training.trainer import TrainResult
+from coalign.types import Source
+from coalign.version import __version__
+from coalign.workflows.image_files import thumbnail
+
+NUM_QUERIES, TOP_K, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
+
+
+def write_run_report(
+    data: str,
+    out: Path,
+    config: TrainConfig,
+    method: Method,
+    source: Source,
+    result: TrainResult,
+    evaluations: Mapping[str, Evaluation],
+    num_train: int,
+) -> tuple[str, Path]:
+    """Writes out/report.html. Returns its headline and its path."""
+    history = read_rows(out / "metrics.jsonl")
+    bad = read_rows(out / "bad_samples.jsonl")
+    speeds = [row["pairs_per_second"] for row in history if row.get("pairs_per_second")]
+    groups = method.parameter_groups()
+    summary = RunSummary(
+        title=f"{config.method} on {Path(data).name or data}",
+        subtitle=f"{config.model}, trained on {describe_samples(config, num_train)}, coalign {__version__}",
+        configuration={"data": data, **to_json(config)},
+        history=history,
+        ended=result.ended,
+        cost={
+            "training time": duration(result.seconds),
+            "steps": f"{result.step:,}, batch size {config.batch_size:,}",
+            "pairs per second (median)": f"{np.median(speeds):,.0f}" if speeds else "-",
+            "steps skipped for a non-finite loss or gradient": f"{result.skipped_steps:,}",
+        },
+        parameters={role: sum(p.numel() for p in parameters) for role, parameters in groups.items()},
+        bad_samples=result.bad_samples,
+        bad_examples=[(row["key"], row["reason"], row["detail"]) for row in bad[:10]],
+        samples_seen=min(result.step * config.batch_size, num_train),
+    )
+    if "retrieval" in evaluations:
+        _add_retrieval(summary, evaluations["retrieval"], source)
+    for task, evaluation in evaluations.items():
+        if task.startswith("retrieval_"):
+            summary.metrics = [*summary.metrics, *_recalls(evaluation, f"{task.removeprefix('retrieval_')}: ")]
+    if "zero_shot" in evaluations:
+        zero_shot = evaluations["zero_shot"].result
+        metrics = {"zero-shot top-1": zero_shot.top1, "zero-shot mean per class": zero_shot.mean_per_class}
+        summary.metrics = [
+            *summary.metrics,
+            *(_row(name, metric, zero_shot.chance) for name, metric in metrics.items()),
+        ]
+        summary.confusion, summary.classnames = zero_shot.confusion, zero_shot.classnames
+    if "probe" in evaluations:
+        probe = evaluations["probe"].result
+        summary.metrics = [*summary.metrics, _row("linear probe top-1", probe.top1, 1 / probe.num_classes)]
+    if "foils" in evaluations:
+        foils = evaluations["foils"].result
+        accuracies = {"true or false caption": foils.overall}
+        accuracies |= {f"true or false caption, {kind}": metric for kind, metric in foils.by_kind.items()}
+        summary.metrics = [*summary.metrics, *(_row(name, metric, 0.5) for name, metric in accuracies.items())]
+    path = out / "report.html"
+    run_page(summary).write(path)
+    return verdict(summary), path
+
+
+def _add_retrieval(summary: RunSummary, evaluation: Evaluation, source: Source) -> None:
+    result: RetrievalResult = evaluation.result
+    indices, texts = evaluation.images.indices, evaluation.texts
+    sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
+    summary.metrics = [
+        *_recalls(evaluation),
+        *(_row(f"{name} median rank", side.median_rank, side.chance_median_rank, "rank") for name, side in sides),
+    ]
+    summary.evaluated_on = f"{result.num_images:,} held-out pairs"
+    cells = _Cells(source, indices, texts)
+    rng = np.random.default_rng(0)
+    summary.image_queries = _rankings(cells, result.image_to_text, rng, image_queries=True)
+    summary.text_queries = _rankings(cells, result.text_to_image, rng, image_queries=False)
+    summary.nearest_misses = _nearest_misses(cells, evaluation)
+    first_text: dict[int, int] = {}
+    for text_row, row in enumerate(cells.image_rows):
+        first_text.setdefault(row, text_row)
+    pairs = [(row, first_text[row]) for row in rng.permutation(len(indices)).tolist() if row in first_text]
+    rows, text_rows = (torch.tensor(column) for column in zip(*pairs))
+    assert evaluation.text_embeds is not None
+    images, captions = evaluation.images.embeds[rows], evaluation.text_embeds[text_rows]
+    n = min(PAIRS_IN_MATRIX, len(rows))
+    summary.cosines = (captions[:n] @ images[:n].T).numpy()
+    summary.cosine_captions = [texts[row] for row in text_rows[:n].tolist()]
+    summary.cosine_images = [cells.pixels(row) for row in rows[:n].tolist()]
+    summary.image_embeds, summary.text_embeds = images[:PAIRS_IN_SPACE].numpy(), captions[:PAIRS_IN_SPACE].numpy()
+
+
+def _recalls(evaluation: Evaluation, prefix: str = "") -> list[MetricRow]:
+    result = evaluation.result
+    sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
+    return [_row(f"{prefix}{name} R@{k}", side.recall[k], side.chance[k]) for name, side in sides for k in side.recall]
+
+
+def _rankings(cells: _Cells, side: Direction, rng: np.random.Generator, image_queries: bool) -> list[Ranking]:
+    """Returns the top results of some queries drawn at random."""
+    ranks = range(min(TOP_K, side.top.shape[1]))
+    return [
+        Ranking(
+            cells.cell(side.queries[i], image_queries),
+            [_result_cell(cells, side, i, rank, not image_queries) for rank in ranks],
+        )
+        for i in rng.permutation(len(side.queries))[:NUM_QUERIES]
+    ]
+
+
+class _Cells:
+    """Makes gallery cells of images and captions from their rows in the evaluation."""
+
+    def __init__(self, source: Source, indices: Sequence[int], texts: Sequence[str]) -> None:
+        self.source, self.indices, self.texts = source, indices, texts
+        self.image_rows: list[int] = []  # the image row of each text
+        for row, index in enumerate(indices):
+            try:
+                self.image_rows.extend([row] * len(source.record(index).captions))
+            except BadSample:
+                continue
+
+    def pixels(self, row: int) -> np.ndarray:
+        return thumbnail(self.source, int(self.indices[row]))
+
+    def cell(self, row: int, is_image: bool, correct: bool | None = None, score: float | None = None) -> GalleryCell:
+        """Returns the cell of an image with its first caption, or of a caption."""
+        row, note = int(row), "" if score is None else f"{score:.2f}"
+        if not is_image:
+            return GalleryCell(None, self.texts[row], correct, note)
+        caption = self.texts[self.image_rows.index(row)] if row in self.image_rows else ""
+        return GalleryCell(self.pixels(row), caption, correct, note)
+
+
+def _result_cell(cells: _Cells, side: Direction, query: int, rank: int, is_image: bool) -> GalleryCell:
+    return cells.cell(
+        side.top[query, rank], is_image, bool(side.top_correct[query, rank]), float(side.top_scores[query, rank])
+    )
+
+
+def _nearest_misses(cells: _Cells, evaluation: Evaluation, count: int = 4) -> list[Miss]:
+    """Returns the image queries whose correct caption was outranked by the smallest margins."""
+    side: Direction = evaluation.result.image_to_text
+    image_rows = torch.tensor(cells.image_rows)
+    assert evaluation.text_embeds is not None
+    missed = []
+    for i in np.flatnonzero(~side.top_correct[:, 0] & (side.ranks > 1)).tolist():
+        row = int(side.queries[i])
+        captions = torch.nonzero(image_rows == row).flatten()
+        scores = evaluation.images.embeds[row] @ evaluation.text_embeds[captions].T
+        best, margin = float(scores.max()), float(side.top_scores[i, 0] - scores.max())
+        missed.append((margin, i, int(captions[scores.argmax()]), best))
+    return [
+        Miss(
+            cells.cell(side.queries[i], True),
+            cells.cell(correct, False, True, score),
+            _result_cell(cells, side, i, 0, False),
+        )
+        for _, i, correct, score in sorted(missed)[:count]
+    ]
+
+
+def _row(name: str, metric: Any, chance: float, kind: Any = "rate") -> MetricRow:
+    return MetricRow(name, metric.value, metric.low, metric.high, metric.n, chance, kind)

@@ -1,0 +1,229 @@
+"""Prepares training: data and splits, validated settings, tokenizer, and the method on its device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coalign.config import NOMINAL_PAIRS, TrainConfig, flatten, to_json
+from coalign.data.sources.mixture import Mixture
+from coalign.data.sources.open import open_source
+from coalign.data.sources.unpaired_captions import UnpairedCaptions
+from coalign.data.splits import assign_splits, nested_subset
+from coalign.data.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from coalign.errors import BadSample, UserError
+from coalign.method import Method
+from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.towers.image import ImageTower
+from coalign.randomness import stable_hash
+from coalign.runs.folder import TOKENIZER, read_config
+from coalign.runs.run import build_method, default_vocab_size, init_from_run
+from coalign.training.distributed import World
+from coalign.training.sharding import shard
+from coalign.types import Source
+from coalign.version import __version__
+from coalign.workflows.train.batches import MAX_VOCABULARY_PAIRS, TrainingData
+
+ConfigFn = Callable[[int], TrainConfig]  # number of training pairs -> configuration
+
+
+def open_data(data: str, config_for: ConfigFn, world: World) -> tuple[TrainingData, TrainConfig]:
+    """Opens and splits the data. Returns it with the configuration for its number of training pairs.
+
+    Raises UserError on every rank if the data cannot be opened, a setting is invalid, or ranks have different data or settings.
+    """
+    # the number of pairs is not known yet; settings of the split do not depend on it
+    nominal = config_for(NOMINAL_PAIRS)
+    check_settings(nominal)
+    pairs = _first_rank_then_others(world, lambda: _open_and_split(data, nominal))
+    config = config_for(len(pairs.train))
+    _check_same_on_all_ranks(config, pairs, world)
+    return pairs, config
+
+
+def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
+    """Opens the data, splits it, and selects the training samples (`train_fraction`, `unpaired_captions`, mixture weights)."""
+    source = open_source(data)
+    if config.val_data:
+        val_source = open_source(config.val_data)
+        val = (getattr(val_source, "splits", None) or {}).get("val", np.arange(len(val_source)))
+        pairs = TrainingData(source, _splits(data, source, 0.0, None)["train"], val_source, val)
+    else:
+        splits = _splits(data, source, config.val_fraction, config.val_by)
+        pairs = TrainingData(source, splits["train"], source, splits["val"])
+    pairs.test_splits = _test_splits(data, source, config.test_splits)
+    parts = [nested_subset(pairs.train, config.train_fraction)]
+    if config.unpaired_captions:
+        texts = UnpairedCaptions(source, pairs.train, parts[0])
+        parts.append(pairs.train[texts.is_text_only[pairs.train]])
+        pairs.source = texts
+    if isinstance(source, Mixture):
+        parts = [source.epoch_indices(part) for part in parts]
+    pairs.train = parts[0] if len(parts) == 1 else np.concatenate(parts)  # avoids a copy of up to 100 million indices
+    return pairs
+
+
+def _first_rank_then_others(world: World, work: Callable[[], TrainingData]) -> TrainingData:
+    """Runs `work` on rank 0, which writes indexes and caches, and then on the other ranks, which read them.
+
+    If it raises UserError on any rank, raises it on all ranks.
+    """
+    result, failure = None, None
+    for first in (True, False):
+        if world.is_first == first:
+            try:
+                result = work()
+            except UserError as error:
+                failure = str(error)
+        for rank, message in enumerate(world.gather_objects(failure)):
+            if message is not None:
+                raise UserError(message if world.size == 1 else f"Rank {rank} of {world.size}: {message}")
+    assert result is not None
+    return result
+
+
+def _check_same_on_all_ranks(config: TrainConfig, pairs: TrainingData, world: World) -> None:
+    """Raises UserError on every rank if any rank has a different version, configuration or dataset from rank 0."""
+    if world.size == 1:
+        return
+    facts = {"coalign": __version__, "data": fingerprint(pairs), "training pairs": len(pairs.train)}
+    first, *others = world.gather_objects({**facts, **flatten(to_json(config))})
+    for rank, other in enumerate(others, 1):
+        if differing := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
+            name = differing[0]
+            raise UserError(
+                f"Rank {rank} of {world.size} differs from rank 0 in {', '.join(differing)} ({name}: {other.get(name)} instead of "
+                f"{first.get(name)}); start all processes with the same code, options and data."
+            )
+
+
+def fingerprint(pairs: TrainingData) -> str:
+    """Returns a hash of the keys and captions of 64 training pairs. It does not depend on where the data is stored."""
+    seen: list[Any] = []
+    for index in pairs.train[np.linspace(0, len(pairs.train) - 1, 64).astype(int)].tolist():
+        try:
+            record = pairs.source.record(index)
+            seen.append((record.key, record.captions))
+        except BadSample as bad:
+            seen.append(bad.reason)
+    return f"{stable_hash(*seen):016x}"
+
+
+def _splits(data: str, source: Source, val_fraction: float, val_by: str | None) -> dict[str, np.ndarray]:
+    splits = dict(assign_splits(source, val_fraction, by=val_by)[0])
+    if "train" not in splits:
+        raise UserError(
+            f"{data} has nothing to train on: all of it is {' and '.join(splits)}; give data with a train split."
+        )
+    return {"val": np.arange(0), **splits}
+
+
+def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
+    splits: dict[str, np.ndarray] = getattr(source, "splits", None) or {}
+    for name in names:
+        if name in ("train", "val") or len(splits.get(name, ())) < 2:
+            known = [split for split in splits if split not in ("train", "val") and len(splits[split]) > 1]
+            available = f"available: {', '.join(known)}" if known else "it has none besides train and val"
+            raise UserError(f"{data} has no split {name!r} for --test-splits; {available}.")
+    return {name: splits[name] for name in names}
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raises UserError for an invalid setting. (The optimizer checks its own settings.)"""
+    if config.probe and not config.classes:
+        raise UserError("--probe needs classes; give them with --classes FILE.")
+    if config.unpaired_captions and config.train_fraction == 1:
+        raise UserError("--unpaired-captions needs a --train-fraction below 1; otherwise, no captions are left out.")
+    requirements = {
+        "epochs": (config.epochs > 0, "more than 0"),
+        "context_length": (config.context_length >= 3, "at least 3: start token, one token, end token"),
+        "image_size": (config.image_size is None or config.image_size >= 1, "at least 1"),
+        "micro_batch": (config.micro_batch is None or config.micro_batch >= 1, "at least 1"),
+        "batch_norm_group": (config.batch_norm_group >= 1, "at least 1"),
+        "max_grad_norm": (config.max_grad_norm is None or config.max_grad_norm > 0, "more than 0"),
+        "image_cache": (config.image_cache >= 0, "at least 0"),
+        "workers": (config.workers is None or config.workers >= 0, "at least 0"),
+        "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and less than 1"),
+        "train_fraction": (0 < config.train_fraction <= 1, "more than 0 and at most 1"),
+        "evals": (config.evals >= 0, "at least 0"),
+        "patience": (config.patience is None or config.patience >= 1, "at least 1"),
+        "save_every": (config.save_every is None or config.save_every >= 1, "at least 1"),
+        "max_bad_fraction": (0 <= config.max_bad_fraction <= 1, "between 0 and 1"),
+        "max_non_finite": (config.max_non_finite >= 1, "at least 1"),
+    }
+    for name, (valid, requirement) in requirements.items():
+        if not valid:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but must be {requirement}.")
+
+
+def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
+    """Builds the method with its initial weights, on its device."""
+    method = build_method(config, tokenizer)
+    if config.unpaired_captions and not method.view_plan.imageless:
+        raise UserError(
+            "--unpaired-captions needs a method that trains on captions without images, such as mct or oner; "
+            f"{config.method} with these settings does not."
+        )
+    if config.init_from:
+        init_from_run(method, config)
+    _check_batch_norm(method, config, world)
+    return method.to(world.device).to(memory_format=torch.channels_last)
+
+
+def shard_model(method: Method, config: TrainConfig, world: World) -> None:
+    """Shards the weights over the processes if `config.shard` is set and there is more than one."""
+    if config.shard and config.precision == "fp16":
+        raise UserError("--shard does not support --precision fp16; use bf16 or fp32.")
+    if config.shard and world.size > 1:
+        shard(method, world)
+
+
+def compile_towers(method: Method, config: TrainConfig) -> None:
+    """Compiles the image towers if `config.compile` is set. Text towers pack captions, so their shapes change in every step."""
+    for tower in (module for module in method.modules() if isinstance(module, ImageTower)) if config.compile else ():
+        tower.compile()
+
+
+def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:
+    """Raises UserError if the batch size per process or the micro-batch is not a multiple of the BatchNorm group size."""
+    local = config.batch_size // world.size
+    for group in {module.group for module in method.modules() if isinstance(module, GroupedBatchNorm2d)}:
+        for size, name in ((local, "the batch size per process"), (config.micro_batch or group, "--micro-batch")):
+            if size % group:
+                raise UserError(
+                    f"{config.model} has BatchNorm over groups of {group} samples, but {name}, {size}, is not a multiple of {group}; "
+                    "change it or --batch-norm-group."
+                )
+
+
+def resolve_workers(config: TrainConfig, world: World) -> TrainConfig:
+    """Sets the number of loader processes if it is unset: one per core, at most 8."""
+    if config.workers is not None:
+        return config
+    return replace(config, workers=max(1, min(8, (os.cpu_count() or 1) // world.size)))
+
+
+def run_tokenizer(config: TrainConfig, pairs: TrainingData, out: Path) -> Tokenizer:
+    """Loads the tokenizer of a resumed run, or loads or trains the one in the configuration. It is equal on all ranks."""
+    if (out / TOKENIZER).exists():
+        return load_tokenizer(out / TOKENIZER)
+    if config.init_from:
+        read_config(config.init_from)  # raises a clear error if the folder is not a run
+        return load_tokenizer(config.init_from / TOKENIZER)
+    if config.tokenizer != "captions":
+        return load_tokenizer(config.tokenizer)
+    return train_bpe(_captions(pairs.source, pairs.train), default_vocab_size(config.model))
+
+
+def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
+    for index in indices[:MAX_VOCABULARY_PAIRS].tolist():
+        try:
+            yield from source.record(index).captions
+        except BadSample:
+            continue  # counted during training

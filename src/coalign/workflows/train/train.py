@@ -1,0 +1,261 @@
+"""train(): trains a model, evaluates it on held-out pairs, and writes a report."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Literal
+
+from rich.console import Console
+
+from coalign.config import TrainConfig, flatten, to_json
+from coalign.data.text.tokenizer import Tokenizer
+from coalign.errors import UserError
+from coalign.files import write_atomically, write_json
+from coalign.method import Method
+from coalign.methods import recipe
+from coalign.networks.towers.spec import model_config
+from coalign.runs.folder import (
+    CONFIG,
+    HELD_OUT,
+    MODEL,
+    REPORT,
+    RESULTS,
+    TOKENIZER,
+    SavedConfig,
+    describe_samples,
+    read_config,
+    write_config,
+)
+from coalign.runs.outcomes import write_outcomes
+from coalign.runs.run import check_device
+from coalign.training.checkpoint import RunLock
+from coalign.training.distributed import World, join_world
+from coalign.training.sharding import unsharded
+from coalign.training.trainer import Trainer, TrainResult
+from coalign.workflows.train.batches import TrainingData, image_cache_folder, pair_loader
+from coalign.workflows.train.setup import (
+    ConfigFn,
+    compile_towers,
+    fingerprint,
+    initial_method,
+    open_data,
+    resolve_workers,
+    run_tokenizer,
+    shard_model,
+)
+from coalign.workflows.train.validation import evaluate_held_out, validation
+
+# settings that may change on resume: they do not affect what a step computes
+MAY_CHANGE_ON_RESUME = {
+    "workers",
+    "image_cache",
+    "save_every",
+    "patience",
+    "max_bad_fraction",
+    "max_non_finite",
+    "micro_batch",
+    "shard",
+    "evals",
+    "probe",
+}
+
+
+def train(
+    data: str,
+    out: str | Path,
+    config: str | TrainConfig | ConfigFn = "clip",
+    *,
+    resume: Literal["no", "auto"] = "no",
+    device: str | None = None,
+    dry_run: bool = False,
+) -> TrainResult | None:
+    """Trains a model, evaluates it, and writes checkpoints (last/, best/), metrics.jsonl, results.json and report.html to the folder `out`.
+
+    config: the name of a recipe, a configuration, or a function from the number of training pairs to a configuration.
+    resume: "auto" continues from the newest checkpoint in `out`. dry_run: only prints settings and cost, and returns None.
+    Under torchrun, call it in every process. Raises UserError for invalid settings or unusable data.
+    """
+    config_for = _config_fn(config)
+    console, out = Console(highlight=False, soft_wrap=True), Path(out)
+    world = join_world(check_device(device))
+    if not dry_run:
+        _check_folder(out, resume)
+    pairs, settings = open_data(data, config_for, world)
+    settings = resolve_workers(settings, world)
+    tokenizer = run_tokenizer(settings, pairs, out)
+    method = initial_method(settings, tokenizer, world)
+    if dry_run:
+        if world.is_first:
+            from coalign.workflows.train.dry_run import print_dry_run
+
+            print_dry_run(console, data, out, settings, method, tokenizer, pairs, world)
+        return None
+    shard_model(method, settings, world)
+    tags, cache = pairs.tag_ids(method.view_plan.tags), image_cache_folder(out, pairs.source)
+    loader = pair_loader(
+        method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, cache
+    )
+    total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
+    trainer = Trainer(
+        method, settings, world, out,
+        batches=loader.batches, num_pairs=len(pairs.train), total_steps=total_steps,
+        interactive=world.is_first and sys.stdout.isatty(),
+    )  # fmt: skip
+    compile_towers(method, settings)
+    saved = SavedConfig(data, settings, len(pairs.train), len(pairs.val), fingerprint(pairs))
+    with _lock(out, world):
+        trainer.validate = validation(method, settings, pairs, tokenizer, world, tags)
+        _prepare_folder(out, saved, tokenizer, world)  # last, after all checks of the settings
+        first_step = trainer.resume() if resume == "auto" else 0
+        if world.is_first:
+            console.print(_start_line(settings, method, pairs, total_steps, first_step, world))
+        result = _fit(trainer, cache, world)
+        with unsharded(method):
+            if world.is_first and result.ended == "interrupted":
+                console.print(_interrupted_line(result, cache))
+            elif world.is_first and result.step == first_step and _is_reported(out, first_step):
+                console.print(f"The run is already complete. Report: {out / REPORT}")
+            elif world.is_first:
+                _finish(console, data, out, settings, method, tokenizer, pairs, result)
+            world.barrier()
+    return result
+
+
+def _fit(trainer: Trainer, image_cache: Path, world: World) -> TrainResult:
+    """Trains, and removes the image cache afterwards unless the run was interrupted and can be resumed."""
+    if trainer.progress.step == 0:
+        rmtree(image_cache, ignore_errors=True)  # left by an abandoned run in the same folder
+    world.barrier()
+    try:
+        result = trainer.fit()
+        world.barrier()  # no process reads the cache after this
+    except Exception:
+        rmtree(image_cache, ignore_errors=True)
+        raise
+    if result.ended != "interrupted":
+        rmtree(image_cache, ignore_errors=True)
+    return result
+
+
+# ---------------------------------------------------------------- preparation
+
+
+def _config_fn(config: str | TrainConfig | ConfigFn) -> ConfigFn:
+    if isinstance(config, str):
+        return recipe(config)
+    return config if callable(config) else lambda _: config
+
+
+def _check_folder(out: Path, resume: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"The output {out} is a file; choose a folder with --out.")
+    if resume == "no" and (out / CONFIG).exists():
+        raise UserError(
+            f"{out} already contains a run; resume it with --resume auto, or choose another folder with --out."
+        )
+    if not (out / CONFIG).exists() and out.is_dir() and any(out.glob("*.safetensors")):
+        raise UserError(f"{out} contains other files; choose an empty folder with --out.")
+
+
+def _lock(out: Path, world: World) -> RunLock | Any:
+    return RunLock(out) if world.is_first else nullcontext()  # the lock also creates the folder
+
+
+def _prepare_folder(out: Path, saved: SavedConfig, tokenizer: Tokenizer, world: World) -> None:
+    """Writes tokenizer, model file and configuration of a new run. For a resumed run, raises UserError if settings or data differ."""
+    is_new = not (out / CONFIG).exists()
+    world.barrier()  # all ranks have checked before the first one writes
+    if is_new:
+        if world.is_first:
+            write_atomically(out / TOKENIZER, tokenizer.save)
+            if Path(saved.config.model).exists():  # a file or a folder, which may be deleted later
+                write_json(out / MODEL, model_config(saved.config.model))
+            write_config(out, saved)
+        return
+    original = read_config(out)
+    old, new = (flatten(to_json(each.config)) for each in (original, saved))
+    changes = [
+        f"{name} was {old.get(name)}, now {new.get(name)}"
+        for name in {**old, **new}
+        if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new.get(name)
+    ]
+    if original.num_train != saved.num_train:
+        changes.append(f"the data had {original.num_train:,} training pairs, now {saved.num_train:,}")
+    elif original.fingerprint and original.fingerprint != saved.fingerprint:
+        changes.append(f"the data was {original.data}, and {saved.data} has different pairs")
+    if changes:
+        raise UserError(
+            f"The run in {out} was started with different settings: {'; '.join(changes)}. Resume it with the original settings, "
+            "or choose another folder with --out."
+        )
+
+
+# ---------------------------------------------------------------- printed lines and results
+
+
+def _interrupted_line(result: TrainResult, image_cache: Path) -> str:
+    kept = f" The decoded images are kept in {image_cache}." if image_cache.exists() else ""
+    return f"Stopped at step {result.step:,}; continue with --resume auto.{kept}"
+
+
+def _start_line(
+    config: TrainConfig, method: Method, pairs: TrainingData, total_steps: int, first_step: int, world: World
+) -> str:
+    millions = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
+    start = (
+        f"resuming at step {first_step:,} of {total_steps:,}"
+        if first_step
+        else f"{total_steps:,} steps, batch size {config.batch_size:,}"
+    )
+    return (
+        f"{config.method} with {config.model} ({millions:.1f} M parameters) on {describe_samples(config, len(pairs.train))}, "
+        f"{len(pairs.val):,} held out; {start}, on {world.device}" + (f" × {world.size}" if world.size > 1 else "")
+    )
+
+
+def _finish(
+    console: Console,
+    data: str,
+    out: Path,
+    config: TrainConfig,
+    method: Method,
+    tokenizer: Tokenizer,
+    pairs: TrainingData,
+    result: TrainResult,
+) -> None:
+    # not at the top: it imports matplotlib, which would slow down the start of training
+    from coalign.workflows.train.run_report import write_run_report
+
+    evaluations = evaluate_held_out(method, config, pairs, tokenizer, out.name)
+    verdict, report = write_run_report(
+        data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
+    )
+    # "retrieval_NAME" is the task on the test split NAME
+    sources = {task: pairs.source if task.startswith("retrieval_") else pairs.val_source for task in evaluations}
+    write_outcomes(out, evaluations, sources)
+    results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
+    parameters = {role: sum(p.numel() for p in group) for role, group in method.parameter_groups().items()}
+    values = {"run": asdict(result), "parameters": parameters, **results}
+    write_json(out / RESULTS, values, default=_plain)  # last: if it exists, the report is complete
+    console.print(verdict)
+    console.print(f"Report: {report}")
+
+
+def _is_reported(out: Path, step: int) -> bool:
+    """Returns whether the results and the report of the run after `step` steps are complete."""
+    if not (out / HELD_OUT).exists():
+        return False
+    try:
+        return bool(json.loads((out / RESULTS).read_text())["run"]["step"] == step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else str(value)

@@ -1,0 +1,105 @@
+"""The Karpathy splits and SugarCrepe, on small folders with the layout of the real ones."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coalign.data.sources.benchmarks.sugarcrepe import KINDS, SugarCrepe
+from coalign.data.sources.coco import open_karpathy
+from coalign.data.sources.open import open_source
+from coalign.errors import BadSample, UserError
+
+
+def write_image(path, gray=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), gray, np.uint8)).save(path)
+
+
+def karpathy(folder, with_folders):
+    images = []
+    for number, split in enumerate(["train", "restval", "val", "test", "test"]):
+        name = f"{number:06}.jpg"
+        extra = {"filepath": "val2014"} if with_folders else {}
+        sentences = [{"raw": f" Caption {number}, {k} ", "tokens": ["caption"], "sentid": k} for k in range(5)]
+        images.append({"filename": name, "imgid": number, "split": split, "sentences": sentences, **extra})
+        write_image(folder / "images" / extra.get("filepath", "") / name, 10 * number)
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return path
+
+
+@pytest.mark.parametrize("with_folders", [True, False], ids=["coco", "flickr30k"])
+def test_karpathy_splits_with_all_five_captions(tmp_path, with_folders):
+    path = karpathy(tmp_path, with_folders)
+    for source in (open_source(str(path)), open_source(f"coco:{path}:{tmp_path / 'images'}")):
+        assert {name: rows.tolist() for name, rows in source.splits.items()} == {
+            "train": [0, 1],
+            "val": [2],
+            "test": [3, 4],
+        }
+        assert source.record(3).captions == tuple(f"Caption 3, {k}" for k in range(5))
+        assert (
+            source.image(4) == (tmp_path / "images" / ("val2014" if with_folders else "") / "000004.jpg").read_bytes()
+        )
+
+
+def test_karpathy_without_images_is_an_error(tmp_path):
+    path = karpathy(tmp_path / "a" / "b", True)
+    shutil.rmtree(tmp_path / "a" / "b" / "images")
+    with pytest.raises(UserError, match="Cannot find the images"):
+        open_source(str(path))
+    path.write_text(json.dumps({"images": [{"filename": "a.jpg"}]}))
+    with pytest.raises(UserError, match="not Karpathy's"):
+        open_karpathy(path)
+
+
+def sugarcrepe(folder, kinds=KINDS):
+    for number, kind in enumerate(kinds):
+        items = {
+            str(k): {
+                "filename": f"{k:012}.jpg",
+                "caption": f"a true thing {k}",
+                "negative_caption": f"a false {kind} {k}",
+            }
+            for k in (number, number + 1)
+        }
+        (folder / f"{kind}.json").write_text(json.dumps(items))
+    for number in range(len(kinds) + 1):
+        write_image(folder / "val2017" / f"{number:012}.jpg")
+    return folder
+
+
+def test_sugarcrepe_items(tmp_path):
+    source = open_source(f"sugarcrepe:{sugarcrepe(tmp_path)}")
+    assert len(source) == 8
+    assert source.record(2).captions == ("a true thing 2",)
+    assert source.image(0)
+    foils = source.foils(np.arange(8))
+    assert [foil.kind for foil in foils] == [kind for kind in KINDS for _ in range(2)]
+    assert {foil.how for foil in foils} == {"replace", "swap", "add"}
+    chosen = source.foils(np.array([3]))
+    assert {(foil.kind, foil.true, foil.false) for foil in chosen} == {
+        ("replace_rel", "a true thing 3", "a false replace_rel 3"),
+        ("swap_obj", "a true thing 3", "a false swap_obj 3"),
+    }
+    (tmp_path / "val2017" / "000000000003.jpg").unlink()
+    with pytest.raises(BadSample, match="missing"):
+        source.image(3)
+
+
+def test_invalid_sugarcrepe_folders_are_rejected(tmp_path):
+    with pytest.raises(UserError, match="none of the SugarCrepe files"):
+        SugarCrepe(tmp_path)
+    (tmp_path / "add_obj.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a SugarCrepe file: invalid item"):
+        SugarCrepe(tmp_path)
+    (tmp_path / "add_obj.json").write_text("{}")
+    with pytest.raises(UserError, match="no items"):
+        SugarCrepe(tmp_path)
+    sugarcrepe(tmp_path, KINDS[:2])
+    (tmp_path / "add_obj.json").unlink()
+    with pytest.raises(UserError, match=r"image folder .* does not exist"):
+        open_source(f"sugarcrepe:{tmp_path}:{tmp_path / 'absent'}")

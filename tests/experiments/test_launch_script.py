@@ -1,0 +1,57 @@
+"""The script with a paper's own commands: every one of them gives the settings that the table means."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from coalign.cli import main as cli
+from coalign.cli.train import TrainCommand, _parse_settings
+from coalign.experiments.tables import TABLES
+
+OF_PAPERS = [name for name, sweep in TABLES.items() if sweep.paper_recipe]
+
+
+@pytest.mark.parametrize("name", OF_PAPERS)
+def test_every_command_gives_the_settings_of_its_arm(name, tmp_path, capsys):
+    sweep, out = TABLES[name], tmp_path / "two words"
+    seeds = 2 if name == "style-shift-openclipart" else 1
+    command = ["reproduce", name, "--data", "web/{00..10}.tar", "--out", str(out), "--scale", "paper"]
+    command += ["--seeds", str(seeds)]
+    assert cli.main(command) == 0
+    arms = [arm for arm in sweep.arms if sweep.paper_config(arm, 0)]
+    printed = capsys.readouterr().out
+    assert ("Omitted" in printed) == (len(arms) < len(sweep.arms))
+    assert {path.name for path in out.iterdir()} == {"launch.sh"}
+    script = out / "launch.sh"
+    assert subprocess.run(["sh", "-n", str(script)]).returncode == 0
+    lines = script.read_text().splitlines()
+    trained = [shlex.split(line) for line in lines if line.startswith("torchrun")]
+    assert len(trained) == seeds * len(arms)
+    for number, words in enumerate(trained):
+        assert words[:6] == ["torchrun", "--nproc-per-node", "$GPUS", "-m", "coalign", "train"]
+        command, config = _parse_settings(words[6:], 1_000_000, "train", TrainCommand)
+        recipe, expected = sweep.paper_config(arms[number % len(arms)], number // len(arms))
+        assert (command.recipe, command.data, command.resume, config) == (recipe, "web/{00..10}.tar", "auto", expected)
+        assert Path(command.out).parent == out
+    evaluated = [shlex.split(line) for line in lines if line.startswith("coalign eval")]
+    assert [words[2] for words in evaluated] == [words[words.index("--out") + 1] for words in trained]
+    assert len({words[2] for words in evaluated}) == len(trained)
+
+
+def test_the_papers_rows_differ_as_the_papers_say():
+    sweep = TABLES["declip-openclipart"]
+    _, once = sweep.paper_config("CLIP", 0)
+    _, longer = sweep.paper_config("CLIP, twice the epochs", 0)
+    _, larger = sweep.paper_config("CLIP, twice the batch", 0)
+    assert (once.epochs, once.batch_size) == (32, 1024)
+    assert (longer.epochs, larger.batch_size) == (64, 2048)
+    _, config = TABLES["two-towers-scenes"].paper_config("clip", 0)
+    assert config.method_config.temperature == 0.07  # the higher temperature is for scenes only
+
+
+def test_tables_without_a_paper_have_no_launch_script(tmp_path, capsys):
+    command = ["reproduce", "learning-rates-openclipart", "--data", "x", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--scale", "paper"]) == 2
+    assert "has no recipes at the paper's scale" in capsys.readouterr().err

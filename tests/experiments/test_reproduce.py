@@ -1,0 +1,235 @@
+"""`coalign reproduce`: trials run in separate processes, fail alone, resume after an interruption, and are compared by arm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny
+from safetensors.torch import load_file
+
+from coalign.cli import main as cli
+from coalign.errors import UserError
+from coalign.experiments import reproduce as module
+from coalign.experiments import tables
+from coalign.experiments.reproduce import reproduce, tag_pretraining
+from coalign.experiments.trials import Trial, _train
+from coalign.methods.table import Arm, Table
+from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.spec import TowerSpec
+from coalign.runs.folder import read_config
+from coalign.workflows.evaluate.evaluate import evaluate
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, without_run_reports):
+    """A table of two arms whose trials run in this process with a tiny model. Returns the list of trained (arm, seed)."""
+    model, ran = str(tiny.write_model(tmp_path / "model")), []
+    tiny.write_pairs(tmp_path / "photos", 96)
+    sweep = Table(
+        "a test",
+        {"one": Arm("clip"), "other, longer": Arm("clip", {"multi_positive": False}, epochs=2)},
+        epochs=1,
+        batch_size=16,
+        image_size=32,
+        val_fraction=0.2,
+        classes=("red", "green = grass"),
+        probe=True,
+    )
+    original = Table.config
+
+    def config(self, arm, seed, num_pairs):
+        return replace(original(self, arm, seed, num_pairs), model=model, context_length=12, evals=1)
+
+    def run(trials, jobs, console):
+        failures = []
+        for trial in trials:
+            ran.append((trial.arm, trial.seed))
+            try:
+                _train(trial, 1)
+            except UserError as error:
+                failures.append(f"{trial.folder.name} ({error})")
+        return failures
+
+    monkeypatch.setattr(Table, "config", config)
+    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    monkeypatch.setattr(module, "run_trials", run)
+    monkeypatch.chdir(tmp_path)
+    return ran
+
+
+def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["reproduce", "test", "--data", str(tmp_path / "photos"), "--out", str(out), "--seeds", "2"]
+    assert cli.main(command) == 0
+    assert small == [("one", 0), ("other, longer", 0), ("one", 1), ("other, longer", 1)]
+    assert "other, longer" in capsys.readouterr().out
+    assert (tmp_path / "out/table.html").exists()
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    assert [(group["name"], group["seeds"]) for group in values["groups"]] == [
+        ("one", [0, 1]),
+        ("other, longer", [0, 1]),
+    ]
+    first, longer = values["groups"]
+    assert longer["steps"] == 2 * first["steps"]
+    assert "zero_shot.acc1" in longer["metrics"]
+    gaps = [
+        json.loads((out / f"one-seed{seed}/results.json").read_text())["retrieval"]["modality_gap"] for seed in (0, 1)
+    ]
+    gap = first["metrics"]["retrieval.modality_gap"]
+    assert (gap["kind"], gap["over_items"], gap["value"]) == ("distance", None, pytest.approx(sum(gaps) / 2))
+    again = evaluate(str(out / "one-seed0"), [f"probe:{tmp_path / 'photos'}"], classes=out / "classes.txt")
+    probed = json.loads((out / "one-seed0/results.json").read_text())["probe"]
+    assert probed["acc1"] == again[f"probe:{tmp_path / 'photos'}"]["acc1"] > 0.5
+    assert 0 < first["metrics"]["probe.acc1"]["value"] <= 1
+    assert longer["metrics"]["retrieval.image_to_text.r1"]["difference_over_seeds"] is not None
+    text = json.dumps(values)  # results hold no local paths
+    assert str(out) not in text
+    assert str(tmp_path / "photos") not in text
+
+    assert cli.main(command) == 0
+    assert len(small) == 4  # finished trials are kept
+
+    sweep = tables.TABLES["test"]
+    longer = replace(sweep, arms={**sweep.arms, "one": Arm("clip", epochs=3)})
+    tables.TABLES["test"] = longer  # the fixture restores the original
+    assert cli.main(command) == 2
+    assert "one-seed0 holds a run whose epochs differs from this table's" in capsys.readouterr().err
+
+
+def test_arms_start_from_an_image_encoder_pretrained_on_tags(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(
+        tables.TABLES, "test", replace(tables.TABLES["test"], pretraining_scenes=128, classes=(), probe=False)
+    )
+    monkeypatch.setattr(tag_pretraining, "EPOCHS", 1)
+    command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]
+    assert cli.main(command) == 0
+    assert "on the tags of 128 other scenes" in capsys.readouterr().out
+    tower = load_file("out/tag_encoder.safetensors")
+    for arm in ("one", "other-longer"):
+        config = read_config(tmp_path / f"out/{arm}-seed0").config
+        assert (config.model, config.pretrained) == ("tiny", str(tmp_path / "out/tag_encoder.safetensors"))
+        trunk = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=config.pretrained)).trunk
+        assert all(torch.equal(value, tower[name]) for name, value in trunk.state_dict().items())
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    assert values["settings"]["pretrained"] == "tag_encoder.safetensors"
+    assert str(tmp_path) not in (tmp_path / "out/table.html").read_text()
+    assert cli.main(command) == 0
+    assert "on the tags of" not in capsys.readouterr().out  # it exists already
+    assert len(small) == 2
+    assert cli.main([*command[:3], "nowhere", "--out", "other"]) == 2
+    printed = capsys.readouterr()
+    assert "nowhere" in printed.err
+    assert "on the tags of" not in printed.out
+    monkeypatch.setitem(tables.TABLES, "test", replace(tables.TABLES["test"], pretraining_scenes=0))
+    assert cli.main(command) == 2  # from scratch it is a different table
+    assert "holds a run whose model differs" in capsys.readouterr().err
+
+
+def test_results_are_compared_with_the_paper(small, tmp_path, capsys, monkeypatch):
+    sweep = replace(
+        tables.TABLES["test"],
+        arms={"one": Arm("clip", paper=20.5), "two": Arm("clip", epochs=2, paper=30), "three": Arm("slip", paper=25)},
+        paper_metric="top-1 of its Table 9",
+        claims=(("one", "two"),),
+        classes=(),
+        probe=False,
+    )
+    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    assert cli.main(["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Paper: top-1 of its Table 9" in printed
+    assert "two is better than one, by Image → text R@10: undecided" in printed
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    name = "retrieval.image_to_text.r10"
+    ours = {group["name"]: group["metrics"][name]["value"] for group in values["groups"]}
+    place = {arm: sorted(ours.values()).index(value) for arm, value in ours.items()}
+    if len(set(ours.values())) == 3:  # without ties: 1 - 6 Σ d² / (n (n² - 1))
+        squares = sum((place[arm] - rank) ** 2 for arm, rank in (("one", 0), ("three", 1), ("two", 2)))
+        assert values["rank_correlation"] == {name: pytest.approx(1 - 6 * squares / 24)}
+    else:
+        assert values["rank_correlation"] == {name: None}
+    assert values["arms"]["two"]["paper"] == 30
+
+
+def test_a_trial_that_fails_stops_no_other(small, tmp_path):
+    folder = Trial(tables.TABLES["test"], "one", 0, "photos", tmp_path / "out").folder
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    with pytest.raises(UserError, match=r"1 of 4 trials failed: one-seed0 \(.* is a file"):
+        reproduce("test", "photos", "out", seeds=2)
+    assert len(small) == 4
+    assert len(json.loads((tmp_path / "out/table.json").read_text())["groups"]) == 2
+
+
+def test_wrong_arguments_are_reported(small, tmp_path, capsys):
+    for words, message in (
+        (["nothing"], "There is no table named"),
+        (["test", "--arms", "thing"], "has no arm 'thing'"),
+        (["test", "--jobs", "0"], "must be at least 1"),
+    ):
+        assert cli.main(["reproduce", *words, "--data", "photos", "--out", "out"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["reproduce", "test"]) == 2
+    assert "The table test needs --data and --out" in capsys.readouterr().err
+    assert cli.main(["reproduce"]) == 0
+    assert "test\n    a test\n" in capsys.readouterr().out
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["reproduce", "test", "--data", "photos", "--out", "file"]) == 2
+    assert "cannot be written to file" in capsys.readouterr().err
+    assert small == []
+
+
+@pytest.mark.slow
+def test_trials_run_in_separate_processes(tmp_path):
+    """Without fakes: two seeds of one arm at once, on few scenes."""
+    with pytest.raises(UserError, match=r"1 of 1 trials failed: .*fewer than --batch-size"):
+        reproduce("two-towers-scenes", "scenes:50", tmp_path, seeds=1, arms=["clip"])
+    comparison = reproduce("two-towers-scenes", "scenes:128", tmp_path, seeds=2, jobs=2, arms=["clip"])
+    assert comparison is not None
+    (group,) = comparison.groups
+    assert group.seeds == [0, 1]
+    assert group.metrics["foils.mean_per_kind"].chance == 0.5
+    assert {"foils.colour.accuracy", "zero_shot.acc1"} <= group.metrics.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGKILL of the parent"])
+def test_an_interrupted_table_resumes(tmp_path, by):
+    command = [sys.executable, "-m", "coalign", "reproduce", "two-towers-scenes", "--data", "scenes:512"]
+    command += ["--out", str(tmp_path), "--seeds", "1", "--jobs", "1", "--arms", "clip", "mcd"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "clip-seed0.log"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and "step 1/" in log.read_text()):
+        assert time.monotonic() < deadline, "the first trial did not begin"
+        time.sleep(0.2)
+    if by == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.kill()
+    _, errors = process.communicate(timeout=300)  # the trial holds the pipe open, too
+    assert process.returncode == (cli.INTERRUPTED if by == "Ctrl-C" else -signal.SIGKILL)
+    assert "Traceback" not in errors
+    assert "Stopped at step" in log.read_text()
+    assert (tmp_path / "clip-seed0/last").is_dir()
+    assert not (tmp_path / "mcd-seed0").exists()  # the second trial was not begun
+    reproduce("two-towers-scenes", "scenes:512", tmp_path, seeds=1, jobs=2, arms=["clip"])
+    assert "resuming at step" in log.read_text()
+    assert (tmp_path / "clip-seed0/results.json").exists()
+
+
+def test_a_trial_stops_if_its_parent_died_during_startup():
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    code = f"""
+import multiprocessing, time
+from coalign.experiments import trials
+trials._train = lambda trial, threads: time.sleep(120)
+trials._report(None, 1, {int(gone.stdout)}, multiprocessing.Pipe()[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == -signal.SIGTERM

@@ -1,0 +1,71 @@
+import dataclasses
+
+import pytest
+
+from coalign.config import flatten, to_json
+from coalign.errors import UserError
+from coalign.experiments.tables import STEP_COST, TABLES, table
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_arms_differ_only_in_declared_settings(name):
+    sweep = TABLES[name]
+    first_row = next(iter(sweep.arms.values()))
+    first = flatten(to_json(sweep.config(next(iter(sweep.arms)), 0, round(6000 * first_row.sample_fraction))))
+    for arm, row in sweep.arms.items():
+        config = sweep.config(arm, 3, round(6000 * row.sample_fraction))
+        settings = flatten(to_json(config))
+        differ = {key for key in first.keys() & settings.keys() if first[key] != settings[key]}
+        allowed = {
+            "method",
+            "seed",
+            *(["model"] if row.recipe == "oner" else []),
+            *(["epochs"] if row.epochs != 1 else []),
+            *(["epochs", "train_fraction"] if row.train_fraction != first_row.train_fraction else []),
+            *(["unpaired_captions"] if row.unpaired_captions else []),
+            *(["batch_size"] if row.batch != 1 else []),
+            *(["optimizer.roles.image.lr"] if row.image_lr != first_row.image_lr else []),
+        }
+        allowed |= {key for key in differ if key.startswith("method_config.")}
+        assert differ <= allowed
+        assert config.seed == 3
+        if row.train_fraction == 1:
+            assert config.epochs == sweep.epochs * row.epochs
+        for field, value in row.changes.items():
+            assert getattr(config.method_config, field) == value
+        dataclasses.replace(config.method_config)  # passes the configuration's own checks
+
+
+@pytest.mark.parametrize("pairs", [1426, 6000])
+def test_arms_on_a_fraction_keep_the_number_of_steps_and_the_model(pairs):
+    sweep = TABLES["fractions-openclipart"]
+    whole = sweep.config("uniclip", 0, pairs)
+    for fraction in (0.5, 0.25):
+        part = sweep.config(f"uniclip, {100 * fraction:g} %", 0, round(pairs * fraction))
+        steps = [round(c.epochs * (n // c.batch_size)) for c, n in ((whole, pairs), (part, round(pairs * fraction)))]
+        assert steps[0] == steps[1]
+        assert (part.train_fraction, part.model) == (fraction, whole.model)
+
+
+@pytest.mark.parametrize("pairs", [1426, 6000])
+def test_additional_captions_keep_the_number_of_pairs_and_steps(pairs):
+    sweep = TABLES["oner-transfer-openclipart"]
+    steps = []
+    for arm, row in sweep.arms.items():
+        num_samples = round(pairs * row.sample_fraction)
+        config = sweep.config(arm, 0, num_samples)
+        steps.append(round(config.epochs * (num_samples // config.batch_size)))
+        assert config.batch_size * (row.train_fraction if row.unpaired_captions else 1) == sweep.batch_size
+    assert len(set(steps)) == 1
+
+
+def test_equal_time_arms_divide_epochs_by_step_cost():
+    for data, costs in STEP_COST.items():
+        sweep = TABLES[f"two-towers-{data}"]
+        for name, cost in costs.items():
+            assert sweep.arms[f"{name}, CLIP's time"].epochs * cost == pytest.approx(1)
+
+
+def test_unknown_table_suggests_known_names():
+    with pytest.raises(UserError, match="two-towers-scenes"):
+        table("two-towers-scene")

@@ -1,0 +1,267 @@
+import json
+from dataclasses import replace
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from coalign.errors import UserError
+from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.spec import TowerSpec, model_config, model_names
+from coalign.networks.towers.text import build_text_tower
+
+TINY = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return TowerSpec(str(path), vocab_size=49408)
+
+
+def test_equals_open_clip(tiny):
+    torch.manual_seed(0)
+    peer = open_clip.CustomTextCLIP(**TINY).eval()
+    image, text = build_image_tower(tiny).eval(), build_text_tower(tiny).eval()
+    image.projection.weight.data = peer.visual.proj.data.T
+    text.projection.weight.data = peer.text.text_projection.data.T
+    image.trunk.load_state_dict({k: v for k, v in peer.visual.state_dict().items() if k != "proj"})
+    text.transformer.load_state_dict(
+        {k: v for k, v in peer.text.state_dict().items() if k not in ("text_projection", "attn_mask")}
+    )
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    captions = ["a red apple", "!", "a very much longer caption about nothing in particular, and so on"]
+    ids = open_clip.tokenize(captions)
+    lengths = ids.argmax(1) + 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            image.projection(image(pixels)), peer.encode_image((pixels / 255 - mean) / std), atol=1e-5, rtol=1e-5
+        )
+        for trimmed in (ids, ids[:, : lengths.max()]):
+            torch.testing.assert_close(
+                text.projection(text(trimmed, lengths).pooled), peer.encode_text(ids), atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("attention", "pooling"),
+    [
+        ("causal", "end"),
+        ("causal", "mean"),
+        ("bidirectional", "start"),
+        ("bidirectional", "end"),
+        ("bidirectional", "mean"),
+    ],
+)
+def test_captions_are_independent_of_batch_and_padding(tiny, attention, pooling):
+    torch.manual_seed(0)
+    tower = build_text_tower(tiny, attention, pooling).double()
+    lengths = torch.randint(3, 60, (70,))
+    ids = torch.randint(1, 49406, (70, 77))
+    batched = tower(ids, lengths, with_tokens=True)
+    assert batched.tokens.shape == (70, 77, 32)
+    # id 0 is also the token "!", so padding is determined by length
+    zeroed = torch.where(torch.arange(77) < lengths[:, None], ids, 0)
+    torch.testing.assert_close(tower(zeroed, lengths).pooled, batched.pooled)
+    # the last block computes only the pooled token
+    torch.testing.assert_close(tower(ids, lengths).pooled, batched.pooled)
+    for row in range(70):
+        single = tower(ids[row : row + 1, : lengths[row]], lengths[row : row + 1], True)
+        torch.testing.assert_close(batched.pooled[row], single.pooled[0])
+        torch.testing.assert_close(batched.tokens[row, : lengths[row]], single.tokens[0])
+        assert batched.tokens[row, lengths[row] :].abs().sum() == 0
+
+
+def test_attention_direction(tiny):
+    """With causal attention, no token depends on a later one; with bidirectional attention, the start token depends on the last."""
+    ids = torch.randint(1, 49406, (1, 6))
+    changed = ids.clone()
+    changed[0, -1] += 1
+    lengths = torch.tensor([6])
+    causal, both = (
+        build_text_tower(tiny, "causal", "end").double(),
+        build_text_tower(tiny, "bidirectional", "start").double(),
+    )
+    torch.testing.assert_close(causal(ids, lengths, True).tokens[:, :-1], causal(changed, lengths, True).tokens[:, :-1])
+    assert not torch.allclose(both(ids, lengths).pooled, both(changed, lengths).pooled)
+
+
+def test_invalid_text_tower_arguments(tiny):
+    with pytest.raises(ValueError, match="start token"):
+        build_text_tower(tiny, "causal", "start")
+    with pytest.raises(ValueError, match="78 tokens"):
+        build_text_tower(tiny)(torch.zeros(1, 78, dtype=torch.long), torch.tensor([78]))
+
+
+@pytest.mark.parametrize(
+    ("name", "image_millions", "text_millions"),
+    [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.91, 2.97), ("tiny", 1.31, 1.16)],
+)
+def test_parameter_counts(name, image_millions, text_millions):
+    config = model_config(name)
+    with torch.device("meta"):
+        spec = TowerSpec(name, config["text_cfg"]["vocab_size"], config["text_cfg"]["context_length"])
+        towers = build_image_tower(spec), build_text_tower(spec)
+    for tower, millions in zip(towers, (image_millions, text_millions)):
+        # RN50's text tower differs from ViT-B/32's by its projection to 1,024 dimensions
+        assert sum(p.numel() for p in tower.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.slow
+def test_every_open_clip_model_builds_or_raises_user_error():
+    errors = {}
+    for name in model_names():
+        try:
+            with torch.device("meta"):
+                spec = TowerSpec(name, vocab_size=49408)
+                build_image_tower(spec), build_text_tower(spec)
+        except UserError as error:
+            errors[name] = str(error)
+    # the name, or its text tower on the hub
+    assert all(name in message or "could not be loaded" in message for name, message in errors.items())
+    assert len(model_names()) - len(errors) >= 70
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {},
+        {"pool_type": "avg"},
+        {"final_ln_after_pool": True},
+        {"no_ln_pre": True, "ls_init_value": 0.1},
+        {"attentional_pool": True, "attn_pooler_queries": 5},
+        {"qk_norm": True},
+    ],
+)
+def test_image_tower_equals_open_clip(tmp_path, vision):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], **vision}}))
+    torch.manual_seed(0)
+    tower = build_image_tower(TowerSpec(str(path), vocab_size=100)).double()
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(tower(pixels), tower.trunk((pixels - tower.mean) / tower.std))
+
+
+def test_text_towers_with_other_attention_are_rejected(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**TINY, "text_cfg": {**TINY["text_cfg"], "scale_heads": True}}))
+    with pytest.raises(UserError, match=r"model\.json has norms or scales inside its attention"):
+        build_text_tower(TowerSpec(str(path), vocab_size=100))
+
+
+def test_timm_trunk_with_image_size():
+    tower = build_image_tower(TowerSpec("timm:test_vit", vocab_size=100, image_size=96))
+    assert tower(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, tower.width)
+
+
+def test_pretrained_weights_from_a_file(tiny, tmp_path):
+    torch.manual_seed(0)
+    peer = open_clip.CustomTextCLIP(**TINY).eval()
+    file = tmp_path / "peer.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in peer.state_dict().items()}, file)
+    # with an embedding for [MASK] and a shorter context
+    spec = replace(tiny, pretrained=str(file), vocab_size=49409, context_length=20)
+    image, text = build_image_tower(spec).eval(), build_text_tower(spec).eval()
+    ids = open_clip.tokenize(["a red apple", "two dogs"])
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        theirs = peer.encode_image((pixels - image.mean) / image.std)
+        torch.testing.assert_close(image.projection(image(pixels)), theirs, atol=1e-5, rtol=1e-5)
+        ours = text.projection(text(ids[:, :20], ids.argmax(1) + 1).pooled)
+        torch.testing.assert_close(ours, peer.encode_text(ids), atol=1e-5, rtol=1e-5)
+    for changes, message in (
+        ({"vocab_size": 8192}, "--tokenizer clip"),
+        ({"context_length": 200}, "77 positions"),
+        ({"pretrained": "gone.safetensors"}, r"gone\.safetensors does not exist"),
+        ({"pretrained": "laion2b"}, "no pretrained weights named 'laion2b'"),
+        ({"name": "ViT-B-32"}, "do not fit ViT-B-32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_text_tower(replace(spec, **changes))
+
+
+# our timm trunk, with timm_kwargs, and open_clip's adapter
+@pytest.mark.parametrize("name", ["timm:test_vit", "tiny", "convnext_tiny"])
+def test_trunk_weights_from_a_file(name, tmp_path):
+    vision = model_config(name)["vision_cfg"]
+    peer = timm.create_model(vision["timm_model_name"], num_classes=0, **vision.get("timm_kwargs", {})).eval()
+    file = tmp_path / "trunk.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in peer.state_dict().items()}, file)
+    size = getattr(peer, "patch_embed", None) and peer.patch_embed.img_size[0]
+    spec = TowerSpec(name, vocab_size=100, image_size=size or 64, pretrained=str(file))
+    tower = build_image_tower(spec).eval()
+    pixels = torch.randint(256, (2, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), peer((pixels - tower.mean) / tower.std), atol=1e-4, rtol=1e-4)
+    torch.manual_seed(0)
+    fresh = build_text_tower(replace(spec, pretrained=None)).state_dict()
+    torch.manual_seed(0)
+    for key, value in build_text_tower(spec).state_dict().items():
+        assert torch.equal(value, fresh[key])
+
+    whole = timm.create_model(vision["timm_model_name"], num_classes=7, **vision.get("timm_kwargs", {}))
+    folder = tmp_path / "with classifier"
+    folder.mkdir()
+    save_file({key: tensor.contiguous() for key, tensor in whole.state_dict().items()}, folder / "a.safetensors")
+    trunk = build_image_tower(replace(spec, pretrained=str(folder))).trunk
+    expected = whole.state_dict()
+    for key, value in getattr(trunk, "trunk", trunk).state_dict().items():
+        assert torch.equal(value, expected[key])
+
+    save_file({key: tensor.contiguous() for key, tensor in list(peer.state_dict().items())[1:]}, file)
+    with pytest.raises(UserError, match=rf"trunk\.safetensors do not fit the trunk of {name}: Missing key"):
+        build_image_tower(spec)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"trunk\.safetensors is not a valid safetensors file"):
+        build_image_tower(spec)
+
+
+def test_weights_that_cannot_be_downloaded():
+    with pytest.raises(UserError, match=r"laion2b_s34b_b79k of ViT-B-32 could not be downloaded"):
+        build_image_tower(TowerSpec("ViT-B-32", 49408, pretrained="laion2b_s34b_b79k"))
+
+
+def test_unknown_models(tmp_path):
+    for name, message in (
+        ("ViT-B32", "ViT-B-32"),
+        ("nonsense-xyz", "coalign models"),
+        ("timm:resnet51x", "resnet"),
+        ("gone.json", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model_config(name)
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        model_config(str(bad))
+    bad.write_text("{}")
+    with pytest.raises(UserError, match="embed_dim"):
+        model_config(str(bad))
+
+
+def test_grouped_batch_norm():
+    torch.manual_seed(0)
+    grouped = GroupedBatchNorm2d(4, group=3, eps=1e-5, momentum=0.1).double()
+    x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
+    peer = torch.nn.BatchNorm2d(4).double()
+    torch.testing.assert_close(grouped(x), torch.cat([peer(x[:3]), peer(x[3:])]))
+    assert grouped.running_mean.abs().max() == 0  # unchanged until move_statistics
+    grouped.move_statistics(lambda t: t, keep=False)
+    assert grouped.running_mean.abs().max() == 0
+    with torch.no_grad():
+        grouped(x)  # gradient caching's pass without gradient does not count
+    grouped(x[:3]), grouped(x[3:])
+    grouped.move_statistics(lambda t: t, keep=True)
+    means = torch.stack([x[:3].mean((0, 2, 3)), x[3:].mean((0, 2, 3))]).mean(0)
+    torch.testing.assert_close(grouped.running_mean, 0.1 * means)
+    with pytest.raises(ValueError, match="multiple"):
+        grouped(x[:4])

@@ -1,0 +1,558 @@
+"""evaluate(): the samples of a task, its results, and what it skips."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny
+from PIL import Image
+
+from coalign.cli import main as cli
+from coalign.data.loading.eval import image_batches
+from coalign.data.sources.open import open_source
+from coalign.data.splits import assign_splits
+from coalign.errors import UserError
+from coalign.evaluation.embed import embed_images
+from coalign.evaluation.finetune import classification as finetune
+from coalign.evaluation.finetune.classification import FineTuneConfig
+from coalign.evaluation.retrieval import retrieve
+from coalign.evaluation.zero_shot import classify
+from coalign.runs.run import load
+from coalign.types import DualEncoder
+from coalign.workflows.evaluate.eval_model import open_eval_model
+from coalign.workflows.evaluate.eval_report import print_results
+from coalign.workflows.evaluate.evaluate import evaluate
+from coalign.workflows.evaluate.samples import captions_of, read_labels, select_split
+from coalign.workflows.models.export import export
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return load(trained)
+
+
+class Oracle:
+    """Stands for a run with perfect encoders: images and texts of the same color have the same embedding."""
+
+    def __init__(self, data="other data", swapped=False):
+        self.data, self.config, self.swapped = data, SimpleNamespace(val_fraction=0.1, val_data=None), swapped
+
+    def encoder(self):
+        colors = torch.tensor(list(tiny.COLORS.values())) / 255
+
+        def encode_image(pixels):
+            color = pixels.float().mean(dim=(2, 3)) / 255  # [batch, 3]
+            nearest = torch.cdist(color, colors).argmin(dim=1)
+            return torch.eye(4)[nearest]
+
+        def encode_text(texts):
+            names = list(tiny.COLORS)
+            color = torch.tensor([next(i for i, name in enumerate(names) if name in text) for text in texts])
+            return torch.eye(4)[(color + 1) % 4 if self.swapped else color]
+
+        return DualEncoder(encode_image, encode_text, 32)
+
+
+@pytest.fixture
+def four(tmp_path):
+    """One image of each color."""
+    return tiny.write_pairs(tmp_path / "four", 4)
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_default_split_is_the_runs_held_out_pairs(run, pairs, trained):
+    source = open_source(str(pairs))
+    splits = assign_splits(source, 0.1)[0]
+    name, indices = select_split(source, str(pairs), run, None)
+    assert name == "val"
+    assert indices.tolist() == splits["val"].tolist()
+    assert not set(indices.tolist()) & set(splits["train"].tolist())
+    config = json.loads((trained / "config.json").read_text())
+    assert len(indices) == config["num_val"]
+    assert len(splits["train"]) == config["num_train"]
+
+
+def test_val_fraction_is_the_runs(run, pairs):
+    source = open_source(str(pairs))
+    other = replace(run, config=replace(run.config, val_fraction=0.4))
+    expected = assign_splits(source, 0.4)[0]["val"]
+    assert select_split(source, str(pairs), other, None)[1].tolist() == expected.tolist()
+
+
+def test_training_data_is_recognized_by_another_path(run, pairs, monkeypatch):
+    monkeypatch.chdir(pairs.parent)
+    assert select_split(open_source("pairs"), "pairs", run, None)[0] == "val"
+    assert select_split(open_source("./pairs/"), "./pairs/", run, None)[0] == "val"
+
+
+def test_other_splits(run, pairs, four):
+    source = open_source(str(pairs))
+    train = select_split(source, str(pairs), run, "train")[1]
+    val = select_split(source, str(pairs), run, "val")[1]
+    assert sorted([*train, *val]) == list(range(64))
+    assert select_split(source, str(pairs), run, "all")[1].tolist() == list(range(64))
+    assert select_split(open_source(str(four)), str(four), run, None)[0] == "all"
+    with pytest.raises(UserError, match="no split named 'test'"):
+        select_split(source, str(pairs), run, "test")
+    with pytest.raises(UserError, match="no split named 'val'"):
+        select_split(open_source(str(four)), str(four), run, "val")
+
+
+def test_splits_of_the_data(run, tmp_path):
+    for number, name in enumerate(("train", "val", "test")):
+        tiny.write_pairs(tmp_path / "parts" / name, 4 * (number + 1))
+    data = str(tmp_path / "parts")
+    source = open_source(data)
+    assert select_split(source, data, run, None)[0] == "test"
+    assert len(select_split(source, data, run, None)[1]) == 12
+    assert len(select_split(source, data, run, "val")[1]) == 8
+    (tmp_path / "parts" / "test").rename(tmp_path / "away")
+    assert select_split(open_source(data), data, run, None)[0] == "val"
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_results_of_a_run(run, pairs):
+    retrieval, zero_shot = f"retrieval:{pairs}", f"zeroshot:{pairs}"
+    results = evaluate(run, [retrieval, zero_shot])
+    num_val = len(assign_splits(open_source(str(pairs)), 0.1)[0]["val"])
+    for values in results.values():
+        assert (values["data"], values["split"], values["samples"]) == (str(pairs), "val", num_val)
+        assert values["unreadable"] == {}
+    for side in ("image_to_text", "text_to_image"):
+        assert set(results[retrieval][side]) == {"r1", "r5", "r10", "median_rank"}
+    assert results[zero_shot]["unlabeled"] == 0
+    assert {"acc1", "mean_per_class_recall", "intervals", "chance"} <= set(results[zero_shot])
+
+
+def test_results_match_the_end_of_training(run, trained, pairs):
+    expected = json.loads((trained / "results.json").read_text())["retrieval"]
+    result = evaluate(run, [f"retrieval:{pairs}"])[f"retrieval:{pairs}"]
+    assert result["image_to_text"] == expected["image_to_text"]
+    assert result["text_to_image"] == expected["text_to_image"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_perfect_and_wrong_models(four, pairs, swapped):
+    oracle = Oracle(swapped=swapped)
+    results = evaluate(oracle, [f"retrieval:{four}", f"zeroshot:{pairs}"])
+    retrieval, zero_shot = results.values()
+    for side in ("image_to_text", "text_to_image"):
+        assert retrieval[side]["r1"]["value"] == (not swapped)
+        assert retrieval[side]["r5"]["value"] == 1
+        assert (retrieval[side]["median_rank"]["value"] == 1) == (not swapped)
+    assert zero_shot["samples"] == 64
+    assert zero_shot["acc1"] == (not swapped)
+
+
+def test_unreadable_images_are_skipped_and_counted(four):
+    (four / "red" / "red_apple_standing.png").write_bytes(b"")
+    (four / "blue" / "blue_apple_standing.png").write_bytes(b"<html>")
+    result = evaluate(Oracle(), [f"retrieval:{four}"])[f"retrieval:{four}"]
+    assert result["unreadable"] == {"empty file": 1, "not an image": 1}
+    assert result["image_to_text"]["r1"]["value"] == 1
+    assert result["image_to_text"]["r1"]["chance"] == 1 / 2
+
+
+def test_equal_captions_are_correct_for_every_image(tmp_path):
+    data = tiny.write_pairs(tmp_path / "data", 8)  # two of each color
+    for path in data.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.parent.name}\na {path.parent.name} thing\n")
+    result = evaluate(Oracle(), [f"retrieval:{data}"])[f"retrieval:{data}"]
+    assert result["image_to_text"]["r1"]["value"] == result["text_to_image"]["r1"]["value"] == 1
+
+
+def test_workers_do_not_change_results(run, pairs):
+    task = f"retrieval:{pairs}"
+    assert evaluate(run, [task], workers=2) == evaluate(run, [task])
+
+
+def test_images_are_center_cropped(four):
+    """The evaluation view of a wide red image with a green center is green."""
+    pixels = np.zeros((32, 96, 3), np.uint8) + np.array(tiny.COLORS["red"], np.uint8)
+    pixels[:, 32:64] = tiny.COLORS["green"]
+    Image.fromarray(pixels).save(four / "green" / "green_apple_standing.png")
+    source = open_source(str(four))
+    images = embed_images(Oracle().encoder(), image_batches(source, np.arange(4), 32))
+    evaluation = retrieve(Oracle().encoder(), images, captions_of(source))
+    assert evaluation.result.image_to_text.recall[1].value == 1
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_classes_file_renames_classes(four, tmp_path):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red = my red\nblue = my blue\n")
+    source = open_source(str(four))
+    labels = read_labels(source, np.arange(4), classes)
+    assert labels.classnames == ["my red", "my blue"]
+    assert {source.record(index).facts["folder"]: labels.classnames[row] for index, row in labels.class_of.items()} == {
+        "red": "my red",
+        "blue": "my blue",
+    }
+    assert labels.unlabeled == 2
+    result = evaluate(Oracle(), [f"zeroshot:{four}"], classes=classes)[f"zeroshot:{four}"]
+    assert (result["unlabeled"], result["acc1"], result["chance"]) == (2, 1, 1 / 2)
+
+
+def test_images_without_captions_have_classes(four):
+    """As in most folders of classes, file names such as 00001.jpg give no caption."""
+    for number, path in enumerate(sorted(four.rglob("*.png"))):
+        path.rename(path.with_name(f"{number:05d}.png"))
+    result = evaluate(Oracle(), [f"zeroshot:{four}"])[f"zeroshot:{four}"]
+    assert (result["images"], result["unlabeled"], result["acc1"]) == (4, 0, 1)
+
+
+def write_table(folder, four, rows):
+    images = sorted(path.relative_to(folder) for path in four.rglob("*.png"))
+    lines = [json.dumps({"image": str(path), "caption": path.stem, **row}) for path, row in zip(images, rows)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return open_source(str(folder / "pairs.jsonl"))
+
+
+def test_labels_of_a_table(four, tmp_path):
+    """Labels may be numbers, including zero; samples without one are counted."""
+    source = write_table(tmp_path, four, [{"label": 0}, {"label": 1}, {"label": 0}, {"label": ""}])
+    labels = read_labels(source, np.arange(4))
+    assert labels.classnames == ["0", "1"]
+    assert labels.class_of == {0: 0, 1: 1, 2: 0}
+    assert labels.unlabeled == 1
+
+
+def test_labels_from_another_column_and_from_tags(four, tmp_path):
+    source = write_table(
+        tmp_path, four, [{"breed": "big_cat", "tags": "x, red"}, {"breed": "dog"}, {"breed": "dog"}, {}]
+    )
+    labels = read_labels(source, np.arange(4), label="breed")
+    assert labels.classnames == ["big cat", "dog"]
+    assert labels.class_of == {0: 0, 1: 1, 2: 1}
+    classes = tmp_path / "classes.txt"
+    classes.write_text("red\ngreen\n")
+    assert read_labels(source, np.arange(4), classes).class_of == {0: 0}
+
+
+def test_zero_shot_skips_samples_without_a_class(four):
+    source = open_source(str(four))
+    labels = read_labels(source, np.arange(4))
+    del labels.class_of[2]
+    images = embed_images(Oracle().encoder(), image_batches(source, np.arange(4), 32))
+    evaluation = classify(Oracle().encoder(), images, labels.class_of, labels.classnames, ["{}"])
+    assert evaluation.result.top1.n == 3
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_command_prints_and_writes_results(trained, pairs, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    tasks = [f"retrieval:{pairs}", f"zeroshot:{pairs}"]
+    assert cli.main(["eval", str(trained), "--tasks", *tasks, "--json", str(out), "--weights", "best"]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert list(written) == tasks
+    assert written == json.loads(json.dumps(evaluate(str(trained), tasks, weights="best")))
+    assert "R@10" in printed
+    assert "top-1" in printed
+    value = written[tasks[0]]["image_to_text"]["r1"]["value"]
+    assert f"{100 * value:.1f} %" in printed
+
+
+def test_run_does_not_need_its_model_file(trained, four, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    config = json.loads((moved / "config.json").read_text())
+    config["config"]["model"] = str(tmp_path / "gone.json")
+    (moved / "config.json").write_text(json.dumps(config))
+    task = f"retrieval:{four}"
+    assert evaluate(str(moved), [task]) == evaluate(str(trained), [task])
+
+
+def test_results_are_written_after_each_task(trained, four, tmp_path, capsys):
+    """The second task fails when its data is read; the first one's results are kept."""
+    (tmp_path / "bad").mkdir()
+    for path in sorted(four.rglob("*.png")):
+        (tmp_path / "bad" / path.name).write_bytes(b"")
+    out, tasks = tmp_path / "out.json", [f"retrieval:{four}", f"retrieval:{tmp_path / 'bad'}"]
+    assert cli.main(["eval", str(trained), "--tasks", *tasks, "--json", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "no readable image" in printed.err
+    assert "R@10" in printed.out
+    assert list(json.loads(out.read_text())) == tasks[:1]
+
+
+def test_run_can_be_moved_without_its_data(trained, four, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    results = evaluate(str(moved), [f"retrieval:{four}"])
+    assert results == evaluate(str(trained), [f"retrieval:{four}"])
+
+
+# ---------------------------------------------------------------- foils
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sugarcrepe(tmp_path, capsys, swapped):
+    data = tiny.write_pairs(tmp_path / "data", 8)
+    names = [str(path.relative_to(data)) for path in sorted(data.rglob("*.png"))]
+    for kind, wrong in (("replace_att", "blue"), ("replace_obj", "red"), ("swap_att", "green")):
+        items = [
+            {"filename": name, "caption": f"a {name.split('/')[0]} thing", "negative_caption": f"a {wrong} thing"}
+            for name in names
+            if not name.startswith(wrong)
+        ]
+        (data / f"{kind}.json").write_text(json.dumps(dict(enumerate(items))))
+    task = f"foils:sugarcrepe:{data}"
+    result = evaluate(Oracle(swapped=swapped), [task])[task]
+    print_results({task: result})
+    assert "accuracy, replace (mean over kinds)" in capsys.readouterr().out
+    assert result["samples"] == 8
+    values = {kind: entry["value"] for kind, entry in result["by_kind"].items()}
+    assert values.keys() == {"replace_obj", "replace_att", "swap_att"}
+    if not swapped:
+        assert set(values.values()) == {1}
+    assert result["by_how"]["replace"]["value"] == (values["replace_obj"] + values["replace_att"]) / 2
+    assert result["by_how"]["swap"]["value"] == values["swap_att"]
+    if swapped:  # a tie for every color but one, which is wrong
+        assert 0 < values["replace_att"] < 1
+
+
+# ---------------------------------------------------------------- probes
+
+
+def test_probe_trains_on_the_train_split_only(trained, tmp_path, capsys):
+    """Images of four colors in folders of their names, which any features separate."""
+    data = tiny.write_pairs(tmp_path / "photos", 120)
+    source = open_source(str(data))
+    test_indices = assign_splits(source, 0.3)[0]["val"]
+    folder = tmp_path / "split"
+    for index in range(len(source)):
+        part = "test" if index in test_indices else "train"
+        target = folder / part / source.record(index).facts["folder"]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source.image_path(index), target)
+    task = f"probe:{folder}"
+    assert cli.main(["eval", str(trained), "--tasks", task, "--json", str(tmp_path / "out.json")]) == 0
+    assert "mean per class" in capsys.readouterr().out
+    values = json.loads((tmp_path / "out.json").read_text())[task]
+    assert (values["split"], values["samples"]) == ("test", len(test_indices))
+    assert values["intervals"]["acc1"]["n"] == len(test_indices)
+    assert values["acc1"] > 0.9
+    assert values["chance"] == 0.25
+
+
+@pytest.mark.parametrize("kind", ["knn", "probe-mct", "probe-slip", "fewshot"])
+def test_other_probes(trained, tmp_path, capsys, kind):
+    data = tiny.write_pairs(tmp_path / "photos", 60)
+    (data / "red" / "red_apple_standing.png").write_bytes(b"")
+    task = f"{kind}:{data}"
+    held_out = assign_splits(open_source(str(data)), 0.3)[0]["val"]
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("test" if number in held_out else "train") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    task = f"{kind}:{tmp_path / 'split'}"
+    result = evaluate(str(trained), [task])[task]
+    assert sum(result["unreadable"].values()) == 1
+    best = max(entry["value"] for entry in result["intervals"].values())
+    assert best > 0.7
+    print_results({task: result})
+    assert ("8-shot" if kind == "fewshot" else "mean per class") in capsys.readouterr().out
+
+
+def test_slip_probe_draws_new_crops_in_every_epoch(run, tmp_path, monkeypatch):
+    data = tiny.write_pairs(tmp_path / "photos", 40)
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("train", "test")[number % 4 == 0] / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    batches = []
+    encoder = run.encoder()
+    features = encoder.image_features
+    encoder.image_features = lambda pixels: batches.append(pixels.clone()) or features(pixels)
+    evaluate(encoder, [f"probe-slip:{tmp_path / 'split'}"])
+    (test,), train = batches[:1], batches[1:]
+    assert (len(test), len(train), {len(pixels) for pixels in train}) == (10, 90, {30})
+    assert not torch.equal(train[0], train[1])
+
+
+@pytest.mark.parametrize("kind", ["knn", "probe-mct"])
+def test_train_split_too_small_for_a_val_split(trained, tmp_path, kind):
+    data = tiny.write_pairs(tmp_path / "photos", 8)
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("train", "test")[number % 2] / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    task = f"{kind}:{tmp_path / 'split'}"
+    assert evaluate(str(trained), [task])[task]["intervals"]["acc1"]["n"] == 4
+
+
+def test_probe_without_train_samples_raises(trained, four):
+    with pytest.raises(UserError, match="has nothing to train on"):
+        evaluate(str(trained), [f"probe:{four}"], split="all")
+
+
+def test_features_precede_the_projection(run):
+    encoder = run.encoder()
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = encoder.image_features(pixels)
+    projected = torch.nn.functional.normalize(run.method.image.projection(features), dim=-1)
+    torch.testing.assert_close(projected, encoder.encode_image(pixels))
+
+
+@pytest.fixture(scope="module")
+def models(trained, oner, tmp_path_factory):
+    """A two-tower run, a OneR run, and exports of the first."""
+    folder = tmp_path_factory.mktemp("models")
+    for library in ("open_clip", "transformers"):
+        export(trained, library, folder / library)
+    return {"run": trained, "oner": oner, "open_clip": folder / "open_clip", "transformers": folder / "transformers"}
+
+
+@pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
+def test_fine_tuning_any_model(models, tmp_path, capsys, monkeypatch, name):
+    """From wrong class names, on which zero-shot fails. Such small models need a higher learning rate."""
+    monkeypatch.setattr(finetune, "recipe", lambda images, epochs: FineTuneConfig(epochs, lr=1e-2, batch_size=16))
+    data = tiny.write_pairs(tmp_path / "photos", 160)
+    (data / "red" / "red_apple_standing.png").write_bytes(b"")
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        part = tmp_path / "split" / ("train" if number % 4 or not path.stat().st_size else "test") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part)
+    model, data = str(models[name]), tmp_path / "split"
+    tasks = [f"finetune:{data}", f"zeroshot:{data}"]
+    (tmp_path / "prompts.txt").write_text("{}\n")  # these models have a context of few tokens
+    wrong = zip(tiny.COLORS, [*list(tiny.COLORS)[1:], "red"])
+    (tmp_path / "classes.txt").write_text("".join(f"{label} = {name}\n" for label, name in wrong))
+    options = {"preprocess": "coalign", "prompts": str(tmp_path / "prompts.txt"), "classes": tmp_path / "classes.txt"}
+    tuned, zero_shot = evaluate(model, tasks, epochs=12, **options).values()
+    assert tuned["intervals"]["zero-shot"] == zero_shot["intervals"]["acc1"]
+    assert tuned["unreadable"] == {"empty file": 1}
+    assert tuned["acc1"] == tuned["intervals"]["fine-tuned"]["value"] > zero_shot["acc1"] + 0.2
+    print_results({tasks[0]: tuned})
+    assert "0.5 of the way" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has nothing to train on"):
+        evaluate(model, tasks[:1], split="all")
+    for path in (tmp_path / "split" / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no training image could be read"):
+        evaluate(model, tasks[:1], epochs=1, **options)
+
+
+@pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
+def test_fine_tuning_any_model_for_retrieval(models, tmp_path, capsys, monkeypatch, name):
+    """On captions that swap the colors."""
+    monkeypatch.setattr(finetune, "recipe", lambda images, epochs: FineTuneConfig(epochs, lr=1e-2, batch_size=16))
+    photos = tiny.write_pairs(tmp_path / "photos", 160)
+    wrong = dict(zip(tiny.COLORS, [*list(tiny.COLORS)[1:], "red"]))
+    rows = [
+        {
+            "image": str(path.relative_to(tmp_path)),
+            "caption": wrong[path.parent.name],
+            "split": "train" if number % 4 else "test",
+        }
+        for number, path in enumerate(sorted(photos.rglob("*.png")))
+    ]
+    (photos / "red" / "red_apple_standing.png").write_bytes(b"")
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tasks = [f"{kind}:{tmp_path / 'data.jsonl'}" for kind in ("finetune-retrieval", "retrieval")]
+    tuned, before = evaluate(str(models[name]), tasks, epochs=12, preprocess="coalign").values()
+    side = "image to text R@1"
+    assert tuned["intervals"][f"{side}, zero-shot"] == before["image_to_text"]["r1"]
+    assert tuned["intervals"][f"{side}, fine-tuned"]["value"] > before["image_to_text"]["r1"]["value"] + 0.2
+    assert tuned["unreadable"] == {"empty file": 1}
+    print_results({tasks[0]: tuned})
+    assert "text to image R@1, 0.5 of the way" in capsys.readouterr().out
+    for split, message in (("train", "the train split has 0 pairs"), ("test", "the test split has no captions")):
+        bare = [{**row, "caption": ""} if row["split"] == split else row for row in rows]
+        (tmp_path / "bare.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in bare))
+        with pytest.raises(UserError, match=message):
+            evaluate(str(models[name]), [f"finetune-retrieval:{tmp_path / 'bare.jsonl'}"])
+
+
+@pytest.mark.parametrize("name", ["run", "oner", "open_clip", "transformers"])
+def test_layers_of_any_model_are_ordered_by_depth(models, name):
+    """The stem and the token embedding come first, the projections last."""
+    encoder = open_eval_model(str(models[name])).encoder
+    image, text = encoder.modules()
+    finetune.unfreeze_used_parameters(
+        image, torch.zeros(2, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8)
+    )
+    image_layers = finetune.layers_by_depth(image)
+    finetune.unfreeze_used_parameters(text, ["a text", "another"])
+    text_layers = finetune.layers_by_depth(text)
+    names = {id(parameter): name for module in (image, text) for name, parameter in module.named_parameters()}
+    first, last = ({names[id(p)] for layer in (image_layers[end], text_layers[end]) for p in layer} for end in (0, -1))
+    assert any("embedding" in name for name in first)
+    assert any("conv" in name or "stem" in name or "patch_embedding" in name for name in first)
+    assert not any("project" in name for name in first)
+    assert any("project" in name for name in last)
+    assert not any("embedding" in name or "conv1" in name or "stem" in name for name in last)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_winoground(tmp_path, capsys, swapped):
+    data = tiny.write_pairs(tmp_path / "data", 8)
+    (data / "images").mkdir()
+    lines = []
+    for number, (one, other) in enumerate((("red", "blue"), ("green", "grey"), ("blue", "green"))):
+        entry = {"id": number}
+        for i, name in enumerate((one, other)):
+            shutil.copy(data / name / f"{name}_apple_standing.png", data / "images" / f"ex_{number}_img_{i}.png")
+            entry |= {f"image_{i}": f"ex_{number}_img_{i}", f"caption_{i}": f"a {name} thing"}
+        lines.append(json.dumps(entry))
+    (data / "examples.jsonl").write_text("\n".join(lines))
+    (data / "images" / "ex_2_img_1.png").write_bytes(b"")
+    task = f"pairs:winoground:{data}"
+    result = evaluate(Oracle(swapped=swapped), [task])[task]
+    assert {name: result[name]["value"] for name in ("text", "image", "group")} == dict.fromkeys(
+        ("text", "image", "group"), 0 if swapped else 1
+    )
+    assert (result["group"]["n"], result["unreadable"]) == (2, {"empty file": 1})
+    print_results({task: result})
+    assert "16.7 %" in capsys.readouterr().out
+    (data / "examples.jsonl").write_text((data / "examples.jsonl").read_text() + "\n\n")
+    assert evaluate(Oracle(swapped=swapped), [task])[task] == result
+    for damage, message in (
+        (lambda: (data / "examples.jsonl").write_bytes(b"\xff\xfe"), "Cannot read"),
+        (lambda: (data / "examples.jsonl").write_text("{}"), "Line 1 of"),
+        (lambda: (data / "examples.jsonl").write_text(""), "contains no examples"),
+        (lambda: (data / "examples.jsonl").unlink(), "is not a Winoground folder"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=message):
+            evaluate(Oracle(), [task])
+    with pytest.raises(UserError, match="has no pairs of images"):
+        evaluate(Oracle(), [f"pairs:{tmp_path / 'data' / 'red'}"])
+
+
+def test_tagging_of_a_dataset(run, tmp_path, capsys):
+    """Eight tags, two per color; features that were misaligned with the tags would score at chance."""
+    data = tiny.write_pairs(tmp_path / "photos", 80)
+    images = sorted(path.relative_to(tmp_path) for path in data.rglob("*.png"))
+    lines = [
+        {
+            "image": str(p),
+            "caption": p.stem,
+            "tags": [p.parent.name, f"{p.parent.name}ish"],
+            "split": ("train", "test")[i % 5 == 0],
+        }
+        for i, p in enumerate(images)
+    ]
+    lines[0]["tags"] = ["seen once"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = f"tagging:{tmp_path / 'pairs.jsonl'}"
+    result = evaluate(run, [task])[task]
+    assert (result["tags"], result["samples"], result["untagged"]) == (8, 16, 1)
+    assert result["miou5"]["value"] > 0.35  # at most 2 / 5; by chance 0.22
+    print_results({task: result})
+    printed = capsys.readouterr().out
+    assert "mIOU@20" in printed
+    assert "skipped: 1 samples without any of the 8 tags" in printed
+    with pytest.raises(UserError, match="has nothing to train on"):
+        evaluate(run, [task], split="all")
