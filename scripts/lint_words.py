@@ -1,10 +1,11 @@
 """Fails on words that this project does not use: the wording guide in CONTRIBUTING.md says which term stands for what.
 
-python scripts/lint_words.py [FILES]: without files, the sources, the docs, the README and the command line's help.
+python scripts/lint_words.py [FILES]: without files, the sources (help texts included), the docs and the README.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def faults(path: Path) -> list[str]:
         kept = DATA.sub("", line)
         for pattern, instead in WORDS.items():
             if match := re.search(pattern, kept):
-                found.append(f"{path.relative_to(ROOT)}:{number}: {match.group(0)!r} -> {instead}")
+                found.append(f"{os.path.relpath(path)}:{number}: {match.group(0)!r} -> {instead}")
     return found
 
 

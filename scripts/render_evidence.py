@@ -210,7 +210,7 @@ def detectors(path: Path, values: dict[str, Any]) -> list[str]:
         shown = [intervals[name] for name in metrics]
         return [f"{100 * x['value']:.1f} ({100 * x['low']:.1f}–{100 * x['high']:.1f})" for x in shown]
 
-    rows = [[row["run"], row["tower"].replace("-", ""), *cells(row["intervals"])] for row in values["rows"]]
+    rows = [[row["run"], row["tower"], *cells(row["intervals"])] for row in values["rows"]]
     shown = [values["differences"][name] for name in metrics]
     differences = [f"{signed(x['mean'])} ({span_text(x['over_seeds'])})" for x in shown]
     rows.append(["pretrained minus random, over runs", "", *differences])

@@ -135,7 +135,7 @@ class TrainConfig:
     seed: int = 0
     """Random seed of the initial weights, the order of the samples and the augmentations."""
     workers: int | None = None
-    """Data loading workers per process (default: one per available CPU core, at most 8). Does not affect the results."""
+    """Data loading workers per process (default: CPU cores over processes, at most 8). Does not affect the results."""
     # Gigabytes of decoded images to cache in the system's temporary folder, per machine (0: off). Helps if much of the dataset fits.
     # JPEGs are cached at each scale that the views decode, which takes up to a third more space.
     image_cache: float = 0.0

@@ -110,7 +110,7 @@ def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, 
     Args:
         out: the new folder
         size: side of the images in pixels
-        train: number of training pairs; the val, test, compositional and distribution-shift splits have 2,000 pairs each
+        train: number of training pairs; val, test, combinations (compositional) and shifted (distribution shift) have 2,000 pairs each
         seed: seed of the dataset
         swap: fraction of the training captions to swap between images as noise (marked in the data)
     """

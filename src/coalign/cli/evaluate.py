@@ -40,7 +40,7 @@ class EvalCommand:
     # transformers:NAME (a CLIPModel on the hub, or its folder).
     model: Positional[str]
     tasks: tuple[str, ...]
-    """One or more tasks KIND:DATA, or a suite, as listed above."""
+    """One or more tasks KIND:DATA, such as retrieval:my-pairs or zeroshot:my-pairs, or a suite; `coalign eval --help` lists them."""
     weights: str = "last"
     """Checkpoint of the run: last or best."""
     split: str | None = None

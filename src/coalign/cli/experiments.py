@@ -13,7 +13,7 @@ from coalign.errors import UserError
 def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:
     """Compare finished runs on their held-out pairs, with confidence intervals and paired differences.
 
-    Runs that differ only in their seed are averaged.
+    Runs that differ only in their seed are averaged. To train methods on your data and compare them, use `coalign benchmark`.
 
     Example: coalign compare runs/clip runs/slip --report compare.html
 
@@ -49,7 +49,7 @@ def benchmark_command(
         data: anything that `coalign train --data` accepts
         out: the folder for the runs, benchmark.html and benchmark.json
         methods: the methods to train; clip is always included
-        minutes: total training time, split equally among the methods
+        minutes: wall-clock minutes for all trials together, with equal time per method
         epochs: train every method for this many epochs instead, at equal samples seen
         fractions: fractions of the pairs to train on, at equal samples seen
         seeds: number of seeds (0 to N-1) per method

@@ -203,7 +203,7 @@ def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None
 
 
 def resolve_workers(config: TrainConfig, world: World) -> TrainConfig:
-    """Sets the number of loader processes if it is unset: one per core, at most 8."""
+    """Sets the number of loader workers per process if it is unset: CPU cores over processes, at most 8."""
     if config.workers is not None:
         return config
     return replace(config, workers=max(1, min(8, (os.cpu_count() or 1) // world.size)))
