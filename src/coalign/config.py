@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from tyro.conf import Suppress, arg
 
@@ -93,80 +93,160 @@ def _check(role: str, config: OptimizerConfig) -> None:
     require(0 <= config.momentum < 1, "momentum", "at least 0 and less than 1")
 
 
+# ---------------------------------------------------------------- marks and ranges of settings
+
+T = TypeVar("T")
+
+
+class Range(NamedTuple):
+    """The valid values of a setting. None is always valid: it stands for a default."""
+
+    requirement: str  # completes "must be …"
+    contains: Callable[[Any], bool]
+
+
+def at_least(minimum: int, reason: str = "") -> Range:
+    """Returns the range of numbers from `minimum` on."""
+    return Range(f"at least {minimum}" + (f": {reason}" if reason else ""), lambda value: value >= minimum)
+
+
+POSITIVE = Range("more than 0", lambda value: value > 0)
+
+
+def marks(
+    *,
+    may_change_on_resume: bool = False,
+    compared: bool | None = None,
+    identifies_trial: bool = False,
+    on_card: bool = False,
+    valid: Range | None = None,
+) -> dict[str, Any]:
+    """Returns the metadata of a field of `TrainConfig`.
+
+    may_change_on_resume: the setting does not affect what a step computes. compared: `coalign compare` takes runs that differ in it as
+    different, not as seeds of one group (default: unless it may change on resume; patience is compared, since it changes the length of
+    a run). identifies_trial: a run that differs in it does not belong to a table. on_card: the model card lists it. valid: its range.
+    """
+    if compared is None:
+        compared = not may_change_on_resume
+    return {
+        "may_change_on_resume": may_change_on_resume,
+        "compared": compared,
+        "identifies_trial": identifies_trial,
+        "on_card": on_card,
+        "valid": valid,
+    }
+
+
+def setting(default: T, **marked: Any) -> T:
+    """Returns a dataclass field with a default and `marks`. (To a type checker it is the default, as `dataclasses.field` is.)"""
+    return field(default=default, metadata=marks(**marked))
+
+
+def fields_marked(cls: Any, mark: str) -> tuple[str, ...]:
+    """Returns the names of the fields with a mark, such as "may_change_on_resume", in the order of their definition."""
+    return tuple(each.name for each in fields(cls) if each.metadata[mark])
+
+
+# ---------------------------------------------------------------- settings of a run
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run except its data. A recipe sets the defaults; command-line options override single values."""
+    """All settings of a training run except its data. A recipe sets the defaults; command-line options override single values.
 
-    method: Suppress[str]
-    method_config: Suppress[Any]  # the method's own frozen dataclass
+    Raises UserError for an invalid setting. (The optimizer and the method check their own settings.)
+    """
+
+    method: Suppress[str] = field(metadata=marks(identifies_trial=True))
+    # the method's own frozen dataclass
+    method_config: Suppress[Any] = field(metadata=marks(identifies_trial=True, on_card=True))
     # Model: an open_clip model name, `tiny`, `small`, `timm:NAME` (a timm image encoder), or a JSON file or folder in open_clip's
     # format. `coalign models` lists the names.
-    model: str = "ViT-B-32"
+    model: str = setting("ViT-B-32", identifies_trial=True)
     # Initialize from pretrained weights: an open_clip tag; a safetensors file or folder of an open_clip model; a safetensors file of a
     # timm image encoder (see `coalign export --to timm`; the text encoder starts from random weights); `timm` for timm's own weights;
     # or `hf` for the weights of a Hugging Face text encoder.
-    pretrained: str | None = None
-    init_from: Path | None = None
+    pretrained: str | None = setting(None, identifies_trial=True, on_card=True)
+    init_from: Path | None = setting(None, on_card=True)
     """Initialize from the weights of this run folder. Method and model must be the same; the image size may differ."""
-    image_size: int | None = None
+    image_size: int | None = setting(None, valid=at_least(1), identifies_trial=True, on_card=True)
     """Side of the square input images in pixels (default: the model's)."""
-    context_length: int = 77
+    context_length: int = setting(77, valid=at_least(3, "start token, one token, end token"), on_card=True)
     """Maximum number of tokens per caption, start and end tokens included. Longer captions are truncated."""
-    tokenizer: str = "clip"
+    tokenizer: str = setting("clip", on_card=True)
     """`clip`, `captions` (a small byte-pair vocabulary trained on the training captions), `hf:NAME` (from Hugging Face), or a file."""
-    batch_size: int = 256
+    batch_size: int = setting(256, identifies_trial=True, on_card=True)
     """Global batch size: image-text pairs per step, over all processes."""
-    micro_batch: int | None = None
+    micro_batch: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
     """Encode this many pairs per process at once, to save memory (default: all). Gradient caching keeps the gradient exact."""
-    shard: bool = False
+    shard: bool = setting(False, may_change_on_resume=True)
     """Shard parameters, gradients and optimizer states over the processes (FSDP2), for models too large for one device."""
-    epochs: float = 32
+    epochs: float = setting(32, valid=POSITIVE, identifies_trial=True, on_card=True)
     """Passes over the training pairs. Fractions are allowed."""
-    optimizer: Annotated[OptimizerConfig, arg(name="")] = field(default_factory=OptimizerConfig)
+    optimizer: Annotated[OptimizerConfig, arg(name="")] = field(default_factory=OptimizerConfig, metadata=marks())
     """Optimizer settings."""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = setting(None, valid=POSITIVE)
     """Clip the gradient to this norm (default: no clipping)."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", on_card=True)
     """Autocast precision. auto: bf16 if the device is fast at it, else fp32."""
-    compile: bool = False
+    compile: bool = setting(False)
     """Compile the image encoders with torch.compile."""
-    batch_norm_group: int = 32
+    batch_norm_group: int = setting(32, valid=at_least(1))
     """Group size of batch normalization, in samples, for image encoders with BatchNorm layers."""
-    seed: int = 0
+    seed: int = setting(0, compared=False, on_card=True)
     """Random seed of the initial weights, the order of the samples and the augmentations."""
-    workers: int | None = None
+    workers: int | None = setting(None, valid=at_least(0), may_change_on_resume=True)
     """Data loading workers per process (default: CPU cores over processes, at most 8). Does not affect the results."""
     # Gigabytes of decoded images to cache in the system's temporary folder, per machine (0: off). Helps if much of the dataset fits.
     # JPEGs are cached at each scale that the views decode, which takes up to a third more space.
-    image_cache: float = 0.0
-    device_views: bool = False
+    image_cache: float = setting(0.0, valid=at_least(0), may_change_on_resume=True)
+    device_views: bool = setting(False)
     """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
-    val_fraction: float = 0.05
+    val_fraction: float = setting(0.05, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
     """Fraction of the pairs to hold out for validation if the dataset has no validation split."""
-    val_by: str | None = None
+    val_by: str | None = setting(None)
     """Split by this column of the dataset, such as author or site: pairs with the same value stay in the same split."""
-    train_fraction: float = 1.0
+    train_fraction: float = setting(
+        1.0, valid=Range("more than 0 and at most 1", lambda value: 0 < value <= 1), identifies_trial=True
+    )
     """Fraction of the training pairs to train on. Smaller fractions are subsets of larger ones, whatever the seed."""
-    unpaired_captions: bool = False
+    unpaired_captions: bool = setting(False, identifies_trial=True)
     """Also train on the captions of the pairs that --train-fraction leaves out, without their images (MCT and OneR only)."""
-    test_splits: tuple[str, ...] = ()
+    test_splits: tuple[str, ...] = setting((), identifies_trial=True)
     """Splits of the dataset, such as `test`, on which retrieval is also evaluated at the end of the run."""
-    val_data: str | None = None
+    val_data: str | None = setting(None)
     """Validate on this dataset instead of a split of the training data."""
-    classes: Path | None = None
+    classes: Path | None = setting(None)
     """File of class names, one per line. Tracks zero-shot accuracy during training, on images tagged with or filed under a class."""
-    probe: bool = False
+    probe: bool = setting(False, may_change_on_resume=True)
     """At the end of the run, also train a linear classifier of --classes on frozen image features of the training pairs."""
-    evals: int = 10
+    evals: int = setting(10, valid=at_least(0), may_change_on_resume=True)
     """Number of validations, evenly spaced over the run. The last one is at the end."""
-    patience: int | None = None
+    patience: int | None = setting(None, valid=at_least(1), may_change_on_resume=True, compared=True)
     """Stop after this many validations without a better validation score (default: never)."""
-    save_every: int | None = None
+    save_every: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
     """Steps between checkpoints (default: at every validation, and at least every 10 minutes)."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = setting(
+        0.01, valid=Range("between 0 and 1", lambda value: 0 <= value <= 1), may_change_on_resume=True
+    )
     """Stop if more than this fraction of the samples cannot be read."""
-    max_non_finite: int = 10
+    max_non_finite: int = setting(10, valid=at_least(1), may_change_on_resume=True)
     """Stop after this many consecutive steps with a non-finite loss or gradient."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, valid = getattr(self, each.name), each.metadata["valid"]
+            if valid and value is not None and not valid.contains(value):
+                raise UserError(f"--{each.name.replace('_', '-')} is {value}, but must be {valid.requirement}.")
+        if self.probe and not self.classes:
+            raise UserError("--probe needs classes; give them with --classes FILE.")
+        if self.unpaired_captions and self.train_fraction == 1:
+            raise UserError(
+                "--unpaired-captions needs a --train-fraction below 1; otherwise, no captions are left out."
+            )
+        if self.shard and self.precision == "fp16":
+            raise UserError("--shard does not support --precision fp16; use bf16 or fp32.")
 
 
 # ---------------------------------------------------------------- as JSON

@@ -47,6 +47,11 @@ def test_arms_on_a_fraction_keep_the_number_of_steps_and_the_model(pairs):
         assert (part.train_fraction, part.model) == (fraction, whole.model)
 
 
+def test_settings_exist_for_fewer_pairs_than_a_batch():
+    """So that the error is about the pairs, not about the epochs that follow from them."""
+    assert TABLES["fractions-openclipart"].config("uniclip, 25 %", 0, 10).epochs > 0
+
+
 @pytest.mark.parametrize("pairs", [1426, 6000])
 def test_additional_captions_keep_the_number_of_pairs_and_steps(pairs):
     sweep = TABLES["oner-transfer-openclipart"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coalign.config import flatten, to_json
+from coalign.config import TrainConfig, fields_marked, flatten, to_json
 from coalign.errors import UserError
 from coalign.evaluation import metrics
 from coalign.evaluation.metrics import Metric
@@ -21,10 +21,7 @@ from coalign.report.compare_page import ComparedMetric, Comparison, Group, compa
 from coalign.runs.folder import RESULTS, SavedConfig, check_output, read_config
 from coalign.runs.outcomes import Outcome, read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
-from coalign.workflows.train.train import MAY_CHANGE_ON_RESUME
 
-# Runs that differ only in these settings form one group. Patience is not among them: it changes the length of a run.
-IGNORED_SETTINGS = MAY_CHANGE_ON_RESUME - {"patience"} | {"seed"}
 HELD_OUT_COUNTS = ("images", "captions", "distinct_captions")
 
 
@@ -34,7 +31,7 @@ class Finished:
 
     name: str
     saved: SavedConfig
-    settings: dict[str, Any]  # by dotted name, without IGNORED_SETTINGS
+    settings: dict[str, Any]  # by dotted name: data, number of training pairs, and the settings that are compared
     results: dict[str, Any]
     steps: int
     seconds: float
@@ -107,7 +104,8 @@ def _read(folder: Path, name: str) -> Finished:
     for key in ("classes", "pretrained"):
         if flat[key]:
             flat[key] = Path(flat[key]).name
-    settings = {key: value for key, value in flat.items() if key not in IGNORED_SETTINGS}
+    compared = {"data", "num_train", *fields_marked(TrainConfig, "compared")}
+    settings = {key: value for key, value in flat.items() if key.partition(".")[0] in compared}
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
     return Finished(
         name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, outcomes, validations

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from coalign.config import TrainConfig
+from coalign.config import TrainConfig, fields_marked
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
@@ -27,13 +27,6 @@ from coalign.runs.folder import RESULTS, read_config
 from coalign.workflows.train.train import train
 
 CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder.safetensors"
-
-
-# a run that differs in one of these does not belong to the table
-COMPARED = (
-    "method", "method_config", "epochs", "batch_size", "model", "image_size", "pretrained",
-    "train_fraction", "unpaired_captions", "test_splits",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,10 @@ class Trial:
         return self.out / run_name(self.arm, self.seed)
 
     def config(self, num_pairs: int) -> TrainConfig:
-        config = self.sweep.config(self.arm, self.seed, num_pairs)
-        if not self.sweep.pretraining_scenes:
+        sweep = self.sweep
+        config = sweep.config(self.arm, self.seed, num_pairs)
+        config = replace(config, classes=self.out / CLASSES if sweep.classes else None, probe=sweep.probe)
+        if not sweep.pretraining_scenes:
             return config
         return replace(config, model=tag_pretraining.MODEL, pretrained=str((self.out / TAG_ENCODER).resolve()))
 
@@ -63,7 +58,8 @@ def finished(trial: Trial) -> bool:
         return False
     saved = read_config(trial.folder)
     expected = trial.config(saved.num_train)
-    if changed := [name for name in COMPARED if _bare(getattr(saved.config, name)) != _bare(getattr(expected, name))]:
+    names = fields_marked(TrainConfig, "identifies_trial")
+    if changed := [name for name in names if _bare(getattr(saved.config, name)) != _bare(getattr(expected, name))]:
         raise UserError(
             f"{trial.folder} holds a run whose {changed[0]} differs from this table's; choose another --out."
         )
@@ -145,13 +141,10 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def _train(trial: Trial, threads: int) -> None:
     """Trains one trial. Its output goes to a log file beside its folder."""
-    sweep = trial.sweep
 
     def config_for(num_pairs: int) -> TrainConfig:
-        config = trial.config(num_pairs)
-        classes = trial.out / CLASSES if sweep.classes else None
         # with one core per trial, a loader process would only compete with training
-        return replace(config, classes=classes, workers=0 if threads == 1 else None)
+        return replace(trial.config(num_pairs), workers=0 if threads == 1 else None)
 
     log = trial.folder.with_name(f"{trial.folder.name}.log")
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

@@ -60,14 +60,15 @@ class Table:
     paper_task: str = "zeroshot:imagenet"  # the paper's evaluation task
 
     def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
-        """Returns the settings of one trial that trains on `num_pairs` pairs."""
+        """Returns the settings of one trial on `num_pairs` training pairs, without `classes` and `probe` (see `Trial.config`)."""
         row = self.arms[arm]
         all_pairs = round(num_pairs / row.sample_fraction)
         config = recipe(row.recipe)(all_pairs)  # arms on a fraction of the pairs use the model for all pairs
         batch_size = round((self.batch_size or config.batch_size) * row.batch)
         epochs = self.epochs * row.epochs
         if row.train_fraction < 1:  # the same number of steps as on all pairs; incomplete batches are dropped
-            epochs *= all_pairs // (self.batch_size or config.batch_size) / row.batch / max(1, num_pairs // batch_size)
+            steps = max(1, all_pairs // (self.batch_size or config.batch_size))
+            epochs *= steps / row.batch / max(1, num_pairs // batch_size)
         image_lr = row.image_lr or self.image_lr
         roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
         return replace(
@@ -80,7 +81,6 @@ class Table:
             train_fraction=row.train_fraction,
             unpaired_captions=row.unpaired_captions,
             test_splits=self.test_splits,
-            probe=self.probe,
             evals=self.evals,
             seed=seed,
             optimizer=replace(config.optimizer, roles={**config.optimizer.roles, **roles}),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coalign.config import flatten, to_json
+from coalign.config import TrainConfig, fields_marked, flatten, to_json
 from coalign.formatting import percent
 from coalign.methods import method_class
 from coalign.runs.folder import RESULTS, SavedConfig, describe_samples, read_config
@@ -49,17 +49,6 @@ encoder = load("FOLDER").encoder()""",
 _LIMITS = """The model was evaluated only on held-out pairs of its own dataset; expect lower accuracy on other data. It inherits the gaps
 and biases of its training data. It has no factual knowledge and does not read text in images reliably. Do not use it to identify people or
 to make decisions about them."""
-_SETTINGS = (
-    "image_size",
-    "context_length",
-    "tokenizer",
-    "batch_size",
-    "epochs",
-    "seed",
-    "precision",
-    "pretrained",
-    "init_from",
-)
 
 
 def card(path: str | Path, library: str = "coalign", weights: str = "last") -> str:
@@ -116,8 +105,8 @@ def _public(value: Any) -> Any:
 
 
 def _settings(saved: SavedConfig) -> dict[str, Any]:
-    flat = flatten(to_json(saved.config))
-    shared = {name: _public(flat[name]) for name in _SETTINGS if flat.get(name) is not None}
+    flat, listed = flatten(to_json(saved.config)), fields_marked(TrainConfig, "on_card")
+    shared = {name: _public(flat[name]) for name in listed if flat.get(name) is not None}
     return shared | {
         name.removeprefix("method_config."): v for name, v in flat.items() if name.startswith("method_config.")
     }

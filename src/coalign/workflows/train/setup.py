@@ -40,7 +40,6 @@ def open_data(data: str, config_for: ConfigFn, world: World) -> tuple[TrainingDa
     """
     # the number of pairs is not known yet; settings of the split do not depend on it
     nominal = config_for(NOMINAL_PAIRS)
-    check_settings(nominal)
     pairs = _first_rank_then_others(world, lambda: _open_and_split(data, nominal))
     config = config_for(len(pairs.train))
     _check_same_on_all_ranks(config, pairs, world)
@@ -134,34 +133,6 @@ def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, n
     return {name: splits[name] for name in names}
 
 
-def check_settings(config: TrainConfig) -> None:
-    """Raises UserError for an invalid setting. (The optimizer checks its own settings.)"""
-    if config.probe and not config.classes:
-        raise UserError("--probe needs classes; give them with --classes FILE.")
-    if config.unpaired_captions and config.train_fraction == 1:
-        raise UserError("--unpaired-captions needs a --train-fraction below 1; otherwise, no captions are left out.")
-    requirements = {
-        "epochs": (config.epochs > 0, "more than 0"),
-        "context_length": (config.context_length >= 3, "at least 3: start token, one token, end token"),
-        "image_size": (config.image_size is None or config.image_size >= 1, "at least 1"),
-        "micro_batch": (config.micro_batch is None or config.micro_batch >= 1, "at least 1"),
-        "batch_norm_group": (config.batch_norm_group >= 1, "at least 1"),
-        "max_grad_norm": (config.max_grad_norm is None or config.max_grad_norm > 0, "more than 0"),
-        "image_cache": (config.image_cache >= 0, "at least 0"),
-        "workers": (config.workers is None or config.workers >= 0, "at least 0"),
-        "val_fraction": (0 <= config.val_fraction < 1, "at least 0 and less than 1"),
-        "train_fraction": (0 < config.train_fraction <= 1, "more than 0 and at most 1"),
-        "evals": (config.evals >= 0, "at least 0"),
-        "patience": (config.patience is None or config.patience >= 1, "at least 1"),
-        "save_every": (config.save_every is None or config.save_every >= 1, "at least 1"),
-        "max_bad_fraction": (0 <= config.max_bad_fraction <= 1, "between 0 and 1"),
-        "max_non_finite": (config.max_non_finite >= 1, "at least 1"),
-    }
-    for name, (valid, requirement) in requirements.items():
-        if not valid:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but must be {requirement}.")
-
-
 def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
     """Builds the method with its initial weights, on its device."""
     method = build_method(config, tokenizer)
@@ -178,8 +149,6 @@ def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> M
 
 def shard_model(method: Method, config: TrainConfig, world: World) -> None:
     """Shards the weights over the processes if `config.shard` is set and there is more than one."""
-    if config.shard and config.precision == "fp16":
-        raise UserError("--shard does not support --precision fp16; use bf16 or fp32.")
     if config.shard and world.size > 1:
         shard(method, world)
 

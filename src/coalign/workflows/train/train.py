@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from coalign.config import TrainConfig, flatten, to_json
+from coalign.config import TrainConfig, fields_marked, flatten, to_json
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.errors import UserError
 from coalign.files import write_atomically, write_json
@@ -50,20 +50,6 @@ from coalign.workflows.train.setup import (
     shard_model,
 )
 from coalign.workflows.train.validation import evaluate_held_out, validation
-
-# settings that may change on resume: they do not affect what a step computes
-MAY_CHANGE_ON_RESUME = {
-    "workers",
-    "image_cache",
-    "save_every",
-    "patience",
-    "max_bad_fraction",
-    "max_non_finite",
-    "micro_batch",
-    "shard",
-    "evals",
-    "probe",
-}
 
 
 def train(
@@ -180,10 +166,11 @@ def _prepare_folder(out: Path, saved: SavedConfig, tokenizer: Tokenizer, world: 
         return
     original = read_config(out)
     old, new = (flatten(to_json(each.config)) for each in (original, saved))
+    may_change = fields_marked(TrainConfig, "may_change_on_resume")
     changes = [
         f"{name} was {old.get(name)}, now {new.get(name)}"
         for name in {**old, **new}
-        if name not in MAY_CHANGE_ON_RESUME and old.get(name) != new.get(name)
+        if name.partition(".")[0] not in may_change and old.get(name) != new.get(name)
     ]
     if original.num_train != saved.num_train:
         changes.append(f"the data had {original.num_train:,} training pairs, now {saved.num_train:,}")
