@@ -1,12 +1,25 @@
 """A step's gradient depends only on the global batch: whole, in unequal micro-batches, or on two processes. Covers every method."""
 
 import pytest
+import torch
 from helpers.builders import BATCH_NORM, build_method
 from helpers.processes import on_two_processes
-from helpers.steps import ALONE, MODELS, assert_complete, assert_equal_steps, batch_for, half_steps, run_step, takes
+from helpers.steps import (
+    ALONE,
+    MODELS,
+    assert_complete,
+    assert_equal_steps,
+    batch_for,
+    half_steps,
+    rank_share,
+    run_step,
+    takes,
+)
+from helpers.token_wise import TokenWise
 
 from coalign.methods import METHODS, config_class
 from coalign.methods.clip.method import CLIP
+from coalign.training.distributed import World
 
 CONTROL = "foreign_parameters"  # UniCLIP's control for whole batches: the head takes the parameters of the previous row
 
@@ -42,8 +55,16 @@ def test_micro_batches(tmp_path, name, model, changes):
     assert_equal_steps(whole, run_step(method, batch, ALONE, [slice(0, 4), slice(4, 6), slice(6, 8)]))
 
 
+def test_captions_of_the_two_ranks_differ_in_length(tmp_path):
+    """So that `test_two_processes` covers the padding to the global batch."""
+    batch = batch_for(build_method("clip", tmp_path))
+    halves = [rank_share(batch, World(rank, 2, torch.device("cpu"))) for rank in range(2)]
+    assert [half.texts["caption"].ids.shape[1] for half in halves] == [12, 11]
+
+
 def test_two_processes(tmp_path):
     cases = [(*case, None, slices) for case in CASES for slices in (None, [slice(0, 2), slice(2, 4)])]
+    cases += [("clip", "transformer", {}, TokenWise, slices) for slices in (None, [slice(0, 1), slice(1, 4)])]
     cases.append(("clip", "transformer", {}, WrongCount, None))
     ranks = on_two_processes(half_steps, tmp_path, cases)
     for number, (name, model, changes, cls, _) in enumerate(cases):

@@ -24,6 +24,9 @@ class Method(nn.Module, ABC):
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         """Runs the trained encoders, without coupling samples.
 
+        On every rank and in every slice, token axes have the length of the global batch's longest caption, so features may have a token
+        axis [batch, token, …] and be gathered.
+
         May be called on slices of the batch, and twice per slice (gradient caching). Both calls must return the same values: no
         collectives, no randomness other than torch's global generator, no batch statistics other than the fixed BatchNorm groups of image
         encoders.

@@ -163,7 +163,13 @@ class ImageView:
 
 @dataclass
 class TextView:
-    ids: Tensor  # int64 [batch, token], padded to the longest caption of the batch
+    """One text view of a batch.
+
+    The loader pads to the longest caption of the batch of this rank. A training step pads further, to the longest caption of the global
+    batch, so in a method the token axis has the same length in all slices and on all ranks.
+    """
+
+    ids: Tensor  # int64 [batch, token], padded with 0
     lengths: Tensor  # int64 [batch], including the start and end tokens
     # int64 [batch, token], MLM labels: the original id of a selected token, else NOT_MASKED
     labels: Tensor | None = None
@@ -176,7 +182,7 @@ class Batch:
     texts: dict[str, TextView]
     caption_ids: Tensor  # int64 [batch], 63-bit hash of the caption, equal for equal captions
     has_caption: Tensor  # bool [batch]
-    tags: Tensor | None = None  # int64 [batch, max_tags], tag ids, padded with -1
+    tags: Tensor | None = None  # int64 [batch, max_tags], tag ids, padded with -1 to the longest, as captions are
     has_image: Tensor | None = None  # bool [batch]; None: all samples have an image
 
     def __len__(self) -> int:
@@ -219,10 +225,18 @@ class LossTerm:
 
 
 class Gather(Protocol):
-    """Differentiable all-gather of rows over ranks; the identity in a single process."""
+    """Differentiable all-gather of rows over ranks; the identity in a single process.
+
+    All ranks must call it in the same order, with tensors of the same shape and dtype. Features with a token axis fulfill this, as
+    captions are padded to the longest of the global batch (see `TextView`).
+    """
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """[batch, …] -> [global_batch, …], in rank order."""
+        """[batch, …] -> [global_batch, …], in rank order. Raises ValueError on all ranks if their shapes or dtypes differ."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, without gradient, such as for batch statistics. Does not check that shapes are equal on all ranks."""
         ...
 
     def global_indices(self, tensor: Tensor) -> Tensor:

@@ -75,12 +75,14 @@ class LinearHeads(OneR):
         torch.manual_seed(3)
         self.maps = {name: torch.randn(WIDTH, WIDTH, dtype=torch.float64) for name in ("online", "predict", "momentum")}
 
-    def _project(self, projectors, rows, gather):
+    def _project(self, projectors, rows, sum_over_ranks):
         name = "momentum" if projectors is self.momentum_projectors else "online"
         return {kind: x @ self.maps[name] for kind, x in rows.items()}
 
     def mapped(self):
-        self.predictor.forward = lambda rows, gather: {kind: x @ self.maps["predict"] for kind, x in rows.items()}
+        self.predictor.forward = lambda rows, sum_over_ranks: {
+            kind: x @ self.maps["predict"] for kind, x in rows.items()
+        }
         return self
 
 
@@ -146,8 +148,8 @@ def test_itc_equals_mocov3_up_to_a_factor(oracles, tmp_path, name):
     oracle = oracles("mocov3")
     tau = oracle[f"{name}.par.T"].item()
     method = build(tmp_path, losses=("itc",), temperature=tau, **PLAIN)
-    method._project = lambda projectors, rows, gather: rows
-    method.predictor.forward = lambda rows, gather: rows
+    method._project = lambda projectors, rows, sum_over_ranks: rows
+    method.predictor.forward = lambda rows, sum_over_ranks: rows
     get = {key: oracle[f"{name}.in.{key}"] for key in ("q1", "q2", "k1", "k2")}
     queries = {kind: get[key].requires_grad_() for kind, key in (("image_features", "q1"), ("text_features", "q2"))}
     targets = {"image_features": get["k1"], "text_features": get["k2"]}
@@ -380,8 +382,8 @@ def train_on_few_pairs(folder, **changes):
         embeds = {"image": method.encode_image(batch.images["image"].pixels)}
         embeds["text"] = method.encode_text(caption.ids, caption.lengths)
         rows = {kind: result.features[f"{kind}_features"] for kind in ("image", "text")}
-        z = method._project(method.projectors, rows, GATHER)
-        q = z if method.predictor is None else method.predictor(z, GATHER)
+        z = method._project(method.projectors, rows, GATHER.sum)
+        q = z if method.predictor is None else method.predictor(z, GATHER.sum)
         z, q = ({kind: F.normalize(x, dim=-1) for kind, x in values.items()} for values in (z, q))
     similarities = embeds["image"] @ embeds["text"].T, q["image"] @ z["text"].T + z["image"] @ q["text"].T
     labels = torch.arange(16)

@@ -23,7 +23,7 @@ def test_objective_equals_released_code(oracles, tmp_path, name):
     oracle = oracles("slip")
     slip = build_method("slip", tmp_path, ssl_scale=oracle[f"{name}.par.ssl_scale"].item())
     slip.log_logit_scale.data[0] = oracle[f"{name}.in.log_scale"]
-    slip.ssl_head.forward = lambda x, gather: x  # the oracle's inputs are outputs of the head
+    slip.ssl_head.forward = lambda x, sum_over_ranks: x  # the oracle's inputs are outputs of the head
     raw = {key: oracle[f"{name}.in.{key}"].requires_grad_() for key in ("image", "text", "aug1", "aug2")}
     total = loss(
         slip.objective(

@@ -10,7 +10,7 @@ from coalign.networks.batch_norm import GlobalBatchNorm1d
 from coalign.networks.heads import MLP, MaskedLanguageHead, ModalityBlindMLP, spread
 
 
-def no_gather(tensor):
+def no_sum(tensor):
     return tensor
 
 
@@ -23,7 +23,7 @@ def test_mlp_equals_slips_head(oracles):
             for part in ("weight", "bias") if module else ():
                 getattr(module, part).data = get[f"par.{name}.{part}"]
     views = [get[f"in.{name}"].requires_grad_() for name in ("h1", "h2")]
-    embeds = [head(view, no_gather) for view in views]
+    embeds = [head(view, no_sum) for view in views]
     for ours, name in zip(embeds, ("aug1_embed", "aug2_embed")):
         torch.testing.assert_close(ours.detach(), get[f"out.{name}"])
     first, second = (F.normalize(x, dim=-1) for x in embeds)
@@ -40,32 +40,32 @@ def test_global_batch_norm_equals_torch(affine):
     ours, theirs = GlobalBatchNorm1d(5, affine=affine).double(), nn.BatchNorm1d(5, affine=affine).double()
     x = torch.randn(7, 5, dtype=torch.float64) * 3 + 10
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    (ours(one, no_gather) ** 3).sum().backward()
+    (ours(one, no_sum) ** 3).sum().backward()
     (theirs(other) ** 3).sum().backward()
     torch.testing.assert_close(one.grad, other.grad)
-    ours.move_statistics(no_gather, keep=True)
+    ours.move_statistics(no_sum, keep=True)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-    torch.testing.assert_close(ours.eval()(x, no_gather), theirs.eval()(x))
+    torch.testing.assert_close(ours.eval()(x, no_sum), theirs.eval()(x))
 
 
 def test_running_statistics_ignore_skipped_steps_and_no_grad_passes():
     norm = GlobalBatchNorm1d(5)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
-    norm(torch.randn(7, 5), no_gather)
-    norm.move_statistics(no_gather, keep=False)
+    norm(torch.randn(7, 5), no_sum)
+    norm.move_statistics(no_sum, keep=False)
     with torch.no_grad():
-        norm(torch.randn(7, 5), no_gather)
-    norm.move_statistics(no_gather, keep=True)
+        norm(torch.randn(7, 5), no_sum)
+    norm.move_statistics(no_sum, keep=True)
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
 
 def test_single_row_and_half_precision():
     norm = GlobalBatchNorm1d(5)
-    assert norm(torch.randn(1, 5), no_gather).isfinite().all()
+    assert norm(torch.randn(1, 5), no_sum).isfinite().all()
     x = torch.randn(64, 5) + 100
-    half = norm(x.bfloat16(), no_gather)
+    half = norm(x.bfloat16(), no_sum)
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), norm(x.bfloat16().float(), no_gather), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(half.float(), norm(x.bfloat16().float(), no_sum), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("last_norm", [False, True])
@@ -74,7 +74,7 @@ def test_last_norm(last_norm):
     head, norms = MLP([4, 6, 3], last_norm), [nn.BatchNorm1d(width) for width in (6, 3)]
     x = torch.randn(32, 4)
     expected = head.layers[1](norms[0](head.layers[0](x)).relu())
-    torch.testing.assert_close(head(x, no_gather), norms[1](expected) if last_norm else expected)
+    torch.testing.assert_close(head(x, no_sum), norms[1](expected) if last_norm else expected)
 
 
 def test_spread_is_one_on_a_sphere_and_zero_when_collapsed():
@@ -100,7 +100,7 @@ def test_batch_covers_all_kinds():
     first, last = ours.layers
     theirs = nn.Sequential(first, nn.BatchNorm1d(16), nn.ReLU(), last, nn.BatchNorm1d(3, affine=False)).double()
     given = rows("a", "b")
-    out = ours(given, no_gather)
+    out = ours(given, no_sum)
     torch.testing.assert_close(torch.cat([out["a"], out["b"]]), theirs(torch.cat(list(given.values()))))
     assert (out["a"].mean(0) - out["b"].mean(0)).abs().max() > 0.1  # the difference between kinds is kept
 
@@ -109,18 +109,18 @@ def test_batch_apart_has_separate_statistics_per_kind():
     torch.manual_seed(0)
     head = ModalityBlindMLP([4, 16, 3], ["a", "b"], "batch_apart").double()
     given = rows("a", "b")
-    out = head(given, no_gather)
+    out = head(given, no_sum)
     for kind in given:
-        torch.testing.assert_close(out[kind], head({kind: given[kind]}, no_gather)[kind])
+        torch.testing.assert_close(out[kind], head({kind: given[kind]}, no_sum)[kind])
         torch.testing.assert_close(out[kind].mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
     for _ in range(200):
-        head(given, no_gather)
+        head(given, no_sum)
         for module in head.modules():
             if hasattr(module, "move_statistics"):
-                module.move_statistics(no_gather, keep=True)
+                module.move_statistics(no_sum, keep=True)
     head.eval()
     for kind in given:
-        evaluated = head({kind: given[kind]}, no_gather)[kind]
+        evaluated = head({kind: given[kind]}, no_sum)[kind]
         assert F.cosine_similarity(evaluated, out[kind]).min() > 0.99
 
 
@@ -128,8 +128,8 @@ def test_layer_norm_is_independent_of_the_batch():
     torch.manual_seed(0)
     head = ModalityBlindMLP([4, 16, 3], ["a", "b"], "layer").double()
     given = rows("a", "b")
-    out = head(given, no_gather)
-    torch.testing.assert_close(head({"b": given["b"][2:3]}, no_gather)["b"], out["b"][2:3])
+    out = head(given, no_sum)
+    torch.testing.assert_close(head({"b": given["b"][2:3]}, no_sum)["b"], out["b"][2:3])
     hidden = F.layer_norm(head.layers[0](given["a"]), (16,)).relu()
     torch.testing.assert_close(out["a"], F.layer_norm(head.layers[1](hidden), (3,)))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
 from helpers.processes import on_two_processes
-from helpers.steps import ALONE, BATCH, MODELS, STEP, batch_for, takes
+from helpers.steps import ALONE, MODELS, STEP, batch_for, rank_share, takes
 from open_clip.modified_resnet import AttentionPool2d
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
@@ -50,7 +50,7 @@ def sharded_steps(world, folder, cases):
         method = build_method(name, folder, MODELS[model])
         shard(method, world, min_numel=64)
         num_sharded = sum(is_sharded(p) for p in method.parameters())
-        half = batch_for(method)[slice(world.rank * BATCH // 2, (world.rank + 1) * BATCH // 2)]
+        half = rank_share(batch_for(method), world)
         results.append((num_sharded, run_steps(method, half, world, slices, state)))
         if world.is_first:
             reference = build_method(name, folder, MODELS[model])

@@ -69,12 +69,12 @@ class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
         super().__init__(num_features, affine=affine)
         self.pending = []
 
-    def forward(self, input: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
-        """Normalizes [batch, num_features] by the statistics over all ranks, collected with `gather`."""
+    def forward(self, input: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        """Normalizes [batch, num_features] by the statistics over all ranks."""
         if not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        x, mean, variance, rows = _Normalize.apply(x, self.eps, gather)
+        x, mean, variance, rows = _Normalize.apply(x, self.eps, sum_over_ranks)
         if torch.is_grad_enabled() and rows:
             self.pending.append(torch.stack([mean, variance * rows / (rows - 1).clamp(min=1)]))
         if self.affine:
@@ -89,14 +89,14 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        rows = gather(x.new_tensor([len(x)])).sum()  # ranks may have different numbers of rows
-        mean = gather(x.sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
+    def forward(ctx: Any, x: Tensor, eps: float, sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        rows = sum_over_ranks(x.new_tensor(len(x)))  # ranks may have different numbers of rows
+        mean = sum_over_ranks(x.sum(0)) / rows.clamp(min=1)
         result = x - mean
-        variance = gather(result.square().sum(0, keepdim=True)).sum(0) / rows.clamp(min=1)
+        variance = sum_over_ranks(result.square().sum(0)) / rows.clamp(min=1)
         scale = (variance + eps).rsqrt()
         result *= scale
-        ctx.gather = gather
+        ctx.sum_over_ranks = sum_over_ranks
         ctx.save_for_backward(result, scale, rows)
         ctx.mark_non_differentiable(mean, variance, rows)
         return result, mean, variance, rows
@@ -105,8 +105,8 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         result, scale, rows = ctx.saved_tensors
-        sums = torch.stack([gradient.sum(0), (gradient * result).sum(0)])[None]  # [1, 2, channel]
-        gradient_mean, product_mean = ctx.gather(sums).sum(0) / rows.clamp(min=1)
+        sums = torch.stack([gradient.sum(0), (gradient * result).sum(0)])  # [2, channel]
+        gradient_mean, product_mean = ctx.sum_over_ranks(sums) / rows.clamp(min=1)
         x_grad = (result * -product_mean).add_(gradient).sub_(gradient_mean).mul_(scale)
         return x_grad, None, None
 

@@ -37,13 +37,13 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(GlobalBatchNorm1d(width) for width in (widths[1:] if last_norm else widths[1:-1]))
 
     def forward(
-        self, x: Float[Tensor, "batch width"], gather: Callable[[Tensor], Tensor]
+        self, x: Float[Tensor, "batch width"], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "batch last_width"]:
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index < len(self.norms):
-                x = self.norms[index](x, gather)
+                x = self.norms[index](x, sum_over_ranks)
             if index < last:
                 x = F.relu(x)
         return x
@@ -68,25 +68,25 @@ class ModalityBlindMLP(nn.Module):
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(width)) for width in widths[1:-1])
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths[1:-1])
 
-    def forward(self, rows: dict[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def forward(self, rows: dict[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Maps rows [batch, width] by kind to outputs [batch, last_width] by kind. All kinds must have the same number of rows."""
         x = torch.cat(list(rows.values()))
         for index, layer in enumerate(self.layers):
-            x = self._normalize(layer(x), self.statistics[index], list(rows), gather)
+            x = self._normalize(layer(x), self.statistics[index], list(rows), sum_over_ranks)
             if index < len(self.scales):
                 x = F.relu(x * self.scales[index] + self.shifts[index])
         return dict(zip(rows, x.unflatten(0, (len(rows), -1))))
 
     def _normalize(
-        self, x: Tensor, statistics: nn.Module, kinds: list[str], gather: Callable[[Tensor], Tensor]
+        self, x: Tensor, statistics: nn.Module, kinds: list[str], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> Tensor:
         assert isinstance(statistics, nn.ModuleDict)
         if self.norm == "layer":
             return F.layer_norm(x, x.shape[-1:])
         if self.norm == "batch":
-            return statistics["all"](x, gather)
+            return statistics["all"](x, sum_over_ranks)
         return torch.cat(
-            [statistics[kind](part, gather) for kind, part in zip(kinds, x.unflatten(0, (len(kinds), -1)))]
+            [statistics[kind](part, sum_over_ranks) for kind, part in zip(kinds, x.unflatten(0, (len(kinds), -1)))]
         )
 
 

@@ -1,13 +1,13 @@
-"""Distributed training: rank and world size, the differentiable all-gather, and the gradient all-reduce."""
+"""Distributed training: rank and world size, equal token axes, the differentiable all-gather, and the gradient all-reduce."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn import functional as F
 
 from coalign.dtensor import is_sharded
 from coalign.errors import UserError
+from coalign.randomness import stable_hash
 from coalign.training.stopwatch import timed
+from coalign.types import NOT_MASKED, Batch, TextView
 
 TIMEOUT = timedelta(minutes=10)  # for a process to start, and for a collective
 BUCKET_ELEMENTS = 8_000_000  # 32 MB of float32 per all-reduce
@@ -43,6 +46,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return total
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        """Returns the elementwise maximum over ranks. All ranks must pass the same number of values."""
+        if self.size == 1:
+            return list(values)
+        largest = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def broadcast(self, value: Any) -> Any:
         """Returns the first rank's value on every rank."""
@@ -116,6 +127,31 @@ def fresh_prefix(store: dist.Store, rank: int, size: int) -> dist.Store:
     raise UserError(f"Rank 0 of {size} processes did not answer rank {rank} within {TIMEOUT}; restart all processes.")
 
 
+def pad_to_global_batch(batch: Batch, world: World) -> Batch:
+    """Pads captions and tags to the longest of the global batch, because the loader pads them to the longest of this rank's samples.
+
+    Any tensor with a token axis can then be gathered. Communicates one integer per text view.
+    """
+    lengths = [view.ids.shape[1] for view in batch.texts.values()]
+    lengths += [] if batch.tags is None else [batch.tags.shape[1]]
+    if world.size == 1 or not lengths:
+        return batch
+    with timed("communication"):
+        longest = world.max(lengths)
+    texts = {name: _pad_text(view, length) for (name, view), length in zip(batch.texts.items(), longest)}
+    tags = None if batch.tags is None else _pad(batch.tags, longest[-1], -1)
+    return replace(batch, texts=texts, tags=tags)
+
+
+def _pad_text(view: TextView, length: int) -> TextView:
+    labels = None if view.labels is None else _pad(view.labels, length, NOT_MASKED)
+    return replace(view, ids=_pad(view.ids, length, 0), labels=labels)
+
+
+def _pad(rows: Tensor, length: int, value: int) -> Tensor:
+    return F.pad(rows, (0, length - rows.shape[1]), value=value)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
@@ -134,7 +170,12 @@ class _AllGather(torch.autograd.Function):
 
 
 class RankGather:
-    """All-gathers rows in global order, differentiable (implements `types.Gather`). All ranks must have the same number of rows."""
+    """All-gathers rows in global order, differentiable (implements `types.Gather`).
+
+    All ranks must call it equally often, in the same order. Each call first checks that shapes and dtypes are equal on all ranks, with one
+    all-reduce of two integers. A rank must not skip this for shapes that it has checked before: it cannot know whether another rank's
+    shape is new, and one rank would wait in the check while the other waits in the all-gather.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -143,10 +184,36 @@ class RankGather:
         if self.world.size == 1:
             return tensor
         with timed("communication"):
+            self._check(tensor)
             return _AllGather.apply(tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        with timed("communication"):
+            return self.world.sum(tensor)
 
     def global_indices(self, tensor: Tensor) -> Tensor:
         return torch.arange(len(tensor), device=tensor.device) + self.world.rank * len(tensor)
+
+    def _check(self, tensor: Tensor) -> None:
+        """Raises ValueError on all ranks if shapes or dtypes differ between ranks."""
+        signature = (tuple(tensor.shape), str(tensor.dtype))
+        key = stable_hash(*signature)
+        largest, negated_smallest = self.world.max([key, -key])
+        if largest != -negated_smallest:  # on all ranks, so that all of them gather the signatures
+            raise ValueError(_mismatch(self.world.gather_objects(signature)))
+
+
+def _mismatch(signatures: Sequence[tuple[tuple[int, ...], str]]) -> str:
+    """Describes how the first differing rank differs from rank 0. `signatures`: shape and dtype on each rank."""
+    rank = next(rank for rank, signature in enumerate(signatures) if signature != signatures[0])
+    (shape, dtype), (other_shape, other_dtype) = signatures[0], signatures[rank]
+    requirements: list[tuple[str, object, object]] = [
+        ("equal trailing dimensions", list(shape[1:]), list(other_shape[1:])),
+        ("the same number of rows", list(shape), list(other_shape)),
+        ("the same dtype", dtype, other_dtype),
+    ]
+    what, one, other = next(requirement for requirement in requirements if requirement[1] != requirement[2])
+    return f"Gather requires {what} on all ranks, but rank 0 has {one} and rank {rank} has {other}."
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coalign.method import Method
-from coalign.training.distributed import RankGather, World, reduce_gradients
+from coalign.training.distributed import RankGather, World, pad_to_global_batch, reduce_gradients
 from coalign.training.stopwatch import timed
 from coalign.types import Batch, Features, LossTerm, StepInfo
 
@@ -41,6 +41,7 @@ def forward_backward(
     differentiated with respect to them, and each slice is encoded again to backpropagate through the encoders (gradient caching, Gao et
     al. 2021), so that activations of one slice are in memory at a time.
     """
+    batch = pad_to_global_batch(batch, world)
     slices = slices or [slice(0, len(batch))]
     caching = len(slices) > 1
 
@@ -82,6 +83,7 @@ def forward_backward(
 @torch.no_grad()
 def evaluate_loss(method: Method, batch: Batch, step: StepInfo, world: World, autocast: torch.dtype | None) -> float:
     """Returns the loss of the global batch, without gradient."""
+    batch = pad_to_global_batch(batch, world)
     with _autocast(world, autocast):
         terms = method.objective(
             method.encode(batch, step), method.encode_targets(batch, step), RankGather(world), step

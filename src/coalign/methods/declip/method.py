@@ -115,8 +115,8 @@ class DeCLIP(Method):
 
     def _simsiam(self, features: Features, gather: Gather) -> Tensor:
         """Returns L_ISS = −½[cos(p, sg z̃) + cos(p̃, sg z)]. Each view passes projector and predictor as a separate batch."""
-        z1, z2 = (self.projector(features["image_projected"][:, view], gather) for view in (FIRST, SECOND))
-        p1, p2 = self.predictor(z1, gather), self.predictor(z2, gather)
+        z1, z2 = (self.projector(features["image_projected"][:, view], gather.sum) for view in (FIRST, SECOND))
+        p1, p2 = self.predictor(z1, gather.sum), self.predictor(z2, gather.sum)
         self.diagnostics["simsiam_std"] = spread(z1.detach())  # falls to 0 if the embeddings collapse
         return simsiam_loss(p1, z1, p2, z2)
 

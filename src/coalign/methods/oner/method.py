@@ -128,12 +128,12 @@ class OneR(Method):
         pairs = paired.nonzero().squeeze(1)  # rows with both image and text; others have no keys
         all_paired = gather(paired)
         positives = (all_paired.cumsum(0) - 1)[gather.global_indices(ids)[pairs]]  # indices among all pairs
-        projected = self._project(self.projectors, self._rows(features, pairs), gather)
-        predicted = projected if self.predictor is None else self.predictor(projected, gather)
+        projected = self._project(self.projectors, self._rows(features, pairs), gather.sum)
+        predicted = projected if self.predictor is None else self.predictor(projected, gather.sum)
         queries = {kind: F.normalize(x, dim=-1) for kind, x in predicted.items()}
         if self.momentum_projectors is not None:
             with torch.no_grad():
-                projected = self._project(self.momentum_projectors, self._rows(targets, pairs), gather)
+                projected = self._project(self.momentum_projectors, self._rows(targets, pairs), gather.sum)
         keys = {}
         for kind, x in projected.items():
             key = F.normalize(x, dim=-1)
@@ -165,11 +165,11 @@ class OneR(Method):
         return rows
 
     def _project(
-        self, projectors: nn.ModuleDict, rows: dict[str, Tensor], gather: Callable[[Tensor], Tensor]
+        self, projectors: nn.ModuleDict, rows: dict[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
         if self.config.heads == "one":
-            return projectors["all"](rows, gather)
-        return {kind: projectors[kind]({kind: x}, gather)[kind] for kind, x in rows.items()}
+            return projectors["all"](rows, sum_over_ranks)
+        return {kind: projectors[kind]({kind: x}, sum_over_ranks)[kind] for kind, x in rows.items()}
 
     def _mim_ratio(self, step: StepInfo) -> float:
         first, last = self.config.mim_ratio
@@ -203,7 +203,7 @@ class OneR(Method):
 
     def _embed(self, kind: str, tokens: Tokens) -> Tensor:
         rows = {kind: pool(self.tower(tokens), self.config.pooling)}
-        return F.normalize(self._project(self.projectors, rows, _no_gather)[kind], dim=-1)
+        return F.normalize(self._project(self.projectors, rows, _no_sum)[kind], dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self._embed("image", self.tower.embed_image(pixels))
@@ -255,8 +255,8 @@ class OneR(Method):
         }
 
 
-def _no_gather(tensor: Tensor) -> Tensor:
-    """`gather` for a single process."""
+def _no_sum(tensor: Tensor) -> Tensor:
+    """`sum_over_ranks` for a single process."""
     return tensor
 
 

@@ -64,7 +64,8 @@ class SLIP(Method):
     def _ssl(self, features: Features, gather: Gather) -> Tensor:
         """Returns NT-Xent of the SSL head's outputs for two strong views."""
         first, second = (
-            F.normalize(self.ssl_head(features[name], gather), dim=-1) for name in ("ssl_1_features", "ssl_2_features")
+            F.normalize(self.ssl_head(features[name], gather.sum), dim=-1)
+            for name in ("ssl_1_features", "ssl_2_features")
         )
         total = nt_xent(
             first, second, gather(first), gather(second), gather.global_indices(first), self.config.ssl_temperature

@@ -116,6 +116,10 @@ class _CountingGather(RankGather):
         self.bytes += _num_bytes(tensor)
         return super().__call__(tensor)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.bytes += _num_bytes(tensor)
+        return super().sum(tensor)
+
 
 def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> StepMeasurement:
     """Runs a step on two typical pairs of the batch and measures it. Do not train the method afterwards: its state has changed."""
