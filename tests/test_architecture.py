@@ -144,3 +144,15 @@ def test_every_method_has_a_recipe_of_its_name():
 
     for name in METHODS:
         assert recipes()[name](5000).method == name
+
+
+def test_no_papers_class_is_used_outside_its_folder():
+    """What only some methods can do is an optional member of `Method`."""
+    classes = re.compile(rf"coalign\.methods\.({'|'.join(METHODS)})\.method\b")
+    found = [
+        f"{relative(path)}: {match.group()}"
+        for path in SOURCES
+        if path.parent.parent.name != "methods" and relative(path) != "methods/__init__.py"
+        for match in classes.finditer(path.read_text())
+    ]
+    assert not found

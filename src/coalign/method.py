@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -61,6 +61,17 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Token ids [batch, token] and lengths [batch] -> normalized embeds [batch, dim]."""
+
+    # Optional capabilities; None: the method does not have it.
+    # pixels and, for each image, token ids and lengths, as one input -> normalized embeds [batch, dim]
+    encode_joint: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    # the same inputs -> how well each image region matches the text, [batch, row, column]; None: Grad-CAM is used instead
+    localize: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def has_joint(self) -> bool:
+        """Whether `encode_joint` can be called, which may depend on the configuration."""
+        return self.encode_joint is not None
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:

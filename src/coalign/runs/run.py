@@ -15,7 +15,6 @@ from coalign.data.text.tokenizer import Tokenizer, load_tokenizer
 from coalign.errors import UserError
 from coalign.method import Method
 from coalign.methods import method_class
-from coalign.methods.oner.method import OneR
 from coalign.networks.positions import resize_positions
 from coalign.networks.queue import FeatureQueue
 from coalign.networks.towers.image import ImageTower
@@ -42,8 +41,8 @@ class Run:
 
     def joint_encoder(self) -> JointEncoder:
         """Returns an encoder of image and text as one input. Raises UserError for a two-tower model."""
-        method = self.method
-        if not isinstance(method, OneR):
+        method, encode = self.method, self.method.encode_joint
+        if encode is None:
             raise UserError(
                 f"{self.path} is a two-tower model, which cannot encode an image and a text jointly; OneR models can."
             )
@@ -52,7 +51,7 @@ class Run:
         def encode_joint(pixels: Tensor, texts: Sequence[str]) -> Tensor:
             method.eval()
             ids, lengths = self.tokenizer(list(texts), self.config.context_length)
-            return method.encode_joint(pixels.to(device), ids.to(device), lengths.to(device))
+            return encode(pixels.to(device), ids.to(device), lengths.to(device))
 
         return encode_joint
 

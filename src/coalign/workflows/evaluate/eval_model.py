@@ -15,7 +15,6 @@ from coalign.interop.onnx import from_onnx
 from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
 from coalign.interop.open_clip.load import from_open_clip, open_clip_preprocess
 from coalign.interop.transformers.load import from_transformers, is_transformers_folder
-from coalign.methods.oner.method import OneR
 from coalign.runs.run import Run, check_device, load
 from coalign.types import DualEncoder, JointEncoder, Localizer
 
@@ -37,7 +36,7 @@ class EvalModel:
     @property
     def has_joint(self) -> bool:
         """Whether the model takes an image and a text as one input."""
-        return self.run is not None and isinstance(self.run.method, OneR) and self.run.method.has_joint
+        return self.run is not None and self.run.method.has_joint
 
     def require_run(self, feature: str) -> Run:
         """Returns the run. Raises UserError for any other model, as only runs support `feature`."""

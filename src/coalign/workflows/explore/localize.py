@@ -12,7 +12,6 @@ from torch import Tensor
 from coalign.errors import UserError
 from coalign.evaluation.localization import upsample
 from coalign.method import Method
-from coalign.methods.oner.method import OneR
 from coalign.networks.grad_cam import grad_cam
 from coalign.networks.towers.image import ImageTower
 from coalign.runs.run import Run, image_size, load
@@ -21,14 +20,14 @@ from coalign.workflows.image_files import check_figure_path, read_image, save_fi
 
 
 def localizer(run: Run) -> tuple[Localizer, str]:
-    """Returns a function that computes localization maps, and the name of its technique: patch similarity for OneR, else Grad-CAM."""
+    """Returns a function that computes localization maps, and its technique: the method's own maps if it has any, else Grad-CAM."""
     method, device = run.method.eval(), next(run.method.parameters()).device
 
     def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids, lengths = run.tokenizer(texts, run.config.context_length)
         return ids.to(device), lengths.to(device)
 
-    if isinstance(method, OneR):
+    if method.localize is not None:
         compare_patches = torch.no_grad()(method.localize)
         return lambda pixels, texts: compare_patches(pixels.to(device), *tokens(texts)), "patch similarity"
     tower = _image_tower(method)

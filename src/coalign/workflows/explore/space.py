@@ -13,7 +13,6 @@ from coalign.data.loading.eval import image_batches
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_texts
-from coalign.methods.oner.method import OneR
 from coalign.runs.run import Run, build_method, load
 from coalign.workflows.evaluate.samples import captions_of, select_split
 from coalign.workflows.image_files import check_figure_path, save_figure
@@ -59,7 +58,7 @@ def _embeds(run: Run, indices: list[int], texts: list[str], batches: list) -> di
     row = {index: number for number, index in enumerate(indices)}
     texts = [texts[row[index]] for index in images.indices]
     embeds = {"images": images.embeds.numpy(), "captions": embed_texts(run.encoder(), texts).numpy()}
-    if isinstance(run.method, OneR) and run.method.has_joint:
+    if run.method.has_joint:
         pixels = torch.cat([pixels for _, pixels, _ in batches])
         embeds["joint"] = F.normalize(run.joint_encoder()(pixels, texts).float(), dim=-1).cpu().numpy()
     return embeds

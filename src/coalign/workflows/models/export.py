@@ -138,7 +138,7 @@ def _onnx(run: Run, out: Path) -> None:
     pixels = _random_pixels(run)
     example = slice(3)  # smaller than the batch compared below, which a graph of fixed batch size would reject
     inputs: dict[str, tuple[Tensor, ...]] = {"image": (pixels[example],), "text": (ids[example],)}
-    if getattr(method, "has_joint", False):
+    if method.has_joint:
         encode["joint"], inputs["joint"] = (lambda dense: dense.encode_joint), (pixels[example], ids[example])
     _load(lambda: to_onnx(method, encode, inputs, run.tokenizer.end_id, run.config.context_length, out), "ONNX")
     run.tokenizer.save(out / "tokenizer.json")
