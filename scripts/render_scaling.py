@@ -17,6 +17,7 @@ from PIL import Image
 
 from coalign.config import TrainConfig
 from coalign.data.loading.train import PairLoader
+from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import load_tokenizer
 from coalign.formatting import duration
 from coalign.method import Method
@@ -117,10 +118,10 @@ profile` and the losses of the first steps with and without them.
 """
 
 
-class Photos:
+class Photos(Source):
     """A source that repeats one JPEG of 500 × 375 pixels."""
 
-    name, splits = "photos", None
+    name = "photos"
 
     def __init__(self) -> None:
         coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)

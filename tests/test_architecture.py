@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from coalign.data.sources.base import Source
 from coalign.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,27 @@ def test_sizes_and_docstrings(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+def probes(text, names):
+    """The calls of getattr and hasattr on a source, or of one of the names, by line."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and len(node.args) > 1]
+    return [
+        f"{call.lineno}: {ast.unparse(call)}"
+        for call in calls
+        if ast.unparse(call.func) in ("getattr", "hasattr")
+        and (ast.unparse(call.args[0]).endswith("source") or ast.unparse(call.args[1]).strip("'") in names)
+    ]
+
+
+def test_nobody_probes_what_a_source_can_do():
+    """`Source` declares every capability with a default, so its callers use plain attributes."""
+    capabilities = {name for name in vars(Source) if not name.startswith("_")} - Source.__abstractmethods__
+    assert {"splits", "problems", "image_path", "fingerprints", "stamp"} <= capabilities
+    text = 'hasattr(pairs.source, name)\ngetattr(data, "splits", None)\ngetattr(method, "image")\ngetattr(source_config, name)'
+    assert [found[:2] for found in probes(text, capabilities)] == ["1:", "2:"]
+    found = {str(path): calls for path in SOURCES + TESTS if (calls := probes(path.read_text(), capabilities))}
+    assert not found
 
 
 def test_folders_can_be_taken_in_at_a_glance():

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -125,23 +124,6 @@ class Foil:
     how: str  # edit that makes the foil: "replace", "swap" or "add"
     true: str  # the true caption
     false: str  # the foil
-
-
-class Source(Protocol):
-    """A dataset of image-text pairs with random access.
-
-    `record` and `image` raise BadSample for a sample that cannot be used. Functions that open a source raise UserError.
-    """
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def record(self, index: int) -> Record: ...
-
-    def image(self, index: int) -> bytes | np.ndarray:
-        """The bytes of the encoded file, or decoded RGB pixels, uint8 [height, width, 3]."""
-        ...
 
 
 def _map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:

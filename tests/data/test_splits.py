@@ -10,7 +10,7 @@ import pytest
 from helpers.data_files import write_tar
 
 from coalign.data import splits as splits_module
-from coalign.data.sources.base import Subset
+from coalign.data.sources.base import Source, Subset
 from coalign.data.sources.open import open_source
 from coalign.data.sources.shards import open_shards
 from coalign.data.splits import assign_splits, connected_components, nested_subset
@@ -24,7 +24,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @dataclass
-class Memory:
+class Memory(Source):
     """An in-memory source of (key, captions, image bytes) rows. Captions or image bytes of None are bad."""
 
     rows: list

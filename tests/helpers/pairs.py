@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from coalign.data.loading.train import LoadedBatch, PairLoader
+from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import load_tokenizer
 from coalign.errors import BadSample
 from coalign.types import STRONG, WEAK, Batch, Record, TextPolicy, ViewPlan
@@ -28,7 +29,7 @@ BAD = {"no_record": {3, 11}, "no_image": {0, 20, 21, 22}, "no_captions": {5}}
 
 
 @dataclass
-class Pairs:
+class Pairs(Source):
     """Random pairs: an image differs from every other, has up to four captions and four tags. Some are bad."""
 
     size: int = 40

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from coalign.data.sources.base import Fingerprints, Splits, hash64
+from coalign.data.sources.base import Fingerprints, Source, Splits, hash64
 from coalign.errors import BadSample, UserError
 from coalign.files import cache_folder, write_atomically
 from coalign.randomness import stable_hash
-from coalign.types import Source
 
 _LARGE = 0.01  # fraction of the data above which a group counts as boilerplate and stays in train
 _log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def assign_splits(
     Returns the indices of each split, ascending, and counts for a report: samples per split, `groups`, `largest_group`,
     `grouped` (samples in groups of two or more), `unusable`.
     """
-    own: Splits = dict(getattr(source, "splits", None) or {})
+    own: Splits = dict(source.splits or {})
     if "val" in own or (own and "train" not in own):
         if by is not None:
             raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
@@ -91,9 +90,10 @@ def _cached(
     source: Source, settings: str, draw: Callable[[], tuple[np.ndarray, dict[str, int]]]
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Returns `draw()`, cached by the source's stamp and the settings, since grouping a hundred million samples is slow."""
-    if not hasattr(source, "stamp"):
+    stamp = source.stamp()
+    if stamp is None:
         return draw()
-    path = cache_folder() / "splits" / f"{hash64(f'{source.stamp()} {settings}'.encode()):016x}.npz"
+    path = cache_folder() / "splits" / f"{hash64(f'{stamp} {settings}'.encode()):016x}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
             counts = dict(zip(stored["names"].tolist(), stored["counts"].tolist()))
@@ -187,8 +187,8 @@ def connected_components(count: int, samples: np.ndarray, values: np.ndarray) ->
 
 def fingerprints(source: Source) -> Fingerprints:
     """The source's own fingerprints, or those from reading every record and image. Caches the hashes of image files."""
-    if hasattr(source, "fingerprints"):
-        return source.fingerprints()
+    if (known := source.fingerprints()) is not None:
+        return known
     keys = np.zeros(len(source), dtype=np.uint64)
     counts = np.zeros(len(source), dtype=np.int64)
     captions: list[int] = []
@@ -210,20 +210,21 @@ def fingerprints(source: Source) -> Fingerprints:
 def _image_hashes(source: Source, usable: np.ndarray) -> np.ndarray:
     """Image hashes, uint64 [sample]; 0 for unusable samples and unreadable images."""
     hashes = np.zeros(len(source), dtype=np.uint64)
-    stamps, cache = None, None
     missing = np.flatnonzero(usable)
-    if hasattr(source, "image_path"):
-        stamps = np.array([_stamp(source, index) for index in range(len(source))], dtype=np.uint64)
+    stamps = np.array([_stamp(source, index) for index in range(len(source))], dtype=np.uint64)
+    cache = None
+    if stamps.any():
         cache = cache_folder() / "images" / f"{hash64(os.path.abspath(source.name).encode()):016x}.npy"
         cached_stamps, cached_hashes = _load_cache(cache)
         position = np.minimum(np.searchsorted(cached_stamps, stamps), max(0, len(cached_stamps) - 1))
         if len(cached_stamps):
-            hashes = np.where(cached_stamps[position] == stamps, cached_hashes[position], 0).astype(np.uint64)
+            is_cached = (stamps != 0) & (cached_stamps[position] == stamps)
+            hashes = np.where(is_cached, cached_hashes[position], 0).astype(np.uint64)
             missing = missing[hashes[missing] == 0]
     if len(missing):
         _log.info("hashing %s images to detect duplicates (once)", f"{len(missing):,}")
         hashes[missing] = np.fromiter(_hash_images(source, missing), dtype=np.uint64, count=len(missing))
-        if cache is not None and stamps is not None:
+        if cache is not None:
             _store_cache(cache, stamps, hashes)
     return hashes
 
@@ -244,10 +245,12 @@ def _hash_images(source: Source, indices: np.ndarray) -> Iterable[int]:
             yield from hashes
 
 
-def _stamp(source: Any, index: int) -> int:
+def _stamp(source: Source, index: int) -> int:
     """Hash of an image file's path, size and modification time, which changes when the file does; 0 if there is no file."""
     try:
         path = source.image_path(index)
+        if path is None:
+            return 0
         status = os.stat(path)
     except (OSError, ValueError, BadSample):
         return 0

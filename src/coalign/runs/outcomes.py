@@ -10,12 +10,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
 from coalign.evaluation.embed import Evaluation
 from coalign.files import write_atomically
 from coalign.randomness import stable_hash
 from coalign.runs.folder import HELD_OUT
-from coalign.types import Source
 
 
 @dataclass(frozen=True)

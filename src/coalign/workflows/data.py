@@ -24,12 +24,12 @@ from coalign.data.prepare.curate import (
     write_queries,
 )
 from coalign.data.scenes import source as scenes
+from coalign.data.sources.base import Source
 from coalign.data.sources.open import open_source
 from coalign.data.splits import assign_splits
 from coalign.data.text.tokenizer import load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.report.check_page import check_page
-from coalign.types import Source
 
 
 @contextmanager

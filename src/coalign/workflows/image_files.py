@@ -12,9 +12,10 @@ from torch import Tensor
 
 from coalign.data.images.decode import open_image
 from coalign.data.images.views import make_views
+from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
 from coalign.randomness import generator
-from coalign.types import EVALUATION, Source
+from coalign.types import EVALUATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

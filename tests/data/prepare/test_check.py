@@ -14,6 +14,7 @@ from PIL import Image
 from coalign.data.prepare import check as module
 from coalign.data.prepare.check import check, difference_hash, gallery_images
 from coalign.data.prepare.check_result import DataCheck, Distribution, warnings
+from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.types import Record
 
@@ -25,7 +26,7 @@ def encoded_image(seed: int, width: int = 40, height: int = 30, kind: str = "PNG
     return buffer.getvalue()
 
 
-class ListSource:
+class ListSource(Source):
     """A source of (captions, tags, image). An exception in place of the image is raised."""
 
     name = "a list"

@@ -26,6 +26,7 @@ from coalign.data.prepare.curate import (
     write_curated,
     write_queries,
 )
+from coalign.data.sources.base import Source
 from coalign.data.sources.table import open_table
 from coalign.data.text.captions import clean_caption
 from coalign.data.text.lexicon import synonyms
@@ -42,7 +43,7 @@ def encoded_image(width: int = 80, height: int = 70, kind: str = "PNG", **option
     return buffer.getvalue()
 
 
-class Pairs:
+class Pairs(Source):
     """A source of (captions, image) or (captions, image, tags, facts). An exception in place of captions or image is raised."""
 
     name = "pairs"

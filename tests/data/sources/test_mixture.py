@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
+from coalign.data.sources.base import Source
 from coalign.data.sources.mixture import Mixture
 from coalign.data.sources.open import open_source
 from coalign.data.splits import assign_splits
@@ -16,7 +17,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-class Few:
+class Few(Source):
     def __init__(self, name, captions, splits=None):
         self.name, self.captions, self.splits = name, captions, splits
 

@@ -15,9 +15,10 @@ from coalign.data.images.decode import open_image
 from coalign.data.images.views import make_views
 from coalign.data.loading.train import BadEntry
 from coalign.data.loading.workers import fetch_all
+from coalign.data.sources.base import Source
 from coalign.errors import BadSample, NoCaption
 from coalign.randomness import generator
-from coalign.types import EVALUATION, AugmentationPolicy, Source
+from coalign.types import EVALUATION, AugmentationPolicy
 
 
 def image_batches(

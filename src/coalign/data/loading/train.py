@@ -23,11 +23,12 @@ from coalign.data.images.device_views import finish_views
 from coalign.data.images.views import make_views
 from coalign.data.loading.order import order
 from coalign.data.loading.workers import fetch_all
+from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.data.text.views import choose_caption, text_view
 from coalign.errors import BadSample, NoCaption, NoImage, UserError
 from coalign.randomness import generator, stable_hash
-from coalign.types import AugmentationParams, Batch, ImageView, Record, Source, TextView, ViewPlan
+from coalign.types import AugmentationParams, Batch, ImageView, Record, TextView, ViewPlan
 
 CHUNK = 64  # samples that a worker loads at a time; more if a batch would otherwise have more than MAX_CHUNKS chunks
 MAX_CHUNKS = 64  # each takes a file descriptor in transit

@@ -25,9 +25,8 @@ from coalign.data.prepare.check_result import (
     warnings,
 )
 from coalign.data.prepare.curate import english_ratio, single_part_of_speech
-from coalign.data.sources.base import hash64
+from coalign.data.sources.base import Source, hash64
 from coalign.errors import BadSample
-from coalign.types import Source
 
 CHUNK_SIZE = 64  # samples per task
 MIN_PARALLEL = 512  # samples; below, starting worker processes takes longer than the check
@@ -96,9 +95,8 @@ def check(
     captions = np.concatenate([np.empty(0, _CAPTIONS), *(chunk.captions for chunk in chunks)])
     result = DataCheck(source.name, samples=len(source), checked=len(indices), usable=len(images))
     result.broken = _broken_by_reason(chunks)
-    problems = list(getattr(source, "problems", ()))
-    result.problems = [(str(where), str(reason)) for where, reason in problems[:MAX_ROWS]]
-    result.num_problems = len(problems)
+    result.problems = list(source.problems[:MAX_ROWS])
+    result.num_problems = len(source.problems)
     _summarize_images(result, images, chunks)
     _summarize_captions(result, captions, images, tokenizer is not None)
     tags = _sum_counters(chunk.tags for chunk in chunks)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coalign.data.prepare.writing import write_json_lines, write_rows
+from coalign.data.sources.base import Source
 from coalign.data.text.captions import clean_caption
 from coalign.data.text.lexicon import base_forms, is_english, likely_parts_of_speech, synonyms, words_of
 from coalign.errors import BadSample, UserError
-from coalign.types import Source
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coalign.data.prepare.writing import write_rows
+from coalign.data.sources.base import Source
 from coalign.data.text.captions import clean_caption
 from coalign.data.text.lexicon import base_forms, parts_of_speech, synonyms, words_of
 from coalign.errors import BadSample, NoCaption, UserError
-from coalign.types import Record, Source
+from coalign.types import Record
 
 Translator = Callable[[Sequence[str]], list[str]]  # returns one translation per sentence
 

@@ -6,16 +6,17 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coalign.data.sources.base import Source
 from coalign.errors import NoImage, UserError
 from coalign.files import write_atomically
-from coalign.types import Record, Source
+from coalign.types import Record
 
 _SIGNATURES = {
     "jpg": rb"\xff\xd8",
@@ -45,17 +46,12 @@ def write_rows(source: Source, samples: Iterable[tuple[int, Record]], out: str |
 
 
 def _rows(source: Source, samples: Iterable[tuple[int, Record]], folder: Path) -> Iterable[dict[str, Any]]:
-    splits = {
-        int(index): name for name, indices in (getattr(source, "splits", None) or {}).items() for index in indices
-    }
-    image_path: Callable[[int], str] | None = getattr(source, "image_path", None)
+    splits = {int(index): name for name, indices in (source.splits or {}).items() for index in indices}
     for index, record in samples:
         image = None
         with suppress(NoImage):
-            if image_path is not None:
-                image = os.path.abspath(image_path(index))
-            else:
-                image = _write_image(source.image(index), folder, index)
+            path = source.image_path(index)
+            image = os.path.abspath(path) if path is not None else _write_image(source.image(index), folder, index)
         row: dict[str, Any] = {"image": image, "captions": record.captions, "tags": record.tags}
         if index in splits:
             row["split"] = splits[index]

@@ -25,6 +25,7 @@ from coalign.data.scenes.captions import (
 from coalign.data.scenes.drawing import draw, masks
 from coalign.data.scenes.foils import foils
 from coalign.data.scenes.layout import SPLITS, Scene, make_scene
+from coalign.data.sources.base import Source
 from coalign.errors import UserError
 from coalign.randomness import generator, stable_hash
 from coalign.types import AugmentationParams, Foil, Record
@@ -35,8 +36,8 @@ NUM_CAPTIONS = 4  # per image
 MAX_CACHE_BYTES = 256 << 20  # of drawn images kept in memory
 
 
-class Scenes:
-    """A `Source` of scenes: one split, or all splits, concatenated.
+class Scenes(Source):
+    """Drawn images with captions and ground truth: one split, or all splits, concatenated.
 
     A scene depends only on the seed, the split and its number in the split, so smaller training sets are prefixes of larger ones. `swap` is
     the fraction of training samples with the captions and tags of another image, marked by `Record.facts["swapped"]`.

@@ -1,8 +1,9 @@
-"""Shared by all sources: split names, subsets, fingerprints, packed strings and reading image files."""
+"""`Source`, the base class of all datasets of image-text pairs, and what sources share: splits, subsets, reading image files."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ import numpy as np
 
 from coalign.data.text.captions import printable
 from coalign.errors import BadSample, UserError
-from coalign.types import Record, Source
+from coalign.types import Record
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff"})
 
-Problems = list[tuple[str, str]]  # (where, reason): what opening the data found and skipped
+Problem = tuple[str, str]  # (where, reason): what opening the data found and skipped
 
 Splits = dict[str, np.ndarray]  # split name -> int64 indices, ascending
 
@@ -37,6 +38,40 @@ class Fingerprints:
     images: np.ndarray  # uint64 [sample]
     captions: np.ndarray  # uint64 [caption], in sample order
     caption_counts: np.ndarray  # int64 [sample]
+
+
+class Source(ABC):
+    """A dataset of image-text pairs with random access.
+
+    `record` and `image` raise BadSample for a sample that cannot be used. Functions that open a source raise UserError. The members with a
+    default are optional: the default says that the source does not have them.
+    """
+
+    name: str
+    splits: Splits | None = None  # the source's own splits
+    problems: Sequence[Problem] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def record(self, index: int) -> Record: ...
+
+    @abstractmethod
+    def image(self, index: int) -> bytes | np.ndarray:
+        """The bytes of the encoded file, or decoded RGB pixels, uint8 [height, width, 3]."""
+
+    def image_path(self, index: int) -> str | None:
+        """Path of the sample's image file; None if the image is not a file of its own. Raises BadSample like `record`."""
+        return None
+
+    def fingerprints(self) -> Fingerprints | None:
+        """Fingerprints that are known without reading all samples. `splits.fingerprints` computes those of any source."""
+        return None
+
+    def stamp(self) -> int | None:
+        """Hash that changes whenever the data does, used as a cache key; None if there is no fast one."""
+        return None
 
 
 class PackedStrings(Sequence[bytes]):
@@ -60,15 +95,14 @@ class PackedStrings(Sequence[bytes]):
         return self._bytes[self._ends[index - 1] if index else 0 : self._ends[index]]
 
 
-class Subset:
+class Subset(Source):
     """The samples of a source at `indices`, in that order."""
 
     def __init__(self, source: Source, indices: np.ndarray, split: str) -> None:
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = f"{source.name} [{split}]"
-        self.splits: Splits | None = None
-        self.problems: Problems = getattr(source, "problems", [])
+        self.problems = source.problems
 
     def __len__(self) -> int:
         return len(self.indices)

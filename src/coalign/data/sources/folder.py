@@ -11,8 +11,7 @@ import numpy as np
 
 from coalign.data.sources.base import (
     PackedStrings,
-    Problems,
-    Splits,
+    Source,
     canonical_split,
     is_image_name,
     read_image_file,
@@ -37,7 +36,7 @@ def caption_from_name(name: str) -> str:
     return "" if words.isdigit() else words
 
 
-class FolderSource:
+class FolderSource(Source):
     """All images below `root`, in path order.
 
     If any image has a .txt file of the same name next to it, captions are read from such files, one per line, and images
@@ -60,10 +59,11 @@ class FolderSource:
         has_text = np.array([path in texts for path in text_paths])
         self._has_text = has_text if has_text.any() else None
         tops = [path.split(os.sep)[0] if os.sep in path else "" for path in images]
-        self.splits: Splits | None = splits_by_name(tops) if all(map(canonical_split, set(tops))) else None
-        self.problems: Problems = [(self.name, f"skipped files: {count} {suffix}") for suffix, count in other.items()]
+        self.splits = splits_by_name(tops) if all(map(canonical_split, set(tops))) else None
+        problems = [(self.name, f"skipped files: {count} {suffix}") for suffix, count in other.items()]
         if unmatched := len(texts - set(text_paths)):
-            self.problems.append((self.name, f"skipped files: {unmatched} .txt without an image of the same name"))
+            problems.append((self.name, f"skipped files: {unmatched} .txt without an image of the same name"))
+        self.problems = problems
 
     def __len__(self) -> int:
         return len(self._paths)

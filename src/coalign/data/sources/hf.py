@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from coalign.data.sources.base import Problems, Splits, canonical_split, read_image_file
+from coalign.data.sources.base import Source, canonical_split, read_image_file
 from coalign.data.sources.table import choose_columns
 from coalign.data.text.captions import caption_values, make_record, tag_values
 from coalign.errors import BadSample, UserError
 from coalign.types import Record
 
 
-class HFSource:
+class HFSource(Source):
     """All splits of a dataset, concatenated. Images are not decoded: `image` returns the encoded file."""
 
     def __init__(self, name: str, parts: dict[str, Any]) -> None:
         from datasets import Image
 
         self.name = name
-        self.problems: Problems = []
         features = next(iter(parts.values())).features
         encoded = [column for column, feature in features.items() if isinstance(feature, Image)]
         self.columns = choose_columns(name, list(features), image_column=encoded[0] if encoded else None)
@@ -34,7 +33,7 @@ class HFSource:
         self._names = list(parts)
         bounds = zip(self._names, [0, *self._ends], self._ends)
         ranges = {canonical_split(split) or split: np.arange(start, end) for split, start, end in bounds}
-        self.splits: Splits | None = ranges if set(ranges) - {"train"} else None
+        self.splits = ranges if set(ranges) - {"train"} else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from coalign.data.sources.base import Fingerprints, Splits
+from coalign.data.sources.base import Fingerprints, Source, Splits
 from coalign.data.splits import fingerprints, nested_subset
 from coalign.errors import NoCaption, UserError
-from coalign.types import Record, Source
+from coalign.types import Record
 
 SEPARATOR = " + "  # between the sources of a mixture
 _WEIGHTED = re.compile(r"\s*(\d+(?:\.\d+)?)\s*\*\s*(.+)")
 
 
-class Mixture:
+class Mixture(Source):
     """The samples of all sources, concatenated.
 
     Indices wrap around at the length. A sample repeated within an epoch has a different index each time, and therefore different views.
@@ -28,8 +28,8 @@ class Mixture:
         self.sources, self.weights = list(sources), list(weights)
         self.name = SEPARATOR.join(source.name for source in sources)
         self._ends = np.cumsum([len(source) for source in sources])
-        own_splits = [dict(getattr(source, "splits", None) or {}) for source in sources]
-        self.splits: Splits | None = _merge_splits(own_splits, self._ends) if any(own_splits) else None
+        own_splits = [source.splits or {} for source in sources]
+        self.splits = _merge_splits(own_splits, self._ends) if any(own_splits) else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from coalign.data.sources.base import choose_split, is_image_name
+from coalign.data.sources.base import Source, choose_split, is_image_name
 from coalign.data.sources.benchmarks.sugarcrepe import SugarCrepe
 from coalign.data.sources.benchmarks.winoground import Winoground
 from coalign.data.sources.coco import is_coco, is_karpathy, open_coco, open_karpathy
@@ -20,7 +20,6 @@ from coalign.data.sources.table import load_json, open_table
 from coalign.data.splits import assign_splits
 from coalign.data.text.captions import printable
 from coalign.errors import UserError
-from coalign.types import Source
 
 _TABLES_IN_FOLDERS = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
 _TABLE_TYPES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from coalign.data.sources.base import IMAGE_EXTENSIONS, Problems, hash64
+from coalign.data.sources.base import IMAGE_EXTENSIONS, Problem, hash64
 from coalign.data.sources.tar import BLOCK, DamagedTarError, Member, Read, compression, read_member
 from coalign.data.text.captions import caption_values, clean_captions, printable, text_lines
 from coalign.errors import BadSample, UserError
@@ -33,7 +33,7 @@ class SampleOffsets:
     """Locations of a shard's samples, sufficient to read them."""
 
     starts: np.ndarray  # uint32 [sample, 3], block of the first header of the image, .txt and .json; or MISSING
-    problems: Problems
+    problems: list[Problem]
 
 
 @dataclass
@@ -107,7 +107,7 @@ def _read_if_current(path: Path, stamp: np.ndarray, read: Callable[[BinaryIO], _
         return None
 
 
-def _read_head(file: BinaryIO) -> tuple[np.ndarray, Problems]:
+def _read_head(file: BinaryIO) -> tuple[np.ndarray, list[Problem]]:
     starts, problems = _read_array(file), _read_array(file)
     return starts, [(str(where), str(reason)) for where, reason in json.loads(problems.tobytes())]
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from coalign.data.sources.base import Fingerprints, Problems, Splits, canonical_split, hash64, splits_by_name
+from coalign.data.sources.base import Fingerprints, Source, canonical_split, hash64, splits_by_name
 from coalign.data.sources.remote import is_remote, local_copies
 from coalign.data.sources.shard_index import (
     MISSING,
@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 _MAX_OPEN = 256  # shards kept open per process; further ones are opened for each read
 
 
-class ShardSource:
+class ShardSource(Source):
     """The samples of all shards, in order. Takes 12 bytes of memory per sample; everything else is read on access.
 
     `problems` lists what is skipped: damaged parts, incomplete samples, links, devices and unknown file types.
@@ -56,7 +56,7 @@ class ShardSource:
         # Per shard, uint32 [sample, 3]: blocks of the image, .txt and .json. Concatenating would double peak memory.
         self._starts = [index.starts for index in indexes]
         self._ends = np.cumsum([len(starts) for starts in self._starts])
-        self.problems: Problems = [
+        self.problems = [
             (f"{label}.tar: {where}" if where else f"{label}.tar", reason)
             for label, index in zip(self._labels, indexes)
             for where, reason in index.problems
@@ -65,7 +65,6 @@ class ShardSource:
             first = ": ".join(self.problems[0]) if self.problems else "the shards are empty"
             raise UserError(f"No images found in {name} ({first}).")
         folders = [label.split("/")[0] if "/" in label else "" for label in self._labels]
-        self.splits: Splits | None = None
         if all(map(canonical_split, folders)):
             self.splits = splits_by_name(np.repeat(folders, np.diff(self._ends, prepend=0)).tolist())
         self._open: dict[int, int] = {}

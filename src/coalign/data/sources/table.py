@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coalign.data.sources.base import PackedStrings, Problems, Splits, read_image_file, splits_by_name
+from coalign.data.sources.base import PackedStrings, Problem, Source, read_image_file, splits_by_name
 from coalign.data.text.captions import caption_values, make_record, printable, tag_values
 from coalign.errors import BadSample, NoImage, UserError
 from coalign.types import Record
@@ -58,11 +58,11 @@ class Columns:
     split: str | None = None
 
 
-class TableSource:
+class TableSource(Source):
     """One sample per image of the table; rows with the same image add captions to it. Paths are relative to `folder`."""
 
     def __init__(
-        self, name: str, folder: Path, rows: Iterable[tuple[str, Row]], columns: Columns, problems: Problems
+        self, name: str, folder: Path, rows: Iterable[tuple[str, Row]], columns: Columns, problems: list[Problem]
     ) -> None:
         self.name = name
         self.problems = problems
@@ -70,7 +70,7 @@ class TableSource:
         self._rows, split_names = _pack(rows, columns)
         if not len(self._rows):
             raise UserError(f"{name} has no rows.")
-        self.splits: Splits | None = splits_by_name(split_names)
+        self.splits = splits_by_name(split_names)
         images = self._first_images()
         if not any((folder / image).exists() for image in images):
             candidates = (find_image_folder(folder, image) for image in images)
@@ -83,14 +83,15 @@ class TableSource:
         row = self._row(index)
         return make_record(row["key"], caption_values(row["captions"]), row["key"], tuple(row["tags"]), row["facts"])
 
-    def image_path(self, index: int) -> str:
-        row = self._row(index)
-        if not row["image"]:
-            raise NoImage("no image path", row["key"])
-        return os.path.join(self.folder, row["image"])
+    def image_path(self, index: int) -> str | None:
+        image = self._row(index)["image"]
+        return os.path.join(self.folder, image) if image else None
 
     def image(self, index: int) -> bytes:
-        return read_image_file(self.image_path(index))
+        path = self.image_path(index)
+        if path is None:
+            raise NoImage("no image path", self._row(index)["key"])
+        return read_image_file(path)
 
     def _row(self, index: int) -> dict[str, Any]:
         row = json.loads(self._rows[index])
@@ -157,7 +158,7 @@ def open_table(
     Raises UserError if the file cannot be read, a column is missing, or there are no rows.
     """
     named = (image_column, caption_columns, tags_column)
-    problems: Problems = []
+    problems: list[Problem] = []
     kind = path.suffix.lower()
     if kind == ".parquet":
         names, rows = _read_parquet(path)
@@ -220,7 +221,7 @@ def choose_columns(
 
 
 def _read_csv(
-    path: Path, problems: Problems, image: str | None, captions: Sequence[str] | None, tags: str | None
+    path: Path, problems: list[Problem], image: str | None, captions: Sequence[str] | None, tags: str | None
 ) -> tuple[list[str], Iterator[tuple[str, Row]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the caption rules reject captions that are too long
     with open(path, "rb") as file:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from coalign.data.sources.base import Source
 from coalign.errors import NoImage
-from coalign.types import Record, Source
+from coalign.types import Record
 
 
-class UnpairedCaptions:
+class UnpairedCaptions(Source):
     """`source` with the images of `train` withheld, except those of the samples in `paired`."""
 
     def __init__(self, source: Source, train: np.ndarray, paired: np.ndarray) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from coalign.data.loading.eval import image_batches
+from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import ClassificationSource
 from coalign.evaluation.embed import ImageEmbeds, embed_images, image_features
 from coalign.evaluation.prompts import templates
 from coalign.training.distributed import World
-from coalign.types import EVALUATION, AugmentationPolicy, Source
+from coalign.types import EVALUATION, AugmentationPolicy
 from coalign.workflows.evaluate.eval_model import EvalModel
 from coalign.workflows.evaluate.linear_probe import Labeled
 from coalign.workflows.evaluate.samples import Labels, read_labels
@@ -61,12 +62,12 @@ class EvalContext:
 
     def train_indices(self) -> np.ndarray:
         """Returns the samples to train on: the source's train split, or all samples that are not evaluated."""
-        splits: dict[str, np.ndarray] = getattr(self.source, "splits", None) or {}
+        splits = self.source.splits or {}
         return np.setdiff1d(splits.get("train", np.arange(len(self.source))), self.indices)
 
     def val_indices(self) -> np.ndarray:
         """Returns the source's val split without the samples to evaluate; empty if it has none."""
-        splits: dict[str, np.ndarray] = getattr(self.source, "splits", None) or {}
+        splits = self.source.splits or {}
         return np.setdiff1d(splits.get("val", np.empty(0, np.int64)), self.indices)
 
     def batches(

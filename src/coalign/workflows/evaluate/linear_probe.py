@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from coalign.data.sources.base import Source
 from coalign.evaluation.embed import Evaluation, ImageEmbeds
 from coalign.evaluation.probes.accuracy import FeatureSplit
 from coalign.evaluation.probes.linear import linear_probe
-from coalign.types import Source
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from coalign.data.sources.base import Source
 from coalign.data.splits import assign_splits
 from coalign.errors import BadSample, NoCaption, UserError
 from coalign.evaluation.prompts import read_classes
 from coalign.runs.run import Run
-from coalign.types import Source
 
 LABEL_FACTS = ("label", "class", "category", "folder")  # in order of precedence
 
@@ -34,7 +34,7 @@ def select_split(source: Source, data: str, run: Run | None, split: str | None) 
     all_indices = np.arange(len(source))
     if split == "all":
         return "all", all_indices
-    source_splits: dict[str, np.ndarray] | None = getattr(source, "splits", None)
+    source_splits = source.splits
     trained_on = run is not None and _same_data(run.data, data)
     if trained_on and split in (None, "train", "val") and run is not None and run.config.val_data is None:
         splits = assign_splits(source, run.config.val_fraction, by=run.config.val_by)[0]

@@ -12,12 +12,12 @@ import numpy as np
 from coalign.config import TrainConfig
 from coalign.data.images.cache import ImageCache
 from coalign.data.loading.train import PairLoader, tag_vocabulary
+from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.method import Method
 from coalign.randomness import stable_hash
 from coalign.runs.run import image_size, patch_grid
 from coalign.training.distributed import World
-from coalign.types import Source
 
 MAX_VOCABULARY_PAIRS = 200_000  # training pairs to build a tokenizer or a tag vocabulary from
 

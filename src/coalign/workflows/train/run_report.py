@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from coalign.config import TrainConfig, to_json
+from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
@@ -21,7 +22,6 @@ from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
 from coalign.runs.folder import describe_samples
 from coalign.training.trainer import TrainResult
-from coalign.types import Source
 from coalign.version import __version__
 from coalign.workflows.image_files import thumbnail
 

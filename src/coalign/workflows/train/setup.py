@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from coalign.config import NOMINAL_PAIRS, TrainConfig, flatten, to_json
+from coalign.data.sources.base import Source
 from coalign.data.sources.mixture import Mixture
 from coalign.data.sources.open import open_source
 from coalign.data.sources.unpaired_captions import UnpairedCaptions
@@ -26,7 +27,6 @@ from coalign.runs.folder import TOKENIZER, read_config
 from coalign.runs.run import build_method, default_vocab_size, init_from_run
 from coalign.training.distributed import World
 from coalign.training.sharding import shard
-from coalign.types import Source
 from coalign.version import __version__
 from coalign.workflows.train.batches import MAX_VOCABULARY_PAIRS, TrainingData
 
@@ -51,7 +51,7 @@ def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
     source = open_source(data)
     if config.val_data:
         val_source = open_source(config.val_data)
-        val = (getattr(val_source, "splits", None) or {}).get("val", np.arange(len(val_source)))
+        val = (val_source.splits or {}).get("val", np.arange(len(val_source)))
         pairs = TrainingData(source, _splits(data, source, 0.0, None)["train"], val_source, val)
     else:
         splits = _splits(data, source, config.val_fraction, config.val_by)
@@ -124,7 +124,7 @@ def _splits(data: str, source: Source, val_fraction: float, val_by: str | None) 
 
 
 def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
-    splits: dict[str, np.ndarray] = getattr(source, "splits", None) or {}
+    splits = source.splits or {}
     for name in names:
         if name in ("train", "val") or len(splits.get(name, ())) < 2:
             known = [split for split in splits if split not in ("train", "val") and len(splits[split]) > 1]

@@ -10,6 +10,7 @@ import numpy as np
 from coalign.config import TrainConfig
 from coalign.data.loading.eval import image_batches
 from coalign.data.scenes.source import Scenes
+from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.evaluation.compositionality import evaluate_foils
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features
@@ -21,7 +22,7 @@ from coalign.runs.run import dual_encoder
 from coalign.training.distributed import World
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import ValidationResult, autocast_dtype
-from coalign.types import Source, StepInfo
+from coalign.types import StepInfo
 from coalign.workflows.evaluate.linear_probe import Labeled, probe
 from coalign.workflows.evaluate.samples import captions_of, read_labels
 from coalign.workflows.train.batches import TrainingData, pair_loader

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from coalign.data.sources.base import Splits, is_image_name, read_image_file
+from coalign.data.sources.base import Source, Splits, is_image_name, read_image_file
 from coalign.data.text.captions import printable
 from coalign.errors import UserError
 from coalign.types import Record
@@ -61,7 +61,7 @@ class DatasetInfo:
     metric: Literal["acc1", "mean_per_class_recall"] = "acc1"
 
 
-class ClassificationSource:
+class ClassificationSource(Source):
     """A classification dataset: images without captions, with their class names as the fact `label`."""
 
     def __init__(self, name: str, info: DatasetInfo, content: DatasetContent) -> None:

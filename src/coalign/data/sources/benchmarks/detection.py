@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,11 @@ from coalign.data.images.decode import open_image
 from coalign.data.scenes.drawing import masks
 from coalign.data.scenes.layout import SHAPES
 from coalign.data.scenes.source import Scenes, open_scenes
-from coalign.data.sources.base import Splits, read_image_file
+from coalign.data.sources.base import Source, read_image_file
 from coalign.data.sources.coco import resolve_image_folder
 from coalign.data.sources.table import load_json
 from coalign.errors import UserError
+from coalign.types import Record
 
 # The twenty classes in the order of the VOC development kit.
 VOC_CLASSES = (
@@ -39,24 +41,22 @@ class Objects:
     masks: np.ndarray | None = None  # bool [object, height, width]
 
 
-class DetectionSource(Protocol):
-    """Images with boxes, labels and, optionally, masks."""
+class DetectionSource(Source):
+    """Images without captions, with boxes, labels and, optionally, masks."""
 
-    name: str
     classnames: list[str]
     side: int  # shorter image side in pixels after resizing, for detectors
     regions: int  # regions sampled per image to train a detector's heads
     has_masks: bool
 
-    @property
-    def splits(self) -> Splits | None: ...
+    def record(self, index: int) -> Record:
+        return Record(f"{self.name}[{index}]", ())
 
-    def __len__(self) -> int: ...
-
+    @abstractmethod
     def image(self, index: int) -> np.ndarray:
         """Upright RGB pixels, uint8 [height, width, 3]. Raises BadSample if the image cannot be decoded."""
-        ...
 
+    @abstractmethod
     def objects(self, index: int) -> Objects: ...
 
 
@@ -83,7 +83,7 @@ def _to_objects(
     )
 
 
-class SceneObjects:
+class SceneObjects(DetectionSource):
     """Scenes with their objects' boxes and masks; the classes are the shapes."""
 
     has_masks = True
@@ -109,10 +109,9 @@ class SceneObjects:
         return _to_objects(boxes, labels, [False] * len(labels), scene_masks)
 
 
-class CocoObjects:
+class CocoObjects(DetectionSource):
     """COCO instances JSON. `images` is the image folder; by default, it is searched for near the JSON file."""
 
-    splits: Splits | None = None
     side, regions = PUBLISHED_SIDE, PUBLISHED_REGIONS
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
@@ -169,7 +168,7 @@ def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     return mask.decode(segmentation).astype(bool)
 
 
-class VocObjects:
+class VocObjects(DetectionSource):
     """A VOCdevkit folder with VOC2007, VOC2012 or both."""
 
     has_masks = False
@@ -181,7 +180,7 @@ class VocObjects:
         if not years:
             raise UserError(f"{root} contains no folder VOC2007 or VOC2012 with ImageSets/Main.")
         self._samples: list[tuple[Path, str]] = []
-        self.splits: Splits = {}
+        self.splits = {}
         for split, file, folders in (
             ("train", "trainval.txt", years),
             ("test", "test.txt", [folder for folder in years if folder.name == "VOC2007"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coalign.data.sources.base import read_image_file
+from coalign.data.sources.base import Source, read_image_file
 from coalign.data.sources.coco import resolve_image_folder
 from coalign.data.sources.table import load_json
 from coalign.data.text.captions import printable
@@ -18,7 +18,7 @@ from coalign.types import Foil, Record
 KINDS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
 
 
-class SugarCrepe:
+class SugarCrepe(Source):
     """One sample per image in the folder's JSON files, with its true captions. `foils` returns the hard negatives."""
 
     def __init__(self, folder: Path, images: Path | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from coalign.data.sources.base import read_image_file
+from coalign.data.sources.base import Source, read_image_file
 from coalign.data.text.captions import printable
 from coalign.errors import UserError
 from coalign.types import Record
@@ -13,7 +13,7 @@ from coalign.types import Record
 EXAMPLES = "examples.jsonl"
 
 
-class Winoground:
+class Winoground(Source):
     """The Winoground folder, with examples.jsonl and images/. Samples 2i and 2i + 1 are the two images of example i, with their captions.
 
     An image named without an extension is a .png file: `ex_0_img_0` is images/ex_0_img_0.png.
