@@ -27,14 +27,3 @@ class NoImage(BadSample):
 
     def __reduce__(self) -> Any:
         return NoImage, (self.reason, self.detail)
-
-
-class NoCaption(BadSample):
-    """A sample whose caption is missing or empty. Methods that train on unpaired images can still use it: `record` has the other fields."""
-
-    def __init__(self, reason: str, detail: str, record: Any) -> None:
-        super().__init__(reason, detail)
-        self.record = record
-
-    def __reduce__(self) -> Any:
-        return NoCaption, (self.reason, self.detail, self.record)

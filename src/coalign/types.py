@@ -110,9 +110,10 @@ class Record:
     """One sample without its pixels."""
 
     key: str  # unique and human-readable, such as a path or a row number
-    captions: tuple[str, ...]
+    captions: tuple[str, ...]  # empty: a sample without a caption, which some methods can train on
     tags: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # ground truth and metadata, such as {"style": "etiquette"}
+    no_caption: tuple[str, str] = ("no caption", "")  # why there is no caption: reason and detail, as in BadSample
 
 
 @dataclass(frozen=True)

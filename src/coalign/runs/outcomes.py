@@ -85,6 +85,6 @@ def _item_hash(source: Source, index: int, classes: Sequence[str]) -> int:
     """Hashes a sample's key and captions, which do not depend on where the data is stored, and the candidate classes."""
     try:
         record = source.record(index)
-    except BadSample as bad:  # the image is readable, and is a retrieval candidate without a caption
+    except BadSample as bad:  # the image is readable, and is a retrieval candidate
         return stable_hash(index, bad.reason)
     return stable_hash(record.key, *record.captions, "among", *classes)

@@ -27,6 +27,7 @@ from coalign.data.scenes import source as scenes
 from coalign.data.sources.base import Source
 from coalign.data.sources.open import open_source
 from coalign.data.splits import assign_splits
+from coalign.data.text.captions import require_captions
 from coalign.data.text.tokenizer import load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.report.check_page import check_page
@@ -91,7 +92,7 @@ def curate_data(data: str, out: Path, min_side: int, drop_chinese: bool) -> None
 
 def build_query_list(data: str, out: Path) -> None:
     source = open_source(data)
-    tags, unreadable = tag_counts(source)
+    tags, skipped = tag_counts(source)
     if not tags:
         captions = _captions(source, np.arange(len(source)))
         tags.update(noun for caption in captions for noun in caption_nouns(caption))
@@ -99,8 +100,8 @@ def build_query_list(data: str, out: Path) -> None:
     write_queries(queries, out)
     console = _console()
     console.print(f"{out}: {len(queries):,} queries from {len(tags):,} tags or nouns")
-    if unreadable:
-        console.print(f"Skipped samples: {_format_counts(unreadable)}")
+    if skipped:
+        console.print(f"Skipped samples: {_format_counts(skipped)}")
 
 
 def write_paraphrases(data: str, out: Path, pivots: Sequence[str], marian: Sequence[str], device: str) -> None:
@@ -146,10 +147,10 @@ def train_tokenizer(data: str, out: Path, vocab_size: int) -> None:
 
 
 def _captions(source: Source, indices: np.ndarray, bad: Counter[str] | None = None) -> Iterator[str]:
-    """Yields all captions of the samples. Unreadable samples are counted in `bad` by reason."""
+    """Yields all captions of the samples. Unreadable samples and those without a caption are counted in `bad` by reason."""
     for index in indices.tolist():
         try:
-            yield from source.record(index).captions
+            yield from require_captions(source.record(index))
         except BadSample as error:
             if bad is not None:
                 bad[error.reason] += 1

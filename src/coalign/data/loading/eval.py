@@ -16,7 +16,7 @@ from coalign.data.images.views import make_views
 from coalign.data.loading.train import BadEntry
 from coalign.data.loading.workers import fetch_all
 from coalign.data.sources.base import Source
-from coalign.errors import BadSample, NoCaption
+from coalign.errors import BadSample
 from coalign.randomness import generator
 from coalign.types import EVALUATION, AugmentationPolicy
 
@@ -75,7 +75,5 @@ def sample_key(source: Source, index: int) -> str:
     """The key of a sample; for an unusable sample, the source's name and the index."""
     try:
         return source.record(index).key
-    except NoCaption as bad:
-        return bad.record.key
     except BadSample:
         return f"{source.name}[{index}]"

@@ -24,9 +24,10 @@ from coalign.data.images.views import make_views
 from coalign.data.loading.order import order
 from coalign.data.loading.workers import fetch_all
 from coalign.data.sources.base import Source
+from coalign.data.text.captions import require_captions
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.data.text.views import choose_caption, text_view
-from coalign.errors import BadSample, NoCaption, NoImage, UserError
+from coalign.errors import BadSample, NoImage, UserError
 from coalign.randomness import generator, stable_hash
 from coalign.types import AugmentationParams, Batch, ImageView, Record, TextView, ViewPlan
 
@@ -161,8 +162,10 @@ class PairLoader:
         for attempt in range(MAX_ATTEMPTS + 1):
             key = f"{self.source.name}[{candidate}]"  # in case the record cannot be read
             try:
-                record = self._record(candidate)
+                record = self.source.record(candidate)
                 key = record.key
+                if self.plan.texts and not self.plan.captionless:
+                    require_captions(record)
                 chunk.tags.append(self._sample(record, pixels, row, candidate, epoch, occurrence=attempt))
                 chunk.bad += tried
                 return
@@ -175,14 +178,6 @@ class PairLoader:
                 raise
             candidate = int(self.indices[stable_hash(self.seed, epoch, index, attempt) % len(self.indices)])
         raise UserError(_unusable_message(self.source.name, tried))
-
-    def _record(self, index: int) -> Record:
-        try:
-            return self.source.record(index)
-        except NoCaption as bad:
-            if not self.plan.captionless and self.plan.texts:
-                raise
-            return bad.record
 
     def _image_or_none(self, index: int) -> OpenedImage | CachedImage | None:
         try:
@@ -242,8 +237,6 @@ class PairLoader:
     ) -> tuple[list[tuple[list[int], list[int] | None]], int]:
         """(token ids, labels) of the plan's text views, and the caption id."""
         if not record.captions:
-            if self.plan.texts and not self.plan.captionless:
-                raise BadSample("no caption")
             empty = self.tokenizer.encode("", self.context_length)
             return [(empty, None) for _ in self.plan.texts], stable_hash("no caption", index)
         caption = choose_caption(record.captions, draw("caption"))
@@ -374,16 +367,10 @@ def _unusable_message(source: str, tried: list[BadEntry]) -> str:
 
 
 def tag_vocabulary(source: Source, indices: Sequence[int] | np.ndarray, size: int) -> dict[str, int]:
-    """Maps the `size` most frequent tags to ids, most frequent first, ties in alphabetical order.
-
-    Ignores bad samples, except those that only lack a caption.
-    """
+    """Maps the `size` most frequent tags to ids, most frequent first, ties in alphabetical order. Ignores bad samples."""
     counts: Counter[str] = Counter()
     for index in np.asarray(indices).tolist():
         with suppress(BadSample):
-            try:
-                counts.update(set(source.record(index).tags))
-            except NoCaption as bad:
-                counts.update(set(bad.record.tags))
+            counts.update(set(source.record(index).tags))
     ranked = sorted(counts, key=lambda tag: (-counts[tag], tag))
     return {tag: number for number, tag in enumerate(ranked[:size])}

@@ -26,6 +26,7 @@ from coalign.data.prepare.check_result import (
 )
 from coalign.data.prepare.curate import english_ratio, single_part_of_speech
 from coalign.data.sources.base import Source, hash64
+from coalign.data.text.captions import require_captions
 from coalign.errors import BadSample
 
 CHUNK_SIZE = 64  # samples per task
@@ -76,8 +77,8 @@ def check(
 ) -> DataCheck:
     """Reads every sample of `source`, or `limit` random ones, and returns statistics and warnings.
 
-    `progress(done, total)` is called as samples are read. Token counts require a `tokenizer`. A sample that raises BadSample is counted by
-    its reason and in no other statistic. Uses all CPU cores, and about 100 bytes of memory per sample.
+    `progress(done, total)` is called as samples are read. Token counts require a `tokenizer`. A bad sample, such as one without a
+    caption, is counted by its reason and in no other statistic. Uses all CPU cores, and about 100 bytes of memory per sample.
     """
     generator = np.random.default_rng(seed)
     indices = np.arange(len(source))
@@ -130,6 +131,7 @@ def _check_chunk(source: Source, indices: np.ndarray, tokenizer: CaptionTokenize
         try:
             record = source.record(index)
             key = record.key
+            require_captions(record)
             image = source.image(index)
             thumbnail, (width, height), file_format, mode = _decode(image, THUMBNAIL_SIDE)
         except BadSample as bad:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from coalign.data.prepare.writing import write_json_lines, write_rows
 from coalign.data.sources.base import Source
-from coalign.data.text.captions import clean_caption
+from coalign.data.text.captions import clean_caption, require_captions
 from coalign.data.text.lexicon import base_forms, is_english, likely_parts_of_speech, synonyms, words_of
 from coalign.errors import BadSample, UserError
 
@@ -106,7 +106,7 @@ def curate(
         try:
             record = source.record(index)
             key = record.key
-            kept, rejected = _filter_captions(record.captions, rules)
+            kept, rejected = _filter_captions(require_captions(record), rules)
             if kept:
                 _check_size(*decode(source.image(index)), rules)
         except BadSample as bad:
@@ -120,7 +120,7 @@ def curate(
 
 
 def _filter_captions(captions: Iterable[str], rules: CurationRules) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
-    """Returns the captions that pass, and (rule, detail) of the others. Raises BadSample if there are no captions."""
+    """Returns the captions that pass, and (rule, detail) of the others."""
     kept, rejected = [], []
     for raw in captions:
         try:
@@ -129,8 +129,6 @@ def _filter_captions(captions: Iterable[str], rules: CurationRules) -> tuple[tup
             kept.append(caption)
         except BadSample as bad:
             rejected.append((bad.reason, bad.detail))
-    if not kept and not rejected:
-        raise BadSample("no caption")
     return tuple(kept), rejected
 
 
@@ -164,15 +162,17 @@ def _to_json(drop: Dropped) -> dict[str, Any]:
 
 
 def tag_counts(source: Source) -> tuple[Counter[str], Counter[str]]:
-    """Returns the number of samples per tag (lower case, single spaces), and the number of unreadable records per reason."""
+    """Returns the number of samples per tag (lower case, single spaces), and the number of samples skipped as bad, per reason."""
     tags: Counter[str] = Counter()
-    unreadable: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for index in range(len(source)):
         try:
-            tags.update({_normalize_tag(tag) for tag in source.record(index).tags} - {""})
+            record = source.record(index)
+            require_captions(record)
+            tags.update({_normalize_tag(tag) for tag in record.tags} - {""})
         except BadSample as bad:
-            unreadable[bad.reason] += 1
-    return tags, unreadable
+            skipped[bad.reason] += 1
+    return tags, skipped
 
 
 def caption_nouns(caption: str) -> tuple[str, ...]:

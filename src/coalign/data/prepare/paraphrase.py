@@ -16,7 +16,7 @@ from coalign.data.prepare.writing import write_rows
 from coalign.data.sources.base import Source
 from coalign.data.text.captions import clean_caption
 from coalign.data.text.lexicon import base_forms, parts_of_speech, synonyms, words_of
-from coalign.errors import BadSample, NoCaption, UserError
+from coalign.errors import BadSample, UserError
 from coalign.types import Record
 
 Translator = Callable[[Sequence[str]], list[str]]  # returns one translation per sentence
@@ -159,8 +159,6 @@ def write_paraphrased(source: Source, paraphrases: Paraphrases, out: str | Path)
         for index in range(len(source)):
             try:
                 record = source.record(index)
-            except NoCaption as bad:
-                record = bad.record
             except BadSample as bad:
                 skipped[bad.reason] += 1
                 continue

@@ -43,8 +43,8 @@ class Fingerprints:
 class Source(ABC):
     """A dataset of image-text pairs with random access.
 
-    `record` and `image` raise BadSample for a sample that cannot be used. Functions that open a source raise UserError. The members with a
-    default are optional: the default says that the source does not have them.
+    `record` and `image` raise BadSample for a sample that cannot be used; a sample without a caption has a record without any. Functions
+    that open a source raise UserError. Members with a default are optional: the default says that the source does not have them.
     """
 
     name: str

@@ -71,17 +71,18 @@ class FolderSource(Source):
     def record(self, index: int) -> Record:
         relative = os.fsdecode(self._paths[index])
         folder, name = os.path.split(relative)
-        where = relative
+        missing = ""
         if self._has_text is None:
             raws = [os.fsencode(caption_from_name(name))]
         elif not self._has_text[index]:
-            raws, where = [], f"{printable(relative)} has no .txt file"
+            raws, missing = [], "no .txt file"
         else:
             raws = text_lines(_read_text(os.path.splitext(self.image_path(index))[0] + ".txt"))
         if self.splits is not None:
             folder = folder.partition(os.sep)[2]
         key = printable(relative.replace(os.sep, "/"))
-        return make_record(key, raws, where, facts={"folder": printable(folder.replace(os.sep, "/"))} if folder else {})
+        facts = {"folder": printable(folder.replace(os.sep, "/"))} if folder else {}
+        return make_record(key, raws, facts=facts, missing=missing)
 
     def image_path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._paths[index]))

@@ -49,7 +49,7 @@ class HFSource(Source):
         raws = [raw for name in self.columns.captions for raw in caption_values(row[name])]
         tags = tag_values(row[self.columns.tags]) if self.columns.tags else ()
         used = (self.columns.image, self.columns.tags, self.columns.split, *self.columns.captions)
-        return make_record(key, raws, key, tags, {name: value for name, value in row.items() if name not in used})
+        return make_record(key, raws, tags, {name: value for name, value in row.items() if name not in used})
 
     def image(self, index: int) -> bytes:
         part, row_number = self._locate(index)

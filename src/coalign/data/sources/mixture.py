@@ -11,7 +11,7 @@ import numpy as np
 
 from coalign.data.sources.base import Fingerprints, Source, Splits
 from coalign.data.splits import fingerprints, nested_subset
-from coalign.errors import NoCaption, UserError
+from coalign.errors import UserError
 from coalign.types import Record
 
 SEPARATOR = " + "  # between the sources of a mixture
@@ -36,12 +36,8 @@ class Mixture(Source):
 
     def record(self, index: int) -> Record:
         source, local_index = self._locate(index)
-        try:
-            record = self.sources[source].record(local_index)
-        except NoCaption as bad:
-            bad.record = self._with_unique_key(source, bad.record)
-            raise
-        return self._with_unique_key(source, record)
+        record = self.sources[source].record(local_index)
+        return replace(record, key=f"{source + 1}:{record.key}")  # unique, although sources may share keys
 
     def image(self, index: int) -> bytes | np.ndarray:
         source, local_index = self._locate(index)
@@ -74,10 +70,6 @@ class Mixture(Source):
         index %= len(self)
         source = int(np.searchsorted(self._ends, index, side="right"))
         return source, index - (int(self._ends[source - 1]) if source else 0)
-
-    def _with_unique_key(self, source: int, record: Record) -> Record:
-        """The record with its source's number in the key, since sources may share keys."""
-        return replace(record, key=f"{source + 1}:{record.key}")
 
 
 def _merge_splits(own_splits: Sequence[Splits], ends: np.ndarray) -> Splits:

@@ -248,7 +248,7 @@ def _example(name: str, count: int) -> str:
 def _caption_hashes(content: bytes, kind: int) -> list[int]:
     try:
         raws = text_lines(content) if kind == _TEXT else json_captions(json_fields(content, ""))
-        return [hash64(caption.encode()) for caption in clean_captions(raws, "")]
+        return [hash64(caption.encode()) for caption in clean_captions(raws)]
     except BadSample:
         return []
 

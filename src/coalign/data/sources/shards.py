@@ -89,7 +89,7 @@ class ShardSource(Source):
             for field, value in fields.items()
             if isinstance(value, (str, int, float)) and field not in TEXT_FIELDS
         }
-        return make_record(key, raws, key, tags, facts)
+        return make_record(key, raws, tags, facts)
 
     def image(self, index: int) -> bytes:
         shard, (image, _, _) = self._locate(index)

@@ -81,7 +81,7 @@ class TableSource(Source):
 
     def record(self, index: int) -> Record:
         row = self._row(index)
-        return make_record(row["key"], caption_values(row["captions"]), row["key"], tuple(row["tags"]), row["facts"])
+        return make_record(row["key"], caption_values(row["captions"]), tuple(row["tags"]), row["facts"])
 
     def image_path(self, index: int) -> str | None:
         image = self._row(index)["image"]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from coalign.errors import BadSample, NoCaption
+from coalign.errors import BadSample
 from coalign.types import Record
 
 MAX_CAPTION_LENGTH = 10_000  # characters; 77 tokens are a few hundred
@@ -61,22 +61,33 @@ def _json_strings(text: str) -> list[str] | None:
 
 
 def make_record(
-    key: str, raws: Iterable[bytes], where: str, tags: tuple[str, ...] = (), facts: Mapping[str, Any] | None = None
+    key: str,
+    raws: Iterable[bytes],
+    tags: tuple[str, ...] = (),
+    facts: Mapping[str, Any] | None = None,
+    missing: str = "",
 ) -> Record:
-    """Returns a record with the usable captions of `raws`.
+    """Returns a record with the usable captions of `raws`. `missing` says what is missing if there are none, such as a file.
 
-    If no caption is usable, raises NoCaption if there is none or the first is empty, else BadSample with the first one's reason.
+    If no caption is usable, the record has none if `raws` or its first caption is empty; else raises BadSample with the first one's reason.
     """
     facts = facts or {}
     try:
-        return Record(key, clean_captions(raws, where), tags, facts)
+        return Record(key, clean_captions(raws, missing), tags, facts)
     except BadSample as bad:
-        if bad.reason in ("no caption", "empty caption"):
-            raise NoCaption(bad.reason, bad.detail, Record(key, (), tags, facts)) from None
-        raise
+        if bad.reason not in ("no caption", "empty caption"):
+            raise
+        return Record(key, (), tags, facts, no_caption=(bad.reason, bad.detail))
 
 
-def clean_captions(raws: Iterable[bytes], where: str) -> tuple[str, ...]:
+def require_captions(record: Record) -> tuple[str, ...]:
+    """Returns the record's captions. Raises BadSample if it has none."""
+    if not record.captions:
+        raise BadSample(*record.no_caption)
+    return record.captions
+
+
+def clean_captions(raws: Iterable[bytes], missing: str = "") -> tuple[str, ...]:
     """Returns the usable captions, cleaned. If there are none, raises BadSample with the reason of the first, or "no caption"."""
     usable: list[str] = []
     first_error: BadSample | None = None
@@ -86,7 +97,7 @@ def clean_captions(raws: Iterable[bytes], where: str) -> tuple[str, ...]:
         except BadSample as error:
             first_error = first_error or error
     if not usable:
-        raise first_error or BadSample("no caption", where)
+        raise first_error or BadSample("no caption", missing)
     return tuple(usable)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from coalign.data.sources.base import Source
 from coalign.data.splits import assign_splits
-from coalign.errors import BadSample, NoCaption, UserError
+from coalign.errors import BadSample, UserError
 from coalign.evaluation.prompts import read_classes
 from coalign.runs.run import Run
 
@@ -68,8 +68,6 @@ def tags_of(source: Source, index: int) -> Sequence[str]:
     """Returns the tags of a sample; a bad record has none."""
     try:
         return source.record(index).tags
-    except NoCaption as bad:
-        return bad.record.tags
     except BadSample:
         return ()
 
@@ -85,8 +83,6 @@ def read_labels(source: Source, indices: np.ndarray, classes: Path | None = None
     for index in indices.tolist():
         try:
             record = source.record(index)
-        except NoCaption as bad:
-            record = bad.record
         except BadSample:
             values[index] = []
             continue
