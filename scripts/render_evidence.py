@@ -36,7 +36,7 @@ READING = """## How to read the tables
 - A **claim** comes from a paper or from the purpose of a control. It *holds* if both intervals are above zero, and *does not hold* if both
   are below: the reverse is observed. All other claims are *undecided*. No correction for multiple comparisons is applied.
 - **The paper's column** is measured on another task and other data; only its order is compared.
-- **Time** is wall-clock time relative to the first row, on a machine with other load. Rows at "CLIP's time" train for CLIP's time, computed
+- **Time** is wall-clock time relative to the first row, on a shared machine. Rows at "CLIP's time" train for CLIP's time, computed
   from the cost per step relative to CLIP on an idle core: {costs}.
 - **The modality gap** is the distance between the centroids of image and text embeddings, 0 to 2.
 - **Open Clip Art in two styles** (`style-shift.jsonl`): a tenth is held out; *test* is 301 images of the same concepts by other artists.

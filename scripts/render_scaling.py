@@ -79,10 +79,10 @@ come with two times: at {good:.0f} % of the peak, which efficient training of su
 
 ## Predicted cost
 
-Training time at {good:.0f} % of the peak (in brackets at {slow:.0f} %), with micro-batches of the given size if a GPU's share of the batch
+Training time at {good:.0f} % of the peak (in parentheses at {slow:.0f} %), in micro-batches of the given size if a GPU's share of the batch
 does not fit in memory. Communication is not overlapped with compute. An A100 has 312 TFLOP/s, 80 GB, 300 GB/s to the GPUs of its machine
 and 25 GB/s beyond; an H100 has 989 TFLOP/s, 80 GB, 450 GB/s and 50 GB/s; a machine has {machine}. *Cores* are CPU cores like those of the
-machine that rendered this page, per A100 of eight at {good:.0f} %, for JPEGs of 500 × 375 pixels. With fewer cores, data loading limits
+machine that rendered this page, per A100 on 8 × A100 at {good:.0f} %, for JPEGs of 500 × 375 pixels. With fewer cores, data loading limits
 the training time, not the GPUs.
 
 {predicted}
@@ -104,16 +104,16 @@ torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST
 ```
 
 The first process writes the run's folder and the indexes of the shards. With `--resume auto` and `--max-restarts`, a run that loses a
-process resumes from its last checkpoint, on the processes that are left. `coalign profile` under the same launcher measures where the time
-of a step goes. If the parameters, gradients and optimizer states of a model do not fit on one device, `--shard` shards them over the
-processes, layer by layer (FSDP2). This sends parameters in every step, and so trades time for memory. The predictions above do not use it.
+process resumes from its last checkpoint, with the remaining processes. `coalign profile` under the same launcher measures where the time
+in each step goes. If the parameters, gradients and optimizer states of a model do not fit on one device, `--shard` shards them over the
+processes, layer by layer (FSDP2). This sends parameters in every step, trading speed for memory. The predictions above do not use it.
 
 If the loader processes cannot keep up, `--image-cache GB` keeps decoded images in the machine's temporary folder for the epochs after the
 first (shared by the processes of a machine), and `--device-views` applies color jitter and blur on the device. With both, three views of a
 500 × 375 JPEG take about a third of the loader's time (`benchmarks/views_3.py`).
 
 With `COALIGN_TRITON=1`, the losses on a CUDA device are Triton kernels that never write similarities to GPU memory (NVIDIA, Ampere or
-newer). They are tested in Triton's interpreter and compiled, but were never run on a GPU: before you rely on them, compare `coalign
+newer). They are tested in Triton's interpreter and compiled, but have never been run on a GPU: before you rely on them, compare `coalign
 profile` and the losses of the first steps with and without them.
 """
 

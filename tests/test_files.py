@@ -40,7 +40,7 @@ def test_readers_never_see_half_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("failure", ["write", "fsync", "replace"])
-def test_a_failing_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, failure):
+def test_failed_write_keeps_the_old_file_and_no_temporary_file(tmp_path, monkeypatch, failure):
     path = tmp_path / "out.txt"
     write_text(path, "old")
 
@@ -75,7 +75,7 @@ def test_a_fixed_temporary_overwrites_what_a_killed_process_left(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_options_and_a_value_that_json_refuses(tmp_path):
+def test_json_options_and_an_unserializable_value(tmp_path):
     path = tmp_path / "values.json"
     write_json(path, {"where": Path("a")}, indent=1, default=str)
     assert path.read_text() == '{\n "where": "a"\n}\n'

@@ -171,7 +171,7 @@ class TrainConfig:
     init_from: Path | None = setting(None, on_card=True)
     """Initialize from the weights of this run folder. Method and model must be the same; the image size may differ."""
     image_size: int | None = setting(None, valid=at_least(1), identifies_trial=True, on_card=True)
-    """Side of the square input images in pixels (default: the model's)."""
+    """Side of the square input images in pixels. None: the model's."""
     context_length: int = setting(77, valid=at_least(3, "start token, one token, end token"), on_card=True)
     """Maximum number of tokens per caption, start and end tokens included. Longer captions are truncated."""
     tokenizer: str = setting("clip", on_card=True)
@@ -179,7 +179,7 @@ class TrainConfig:
     batch_size: int = setting(256, identifies_trial=True, on_card=True)
     """Global batch size: image-text pairs per step, over all processes."""
     micro_batch: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
-    """Encode this many pairs per process at once, to save memory (default: all). Gradient caching keeps the gradient exact."""
+    """Encode this many pairs per process at once, to save memory. None: all. Gradient caching keeps the gradient exact."""
     shard: bool = setting(False, may_change_on_resume=True)
     """Shard parameters, gradients and optimizer states over the processes (FSDP2), for models too large for one device."""
     epochs: float = setting(32, valid=POSITIVE, identifies_trial=True, on_card=True)
@@ -187,7 +187,7 @@ class TrainConfig:
     optimizer: Annotated[OptimizerConfig, arg(name="")] = field(default_factory=OptimizerConfig, metadata=marks())
     """Optimizer settings."""
     max_grad_norm: float | None = setting(None, valid=POSITIVE)
-    """Clip the gradient to this norm (default: no clipping)."""
+    """Clip the gradient to this norm. None: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", on_card=True)
     """Autocast precision. auto: bf16 if the device is fast at it, else fp32."""
     compile: bool = setting(False)
@@ -197,7 +197,7 @@ class TrainConfig:
     seed: int = setting(0, compared=False, on_card=True)
     """Random seed of the initial weights, the order of the samples and the augmentations."""
     workers: int | None = setting(None, valid=at_least(0), may_change_on_resume=True)
-    """Data loading workers per process (default: CPU cores over processes, at most 8). Does not affect the results."""
+    """Data loading workers per process. None: CPU cores over processes, at most 8. Does not affect the results."""
     # Gigabytes of decoded images to cache in the system's temporary folder, per machine (0: off). Helps if much of the dataset fits.
     # JPEGs are cached at each scale that the views decode, which takes up to a third more space.
     image_cache: float = setting(0.0, valid=at_least(0), may_change_on_resume=True)
@@ -218,15 +218,15 @@ class TrainConfig:
     val_data: str | None = setting(None)
     """Validate on this dataset instead of a split of the training data."""
     classes: Path | None = setting(None)
-    """File of class names, one per line. Tracks zero-shot accuracy during training, on images tagged with or filed under a class."""
+    """File of class names, one per line. Tracks zero-shot accuracy during training, on images whose label or tags include a class."""
     probe: bool = setting(False, may_change_on_resume=True)
     """At the end of the run, also train a linear classifier of --classes on frozen image features of the training pairs."""
     evals: int = setting(10, valid=at_least(0), may_change_on_resume=True)
     """Number of validations, evenly spaced over the run. The last one is at the end."""
     patience: int | None = setting(None, valid=at_least(1), may_change_on_resume=True, compared=True)
-    """Stop after this many validations without a better validation score (default: never)."""
+    """Stop after this many validations without a better validation score. None: never."""
     save_every: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
-    """Steps between checkpoints (default: at every validation, and at least every 10 minutes)."""
+    """Steps between checkpoints. None: at every validation, and at least every 10 minutes."""
     max_bad_fraction: float = setting(
         0.01, valid=Range("between 0 and 1", lambda value: 0 <= value <= 1), may_change_on_resume=True
     )

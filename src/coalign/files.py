@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, temporary: Path | None = None) -> None:
-    """Replaces `path` with the file that `write` creates at the path passed to it. Readers see the old file or the new one, never a part.
+    """Replaces `path` with the file that `write` creates at the path passed to it. Readers see the old or new file, never a partial one.
 
     On failure, keeps the old file and removes the new one. `temporary` overrides the default name, which contains the process id: a caller
     that holds a lock can use a fixed name, to overwrite the leftovers of a killed process.
@@ -47,5 +47,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """Where what can be computed again is kept if it cannot lie beside the data."""
+    """Returns the folder for recomputable files that cannot be stored beside the data."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coalign"

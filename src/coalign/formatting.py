@@ -20,3 +20,8 @@ def percent(fraction: float) -> str:
     """Formats a fraction as a percentage with one decimal, "38.1 %"; below 0.95 % with two significant digits, "0.21 %"."""
     shown = 100 * fraction
     return f"{shown:.1f} %" if abs(shown) >= 0.95 or shown == 0 else f"{shown:.2g} %"
+
+
+def foil_kind(kind: str) -> str:
+    """A kind of foils for display. As data, the kind "colour" keeps its spelling, because it seeds generators."""
+    return kind.replace("_", " ").replace("colour", "color")

@@ -161,7 +161,7 @@ def test_subsets_are_nested_exact_and_in_order() -> None:
     assert np.corrcoef(np.isin(indices, subsets[0.5]), indices)[0, 1] == pytest.approx(0, abs=0.07)
 
 
-def test_adding_data_moves_no_sample() -> None:
+def test_adding_data_keeps_existing_assignments() -> None:
     before = sides(Memory(plain(2000)))
     order = np.random.default_rng(0).permutation(3000)
     rows = plain(2000) + plain(1000, "new")
@@ -213,7 +213,7 @@ def test_own_splits_are_kept() -> None:
     assert sorted([*parts["train"], *parts["val"]]) == list(range(150))
 
 
-def test_shards_split_as_other_sources_and_wherever_they_are(tmp_path: Path) -> None:
+def test_shard_splits_match_other_sources_and_ignore_location(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     entries = []
     for i in range(600):

@@ -177,7 +177,7 @@ def test_a_failed_trial_is_reported_and_the_others_compared(quick, monkeypatch, 
 
 def test_methods_at_chance_are_not_recommended(quick):
     result = benchmark("photos", "out", ["slip"], epochs=0.2, fractions=(0.5,), seeds=1)
-    assert result.advice.startswith("No method is above chance yet")
+    assert result.advice.startswith("No method beats chance yet")
     assert not result.efficiency
 
 

@@ -216,7 +216,7 @@ def test_an_interrupted_table_resumes(tmp_path, by):
     _, errors = process.communicate(timeout=300)  # the trial holds the pipe open, too
     assert process.returncode == (cli.INTERRUPTED if by == "Ctrl-C" else -signal.SIGKILL)
     assert "Traceback" not in errors
-    assert "Stopped at step" in log.read_text()
+    assert "Interrupted at step" in log.read_text()
     assert (tmp_path / "clip-seed0/last").is_dir()
     assert not (tmp_path / "mcd-seed0").exists()  # the second trial was not begun
     reproduce("two-towers-scenes", "scenes:512", tmp_path, seeds=1, jobs=2, arms=["clip"])

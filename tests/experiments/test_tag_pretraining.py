@@ -41,7 +41,7 @@ def test_an_unwritable_path_is_reported(tmp_path, monkeypatch):
         tag_pretraining.train(128, 32, tmp_path / "nowhere" / "encoder.safetensors")
 
 
-def test_it_is_the_same_every_time(tmp_path, monkeypatch):
+def test_pretraining_is_deterministic(tmp_path, monkeypatch):
     monkeypatch.setattr(tag_pretraining, "EPOCHS", 1)
     for name in ("first", "second"):
         tag_pretraining.train(256, 32, tmp_path / name)

@@ -74,7 +74,7 @@ def test_tag_info_nce_without_positives_is_info_nce():
     torch.testing.assert_close(with_tags(*inputs, torch.zeros(3, 5, dtype=torch.bool)), queue_info_nce(*inputs))
 
 
-def test_a_positive_is_drawn_near_and_a_negative_is_not():
+def test_positives_attract_and_negatives_do_not():
     queries, keys, queue = unit(1, 8, seed=0).requires_grad_(), unit(1, 8, seed=1), unit(6, 8, seed=2)
     positives = torch.arange(6)[None] == 4
     (plain,) = torch.autograd.grad(queue_info_nce(queries, keys, queue, 0.07).sum(), queries)

@@ -126,7 +126,7 @@ def test_a_partial_check_is_labeled() -> None:
     assert "Only a sample was checked" in text
 
 
-def test_pictures_stand_with_their_captions() -> None:
+def test_images_are_shown_with_their_captions() -> None:
     page = check_page(plain(), PICTURES).html()
     cells = re.findall(r'<div class="cell[^>]*>.*?</div></div>', page)
     assert sum("data:image/" in cell and "a &lt;b&gt;cat" in cell for cell in cells) == 2

@@ -33,7 +33,7 @@ def test_points_show_value_interval_and_chance():
     assert drawn(figure).min() < 128
 
 
-def test_differences_have_their_line_and_the_groups_keep_their_colors():
+def test_differences_have_a_zero_line_and_groups_keep_their_colors():
     figure = compare_figures.points(["R@1", "R@5"], {"other $x$": VALUES["other $x$"]}, difference_to="one")
     axes = figure.axes[0]
     assert "difference from one" in axes.get_xlabel()

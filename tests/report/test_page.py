@@ -80,7 +80,7 @@ def test_everything_is_escaped_and_nests():
     assert all(attrs["alt"] == EVIL for attrs in reader.named("img"))
 
 
-def test_the_page_needs_nothing_from_outside():
+def test_the_page_is_self_contained():
     page = full_page().html()
     reader = Reader(page)
     sources = [attrs["src"] for attrs in reader.named("img")]
@@ -92,7 +92,7 @@ def test_the_page_needs_nothing_from_outside():
     assert {attrs["href"] for attrs in reader.named("a")} == {f"#{target}" for target in targets}
 
 
-def test_pictures_come_back_as_they_were():
+def test_images_are_embedded_and_large_ones_resized():
     small, large = pixels(), pixels(400, 800)
     page = Page("t")
     page.gallery([GalleryCell(small, "small"), GalleryCell(large, "large"), GalleryCell(small[..., 0], "grey")])
@@ -102,7 +102,7 @@ def test_pictures_come_back_as_they_were():
     np.testing.assert_array_equal(np.array(images[2])[..., 1], small[..., 0])
 
 
-def test_hits_and_misses_differ_by_sign_too():
+def test_hits_and_misses_differ_in_symbol():
     page = Page("t")
     page.gallery([GalleryCell(pixels(), "a", True), GalleryCell(pixels(), "b", False), GalleryCell(pixels(), "c")])
     reader = Reader(page.html())
@@ -114,7 +114,7 @@ def test_hits_and_misses_differ_by_sign_too():
     ]
 
 
-def test_captions_of_any_kind_do_no_harm(tmp_path):
+def test_hostile_captions_are_harmless(tmp_path):
     page = Page("t")
     captions = ["x" * 1_000_000, "nul \x00 and \ud800 lone surrogate", "\u202eright to left", "line\nbreak\ttab", ""]
     page.gallery([GalleryCell(pixels(), caption) for caption in captions])
@@ -173,7 +173,7 @@ def test_a_figure_name_is_a_plain_name_used_once(name):
         page.figure(Figure(figsize=(1, 1)), name=name)
 
 
-def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_page_and_no_temporary_files(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     Page("old").write(path)
 
@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_an_unwritable_path_is_one_sentence(tmp_path):
+def test_unwritable_path_raises_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write the report"):
         Page("t").write(Path(tmp_path / "file" / "report.html"))

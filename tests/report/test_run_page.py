@@ -72,7 +72,7 @@ def test_a_full_run_shows_everything(tmp_path):
     assert pictures == {"metrics", "curves", "similarity", "modality_gap", "cosines", "confusion"}
 
 
-def test_a_run_of_which_nothing_is_known_still_has_a_page(tmp_path):
+def test_run_without_data_still_has_a_page(tmp_path):
     run_page(RunSummary(title="empty")).write(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "No step was taken; nothing was evaluated." in html
@@ -107,7 +107,7 @@ def test_a_run_of_which_nothing_is_known_still_has_a_page(tmp_path):
         (MetricRow("rank", 8, 7, 9, 9, 320, "rank"), "Rank on held-out pairs is 8", "(95 % interval 7–9; chance 320)."),
     ],
 )
-def test_the_verdict_says_no_more_than_the_interval_allows(row, start, end):
+def test_verdict_claims_no_more_than_the_interval_supports(row, start, end):
     sentence = verdict(RunSummary("t", metrics=[row]))
     assert sentence.startswith(start)
     assert sentence.endswith(end)

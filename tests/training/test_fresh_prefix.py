@@ -53,5 +53,5 @@ def test_a_missing_first_rank_is_an_error(monkeypatch):
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.1))
     store = dist.HashStore()
     store.set("offer", "dead")
-    with pytest.raises(distributed.UserError, match="Rank 0 of 2 processes did not answer rank 1 within"):
+    with pytest.raises(distributed.UserError, match="Rank 0 of 2 processes did not respond to rank 1 within"):
         fresh_prefix(store, 1, 2)

@@ -112,7 +112,7 @@ def test_stop_signals(tmp_path, pairs, model_file, uninterrupted):
         code, output, reached = interrupt(args, out, number, rng, 40)
         assert reached
         assert code == cli.INTERRUPTED, output
-        assert f"Stopped at step {num_steps(out)}; continue with --resume auto." in output
+        assert f"Interrupted at step {num_steps(out)}; resume with --resume auto." in output
         assert "Traceback" not in output
         assert not (out / "results.json").exists()
     args = tiny.train_args(pairs, out, model_file, **OPTIONS | {"resume": "auto"})

@@ -256,7 +256,7 @@ def test_consecutive_non_finite_steps_stop_the_run_even_across_a_resume(run):
     settings = config(max_non_finite=3, save_every=1)
     method = build_method("clip", run.parent)
     job = trainer(run, method, 10, batches(method, poison(1, 2, 4, 5, 6)), settings)
-    with pytest.raises(UserError, match="not finite in 3 consecutive steps, the last one step 6"):
+    with pytest.raises(UserError, match="not finite for 3 consecutive steps, most recently step 6"):
         job.fit()
     assert [row["step"] for row in tiny.rows(run / "non_finite.jsonl")] == [1, 2, 4, 5, 6]
     again = trainer(run, None, 10, batches(method, poison(6)), settings)

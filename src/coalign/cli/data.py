@@ -14,7 +14,7 @@ def check_command(data: Positional[str], report: Path | None = None, limit: int 
     Args:
         data: anything that `coalign train --data` accepts
         report: write a report with figures and a gallery to this HTML file
-        limit: number of samples to check, drawn at random (default: all)
+        limit: number of samples to check, drawn at random; None: all
     """
     from coalign.workflows.data import check_data
 
@@ -29,7 +29,7 @@ def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chi
 
     Args:
         data: anything that `coalign train --data` accepts
-        out: the new folder
+        out: output folder, new or empty
         min_side: also drop images whose shorter side is below this many pixels (web data)
         drop_chinese: also drop captions in Chinese (web data)
     """
@@ -51,8 +51,8 @@ def paraphrase_command(
 
     Args:
         data: anything that `coalign train --data` accepts
-        out: the new folder
-        apertium: pivot languages of apertium, such as spa (Debian packages apertium and apertium-eng-spa)
+        out: output folder, new or empty
+        apertium: pivot languages for Apertium, such as spa (Debian packages apertium and apertium-eng-spa)
         marian: pairs of Marian models, forward and backward, by name (Helsinki-NLP/opus-mt-en-de Helsinki-NLP/opus-mt-de-en) or folder
         device: device of the Marian models: cpu, cuda or cuda:N
     """
@@ -62,7 +62,7 @@ def paraphrase_command(
 
 
 def queries_command(data: Positional[str], out: Path) -> None:
-    """Build the list of search queries of DeCLIP's Appendix C: the dataset's tags and words with their WordNet synonyms.
+    """Build a list of search queries as in DeCLIP's Appendix C: the dataset's tags and words with their WordNet synonyms.
 
     Args:
         data: anything that `coalign train --data` accepts
@@ -92,7 +92,7 @@ def openclipart_command(
     """Prepare Open Clip Art: about 6,900 public-domain pairs with noisy captions, from Debian's openclipart-png and openclipart-svg.
 
     Args:
-        out: the new folder
+        out: output folder, new or empty
         download: download the two packages with apt-get (on Debian or Ubuntu; needs no root)
         from_: read the packages' files under this root instead, such as / if they are installed
         max_side: longest side of the written images in pixels
@@ -108,7 +108,7 @@ def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, 
     Training does not need a copy on disk; use --data scenes:8192.
 
     Args:
-        out: the new folder
+        out: output folder, new or empty
         size: side of the images in pixels
         train: number of training pairs; val, test, combinations (compositional) and shifted (distribution shift) have 2,000 pairs each
         seed: seed of the dataset

@@ -13,7 +13,7 @@ from coalign.cli.parse import Command, first_sentence, parse
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Evaluate a model of any library: image-text retrieval, zero-shot classification, probes and more, with 95 % bootstrap intervals.
+    """Evaluate a model from any library: image-text retrieval, zero-shot classification, probes and more, with 95 % bootstrap intervals.
 
     A task is KIND:DATA. DATA is anything that `coalign train --data` accepts, or, with --data-root, one of oxford_pets, cifar10, cifar100,
     sun397, food101, flowers102, stanford_cars, caltech101, fgvc_aircraft, dtd and imagenet. The kinds:
@@ -21,15 +21,15 @@ class EvalCommand:
         retrieval, retrieval-1k            image-text retrieval; retrieval-1k among 1,000 images at a time
         zeroshot                           zero-shot classification
         probe, probe-mct, probe-slip       linear probes: logistic regression, MCT's SGD, SLIP's SGD on 90 random crops per image
-        fewshot, knn                       1 to 16 images per class, 20 nearest neighbors
+        fewshot, knn                       linear probes on 1 to 16 images per class; k-NN with 20 neighbors
         tagging, vse                       MCT's tagging (data with tags), and its retrieval with a GRU over words
         finetune, finetune-retrieval       fine-tuning for classification, and of both encoders for retrieval
-        detection, detection-c4            detectors on a ResNet: scenes, coco:instances.json:images or voc:VOCdevkit
+        detection, detection-c4            detectors on a ResNet image encoder: scenes, coco:instances.json:images or voc:VOCdevkit
         segmentation                       the same with masks
         foils                              true or false captions, by kind of fact: scenes or sugarcrepe:FOLDER
         pairs                              winoground:FOLDER
         localization                       heat maps against object masks, on scenes
-        bootstrap, guided                  OneR only: zero-shot with its own first predictions; the size of a named object, on scenes
+        bootstrap, guided                  OneR only: zero-shot guided by its own top predictions; the size of a named object, on scenes
 
     suite11 and suite11-probe run zeroshot and probe on all eleven named datasets.
 
@@ -44,22 +44,22 @@ class EvalCommand:
     weights: str = "last"
     """Checkpoint of the run: last or best."""
     split: str | None = None
-    """train, val, test, … or all (default: the run's held-out pairs if DATA is its training data, else the test or val split, else all)."""
+    """train, val, test, … or all. None: the run's held-out pairs if DATA is its training data, else the test or val split, else all."""
     classes: Path | None = None
     """Text file with your classes, one per line: `name`, or `label = name`."""
     label: str | None = None
-    """Column that holds an image's class (default: label, class, category or folder)."""
-    # Prompt templates: default, imagenet, a dataset's name (cifar10, food101, …), or a text file with {} for the class (default: the
-    # named dataset's own, else default).
+    """Column that holds an image's class. None: label, class, category or folder."""
+    # Prompt templates: default, imagenet, a dataset's name (cifar10, food101, …), or a text file with {} for the class. None: the
+    # named dataset's own, else default.
     prompts: str | None = None
     data_root: Path | None = None
     """Folder with the named datasets, each as torchvision unpacks it."""
     preprocess: str | None = None
-    """How images are resized and cropped: coalign, open_clip or transformers (default: the model's own preprocessing)."""
+    """How images are resized and cropped: coalign, open_clip or transformers. None: the model's own preprocessing."""
     precision: str = "fp32"
-    """fp32 or bf16; bf16 is refused if it changes the embeddings noticeably."""
+    """fp32 or bf16; bf16 raises an error if it changes the embeddings noticeably."""
     cache: Path | None = None
-    """Folder to cache embeddings in, keyed by the content of weights and inputs (for probe-slip, of every crop)."""
+    """Folder to cache embeddings in, keyed by the content of weights and inputs (probe-slip caches every crop)."""
     epochs: int = 10
     """Epochs of fine-tuning and of detector training."""
     train_data: str | None = None

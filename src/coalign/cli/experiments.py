@@ -53,7 +53,7 @@ def benchmark_command(
         epochs: train every method for this many epochs instead, at equal samples seen
         fractions: fractions of the pairs to train on, at equal samples seen
         seeds: number of seeds (0 to N-1) per method
-        jobs: number of trials to run in parallel, each on its share of the cores (default: one per core)
+        jobs: number of trials to run in parallel, each on its share of the cores; None: one per core
         report: write the report to this HTML file instead of benchmark.html
         json: also write the results to this JSON file
     """
@@ -79,13 +79,13 @@ def reproduce_command(
     Example: coalign reproduce two-towers-scenes --data scenes:8192 --out runs/two-towers --jobs 2
 
     Args:
-        table: the table's name (default: list all tables)
+        table: the table's name; None: list all tables
         data: anything that `coalign train --data` accepts
         out: the folder for the runs, table.json and table.html
         scale: cpu trains small models in hours; paper only writes launch.sh, with the commands of the paper's recipes
         seeds: number of seeds (0 to N-1) per arm
         jobs: number of trials to run in parallel, each on its share of the cores
-        arms: train only these (default: all)
+        arms: train only these arms; empty: all
     """
     from coalign.experiments import tables
 

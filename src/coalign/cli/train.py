@@ -31,7 +31,7 @@ class TrainCommand:
     """
 
     # The pairs: a folder of images with captions, a CSV/TSV/JSONL/Parquet table, tar shards ("cc3m/{00000..00331}.tar"), a COCO captions
-    # file, a Hugging Face dataset folder or hf:NAME, scenes:8192 (drawn by code), or several with weights ("2*photos + pairs.csv").
+    # file, a Hugging Face dataset folder or hf:NAME, scenes:8192 (synthetic images), or several with weights ("2*photos + pairs.csv").
     data: str
     out: Path
     """Output folder of the run."""
@@ -42,7 +42,7 @@ class TrainCommand:
     dry_run: bool = False
     """Print the settings, the number of parameters, the cost per step and the first batch, then exit."""
     device: str | None = None
-    """cpu, cuda or cuda:N (default: cuda if available)."""
+    """cpu, cuda or cuda:N. None: cuda if available."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ProfileCommand:
     steps: int = 20
     """Steps to measure, after three warm-up steps."""
     device: str | None = None
-    """cpu, cuda or cuda:N (default: cuda if available)."""
+    """cpu, cuda or cuda:N. None: cuda if available."""
 
 
 def train_command(args: list[str]) -> int:

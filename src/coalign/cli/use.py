@@ -92,14 +92,14 @@ def space_command(run: Positional[str], data: str, out: Path, pairs: int = 300, 
 def export_command(run: Positional[str], to: str, out: Path, weights: str = "last") -> None:
     """Export a model to open_clip, transformers (a CLIPModel), ONNX, or its image encoder to timm.
 
-    The export is loaded in that library and checked for equal embeddings. A model that the format cannot represent is refused.
+    The export is loaded in that library and checked for equal embeddings. A model that the format cannot represent is rejected.
 
     Example: coalign export runs/clip --to open_clip --out clip-for-open-clip
 
     Args:
         run: the folder of a run
         to: open_clip, transformers, onnx or timm
-        out: the new folder
+        out: output folder, new or empty
         weights: checkpoint: last or best
     """
     from coalign.workflows.models.export import export
@@ -115,7 +115,7 @@ def import_command(model: Positional[str], out: Path) -> None:
 
     Args:
         model: transformers:NAME (on the hub, or a folder)
-        out: the new folder
+        out: output folder, new or empty
     """
     from coalign.workflows.models.import_model import import_model
 
@@ -127,7 +127,7 @@ def card_command(run: Positional[str], out: Path | None = None) -> None:
 
     Args:
         run: the folder of a run
-        out: the Markdown file to write (default: print it)
+        out: the Markdown file to write; None: print it
     """
     from coalign.files import write_text
     from coalign.runs.card import card

@@ -61,7 +61,7 @@ def bootstrapped_guidance(
     templates: Sequence[str],
     top_k: int = 10,
 ) -> GuidanceResult:
-    """Classifies images again with their own first predictions beside them (OneR, Table 3).
+    """Reclassifies images jointly with the text of their own top predictions (OneR, Table 3).
 
     Each of an image's `top_k` predicted classes is written beside the image, and the joint embedding is compared with that class; the
     guided prediction is the best of them. The labels serve for evaluation only. Raises UserError if no image has a label.

@@ -222,7 +222,7 @@ def judge(trials: Sequence[Trial]) -> BenchmarkResult:
         group.name for group in comparison.groups if any(_above_chance(group.metrics[name]) for name in HEADLINE)
     }
     if best not in above_chance:
-        advice = f"No method is above chance yet: the best R@10, {best}'s, is {percent(scores[best])}; train longer."
+        advice = f"No method beats chance yet: the best R@10 is {percent(scores[best])} ({best}); train longer."
         return BenchmarkResult(comparison, advice, {})
     by_fraction = fraction_scores(trials) if BASE in above_chance else {}
     return BenchmarkResult(comparison, _advice(trials, best, others, scores), efficiencies(by_fraction), by_fraction)

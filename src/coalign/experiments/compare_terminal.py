@@ -33,7 +33,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             table.add_row(compare_page.setting_name(name), *words)
         console.print(table)
     if own:
-        console.print(f"{len(own):,} settings of some methods only are listed in the report.")
+        console.print(f"{len(own):,} method-specific settings are listed in the report.")
     columns = ["", "value", "over items", *(["over seeds"] if several else [])]
     columns += ["difference", "over items", *(["over seeds"] if several else [])] if len(groups) > 1 else []
     table = _plain_table(*columns)

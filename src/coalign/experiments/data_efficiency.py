@@ -97,6 +97,6 @@ def efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
         )
         least = ("at least " if found.factor > 1 else "at most ") if found.bound else ""
         lines.append(
-            f"{name}: {least}{found.factor:.2f} times fewer pairs needed to match {BASE} trained on all pairs{interval}."
+            f"{name}: {least}{found.factor:.2f} × as data-efficient as {BASE}, by the pairs needed for equal scores{interval}."
         )
     return lines

@@ -59,7 +59,7 @@ STEP_COST = {
 
 
 def _two_towers(arms: Mapping[str, Arm], step_cost: Mapping[str, float]) -> dict[str, Arm]:
-    """Each method at equal samples seen and at equal processor time, and CLIP on DeCLIP's views as a control."""
+    """Each method at equal samples seen and at equal CPU time, and CLIP on DeCLIP's views as a control."""
     equal_time = {
         f"{name}, CLIP's time": replace(arms[name], epochs=1 / cost, paper=None) for name, cost in step_cost.items()
     }
@@ -81,7 +81,7 @@ def _paper_tables() -> dict[str, Table]:
 
 TABLES: dict[str, Table] = {
     "two-towers-openclipart": Table(
-        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on Open Clip Art, at equal samples seen and at equal processor time",
+        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on Open Clip Art, at equal samples seen and at equal CPU time",
         _two_towers(
             {name: Arm(name, image_lr=TUNED_LR[name], paper=_YFCC[name]) for name in TWO_TOWERS},
             STEP_COST["openclipart"],
@@ -93,7 +93,7 @@ TABLES: dict[str, Table] = {
         paper_recipe="{method}-yfcc15m",
     ),
     "two-towers-scenes": Table(
-        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on scenes, at equal samples seen and at equal processor time",
+        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on scenes, at equal samples seen and at equal CPU time",
         _two_towers({name: Arm(name, paper=_YFCC[name]) for name in TWO_TOWERS}, STEP_COST["scenes"]),
         recipe_overrides=dict.fromkeys(TWO_TOWERS, FLAT),
         epochs=12,
@@ -107,7 +107,7 @@ TABLES: dict[str, Table] = {
         headline_metrics=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
     "oner-mct-scenes": Table(
-        "OneR and MCT on scenes, beside CLIP",
+        "OneR and MCT on scenes, compared with CLIP",
         {
             "clip": Arm("clip", image_lr=5e-3),
             "oner": Arm("oner"),

@@ -25,7 +25,7 @@ def to_timm(name: str, vision_cfg: Mapping[str, Any], image: ImageTower, folder:
     """
     if "timm_model_name" not in vision_cfg:
         raise UserError(
-            f"timm cannot hold the image tower of {name}, which is not a timm model; export the model to open_clip or transformers."
+            f"timm cannot represent the image tower of {name}, which is not a timm model; export the model to open_clip or transformers."
         )
     trunk: Any = getattr(image.trunk, "trunk", image.trunk)  # open_clip's TimmModel wraps it
     kwargs = {"model_name": vision_cfg["timm_model_name"], "num_classes": 0, **vision_cfg.get("timm_kwargs", {})}

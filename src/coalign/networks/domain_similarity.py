@@ -28,7 +28,7 @@ class DomainSimilarity(nn.Module):
         self.offsets = nn.Parameter(torch.zeros(num_domains)) if offsets else None
 
     def forward(self) -> tuple[Float[Tensor, "view view"], Float[Tensor, "view view"]]:
-        """Returns 1/τ_D and b_D for each two views."""
+        """Returns 1/τ_D and b_D for each pair of views."""
         logit_scales = self.log_logit_scales.exp()[self.domains]
         return logit_scales, torch.zeros_like(logit_scales) if self.offsets is None else self.offsets[self.domains]
 

@@ -13,7 +13,7 @@ from coalign.formatting import percent
 from coalign.report.figures import INK, LINE, PALETTE, SOFT, WIDTH
 from coalign.report.page import GalleryCell, Page
 
-Pictures = Mapping[int, np.ndarray]  # index of a sample -> uint8 [height, width, 3]
+Images = Mapping[int, np.ndarray]  # index of a sample -> uint8 [height, width, 3]
 
 _GALLERIES = (  # key, title, what it is
     (
@@ -36,7 +36,7 @@ _GALLERIES = (  # key, title, what it is
 )
 
 
-def check_page(check: Mapping[str, Any], pictures: Pictures) -> Page:
+def check_page(check: Mapping[str, Any], images: Images) -> Page:
     """The page of a data check, from its plain values (`dataclasses.asdict` of a DataCheck) and its gallery's images."""
     whole = check["checked"] == check["samples"]
     scope = f"all {check['samples']:,} samples"
@@ -52,12 +52,12 @@ def check_page(check: Mapping[str, Any], pictures: Pictures) -> Page:
         page.text("Only a sample was checked: duplicates between it and the rest are not counted.")
     if check["usable"]:
         page.section("Random samples", _GALLERIES[0][2])
-        page.gallery(_cells(check["gallery"]["random"], pictures))
+        page.gallery(_cells(check["gallery"]["random"], images))
         _images(page, check)
         _captions(page, check)
         _tags(page, check)
     _broken(page, check)
-    _galleries(page, check, pictures)
+    _galleries(page, check, images)
     return page
 
 
@@ -80,7 +80,7 @@ def _tiles(check: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("Usable samples", f"{usable:,}", f"{broken:,} broken ({_share(broken, check['checked'])})"),
         ("Captions", f"{captions:,}", words),
         ("Share a caption", f"{shared:,}", f"{_share(shared, usable)} of the samples"),
-        ("Image occurs twice", f"{twice:,}", f"{_share(twice, usable)} of the samples"),
+        ("Duplicate images", f"{twice:,}", f"{_share(twice, usable)} of the samples"),
         ("Mostly non-English", f"{foreign:,}", f"{_share(foreign, captions)} of the captions"),
     ]
 
@@ -150,19 +150,19 @@ def _broken(page: Page, check: Mapping[str, Any]) -> None:
         page.table(["reason", "samples", "for example"], rows)
     if check["problems"]:
         shown = f"{len(check['problems']):,} of {check['num_problems']:,}"
-        page.section("Left out", f"Found while opening the data, but not used as samples ({shown}).")
+        page.section("Skipped", f"Found while opening the data, but not used as samples ({shown}).")
         page.table(["where", "why"], check["problems"])
 
 
-def _galleries(page: Page, check: Mapping[str, Any], pictures: Pictures) -> None:
+def _galleries(page: Page, check: Mapping[str, Any], images: Images) -> None:
     for key, title, text in _GALLERIES[1:]:
         if examples := check["gallery"].get(key):
             page.section(title, text)
-            page.gallery(_cells(examples, pictures))
+            page.gallery(_cells(examples, images))
 
 
-def _cells(examples: Sequence[Mapping[str, Any]], pictures: Pictures) -> list[GalleryCell]:
-    return [GalleryCell(pictures.get(row["index"]), row["caption"], note=row["note"]) for row in examples]
+def _cells(examples: Sequence[Mapping[str, Any]], images: Images) -> list[GalleryCell]:
+    return [GalleryCell(images.get(row["index"]), row["caption"], note=row["note"]) for row in examples]
 
 
 def _landmarks(name: str, spread: Mapping[str, Any]) -> list[object]:

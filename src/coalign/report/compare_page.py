@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from coalign.formatting import duration, percent
+from coalign.formatting import duration, foil_kind, percent
 from coalign.report import compare_figures
 from coalign.report.page import Page
 
@@ -76,7 +76,7 @@ def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
             "Losses of different methods are not comparable.",
         )
     if own := differing(groups)[1]:
-        page.section("Settings of some methods only")
+        page.section("Method-specific settings")
         _settings_table(page, groups, own)
     page.section("Shared settings")
     page.table(("setting", "value"), [(name, shown(value)) for name, value in comparison.settings.items()])
@@ -116,7 +116,7 @@ def title(name: str) -> str:
         return f"{task.removeprefix('retrieval_').replace('_', ' ').capitalize()}: {what[0].lower()}{what[1:]}"
     words = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class", "median_rank": "median rank"}
     if task == "foils":
-        return f"Foils: {'all kinds' if rest == 'mean_per_kind' else rest.removesuffix('.accuracy').replace('_', ' ')}"
+        return f"Foils: {'all kinds' if rest == 'mean_per_kind' else foil_kind(rest.removesuffix('.accuracy'))}"
     if rest == "modality_gap":
         return "Modality gap"
     side, _, last = rest.rpartition(".")
@@ -183,7 +183,7 @@ def _setup(page: Page, comparison: Comparison) -> None:
     if common:
         _settings_table(page, groups, common)
     if own:
-        page.text("Settings of some methods only are listed at the end of the page.")
+        page.text("Method-specific settings are listed at the end of the page.")
 
 
 def differing(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
@@ -195,7 +195,7 @@ def differing(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
 
 def _settings_table(page: Page, groups: Sequence[Group], names: Sequence[str]) -> None:
     rows = [(setting_name(name), *(setting_text(group.settings, name) for group in groups)) for name in names]
-    page.table(("what differs", *(group.name for group in groups)), rows)
+    page.table(("setting", *(group.name for group in groups)), rows)
 
 
 def setting_name(name: str) -> str:

@@ -40,7 +40,7 @@ class MetricRow:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """The rows of metrics.jsonl as curves, one panel per group of keys. Keys may be absent, values None. Returns None without any curve."""
+    """The rows of metrics.jsonl as curves, one panel per group of keys. Keys may be absent, values None. None if there are no curves."""
     panels = [panel for panel in curves.panels(rows) if panel.series]
     if not panels:
         return None

@@ -73,7 +73,7 @@ def run_page(run: RunSummary) -> Page:
     _retrieval(page, run)
     _embedding_space(page, run)
     if run.confusion is not None:
-        page.section("Zero-shot confusions", "Rows are true classes, columns predicted classes.")
+        page.section("Zero-shot confusion matrix", "Rows are true classes, columns are predicted classes.")
         figure = figures.confusion_matrix(run.confusion, run.classnames)
         page.figure(figure, "Color: fraction of the true class.", name="confusion")
     _cost(page, run)
@@ -118,8 +118,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 def _metrics(page: Page, run: RunSummary) -> None:
     page.section(
         "Results",
-        f"Evaluated on {run.evaluated_on}; intervals are 95 % bootstrap intervals over items. R@K is the fraction of queries whose right "
-        "result is among the top K. The median rank is the median position of the right result; 1 is best.",
+        f"Evaluated on {run.evaluated_on}; intervals are 95 % bootstrap intervals over items. R@K is the fraction of queries whose correct "
+        "result is among the top K. The median rank is the median position of the correct result; 1 is best.",
     )
     rates = [row for row in run.metrics if row.kind == "rate"]
     if rates:
@@ -144,7 +144,7 @@ def _curves(page: Page, run: RunSummary) -> None:
         page.figure(
             figure,
             "Pale lines are logged values, strong lines their running mean. Loss terms are shown unweighted. The held-out loss may rise "
-            "while retrieval still improves: a more confident model pays more for each mistake.",
+            "while retrieval still improves: a more confident model has a higher loss on each mistake.",
             name="curves",
         )
 
@@ -164,7 +164,7 @@ def _retrieval(page: Page, run: RunSummary) -> None:
     if run.nearest_misses:
         page.section(
             "Nearest misses",
-            "Queries whose right result was outranked by the smallest margins. The top result may fit just as well.",
+            "Queries whose correct result was outranked by the smallest margins. The top result may fit just as well.",
         )
         for miss in run.nearest_misses:
             page.ranking(miss.query, [miss.wrong, miss.right])
@@ -206,7 +206,7 @@ def _cost(page: Page, run: RunSummary) -> None:
     rows: list[tuple[str, Any]] = list(run.cost.items())
     rows += [(f"parameters, {role}", count) for role, count in run.parameters.items()]
     if len(run.parameters) > 1:
-        rows.append(("parameters in total", sum(run.parameters.values())))
+        rows.append(("total parameters", sum(run.parameters.values())))
     page.table(("", ""), rows)
     waits = [row["data_wait"] for row in run.history if isinstance(row.get("data_wait"), (int, float))]
     if waits and float(np.mean(waits)) > 0.2:

@@ -133,7 +133,7 @@ def check_device(name: str | None) -> str | None:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"There is no device {name!r}; --device is cpu, cuda or cuda:N.")
+        raise UserError(f"There is no device {name!r}; --device must be cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"There is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; choose another --device."

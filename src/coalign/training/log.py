@@ -288,7 +288,7 @@ class NonFiniteGuard:
         if self.in_a_row >= self.limit:
             where = f" (samples in {self._run_dir / 'non_finite.jsonl'})" if self._run_dir is not None else ""
             raise UserError(
-                f"The {what} was not finite in {self.in_a_row} consecutive steps, the last one step {step}{where}; "
+                f"The {what} was not finite for {self.in_a_row} consecutive steps, most recently step {step}{where}; "
                 "lower the learning rate, lengthen the warm-up, or train in fp32 or bf16 instead of fp16."
             )
 

@@ -58,7 +58,7 @@ def check_figure_path(path: str | Path) -> Path:
     """Returns the path of a figure to write. Raises UserError if its suffix is not an image format, or its folder does not exist."""
     path = Path(path)
     if path.suffix.lower() not in _FIGURE_SUFFIXES:
-        raise UserError(f"{path} is not an image file name; end it in .png, .jpg, .pdf or .svg.")
+        raise UserError(f"{path} is not an image file name; it must end in .png, .jpg, .pdf or .svg.")
     if not path.parent.is_dir():
         raise UserError(f"The figure cannot be written to {path}: the folder {path.parent} does not exist.")
     return path

@@ -217,7 +217,7 @@ def test_look_alikes_are_different_files() -> None:
     assert [(count, indices) for _, count, indices in result.look_alikes.largest] == [(2, [0, 3])]
 
 
-def test_long_captions_are_counted_as_cut() -> None:
+def test_long_captions_are_counted_as_truncated() -> None:
     samples = [(("x" * length,), (), encoded_image(length)) for length in (75, 76)]  # 77 and 78 tokens
     assert check(ListSource(samples), tokenizer=LetterTokenizer()).cut == 1
 

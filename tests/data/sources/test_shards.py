@@ -103,7 +103,7 @@ def test_captions_and_tags(tmp_path: Path) -> None:
         "broken": "broken JSON",
         "latin": "caption is not UTF-8",
         "bom": (("with a mark", "and another"), ()),
-        "nul": "caption holds NUL",
+        "nul": "caption contains NUL",
         "huge": "caption too long",
     }
 

@@ -131,7 +131,7 @@ def test_bad_rows(tmp_path: Path) -> None:
         "wrong number of columns",
         "no image path",
         "caption is not UTF-8",
-        "caption holds NUL",
+        "caption contains NUL",
         "caption too long",
         "empty caption",
         "empty caption",

@@ -1,4 +1,4 @@
-"""Exports: other libraries compute the same embeddings and token ids, and models that they cannot hold are rejected."""
+"""Exports: other libraries compute the same embeddings and token ids, and models that they cannot represent are rejected."""
 
 import json
 import re

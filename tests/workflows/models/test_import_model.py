@@ -90,7 +90,7 @@ def test_invalid_imports_raise(imported, tmp_path, capsys):
         ("transformers:nowhere/nothing", "new", "transformers cannot load nowhere/nothing"),
         (f"transformers:{theirs}", "full", "is not an empty folder"),
         (f"transformers:{theirs}", "absent/new", "absent does not exist"),
-        (f"transformers:{other}", "new", "open_clip cannot hold this CLIPModel"),
+        (f"transformers:{other}", "new", "open_clip cannot represent this CLIPModel"),
     ):
         assert cli.main(["import", model, "--out", str(tmp_path / out)]) == 2
         error = capsys.readouterr().err

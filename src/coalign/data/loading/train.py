@@ -193,7 +193,7 @@ class PairLoader:
         return self.cache.open(index, lambda: self.source.image(index))
 
     def _substitute_image(self, index: int, epoch: int) -> OpenedImage | CachedImage | None:
-        """Another sample's image for a sample without one, which keeps batch statistics those of images. None if no try has one."""
+        """Another sample's image for a sample without one, which keeps batch statistics those of images. None if no attempt finds one."""
         for attempt in range(10 * MAX_ATTEMPTS):  # many, since a large share of the samples may have no image
             position = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
             with suppress(BadSample):

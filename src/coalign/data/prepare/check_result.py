@@ -107,7 +107,7 @@ def warnings(result: DataCheck) -> list[str]:
         (look_alikes, result.usable, "samples", 0.1, "have an image that looks like another at 8 × 8 pixels."),
         (result.blank, result.usable, "images", 0.001, "are blank: a single color."),
         (result.cut, result.captions, "captions", 0.01, f"are longer than {CONTEXT_LENGTH} tokens and are truncated."),
-        (result.hardly_english, result.captions, "captions", 0.2, "have less than half English words."),
+        (result.hardly_english, result.captions, "captions", 0.2, "have fewer than half of their words in English."),
         (single_part, result.captions, "captions", 0.2, "have a single part of speech; most of them are names."),
     ]  # fmt: skip
     by_severity = [

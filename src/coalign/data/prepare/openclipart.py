@@ -136,7 +136,7 @@ def _run_command(command: Sequence[str], folder: Path) -> None:
     if process.returncode == 0:
         return
     if re.search("Unable to locate|No packages found|no (installation )?candidate|find a source", process.stderr):
-        raise UserError(f"apt-get does not find {' and '.join(PACKAGES)} (Debian main); run `apt-get update` first.")
+        raise UserError(f"apt-get cannot find {' and '.join(PACKAGES)} (Debian main); run `apt-get update` first.")
     last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
     raise UserError(f"`{' '.join(command[:2])}` failed: {last_line}")
 

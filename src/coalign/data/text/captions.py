@@ -107,14 +107,14 @@ def text_lines(content: bytes) -> list[bytes]:
 
 
 def clean_caption(raw: bytes | str) -> str:
-    """Collapses whitespace. Raises BadSample: "caption is not UTF-8", "caption holds NUL", "empty caption" or "caption too long"."""
+    """Collapses whitespace. Raises BadSample: "caption is not UTF-8", "caption contains NUL", "empty caption" or "caption too long"."""
     try:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
         text.encode("utf-8")  # a str may contain unpaired surrogates, from undecodable bytes or JSON escapes
     except UnicodeError:
         raise BadSample("caption is not UTF-8", repr(raw[:80])) from None
     if "\0" in text:
-        raise BadSample("caption holds NUL", repr(text[:80]))
+        raise BadSample("caption contains NUL", repr(text[:80]))
     text = " ".join(text.removeprefix("\ufeff").split())
     if not any(character.isprintable() and character != " " for character in text):
         raise BadSample("empty caption", repr(text[:80]) if text else "")

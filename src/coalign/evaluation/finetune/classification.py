@@ -1,4 +1,4 @@
-"""Fine-tuning of the zero-shot classifier, and weights interpolated between the two (WiSE-FT, Wortsman et al. 2022)."""
+"""Fine-tuning of the zero-shot classifier, and interpolation of both weights (WiSE-FT, Wortsman et al. 2022)."""
 
 from __future__ import annotations
 

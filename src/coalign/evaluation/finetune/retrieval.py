@@ -1,4 +1,4 @@
-"""Contrastive fine-tuning of both encoders for retrieval, and weights interpolated between (as for classification)."""
+"""Contrastive fine-tuning of both encoders for retrieval, and interpolation with the initial weights (as for classification)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def to_open_clip(
     """
     if text.attention != "causal" or text.pooling != "end":
         raise UserError(
-            "open_clip cannot hold this text tower, whose attention is bidirectional: open_clip would attend to padding."
+            "open_clip cannot represent this text tower, whose attention is bidirectional: open_clip would attend to padding."
         )
     vision, image_state = _image(dict(model_cfg["vision_cfg"]), image)
     transformer = text.transformer
@@ -60,7 +60,7 @@ def _image(vision: dict[str, Any], tower: ImageTower) -> tuple[dict[str, Any], d
     """Returns vision_cfg, and the state_dict of open_clip's image tower."""
     if vision.pop("timm_kwargs", None):
         raise UserError(
-            f"open_clip cannot hold this image tower: it is timm's {vision['timm_model_name']} with a custom architecture, as in `tiny` "
+            f"open_clip cannot represent this image tower: timm's {vision['timm_model_name']} with a custom architecture, as in `tiny` "
             "and `small`; train a model named by open_clip or `timm:` to export it."
         )
     vision["image_size"] = tower.image_size

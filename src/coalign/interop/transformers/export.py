@@ -77,12 +77,12 @@ def from_clip_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if any(len(values) > 1 for values in shared.values()) or shared["layer_norm_eps"] != {1e-5}:
         settings = ", ".join(f"{name} {' and '.join(sorted(map(str, values)))}" for name, values in shared.items())
         raise UserError(
-            f"open_clip cannot hold this CLIPModel: its towers have {settings}, but must share hidden_act, and layer_norm_eps 1e-05."
+            f"open_clip cannot represent this CLIPModel: its towers have {settings}, but must share hidden_act, and layer_norm_eps 1e-05."
         )
     (activation,) = shared["hidden_act"]
     if activation not in ("gelu", "quick_gelu"):
         raise UserError(
-            f"open_clip cannot hold this CLIPModel: its activation is {activation}, but must be gelu or quick_gelu."
+            f"open_clip cannot represent this CLIPModel: its activation is {activation}, but must be gelu or quick_gelu."
         )
     config = {
         "embed_dim": model.config.projection_dim,
@@ -194,17 +194,17 @@ def _check_towers(image: ImageTower, text: TextTower) -> None:
     trunk = image.trunk
     if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
         raise UserError(
-            "transformers' CLIPModel cannot hold this image tower, which is not a plain ViT; export the image tower to timm, or the model "
+            "CLIPModel cannot represent this image tower, which is not a plain ViT; export the image tower to timm, or the model "
             "to open_clip."
         )
     is_clip_vit = trunk.pool_type == "tok" and trunk.attn_pool is None and isinstance(trunk.ln_pre, nn.LayerNorm)
     if not is_clip_vit or trunk.final_ln_after_pool is True or _has_layer_scale(trunk):
         raise UserError(
-            "transformers' CLIPModel cannot hold this ViT, whose pooling or normalization differs from CLIP's."
+            "CLIPModel cannot represent this ViT, whose pooling or normalization differs from CLIP's."
         )
     if text.attention != "causal" or text.pooling != "end" or _has_layer_scale(text.transformer):
         raise UserError(
-            "transformers' CLIPModel cannot hold this text tower, whose attention is bidirectional or whose pooling differs from CLIP's."
+            "CLIPModel cannot represent this text tower, whose attention is bidirectional or whose pooling differs from CLIP's."
         )
 
 

@@ -20,7 +20,7 @@ class MCDConfig:
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # Learn separate τ and b for image-image, image-text and text-text pairs, as in UniCLIP. Off: one τ.
     domain_similarity: bool = True
-    # Do not use pairs of a batch with the same caption as negatives of each other. Off in the paper.
+    # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
     distill_positive: bool = True  # Distill the misalignment of an augmented image and its own caption (Eq. 7).
     distill_negative: bool = True  # Distill the misalignment of an augmented image and other captions (Eq. 8).

@@ -39,7 +39,7 @@ class MCTConfig:
     temperature: float = 0.07  # Fixed temperature τ of J_ii, J_tag and J_cc.
     num_tags: int = 18_157  # Size of the tag vocabulary: the most frequent tags of the data.
     max_tags: int = 64  # Maximum number of tags per sample; the most frequent ones are kept.
-    # ε of Eq. 4: images with more common tags than this are positives. None: the smallest ε that makes at most 2 % of the queue positive.
+    # ε of Eq. 4: images that share more tags than this are positives. None: the smallest ε that makes at most 2 % of the queue positive.
     tag_threshold: int | None = 2
     queue_size: int = 32_768  # K: size of each queue (32,768 for COCO, 65,536 for Stock).
     # Momentum of the momentum encoders. None: 0.999, or down to 0.99 in runs of under 46,000 steps.

@@ -35,7 +35,7 @@ class OneRConfig:
     temperature: float = 0.2  # Fixed temperature τ.
     # Feature of a sequence. "mean": mean over its tokens. "cls": [CLS]. "balanced": mean with equal weight for image and text.
     pooling: Literal["mean", "cls", "balanced"] = "mean"
-    # Source of a contrast's right-hand side. "ema": the EMA copy. "none": the model itself.
+    # Encoder of the contrastive targets. "ema": the EMA copy. "none": the model itself.
     teacher: Literal["ema", "none"] = "ema"
     teacher_momentum: float | None = None  # Fixed EMA momentum. None: 0.996, or lower in runs of under 28,000 steps.
     mlm: bool = True  # Train masked language modeling on texts and image-text sequences.
@@ -45,7 +45,7 @@ class OneRConfig:
     mim_weight: float = 1.0  # Weight of masked image modeling.
     # Fraction of an image's patches to mask at the start and at the end of the run.
     mim_ratio: tuple[float, float] = (0.1, 0.5)
-    # Do not use pairs of a batch with the same caption as negatives of each other. Off in the paper.
+    # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
     image_view: AugmentationPolicy = WEAK  # Augmentation of the image view.
 

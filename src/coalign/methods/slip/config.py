@@ -17,7 +17,7 @@ class SLIPConfig:
 
     temperature: float = 0.07  # Initial temperature τ of CLIP's loss, learned as log(1/τ).
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
-    # In CLIP's loss, do not use pairs of a batch with the same caption as negatives of each other. Off in the paper.
+    # In CLIP's loss, do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
     ssl_temperature: float = 0.1  # Fixed temperature of NT-Xent.
     ssl_scale: float = 1.0  # Weight of NT-Xent.

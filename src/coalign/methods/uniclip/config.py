@@ -30,7 +30,7 @@ class UniCLIPConfig:
     unified_supervision: bool = True
     temperature: float = 0.07  # Initial temperature τ, learned as log(1/τ).
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
-    # Do not use pairs of a batch with the same caption as negatives of each other. Off in the paper.
+    # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
     weak_view: AugmentationPolicy = WEAK  # Augmentation of a weak view.
     strong_view: AugmentationPolicy = STRONG  # Augmentation of a strong view.

@@ -52,9 +52,9 @@ def open_detection_task(
     if train_data is None:
         train_indices = np.setdiff1d(train_indices, indices)
     if not len(train_indices):
-        raise UserError(f"{data} has no train split, and all of it is evaluated; name other data by --train-data.")
+        raise UserError(f"{data} has no train split, and all of it is evaluated; pass other data with --train-data.")
     if train_source.classnames != source.classnames:
-        raise UserError(f"{train_data} has other classes than {data}; train on data with the same classes.")
+        raise UserError(f"{train_data} has different classes from {data}; train on data with the same classes.")
     if model.encoder.modules is None:
         raise UserError(f"{model.encoder.name} does not expose its image encoder, which detectors need.")
     kind, with_masks = DETECTION_TASKS[task]

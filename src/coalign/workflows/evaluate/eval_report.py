@@ -13,7 +13,7 @@ from rich.table import Table
 
 from coalign.errors import UserError
 from coalign.files import write_text
-from coalign.formatting import percent
+from coalign.formatting import foil_kind, percent
 from coalign.report.page import Page
 from coalign.runs.folder import check_output
 from coalign.version import __version__
@@ -92,7 +92,7 @@ def _rows(values: Mapping[str, Any]) -> Iterator[Row]:
             name = f"mIOU@{metric[4:]}" if metric.startswith("miou") else metric.replace("_", " ")
             yield name, *_cells(entry), "" if metric_chance is None else percent(metric_chance)
     for kind, entry in values.get("by_kind", {}).items():
-        yield f"accuracy, {kind.replace('_', ' ')}", *_cells(entry), percent(values["chance"])
+        yield f"accuracy, {foil_kind(kind)}", *_cells(entry), percent(values["chance"])
     for how, entry in values.get("by_how", {}).items():
         yield f"accuracy, {how} (mean over kinds)", *_cells(entry), percent(values["chance"])
     for metric, entry in values.get("intervals", {}).items():

@@ -119,7 +119,7 @@ def _transformers(run: Run, out: Path) -> None:
 def _timm(run: Run, out: Path) -> None:
     image = next((module for module in run.method.modules() if isinstance(module, ImageTower)), None)
     if image is None:
-        raise UserError(f"timm cannot hold a model of {run.config.method}, which has no separate image tower.")
+        raise UserError(f"timm cannot represent a model of {run.config.method}, which has no separate image tower.")
     to_timm(run.config.model, model_config(run.config.model)["vision_cfg"], image, out)
     model = _load(lambda: from_timm(out), "timm").eval()
     pixels = _random_pixels(run)
@@ -175,7 +175,7 @@ def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
     scale = run.method.scalars().get("logit_scale")
     if not isinstance(image, ImageTower) or not isinstance(text, TextTower) or scale is None:
         raise UserError(
-            f"{library} cannot hold a model of {run.config.method}, which is not a pair of towers with linear heads."
+            f"{library} cannot represent a model of {run.config.method}, which is not a pair of towers with linear heads."
         )
     return image, text, scale.detach().log()
 
@@ -212,8 +212,8 @@ def check_close(expected: Tensor, actual: Tensor, what: str, library: str) -> No
     difference = float((F.normalize(expected, dim=-1) - F.normalize(actual, dim=-1)).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(
-            f"{library} cannot hold this model: its {what} would differ by {difference:.1e}. "
-            "It only holds a linear projection of each tower's features, no other heads."
+            f"{library} cannot represent this model: its {what} would differ by {difference:.1e}. "
+            "It only supports a linear projection of each tower's features, no other heads."
         )
 
 

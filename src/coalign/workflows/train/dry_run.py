@@ -137,7 +137,7 @@ def _print_cost(
         for name, value in {**values, "total": sum(values.values())}.items():
             table.add_row(name, _scaled(value, base, prefixes) + unit)
         console.print(table)
-    console.print("Workspace of operations is not included: allow a third more memory.")
+    console.print("Operator workspace is not included: allow a third more memory.")
 
 
 def _print_plans(console: Console, options: Sequence[Plan], load_seconds: float) -> None:
@@ -159,7 +159,7 @@ def _print_plans(console: Console, options: Sequence[Plan], load_seconds: float)
     console.print(table)
     console.print(
         f"MFU is the fraction of the half-precision peak: {GOOD_MFU:.0%} is typical of well-optimized training, {DECLIP_MFU:.0%} matches "
-        f"the times that DeCLIP's authors report. Comm. is the communication's fraction of a step, without overlap. Cores are CPU cores "
+        f"the times that DeCLIP's authors report. Comm. is the share of communication in a step, without overlap. Cores are CPU cores "
         f"per GPU for data loading, at {1000 * load_seconds:.1f} ms per pair as measured here; both are at {GOOD_MFU:.0%} MFU. "
         "See docs/scaling.md."
     )

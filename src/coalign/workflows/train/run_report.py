@@ -15,7 +15,7 @@ from coalign.errors import BadSample
 from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
 from coalign.files import read_rows
-from coalign.formatting import duration
+from coalign.formatting import duration, foil_kind
 from coalign.method import Method
 from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell
@@ -79,7 +79,7 @@ def write_run_report(
     if "foils" in evaluations:
         foils = evaluations["foils"].result
         accuracies = {"true or false caption": foils.overall}
-        accuracies |= {f"true or false caption, {kind}": metric for kind, metric in foils.by_kind.items()}
+        accuracies |= {f"true or false caption, {foil_kind(kind)}": metric for kind, metric in foils.by_kind.items()}
         summary.metrics = [*summary.metrics, *(_row(name, metric, 0.5) for name, metric in accuracies.items())]
     path = out / "report.html"
     run_page(summary).write(path)

@@ -118,7 +118,7 @@ def _splits(data: str, source: Source, val_fraction: float, val_by: str | None) 
     splits = dict(assign_splits(source, val_fraction, by=val_by)[0])
     if "train" not in splits:
         raise UserError(
-            f"{data} has nothing to train on: all of it is {' and '.join(splits)}; give data with a train split."
+            f"{data} has nothing to train on: all samples are in {' and '.join(splits)}; pass data with a train split."
         )
     return {"val": np.arange(0), **splits}
 

@@ -188,7 +188,7 @@ def _prepare_folder(out: Path, saved: SavedConfig, tokenizer: Tokenizer, world: 
 
 def _interrupted_line(result: TrainResult, image_cache: Path) -> str:
     kept = f" The decoded images are kept in {image_cache}." if image_cache.exists() else ""
-    return f"Stopped at step {result.step:,}; continue with --resume auto.{kept}"
+    return f"Interrupted at step {result.step:,}; resume with --resume auto.{kept}"
 
 
 def _start_line(
