@@ -283,7 +283,9 @@ def test_the_guard_stops_after_consecutive_non_finite_steps(tmp_path: Path) -> N
         guard.step(step, finite, [step, 100 + step])
     assert (guard.total, guard.in_a_row) == (4, 2)
     resumed = NonFiniteGuard(tmp_path, limit=3, start_step=5, state=guard.state_dict())
-    with pytest.raises(UserError, match=r"not finite for 3 consecutive steps, most recently step 6 .*non_finite\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"not finite for 3 consecutive steps, most recently step 6 .*non_finite\.jsonl"
+    ):
         resumed.step(6, False, [6, 106], "loss")
     listed = rows(tmp_path / "non_finite.jsonl")
     assert [(row["step"], row["samples"]) for row in listed] == [(s, [s, 100 + s]) for s in (1, 2, 4, 6)]

@@ -124,7 +124,9 @@ def fresh_prefix(store: dist.Store, rank: int, size: int) -> dist.Store:
             if store.get(f"{offer}/acknowledged/{rank}").decode() == token:
                 return dist.PrefixStore(offer, store)
         time.sleep(0.02)
-    raise UserError(f"Rank 0 of {size} processes did not respond to rank {rank} within {TIMEOUT}; restart all processes.")
+    raise UserError(
+        f"Rank 0 of {size} processes did not respond to rank {rank} within {TIMEOUT}; restart all processes."
+    )
 
 
 def pad_to_global_batch(batch: Batch, world: World) -> Batch:

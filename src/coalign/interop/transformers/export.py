@@ -199,9 +199,7 @@ def _check_towers(image: ImageTower, text: TextTower) -> None:
         )
     is_clip_vit = trunk.pool_type == "tok" and trunk.attn_pool is None and isinstance(trunk.ln_pre, nn.LayerNorm)
     if not is_clip_vit or trunk.final_ln_after_pool is True or _has_layer_scale(trunk):
-        raise UserError(
-            "CLIPModel cannot represent this ViT, whose pooling or normalization differs from CLIP's."
-        )
+        raise UserError("CLIPModel cannot represent this ViT, whose pooling or normalization differs from CLIP's.")
     if text.attention != "causal" or text.pooling != "end" or _has_layer_scale(text.transformer):
         raise UserError(
             "CLIPModel cannot represent this text tower, whose attention is bidirectional or whose pooling differs from CLIP's."
