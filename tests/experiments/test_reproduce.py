@@ -203,7 +203,10 @@ def test_trials_run_in_separate_processes(tmp_path):
 def test_an_interrupted_table_resumes(tmp_path, by):
     command = [sys.executable, "-m", "coalign", "reproduce", "two-towers-scenes", "--data", "scenes:512"]
     command += ["--out", str(tmp_path), "--seeds", "1", "--jobs", "1", "--arms", "clip", "mcd"]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if the tests run in the background
+    )  # fmt: skip
     log = tmp_path / "clip-seed0.log"
     deadline = time.monotonic() + 240
     while not (log.exists() and "step 1/" in log.read_text()):
