@@ -94,7 +94,7 @@ def export_command(run: Positional[str], to: str, out: Path, weights: str = "las
 
     The export is loaded in that library and checked for equal embeddings. A model that the format cannot represent is rejected.
 
-    Example: coalign export runs/clip --to open_clip --out clip-for-open-clip
+    Example: coalign export runs/clip --to onnx --out clip-onnx
 
     Args:
         run: the folder of a run
