@@ -76,7 +76,11 @@ def test_detection_task_on_voc(tmp_path, capsys):
     with pytest.raises(UserError, match="segmentation needs masks"):
         evaluate(encoder, [f"segmentation:voc:{tmp_path}"])
     for model, options, message in (
-        (encoder, {"split": "all"}, "has no train split, and all of it is evaluated; pass other data with --train-data"),
+        (
+            encoder,
+            {"split": "all"},
+            "has no train split, and all of it is evaluated; pass other data with --train-data",
+        ),
         (encoder, {"split": "val"}, "has no split named 'val'; choose from train, test, all"),
         (encoder, {"train_data": "scenes:8,size=32"}, "has different classes from"),
         (replace(encoder, modules=None), {}, "does not expose its image encoder"),
