@@ -50,7 +50,8 @@ def load_pretrained(spec: TowerSpec) -> Any:
         try:
             open_clip.load_checkpoint(model, file)
         except (RuntimeError, KeyError, AssertionError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch names the tensor in the last line
+            # torch names the tensor in the last line
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(f"The weights {tag} do not fit {spec.name}: {reason}") from error
         return model
     tags = open_clip.list_pretrained_tags_by_model(spec.name)
