@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, ViewPlan
+from coalign.types import Batch, Features, Gather, LossTerm, Similarity, StepInfo, ViewPlan, dot_product
 
 
 class Method(nn.Module, ABC):
@@ -51,20 +52,26 @@ class Method(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [batch, 3, size, size] of the evaluation view -> normalized embeds [batch, dim]."""
+    def encode_image(self, pixels: Tensor) -> Any:
+        """uint8 pixels [batch, 3, size, size] of the evaluation view -> embeds: normalized [batch, dim], or what `similarity` takes."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [batch, 3, size, size] of the evaluation view -> image encoder output before the projection [batch, width]."""
         return self.image(pixels)  # type: ignore[operator]
 
     @abstractmethod
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Token ids [batch, token] and lengths [batch] -> normalized embeds [batch, dim]."""
+    def encode_text(self, ids: Tensor, lengths: Tensor) -> Any:
+        """Token ids [batch, token] and lengths [batch] -> embeds, as `encode_image`."""
+
+    # The only comparison of embeds in evaluation, search and reports: (embeds of images, embeds of texts) -> [image, text]. A method that
+    # does not compare one vector per sample by its cosine overrides it, and may return any NamedTuple of tensors as embeds, with the
+    # sample first. It is called on chunks of the samples. If embeds of images and texts have the same form, it compares any two of them,
+    # else it raises UserError for two images.
+    similarity: Similarity = staticmethod(dot_product)
 
     # Optional capabilities; None: the method does not have it.
-    # pixels and, for each image, token ids and lengths, as one input -> normalized embeds [batch, dim]
-    encode_joint: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    # pixels and, for each image, token ids and lengths, as one input -> embeds, as `encode_image`
+    encode_joint: Callable[[Tensor, Tensor, Tensor], Any] | None = None
     # the same inputs -> how well each image region matches the text, [batch, row, column]; None: Grad-CAM is used instead
     localize: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
 
 if TYPE_CHECKING:
     import torch
@@ -229,32 +229,44 @@ class Gather(Protocol):
 
 # ---------------------------------------------------------------- evaluation
 
+# Embeddings of samples: a tensor [sample, …], or a NamedTuple of such tensors, such as token embeds and which of them are valid. Joining
+# batches pads the other axes at their end with zeros (False). See `coalign.embeds`.
+Embeds = Union["Tensor", tuple["Tensor", ...]]
+# (embeds of images, embeds of texts) -> similarity of each image and text, float [image, text]
+Similarity = Callable[[Any, Any], "Tensor"]
+
+
+def dot_product(images: Tensor, texts: Tensor) -> Tensor:
+    """The default similarity: [image, dim] and [text, dim] -> [image, text]; the cosine if both are normalized."""
+    return images @ texts.T
+
 
 # (uint8 pixels [batch, 3, size, size], one text per image) -> relevance of each region to the text, [batch, row, column]
 Localizer = Callable[["Tensor", Sequence[str]], "Tensor"]
-# (uint8 pixels [batch, 3, size, size], one text per image) -> embeds of the pairs in the shared space, [batch, dim]
-JointEncoder = Callable[["Tensor", Sequence[str]], "Tensor"]
+# (uint8 pixels [batch, 3, size, size], one text per image) -> embeds of the pairs, comparable with those of images and texts
+JointEncoder = Callable[["Tensor", Sequence[str]], Any]
 
 
 @dataclass
 class DualEncoder:
-    """A model that embeds images and texts in a shared space, from coalign or another library.
+    """A model that embeds images and texts and compares them, from coalign or another library.
 
-    encode_image: uint8 pixels [batch, 3, size, size] of the evaluation view -> float [batch, dim]
-    encode_text: sequence of strings -> float [batch, dim]
+    encode_image: uint8 pixels [batch, 3, size, size] of the evaluation view -> embeds, float [batch, dim] or as in `Embeds`
+    encode_text: sequence of strings -> embeds, likewise
     image_size: side of the input image in pixels
-    logit_scale: factor of the cosine similarities in softmax probabilities
+    logit_scale: factor of the similarities in softmax probabilities
+    similarity: (embeds of images, embeds of texts) -> [image, text]. Where embeds of images and texts have the same form, it compares any
+        two of them, else it raises UserError. The default compares tensors [batch, dim] by their cosine: evaluation normalizes them.
+        Embeds for another similarity are compared as they are.
     image_features: the same pixels -> float [batch, width], image encoder output before the projection; required by probes
     preprocess: upright RGB PIL image -> uint8 [3, size, size]; None: the evaluation view
     weights: all weights by name; their hash is the key of cached embeddings
     modules: returns trainable copies of the image and the text encoder, with the same inputs, which may share weights; required by
         fine-tuning and detection
-
-    Embeddings need not be normalized: evaluation normalizes them.
     """
 
-    encode_image: Callable[[Tensor], Tensor]
-    encode_text: Callable[[Sequence[str]], Tensor]
+    encode_image: Callable[[Tensor], Any]
+    encode_text: Callable[[Sequence[str]], Any]
     image_size: int
     name: str = "model"
     logit_scale: float = 100.0
@@ -262,3 +274,9 @@ class DualEncoder:
     preprocess: Callable[[Any], Tensor] | None = None
     weights: Callable[[], Mapping[str, Tensor]] | None = None
     modules: Callable[[], tuple[nn.Module, nn.Module]] | None = None
+    similarity: Similarity = dot_product
+
+    @property
+    def compares_cosines(self) -> bool:
+        """Whether a sample is one vector, compared by its cosine."""
+        return self.similarity is dot_product

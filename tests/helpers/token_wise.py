@@ -22,12 +22,12 @@ class TokenWise(CLIP):
     def objective(self, features, targets, gather, step):
         images, tokens, valid = (features[name] for name in ("image_embeds", "token_embeds", "valid"))
         positives = gather.global_indices(images)
-        image_to_text = self.similarity(images, gather(tokens), gather(valid))  # [batch, global_batch]
-        text_to_image = self.similarity(gather(images), tokens, valid).T
+        image_to_text = self.token_similarity(images, gather(tokens), gather(valid))  # [batch, global_batch]
+        text_to_image = self.token_similarity(gather(images), tokens, valid).T
         losses = [F.cross_entropy(logits, positives, reduction="sum") for logits in (image_to_text, text_to_image)]
         return [LossTerm("token_wise", sum(losses) / 2, len(images))]
 
-    def similarity(self, images, tokens, valid):
+    def token_similarity(self, images, tokens, valid):
         """[image, dim], [text, token, dim] and a mask [text, token] -> scaled similarities [image, text]."""
         cosines = torch.einsum("id,jtd->ijt", images, tokens).masked_fill(~valid, -torch.inf)
         return cosines.amax(2) * self.log_logit_scale.exp()

@@ -48,7 +48,7 @@ def random_teacher(method):
 
 
 def with_random_scales(method):
-    for parameter in (method.similarity.log_logit_scales, method.similarity.offsets):
+    for parameter in (method.domain_similarity.log_logit_scales, method.domain_similarity.offsets):
         if parameter is not None:
             parameter.data += torch.linspace(-0.3, 0.4, len(parameter), dtype=torch.float64)
     return method
@@ -64,9 +64,9 @@ def naive_contrast(method, embeds, views, weights, same=None):
     members = list(itertools.product(range(len(embeds)), views))
 
     def x(i, j):
-        number = (i[1] == 2) + (j[1] == 2) if method.similarity.offsets is not None else 0
-        offset = method.similarity.offsets[number] if method.similarity.offsets is not None else 0.0
-        return (embeds[i] @ embeds[j] - offset) * method.similarity.log_logit_scales[number].exp()
+        number = (i[1] == 2) + (j[1] == 2) if method.domain_similarity.offsets is not None else 0
+        offset = method.domain_similarity.offsets[number] if method.domain_similarity.offsets is not None else 0.0
+        return (embeds[i] @ embeds[j] - offset) * method.domain_similarity.log_logit_scales[number].exp()
 
     for i in members:
         negatives = [n for n in members if n[0] != i[0] and not (same and same[n[0]] == same[i[0]])]
@@ -144,7 +144,9 @@ def test_objective_equals_naive_loops(tmp_path, features, changes, step):
     theirs = naive_loss(method, features, teacher, step)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     inputs = [
-        x for x in (features["embeds"], method.similarity.log_logit_scales, method.similarity.offsets) if x is not None
+        x
+        for x in (features["embeds"], method.domain_similarity.log_logit_scales, method.domain_similarity.offsets)
+        if x is not None
     ]
     for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -204,7 +206,7 @@ def test_losses_of_ranks_add_up(tmp_path, features, changes):
     assert counts == [float(term.count) for term in whole]
     summed = sum(term.weight * term.total / count for terms, count in zip(zip(*parts), counts) for term in terms)
     torch.testing.assert_close(summed, loss_of(whole))
-    inputs = [features["embeds"], method.similarity.log_logit_scales, method.similarity.offsets]
+    inputs = [features["embeds"], method.domain_similarity.log_logit_scales, method.domain_similarity.offsets]
     expected = torch.autograd.grad(loss_of(whole), inputs, retain_graph=True)
     for ours, theirs in zip(torch.autograd.grad(summed, inputs), expected):
         torch.testing.assert_close(ours, theirs)
@@ -400,9 +402,9 @@ def test_mlm_is_a_mean_over_masked_tokens(tmp_path, contrast_masked_text):
 def test_scale_initialization_and_clamp(tmp_path):
     method = build_method("mcd", tmp_path)
     assert method.scalars()["logit_scale"].item() == pytest.approx(1 / 0.07)
-    method.similarity.log_logit_scales.data[:] = torch.tensor([9.0, -1.0, 2.0])
+    method.domain_similarity.log_logit_scales.data[:] = torch.tensor([9.0, -1.0, 2.0])
     method.after_step({}, {}, GATHER, START)
-    assert method.similarity.log_logit_scales.tolist() == pytest.approx([math.log(100), 0.0, 2.0])
+    assert method.domain_similarity.log_logit_scales.tolist() == pytest.approx([math.log(100), 0.0, 2.0])
     batch = make_batch(method.view_plan, BATCH)
     forward_backward(method, batch, HALF, ALONE)
     scalars = method.scalars()

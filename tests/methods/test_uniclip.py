@@ -24,7 +24,7 @@ def loss(method, features):
 
 def random_features(method, pairs=4):
     g = torch.Generator().manual_seed(1)
-    embeds = torch.randn(pairs, len(method.similarity.domains), 5, generator=g).double()
+    embeds = torch.randn(pairs, len(method.domain_similarity.domains), 5, generator=g).double()
     return {"embeds": F.normalize(embeds, dim=-1).requires_grad_(), "caption_ids": torch.tensor([3, 1, 3, 2])[:pairs]}
 
 
@@ -44,8 +44,8 @@ def naive(method, features):
 
     def s(i, j):
         d = kind(i, j) if config.domain_similarity else 0
-        b = 0.0 if method.similarity.offsets is None else method.similarity.offsets[d]
-        return torch.exp(method.similarity.log_logit_scales[d].exp() * ((z[i] * z[j]).sum() - b))
+        b = 0.0 if method.domain_similarity.offsets is None else method.domain_similarity.offsets[d]
+        return torch.exp(method.domain_similarity.log_logit_scales[d].exp() * ((z[i] * z[j]).sum() - b))
 
     losses = []
     for i in members:
@@ -79,7 +79,7 @@ def test_objective_equals_naive_loops(tmp_path, name, own_similarity, unified, v
         "uniclip", tmp_path, views=("weak", "strong", "strong")[: views[0]], text_views=views[1], loss=name,
         domain_similarity=own_similarity, unified_supervision=unified, multi_positive=unified,
     )  # fmt: skip
-    values = [p for p in (method.similarity.log_logit_scales, method.similarity.offsets) if p is not None]
+    values = [p for p in (method.domain_similarity.log_logit_scales, method.domain_similarity.offsets) if p is not None]
     for value in values:
         torch.nn.init.uniform_(value, 0.5, 2.0)
     features = random_features(method)
@@ -94,9 +94,9 @@ def test_objective_equals_naive_loops(tmp_path, name, own_similarity, unified, v
 
 def gradient_of_offsets(method, offsets):
     """Returns the gradient of three offsets that replace the method's own (or the shared one)."""
-    scales, _ = method.similarity()
-    pairwise = offsets[method.similarity.domains]
-    method.similarity.forward = lambda: (scales, pairwise)
+    scales, _ = method.domain_similarity()
+    pairwise = offsets[method.domain_similarity.domains]
+    method.domain_similarity.forward = lambda: (scales, pairwise)
     return torch.autograd.grad(loss(method, random_features(method)), offsets)[0]
 
 
@@ -108,7 +108,7 @@ def gradient_of_offsets(method, offsets):
 def test_offsets_that_cancel_are_not_parameters(tmp_path, changes, name):
     """Eq. 15: b has zero gradient if it is shared, or if positives and negatives have the same domain combination."""
     method = build_method("uniclip", tmp_path, loss=name, **changes)
-    assert method.similarity.offsets is None
+    assert method.domain_similarity.offsets is None
     assert not any("offset" in parameter for parameter, _ in method.named_parameters())
     offsets = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
     assert gradient_of_offsets(method, offsets).abs().max() < 1e-13
@@ -118,7 +118,7 @@ def test_domain_offsets_are_trained(tmp_path):
     method = build_method("uniclip", tmp_path)
     offsets = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
     assert gradient_of_offsets(method, offsets).abs().min() > 1e-3
-    assert any(p is method.similarity.offsets for p in method.parameter_groups()["scale"])
+    assert any(p is method.domain_similarity.offsets for p in method.parameter_groups()["scale"])
 
 
 def test_scalars_and_clamp(tmp_path):
@@ -127,7 +127,7 @@ def test_scalars_and_clamp(tmp_path):
         {f"logit_scale{name}": 1 / 0.07 for name in ("", "_image_image", "_text_text")}
         | {f"offset_{name}": 0.0 for name in ("image_image", "image_text", "text_text")}
     )
-    method.similarity.log_logit_scales.data.copy_(torch.tensor([9.0, 2.0, -1.0]))
+    method.domain_similarity.log_logit_scales.data.copy_(torch.tensor([9.0, 2.0, -1.0]))
     method.after_step({}, {}, GATHER, STEP)
     scales = method.scalars()
     assert scales["logit_scale_image_image"].item() == pytest.approx(100)

@@ -55,7 +55,7 @@ class MCD(Method):
         self.mlm_head = MaskedLanguageHead(self.text.width, towers.vocab_size) if config.mlm else None
 
         # UniCLIP's τ_D and b_D for each combination D of image and text; with a single τ, b would cancel
-        self.similarity = DomainSimilarity(
+        self.domain_similarity = DomainSimilarity(
             domain_combinations(num_images=2, num_texts=1),
             config.temperature,
             shared=not config.domain_similarity,
@@ -110,7 +110,7 @@ class MCD(Method):
 
     def _contrast(self, embeds: Tensor, gathered: Tensor, labels: Labels, progress: float) -> list[LossTerm]:
         """Contrast (§4.2): returns L_con(v, ṽ, t), MP-NCE over all views of a pair (Eq. 5), and L_con(v, t), without ṽ."""
-        logit_scales, offsets = self.similarity()
+        logit_scales, offsets = self.domain_similarity()
         scores = compare_views(embeds, gathered, logit_scales, offsets, labels)
         count = 3 * len(embeds)  # the weights of a pair sum to 3: UniCLIP's mean (its Eq. 12) times (V + U)²/3
         total = mp_nce(scores, balancing_weights(num_images=2, num_texts=1))
@@ -156,14 +156,14 @@ class MCD(Method):
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.similarity.clamp_(self.config.max_logit_scale)
+        self.domain_similarity.clamp_(self.config.max_logit_scale)
         if self.teacher is not None:  # Eq. 12
             update_ema(self.teacher, self.image, self._momentum(step))
 
     def scalars(self) -> dict[str, Tensor]:
         """Returns 1/τ and b (per domain combination if there are several; `logit_scale` is then image-text), λ, the teacher's momentum, and
         the mean of log D_S(v_i, t_i) − log D_T(v_i, t_i)."""
-        return {**self.similarity.scalars(), **self.diagnostics}
+        return {**self.domain_similarity.scalars(), **self.diagnostics}
 
     def _embed(self, tower: ImageTower, views: Sequence[ImageView]) -> tuple[Tensor, ...]:
         """Returns the normalized embeds of each view, [batch, dim], from a single forward pass."""
@@ -182,7 +182,7 @@ class MCD(Method):
         return {
             "image": list(self.image.parameters()),
             "text": [*self.text.parameters(), *mlm_head],
-            "scale": list(self.similarity.parameters()),
+            "scale": list(self.domain_similarity.parameters()),
         }
 
 

@@ -53,7 +53,7 @@ class UniCLIP(Method):
 
         # τ_D and b_D (Eq. 16). If a positive and all its negatives share one b, it cancels (Eq. 15) and is not trained.
         num_images, num_texts = len(config.views), config.text_views
-        self.similarity = DomainSimilarity(
+        self.domain_similarity = DomainSimilarity(
             domain_combinations(num_images, num_texts),
             config.temperature,
             shared=not config.domain_similarity,
@@ -87,7 +87,7 @@ class UniCLIP(Method):
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         embeds = features["embeds"]
         labels = features["caption_ids"] if self.config.multi_positive else gather.global_indices(embeds)
-        logit_scales, offsets = self.similarity()
+        logit_scales, offsets = self.domain_similarity()
         scores = compare_views(embeds, gather(embeds), logit_scales, offsets, (labels, gather(labels)))
         total = scores.own.new_zeros(())
         for anchors, others in self.blocks:
@@ -100,10 +100,10 @@ class UniCLIP(Method):
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.similarity.clamp_(self.config.max_logit_scale)
+        self.domain_similarity.clamp_(self.config.max_logit_scale)
 
     def scalars(self) -> dict[str, Tensor]:
-        return self.similarity.scalars()
+        return self.domain_similarity.scalars()
 
     def project_image(self, features: Tensor, params: Tensor) -> Tensor:
         """Returns z = g_I(f_I(A(x)), f_A(A)), normalized: features [batch, width], params [batch, 11] -> [batch, dim]."""
@@ -123,7 +123,7 @@ class UniCLIP(Method):
         return {
             "image": [*self.image.parameters(), *self.head.parameters(), *augmentation],
             "text": list(self.text.parameters()),
-            "scale": list(self.similarity.parameters()),
+            "scale": list(self.domain_similarity.parameters()),
         }
 
 
