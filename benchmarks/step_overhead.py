@@ -121,11 +121,10 @@ def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[st
         sums = []
         for tower, arguments, options, grad in calls:
             with torch.set_grad_enabled(grad):
-                features = tower(*arguments, **options)
-                pooled = features if isinstance(features, Tensor) else features.pooled
+                pooled, parts = tower(*arguments, **options)
                 sums.append(tower.projection(pooled).sum())  # type: ignore[operator]
-                if not isinstance(features, Tensor) and features.tokens is not None:
-                    sums.append(features.tokens.sum())  # masked language modeling uses all tokens
+                if parts is not None:
+                    sums.append(parts.sum())  # masked language modeling uses all tokens
         torch.stack([total for total in sums if total.requires_grad]).sum().backward()
         assert torch.isfinite(clip_gradients(optimizers.parameters(), None))
         optimizers.step()

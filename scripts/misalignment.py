@@ -56,7 +56,7 @@ def embed(run: Run, pixels: Tensor, params: Sequence[AugmentationParams] | None 
             batch = pixels[start : start + BATCH]
             if params is not None and isinstance(method, UniCLIP):
                 vectors = torch.tensor([p.vector() for p in params[start : start + BATCH]])
-                pieces.append(method.project_image(method.image(batch), vectors))
+                pieces.append(method.project_image(method.image(batch).pooled, vectors))
             else:
                 pieces.append(method.encode_image(batch))
     return torch.cat(pieces).float()

@@ -57,7 +57,7 @@ class Method(nn.Module, ABC):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [batch, 3, size, size] of the evaluation view -> image encoder output before the projection [batch, width]."""
-        return self.image(pixels)  # type: ignore[operator]
+        return self.image(pixels).pooled  # type: ignore[operator]
 
     @abstractmethod
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Any:

@@ -21,7 +21,7 @@ def area_under_the_curve(pretrained):
     tower = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=pretrained)).eval()
     pixels = torch.from_numpy(np.stack([source.image(index) for index in range(600)])).permute(0, 3, 1, 2)
     with torch.no_grad():
-        features = tower(pixels).numpy()
+        features = tower(pixels).pooled.numpy()
     blue = np.array(["blue" in source.record(index).tags for index in range(600)])
     probe = LogisticRegression(max_iter=2000).fit(features[:300], blue[:300])
     return roc_auc_score(blue[300:], probe.decision_function(features[300:]))

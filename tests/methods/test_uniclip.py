@@ -150,7 +150,7 @@ def randomized(tmp_path, **changes):
 def encode_with_features(method, batch):
     """Returns the image encoder's features and the image embeds [batch, view, dim]."""
     features = []
-    handle = method.image.register_forward_hook(lambda module, inputs, output: features.append(output))
+    handle = method.image.register_forward_hook(lambda module, inputs, output: features.append(output.pooled))
     embeds = method.encode(batch, STEP)["embeds"][:, : len(method.config.views)]
     handle.remove()
     return torch.cat(features), embeds
@@ -221,7 +221,7 @@ def test_embeds_order_image_views_before_text_views(tmp_path):
     embeds = method.encode(batch, STEP)["embeds"]
     assert embeds.shape == (4, 5, 16)
     for number, view in enumerate(batch.images.values()):
-        expected = method.project_image(method.image(view.pixels), view.params)
+        expected = method.project_image(method.image(view.pixels).pooled, view.params)
         torch.testing.assert_close(embeds[:, number], expected)
     for number, caption in enumerate(batch.texts.values(), 3):
         torch.testing.assert_close(embeds[:, number], method.encode_text(caption.ids, caption.lengths))

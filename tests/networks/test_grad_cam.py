@@ -31,7 +31,7 @@ def inputs():
 
 
 def embed(tower):
-    return lambda pixels: F.normalize(tower.projection(tower(pixels)), dim=-1)
+    return lambda pixels: F.normalize(tower.projection(tower(pixels).pooled), dim=-1)
 
 
 def test_convolutional_trunk(inputs):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.towers.image import ImageTower
+from coalign.networks.towers.spec import ImageFeatures
 from coalign.networks.towers.text import TextFeatures, TextTower
 from coalign.networks.transformer import is_plain
 from coalign.networks.unified import UnifiedTower
@@ -115,12 +116,12 @@ def make_dense(method: nn.Module) -> Any:
     return dense
 
 
-def _image(tower: ImageTower, pixels: Tensor) -> Tensor:
-    x = (pixels.to(tower.mean.dtype) - tower.mean) / tower.std
+def _image(tower: ImageTower, pixels: Tensor) -> ImageFeatures:
+    x = tower.normalize(pixels)
     trunk = tower.trunk
     if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
-        return trunk(x)
-    return trunk._pool(_blocks(trunk.transformer.resblocks, trunk._embeds(x), None))[0]
+        return ImageFeatures(trunk(x), None)
+    return ImageFeatures(trunk._pool(_blocks(trunk.transformer.resblocks, trunk._embeds(x), None))[0], None)
 
 
 def _text(tower: TextTower, ids: Tensor, lengths: Tensor, with_tokens: bool = False) -> TextFeatures:

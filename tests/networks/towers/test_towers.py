@@ -44,7 +44,7 @@ def test_equals_open_clip(tiny):
     lengths = ids.argmax(1) + 1
     with torch.no_grad():
         torch.testing.assert_close(
-            image.projection(image(pixels)), peer.encode_image((pixels / 255 - mean) / std), atol=1e-5, rtol=1e-5
+            image.projection(image(pixels).pooled), peer.encode_image((pixels / 255 - mean) / std), atol=1e-5, rtol=1e-5
         )
         for trimmed in (ids, ids[:, : lengths.max()]):
             torch.testing.assert_close(
@@ -148,7 +148,104 @@ def test_image_tower_equals_open_clip(tmp_path, vision):
     torch.manual_seed(0)
     tower = build_image_tower(TowerSpec(str(path), vocab_size=100)).double()
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(tower(pixels), tower.trunk((pixels - tower.mean) / tower.std))
+    torch.testing.assert_close(tower(pixels).pooled, tower.trunk((pixels - tower.mean) / tower.std))
+
+
+VARIANTS = [{}, {"pool_type": "avg"}, {"final_ln_after_pool": True}, {"ls_init_value": 0.1}, {"qk_norm": True}]
+
+
+def vit_file(folder, **vision):
+    path = folder / "model.json"
+    path.write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], "image_size": 48, **vision}}))
+    return str(path)
+
+
+def random_pixels(size):
+    return torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("vision", VARIANTS)
+def test_patches_equal_open_clip(tmp_path, vision):
+    torch.manual_seed(0)
+    tower = build_image_tower(TowerSpec(vit_file(tmp_path, **vision), vocab_size=100)).double()
+    for norm in (tower.trunk.ln_post, tower.trunk.ln_pre):
+        torch.nn.init.normal_(norm.weight)  # so that a missing norm shows
+    pixels = random_pixels(48)
+    features = tower(pixels, with_patches=True)
+    torch.testing.assert_close(features.pooled, tower(pixels).pooled)
+    options = {"indices": 1, "normalize_intermediates": True, "output_fmt": "NCHW"}
+    peer = tower.trunk.forward_intermediates(tower.normalize(pixels), **options)
+    assert features.patches.shape == (3, 3, 3, tower.patch_width)
+    torch.testing.assert_close(features.patches, peer["image_intermediates"][0].permute(0, 2, 3, 1))
+
+
+# our timm trunk and open_clip's adapter, convolutional and Transformer, channels first and last, with 1 and without prefix tokens
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("tiny", 64),
+        ("small", 64),
+        ("convnext_tiny", 64),
+        ("timm:vit_medium_patch16_gap_256", 64),
+        ("timm:test_vit", 64),
+        ("timm:test_efficientnet", 64),
+        ("timm:swin_tiny_patch4_window7_224", 224),
+        ("timm:mixer_s32_224", 224),
+    ],
+)
+def test_patches_of_timm_trunks(name, size):
+    torch.manual_seed(0)
+    tower = build_image_tower(TowerSpec(name, vocab_size=100, image_size=size)).eval()
+    pixels = random_pixels(size)
+    with torch.no_grad():
+        pooled, patches = tower(pixels, with_patches=True)
+        assert torch.equal(pooled, tower(pixels).pooled)
+    trunk = getattr(tower.trunk, "trunk", tower.trunk)
+    reduction = trunk.feature_info[-1]["reduction"] if hasattr(trunk, "feature_info") else 32
+    assert patches.shape == (3, size // reduction, size // reduction, tower.patch_width)
+    # changing the pixels of the bottom left quarter changes its patches most
+    changed = pixels.clone()
+    changed[..., -size // 2 :, : size // 2] ^= 255
+    with torch.no_grad():
+        change = (tower(changed, with_patches=True).patches - patches).square().sum(-1).mean(0)
+    row, column = divmod(int(change.argmax()), change.shape[1])
+    assert row >= change.shape[0] / 2 > column
+    assert change[row, column] > 2 * change[0, -1]
+
+
+@pytest.mark.parametrize("name", ["tiny", "timm:test_efficientnet"])
+def test_patches_average_to_the_pooled_output(name):
+    torch.manual_seed(0)
+    features = build_image_tower(TowerSpec(name, vocab_size=100)).eval()(random_pixels(64), with_patches=True)
+    torch.testing.assert_close(features.patches.mean((1, 2)), features.pooled)
+
+
+def test_patches_of_open_clips_resnet(tmp_path):
+    path = tmp_path / "resnet.json"
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "head_width": 64}
+    path.write_text(json.dumps({**TINY, "vision_cfg": vision}))
+    torch.manual_seed(0)
+    tower = build_image_tower(TowerSpec(str(path), vocab_size=100)).eval()
+    maps, pixels = [], random_pixels(64)
+    with torch.no_grad():
+        pooled, patches = tower(pixels, with_patches=True)
+        handle = tower.trunk.layer4.register_forward_hook(lambda module, inputs, output: maps.append(output))
+        assert torch.equal(pooled, tower(pixels).pooled)
+        handle.remove()
+    assert patches.shape == (3, 2, 2, tower.patch_width)
+    assert torch.equal(patches, maps[0].permute(0, 2, 3, 1))
+
+
+def test_towers_without_patches(tmp_path):
+    pooler = {"attentional_pool": True, "attn_pooler_queries": 5}
+    tower = build_image_tower(TowerSpec(vit_file(tmp_path, **pooler), vocab_size=100))
+    with pytest.raises(UserError, match="no patch features, as its trunk is a VisionTransformer"):
+        tower(random_pixels(48), with_patches=True)
+    with pytest.raises(UserError, match="no patch features"):
+        tower.patch_width  # noqa: B018
+    tower = build_image_tower(TowerSpec("timm:crossvit_9_240", vocab_size=100, image_size=240))
+    with pytest.raises(UserError, match="no patch features, as its trunk is a CrossVit"):
+        tower(random_pixels(240), with_patches=True)
 
 
 def test_text_towers_with_other_attention_are_rejected(tmp_path):
@@ -160,7 +257,14 @@ def test_text_towers_with_other_attention_are_rejected(tmp_path):
 
 def test_timm_trunk_with_image_size():
     tower = build_image_tower(TowerSpec("timm:test_vit", vocab_size=100, image_size=96))
-    assert tower(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, tower.width)
+    assert tower(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).pooled.shape == (2, tower.width)
+
+
+def test_timm_trunk_whose_head_widens_the_features():
+    tower = build_image_tower(TowerSpec("timm:mobilenetv3_small_050", vocab_size=100)).eval()
+    pooled, patches = tower(random_pixels(64), with_patches=True)
+    assert tower.projection(pooled).shape == (3, tower.embed_dim)
+    assert patches.shape[-1] == tower.patch_width != tower.width
 
 
 def test_pretrained_weights_from_a_file(tiny, tmp_path):
@@ -175,7 +279,7 @@ def test_pretrained_weights_from_a_file(tiny, tmp_path):
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         theirs = peer.encode_image((pixels - image.mean) / image.std)
-        torch.testing.assert_close(image.projection(image(pixels)), theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(image.projection(image(pixels).pooled), theirs, atol=1e-5, rtol=1e-5)
         ours = text.projection(text(ids[:, :20], ids.argmax(1) + 1).pooled)
         torch.testing.assert_close(ours, peer.encode_text(ids), atol=1e-5, rtol=1e-5)
     for changes, message in (
@@ -201,7 +305,7 @@ def test_trunk_weights_from_a_file(name, tmp_path):
     tower = build_image_tower(spec).eval()
     pixels = torch.randint(256, (2, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(tower(pixels), peer((pixels - tower.mean) / tower.std), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(tower(pixels).pooled, peer((pixels - tower.mean) / tower.std), atol=1e-4, rtol=1e-4)
     torch.manual_seed(0)
     fresh = build_text_tower(replace(spec, pretrained=None)).state_dict()
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         image_size=size,
         name=spec,
         logit_scale=float(model.logit_scale.detach().exp()),
-        image_features=lambda pixels: image(pixels.to(device)),
+        image_features=lambda pixels: image(pixels.to(device)).pooled,
         preprocess=open_clip_preprocess(cfg),
         modules=lambda: copy.deepcopy(encoders),
         weights=lambda: {**image.state_dict(), **model.state_dict()},
@@ -68,7 +68,7 @@ class _ImageEncoder(torch.nn.Module):
         self.image = image
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.image.projection(self.image(pixels))
+        return self.image.projection(self.image(pixels).pooled)
 
 
 class _TextEncoder(torch.nn.Module):

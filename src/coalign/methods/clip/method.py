@@ -54,7 +54,7 @@ class CLIP(Method):
         return {"logit_scale": self.log_logit_scale.detach().exp()}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
+        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)

@@ -58,7 +58,7 @@ class DeCLIP(Method):
         self.diagnostics: dict[str, Tensor] = {}  # of the last step, for logging only; not in the state_dict
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
-        images = [self.image.projection(self.image(batch.images[name].pixels)) for name in self.view_plan.images]
+        images = [self.image.projection(self.image(batch.images[name].pixels).pooled) for name in self.view_plan.images]
         texts, masked = [], {}
         for name in self.view_plan.texts:
             view = batch.texts[name]
@@ -171,7 +171,7 @@ class DeCLIP(Method):
         return {"logit_scale": self.log_logit_scale.detach().exp(), **fill, **self.diagnostics}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
+        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)

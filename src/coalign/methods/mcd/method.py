@@ -167,12 +167,12 @@ class MCD(Method):
 
     def _embed(self, tower: ImageTower, views: Sequence[ImageView]) -> tuple[Tensor, ...]:
         """Returns the normalized embeds of each view, [batch, dim], from a single forward pass."""
-        features = tower(torch.cat([view.pixels for view in views]))
+        features = tower(torch.cat([view.pixels for view in views])).pooled
         return F.normalize(tower.projection(features), dim=-1).chunk(len(views))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeds with the student (§4.5)."""
-        return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
+        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)

@@ -194,7 +194,7 @@ class MCT(Method):
         }
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.heads[self._head_name("image_inter")](self.image(pixels)), dim=-1)
+        return F.normalize(self.heads[self._head_name("image_inter")](self.image(pixels).pooled), dim=-1)
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.heads[self._head_name("text_inter")](self.text(ids, lengths).pooled), dim=-1)
@@ -254,7 +254,7 @@ def _embed(
     features: Features = {}
     for modality in dict.fromkeys(map(_modality, heads)):
         if modality == "image":
-            features[modality] = towers["image"](batch.images[view].pixels)
+            features[modality] = towers["image"](batch.images[view].pixels).pooled
         else:
             features[modality] = towers["text"](batch.texts[view].ids, batch.texts[view].lengths).pooled
     return {head: F.normalize(mlps[head](features[_modality(head)]), dim=-1) for head in heads}

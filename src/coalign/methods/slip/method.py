@@ -41,8 +41,8 @@ class SLIP(Method):
             "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
             "text_embeds": self.encode_text(caption.ids, caption.lengths),  # [batch, dim]
             # before CLIP's projection: the SSL head is an MLP on the tower's features
-            "ssl_1_features": self.image(batch.images["ssl_1"].pixels),  # [batch, width]
-            "ssl_2_features": self.image(batch.images["ssl_2"].pixels),  # [batch, width]
+            "ssl_1_features": self.image(batch.images["ssl_1"].pixels).pooled,  # [batch, width]
+            "ssl_2_features": self.image(batch.images["ssl_2"].pixels).pooled,  # [batch, width]
             "caption_ids": batch.caption_ids,  # [batch]
         }
 
@@ -81,7 +81,7 @@ class SLIP(Method):
         return {"logit_scale": self.log_logit_scale.detach().exp(), **self.diagnostics}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image.projection(self.image(pixels)), dim=-1)
+        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)

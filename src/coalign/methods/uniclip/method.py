@@ -77,7 +77,7 @@ class UniCLIP(Method):
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         views = [batch.images[name] for name in self.view_plan.images]
-        features = self.image(torch.cat([view.pixels for view in views]))  # f_I(A(x)): [view · batch, width]
+        features = self.image(torch.cat([view.pixels for view in views])).pooled  # f_I(A(x)): [view · batch, width]
         shift = int(self.config.foreign_parameters)  # 1: the parameters of another sample of the batch
         images = self.project_image(features, torch.cat([view.params.roll(shift, 0) for view in views]))
         captions = [batch.texts[name] for name in self.view_plan.texts]
@@ -113,7 +113,7 @@ class UniCLIP(Method):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embeds the evaluation view as an unaugmented image."""
         identity = torch.tensor([AugmentationParams().vector()], device=pixels.device)
-        return self.project_image(self.image(pixels), identity.expand(pixels.shape[0], -1))
+        return self.project_image(self.image(pixels).pooled, identity.expand(pixels.shape[0], -1))
 
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)

@@ -31,6 +31,11 @@ class TowerSpec:
     batch_norm_group: int = 32
 
 
+class ImageFeatures(NamedTuple):
+    pooled: Tensor  # [batch, width]
+    patches: Tensor | None  # [batch, row, column, patch_width], after the final norm, or a CNN's last feature map
+
+
 class TextFeatures(NamedTuple):
     pooled: Tensor  # [batch, width]
     tokens: Tensor | None  # [batch, token, width], after the final norm, zero beyond a caption's length
