@@ -17,12 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from captions import CAPTIONS
 from lines import line
-from torch import Tensor, nn
+from torch import Tensor
 
 from coalign.config import OptimizerConfig
 from coalign.data.text.tokenizer import load_tokenizer
@@ -30,9 +31,7 @@ from coalign.data.text.views import text_view
 from coalign.method import Method
 from coalign.methods import METHODS, config_class, method_class
 from coalign.networks.queue import FeatureQueue
-from coalign.networks.towers.image import ImageTower
-from coalign.networks.towers.spec import TowerSpec
-from coalign.networks.towers.text import TextTower
+from coalign.networks.towers.spec import TowerSpec, find_towers
 from coalign.optim import build_optimizers, clip_gradients
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
@@ -101,13 +100,12 @@ def full_step(method: Method, batch: Batch) -> Callable[[], None]:
 
 def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[str]]:
     """Returns a step of the encoder calls alone, and a description of each call."""
-    calls: list[tuple[nn.Module, tuple[Tensor, ...], dict[str, bool], bool]] = []
+    calls: list[tuple[Any, tuple[Tensor, ...], dict[str, bool], bool]] = []
 
-    def record(tower: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, bool]) -> None:
+    def record(tower: Any, arguments: tuple[Tensor, ...], options: dict[str, bool]) -> None:
         calls.append((tower, arguments, options, torch.is_grad_enabled()))
 
-    towers = [module for module in method.modules() if isinstance(module, (ImageTower, TextTower))]
-    hooks = [tower.register_forward_pre_hook(record, with_kwargs=True) for tower in towers]
+    hooks = [tower.register_forward_pre_hook(record, with_kwargs=True) for tower in find_towers(method)]
     info = StepInfo(500, 1000)
     method.encode(batch, info)
     with torch.no_grad():
@@ -122,7 +120,7 @@ def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[st
         for tower, arguments, options, grad in calls:
             with torch.set_grad_enabled(grad):
                 pooled, parts = tower(*arguments, **options)
-                sums.append(tower.projection(pooled).sum())  # type: ignore[operator]
+                sums.append(tower.projection(pooled).sum())
                 if parts is not None:
                     sums.append(parts.sum())  # masked language modeling uses all tokens
         torch.stack([total for total in sums if total.requires_grad]).sum().backward()
@@ -130,10 +128,10 @@ def bare_step(method: Method, batch: Batch) -> tuple[Callable[[], None], list[st
         optimizers.step()
         optimizers.zero_grad()
 
-    kinds = [
-        f"{'trained' if grad else 'teacher'} {'image' if isinstance(tower, ImageTower) else 'text'} × {len(inputs[0])}"
-        for tower, inputs, _, grad in calls
-    ]
+    kinds = []
+    for tower, inputs, _, grad in calls:
+        kind, count = tower.describe_pass(*inputs)
+        kinds.append(f"{'trained' if grad else 'teacher'} {kind} × {count}")
     return step, kinds
 
 
@@ -150,7 +148,7 @@ def measure(name: str, model: Path, size: int, repeats: int) -> None:
     method.train()
     fill_queues(method)
     batch = make_batch(method.view_plan, size)
-    if not any(isinstance(module, ImageTower) for module in method.modules()):
+    if not hasattr(method, "image"):
         print(f"{name}: not measured, because it has no separate image encoder")
         return
     bare, kinds = bare_step(method, batch)

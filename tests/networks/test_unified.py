@@ -96,6 +96,13 @@ def test_packed_forward_equals_open_clip_blocks(tower):
         torch.testing.assert_close(pool(joint, "balanced")[row], sum(halves) / 2)
 
 
+def test_dense_forward_equals_packed_forward(tower):
+    image, text = tower.embed_image(pixels(3)), tower.embed_text(IDS, LENGTHS)
+    for tokens in (image, text, join(image, text)):
+        for mine, their in zip(tower.dense_forward(tokens), tower(tokens)):
+            torch.testing.assert_close(mine, their)
+
+
 def test_balanced_pooling_of_one_modality_is_mean_pooling(tower):
     for tokens in (tower.embed_image(pixels(3)), tower.embed_text(IDS, LENGTHS)):
         states = tower(tokens)

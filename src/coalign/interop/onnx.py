@@ -7,22 +7,16 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.networks.towers.image import ImageTower
-from coalign.networks.towers.spec import ImageFeatures
-from coalign.networks.towers.text import TextFeatures, TextTower
-from coalign.networks.transformer import is_plain
-from coalign.networks.unified import UnifiedTower
+from coalign.networks.towers.spec import find_towers
 from coalign.types import DualEncoder
 
 INFO = "onnx_model.json"  # image size, context length, special tokens and logit scale, for clients
@@ -103,56 +97,12 @@ class _Graph(nn.Module):
         return F.normalize(self.encode(*arguments).float(), dim=-1)
 
 
-# ---------------------------------------------------------------- dense forwards
-
-
 def make_dense(method: nn.Module) -> Any:
     """Returns a copy whose towers run on padded sequences with a mask, as a graph cannot pack sequences."""
     dense = copy.deepcopy(method).cpu().float().eval()
-    forwards: dict[type, Callable[..., Any]] = {ImageTower: _image, TextTower: _text, UnifiedTower: _unified}
-    for module in dense.modules():
-        if type(module) in forwards:
-            module.forward = partial(forwards[type(module)], module)
+    for tower in find_towers(dense):
+        tower.forward = tower.dense_forward
     return dense
-
-
-def _image(tower: ImageTower, pixels: Tensor) -> ImageFeatures:
-    x = tower.normalize(pixels)
-    trunk = tower.trunk
-    if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
-        return ImageFeatures(trunk(x), None)
-    return ImageFeatures(trunk._pool(_blocks(trunk.transformer.resblocks, trunk._embeds(x), None))[0], None)
-
-
-def _text(tower: TextTower, ids: Tensor, lengths: Tensor, with_tokens: bool = False) -> TextFeatures:
-    transformer, position = tower.transformer, torch.arange(ids.shape[1], device=ids.device)
-    x = transformer.token_embedding(ids) + transformer.positional_embedding[: ids.shape[1]]
-    valid = position < lengths[:, None]  # [batch, token]
-    mask = (position <= position[:, None])[None, None] if tower.attention == "causal" else valid[:, None, None]
-    x = transformer.ln_final(_blocks(transformer.transformer.resblocks, x, mask)) * valid[..., None]
-    if tower.pooling == "mean":
-        pooled = x.sum(1) / lengths[:, None].to(x.dtype)
-    elif tower.pooling == "start":
-        pooled = x[:, 0]
-    else:
-        pooled = (x * (position == lengths[:, None] - 1)[..., None]).sum(1)
-    return TextFeatures(pooled, x if with_tokens else None)
-
-
-def _unified(tower: UnifiedTower, tokens: Any) -> Any:
-    return tower.given(tokens, tokens)  # F(X|X) is F(X)
-
-
-def _blocks(blocks: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Runs open_clip's blocks on x [batch, token, width]; `mask`, bool, broadcasts to [batch, heads, query, key], true to attend."""
-    for block in blocks:
-        attention = block.attn
-        q, k, v = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-        q, k, v = (z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + block.ls_1(attention.out_proj(attended))
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return x
 
 
 # ---------------------------------------------------------------- loading

@@ -13,7 +13,7 @@ from torch import nn
 
 from coalign.errors import UserError
 from coalign.files import write_json
-from coalign.networks.towers.image import ImageTower
+from coalign.networks.towers.image import ImageTower, timm_part
 
 CONFIG, WEIGHTS = "timm_model.json", "model.safetensors"
 
@@ -27,10 +27,11 @@ def to_timm(name: str, vision_cfg: Mapping[str, Any], image: ImageTower, folder:
         raise UserError(
             f"timm cannot represent the image tower of {name}, which is not a timm model; export the model to open_clip or transformers."
         )
-    trunk: Any = getattr(image.trunk, "trunk", image.trunk)  # open_clip's TimmModel wraps it
     kwargs = {"model_name": vision_cfg["timm_model_name"], "num_classes": 0, **vision_cfg.get("timm_kwargs", {})}
     write_json(folder / CONFIG, kwargs)
-    save_file({k: v.detach().cpu().contiguous() for k, v in trunk.state_dict().items()}, folder / WEIGHTS)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in timm_part(image.trunk).state_dict().items()}, folder / WEIGHTS
+    )
 
 
 def from_timm(folder: Path) -> nn.Module:

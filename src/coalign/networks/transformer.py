@@ -7,8 +7,9 @@ all tokens and everything else for that token only. The outputs are unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,13 +98,29 @@ def run_blocks(
     `read` (int64 [sequences]) selects one token per sequence, which must be its last one if `causal`: returns [sequences, width]. Otherwise
     returns [tokens, width].
     """
-    last = len(transformer.resblocks) - 1
+    attend, last = partial(packing.attend, causal=causal), len(transformer.resblocks) - 1
     for index, block in enumerate(transformer.resblocks):
-        x = _block(block, x, packing, causal, read if index == last else None)
+        x = _block(block, x, attend, read if index == last else None)
     return x
 
 
-def _block(block: ResidualAttentionBlock, x: Tensor, packing: Packing, causal: bool, read: Tensor | None) -> Tensor:
+def run_padded_blocks(transformer: Transformer, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Runs padded sequences [batch, token, width] through the blocks, for graphs, which cannot pack. `mask`, bool, broadcasts to
+    [batch, heads, query, key] and is true where a query attends."""
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+        q, k, v = (_split_heads(x, heads) for x in (queries, keys, values))
+        return _attention(q, k, v, mask, causal=False).transpose(1, 2).flatten(2)
+
+    for block in transformer.resblocks:
+        x = _block(block, x, attend)
+    return x
+
+
+def _block(
+    block: ResidualAttentionBlock, x: Tensor, attend: Callable[..., Tensor], read: Tensor | None = None
+) -> Tensor:
+    """`attend`: queries, keys, values [..., width] and the number of heads -> [..., width]."""
     attention = block.attn
     weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, x.shape[-1]
     normed = block.ln_1(x)
@@ -113,7 +130,7 @@ def _block(block: ResidualAttentionBlock, x: Tensor, packing: Packing, causal: b
         queries = F.linear(normed.index_select(0, read), weight[:width], bias[:width])
         keys, values = F.linear(normed, weight[width:], bias[width:]).split(width, dim=-1)
         x = x.index_select(0, read)
-    x = x + block.ls_1(attention.out_proj(packing.attend(queries, keys, values, attention.num_heads, causal)))
+    x = x + block.ls_1(attention.out_proj(attend(queries, keys, values, attention.num_heads)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 

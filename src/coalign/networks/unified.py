@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.positions import sincos_1d, sincos_2d
-from coalign.networks.towers.spec import TowerSpec, model_config
+from coalign.networks.towers.spec import Tower, TowerSpec, model_config
 from coalign.networks.transformer import pack, run_blocks
 
 Pooling = Literal["mean", "cls", "balanced"]
@@ -55,13 +55,15 @@ def pool(states: States, pooling: Pooling) -> Float[Tensor, "batch width"]:
     return (states.cls + patches + words) / (1 + num_patches + lengths)
 
 
-class UnifiedTower(nn.Module):
+class UnifiedTower(Tower):
     """MAE's Transformer with a convolutional stem for patches and an embedding table for words (OneR, "Implementation Details").
 
     A sequence is [CLS], patches, words. Positions are fixed sinusoids: two-dimensional for patches, one-dimensional for words, none for
     [CLS]. Patch positions are in units of the grid of `own_size`, so that the weights apply to any image size.
     """
 
+    image_size: int
+    patch_grid: tuple[int, int]
     mean: Tensor
     std: Tensor
     patch_positions: Tensor  # [patch, width]
@@ -159,6 +161,13 @@ class UnifiedTower(nn.Module):
         packed = self.norm(run_blocks(self.transformer, packed, pack(sorted_lengths.tolist(), x.device)))
         x = packed.new_zeros(batch * longest, self.width).index_copy(0, slots, packed)
         return _states(x.unflatten(0, (batch, longest)), tokens)
+
+    def dense_forward(self, tokens: Tokens) -> States:
+        return self.given(tokens, tokens)
+
+    def describe_pass(self, tokens: Tokens) -> tuple[str, int]:
+        parts = {"image": tokens.patches, "text": tokens.words}
+        return " and ".join(name for name, part in parts.items() if part.shape[1]), len(tokens.lengths)
 
     def given(self, tokens: Tokens, context: Tokens) -> States:
         """Returns F(X|Y): at every layer, queries come from X, keys and values from Y, which attends only to itself. F(X|X) is F(X)."""

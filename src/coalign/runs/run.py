@@ -17,9 +17,7 @@ from coalign.method import Method
 from coalign.methods import method_class
 from coalign.networks.positions import resize_positions
 from coalign.networks.queue import FeatureQueue
-from coalign.networks.towers.image import ImageTower
-from coalign.networks.towers.spec import TowerSpec, model_config
-from coalign.networks.unified import UnifiedTower
+from coalign.networks.towers.spec import TowerSpec, find_towers, model_config
 from coalign.runs.folder import MODEL, TOKENIZER, read_config
 from coalign.training import checkpoint
 from coalign.types import DualEncoder, JointEncoder
@@ -116,12 +114,12 @@ class _TextEncoder(nn.Module):
 
 def image_size(method: Method) -> int:
     """Returns the side of the method's input images in pixels."""
-    return next(module.image_size for module in method.modules() if isinstance(module, (ImageTower, UnifiedTower)))
+    return next(tower.image_size for tower in find_towers(method) if tower.image_size is not None)
 
 
 def patch_grid(method: Method) -> tuple[int, int] | None:
     """Returns the rows and columns of the patches that the method masks, or None if it does not mask patches."""
-    return next((module.patch_grid for module in method.modules() if isinstance(module, UnifiedTower)), None)
+    return next((tower.patch_grid for tower in find_towers(method) if tower.patch_grid), None)
 
 
 def check_device(name: str | None) -> str | None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import GroupedBatchNorm2d
-from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.image import build_image_tower, timm_part
 from coalign.networks.towers.spec import TowerSpec, model_config, model_names
 from coalign.networks.towers.text import build_text_tower
 
@@ -72,6 +72,8 @@ def test_captions_are_independent_of_batch_and_padding(tiny, attention, pooling)
     # id 0 is also the token "!", so padding is determined by length
     zeroed = torch.where(torch.arange(77) < lengths[:, None], ids, 0)
     torch.testing.assert_close(tower(zeroed, lengths).pooled, batched.pooled)
+    for mine, their in zip(tower.dense_forward(ids, lengths, with_tokens=True), batched):
+        torch.testing.assert_close(mine, their)
     # the last block computes only the pooled token
     torch.testing.assert_close(tower(ids, lengths).pooled, batched.pooled)
     for row in range(70):
@@ -148,7 +150,9 @@ def test_image_tower_equals_open_clip(tmp_path, vision):
     torch.manual_seed(0)
     tower = build_image_tower(TowerSpec(str(path), vocab_size=100)).double()
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(tower(pixels).pooled, tower.trunk((pixels - tower.mean) / tower.std))
+    expected = tower.trunk((pixels - tower.mean) / tower.std)
+    torch.testing.assert_close(tower(pixels).pooled, expected)
+    torch.testing.assert_close(tower.dense_forward(pixels).pooled, expected)
 
 
 VARIANTS = [{}, {"pool_type": "avg"}, {"final_ln_after_pool": True}, {"ls_init_value": 0.1}, {"qk_norm": True}]
@@ -173,6 +177,8 @@ def test_patches_equal_open_clip(tmp_path, vision):
     pixels = random_pixels(48)
     features = tower(pixels, with_patches=True)
     torch.testing.assert_close(features.pooled, tower(pixels).pooled)
+    for mine, their in zip(tower.dense_forward(pixels, with_patches=True), features):
+        torch.testing.assert_close(mine, their)
     options = {"indices": 1, "normalize_intermediates": True, "output_fmt": "NCHW"}
     peer = tower.trunk.forward_intermediates(tower.normalize(pixels), **options)
     assert features.patches.shape == (3, 3, 3, tower.patch_width)
@@ -200,7 +206,7 @@ def test_patches_of_timm_trunks(name, size):
     with torch.no_grad():
         pooled, patches = tower(pixels, with_patches=True)
         assert torch.equal(pooled, tower(pixels).pooled)
-    trunk = getattr(tower.trunk, "trunk", tower.trunk)
+    trunk = timm_part(tower.trunk)
     reduction = trunk.feature_info[-1]["reduction"] if hasattr(trunk, "feature_info") else 32
     assert patches.shape == (3, size // reduction, size // reduction, tower.patch_width)
     # changing the pixels of the bottom left quarter changes its patches most

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from coalign.errors import UserError
-from coalign.networks.towers.spec import TextFeatures, TowerSpec, new_projection
+from coalign.networks.towers.spec import TextFeatures, Tower, TowerSpec, new_projection
 
 
-class HuggingFaceTextTower(nn.Module):
+class HuggingFaceTextTower(Tower):
     """A bidirectional encoder pooled at its first token or over the mean of the caption's tokens, with the interface of `TextTower`.
 
     Dropout is off, because both passes over a micro-batch must give the same result.
@@ -37,6 +37,11 @@ class HuggingFaceTextTower(nn.Module):
         tokens = states * valid[..., None]  # [batch, token, width]
         pooled = tokens[:, 0] if self.pooling == "start" else tokens.sum(1) / lengths[:, None].to(tokens.dtype)
         return TextFeatures(pooled, tokens if with_tokens else None)
+
+    dense_forward = forward  # it does not pack
+
+    def describe_pass(self, ids: Tensor, *_: Any) -> tuple[str, int]:
+        return "text", len(ids)
 
 
 def build_hugging_face_tower(

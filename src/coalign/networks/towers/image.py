@@ -19,16 +19,25 @@ from torch import Tensor, nn
 from coalign.errors import UserError
 from coalign.networks.batch_norm import group_batch_norms
 from coalign.networks.towers.pretrained import is_trunk_weights, load_pretrained, take_projection, weights_file
-from coalign.networks.towers.spec import ONE_TOWER_WEIGHTS, ImageFeatures, TowerSpec, model_config, new_projection
-from coalign.networks.transformer import is_plain, pack, run_blocks
+from coalign.networks.towers.spec import (
+    ONE_TOWER_WEIGHTS,
+    ImageFeatures,
+    Tower,
+    TowerSpec,
+    model_config,
+    new_projection,
+)
+from coalign.networks.transformer import is_plain, pack, run_blocks, run_padded_blocks
 
 
-class ImageTower(nn.Module):
+class ImageTower(Tower):
     """Maps pixels to features: the trunk's output before the projection into the shared space, and its patches.
 
     The patches are the hidden states of a Transformer's patches after its last norm, or a CNN's last feature map.
     """
 
+    image_size: int
+    has_fixed_shapes = True
     mean: Tensor
     std: Tensor
 
@@ -45,7 +54,7 @@ class ImageTower(nn.Module):
     @property
     def patch_width(self) -> int:
         """Width of the patches. Raises UserError if the trunk has no patch features."""
-        trunk: Any = _timm_part(self.trunk)
+        trunk: Any = timm_part(self.trunk)
         if isinstance(trunk, VisionTransformer) and trunk.attn_pool is None:
             return trunk.transformer.width
         if isinstance(trunk, ModifiedResNet):
@@ -69,6 +78,15 @@ class ImageTower(nn.Module):
         states = run_blocks(trunk.transformer, x, packing).unflatten(0, (batch, num_tokens))
         return _vit_features(trunk, states, with_patches)
 
+    def dense_forward(self, pixels: Tensor, with_patches: bool = False) -> ImageFeatures:
+        trunk, x = self.trunk, self.normalize(pixels)
+        if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
+            return _trunk_features(trunk, x, with_patches)
+        return _vit_features(trunk, run_padded_blocks(trunk.transformer, trunk._embeds(x)), with_patches)
+
+    def describe_pass(self, pixels: Tensor, *_: Any) -> tuple[str, int]:
+        return "image", len(pixels)
+
     def normalize(self, pixels: Tensor) -> Tensor:
         return (pixels.to(self.mean.dtype) - self.mean) / self.std
 
@@ -82,7 +100,7 @@ def _trunk_features(trunk: Any, x: Tensor, with_patches: bool) -> ImageFeatures:
     if isinstance(trunk, ModifiedResNet):
         maps = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.stem(x)))))  # [batch, channel, row, column]
         return ImageFeatures(trunk.attnpool(maps), maps.permute(0, 2, 3, 1))
-    timm_trunk = _timm_part(trunk)
+    timm_trunk = timm_part(trunk)
     if not hasattr(timm_trunk, "forward_features"):
         raise _no_patches(trunk)
     features = timm_trunk.forward_features(x)
@@ -115,7 +133,7 @@ def _timm_patches(trunk: Any, features: Any) -> Tensor:
     raise _no_patches(trunk)
 
 
-def _timm_part(trunk: Any) -> Any:
+def timm_part(trunk: Any) -> Any:
     """Returns the trunk in open_clip's adapter of timm models, or the trunk itself."""
     return trunk.trunk if isinstance(trunk, TimmModel) else trunk
 
@@ -138,7 +156,7 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         )
     if is_trunk_weights(spec):
         tower = build_image_tower(replace(spec, pretrained=None))
-        trunk: Any = _timm_part(tower.trunk)
+        trunk: Any = timm_part(tower.trunk)
         weights = load_file(weights_file(spec.pretrained) or "")
         classifiers = trunk.pretrained_cfg.get("classifier") or ()  # in files from the hub, but not in the tower
         for head in (classifiers,) if isinstance(classifiers, str) else classifiers:

@@ -1,8 +1,9 @@
-"""Shared by all towers: their specification, model configurations, and features."""
+"""Shared by all towers: their interface, specification, model configurations, and features."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,27 @@ class ImageFeatures(NamedTuple):
 class TextFeatures(NamedTuple):
     pooled: Tensor  # [batch, width]
     tokens: Tensor | None  # [batch, token, width], after the final norm, zero beyond a caption's length
+
+
+class Tower(nn.Module, ABC):
+    """An encoder of images, texts or both, with what cost estimates, compilation and export need to know of it."""
+
+    image_size: int | None = None  # side of its input images in pixels, if it encodes images
+    patch_grid: tuple[int, int] | None = None  # rows and columns of the patches, if it can mask them
+    has_fixed_shapes = False  # whether shapes are the same in every step, so that it can be compiled
+
+    @abstractmethod
+    def describe_pass(self, *inputs: Any) -> tuple[str, int]:
+        """Inputs of `forward` -> the kind of pass, such as "image" or "text", and the number of samples."""
+
+    @abstractmethod
+    def dense_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what `forward` returns, from padded sequences with a mask, as a graph cannot pack sequences."""
+
+
+def find_towers(module: nn.Module) -> list[Tower]:
+    """Returns all towers in `module`, also those of teachers."""
+    return [child for child in module.modules() if isinstance(child, Tower)]
 
 
 def new_projection(width: int, embed_dim: int) -> nn.Linear:

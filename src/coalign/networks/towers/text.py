@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from coalign.errors import UserError
 from coalign.networks.towers.hugging_face import HuggingFaceTextTower, build_hugging_face_tower
 from coalign.networks.towers.pretrained import is_trunk_weights, linear_from_matrix, load_pretrained
-from coalign.networks.towers.spec import ONE_TOWER_WEIGHTS, TextFeatures, TowerSpec, model_config, new_projection
-from coalign.networks.transformer import is_plain, pack, run_blocks
+from coalign.networks.towers.spec import ONE_TOWER_WEIGHTS, TextFeatures, Tower, TowerSpec, model_config, new_projection
+from coalign.networks.transformer import is_plain, pack, run_blocks, run_padded_blocks
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """open_clip's text Transformer with a packed forward pass for captions of any length up to the context length.
 
     `pooling` is "end" (CLIP), "start" (UniCLIP; needs bidirectional attention) or "mean" over the caption's tokens. Captions are packed
@@ -69,6 +69,23 @@ class TextTower(nn.Module):
         else:
             pooled = x.index_select(0, read[inverse])
         return TextFeatures(pooled, tokens if with_tokens else None)
+
+    def dense_forward(self, ids: Tensor, lengths: Tensor, with_tokens: bool = False) -> TextFeatures:
+        tower, position = self.transformer, torch.arange(ids.shape[1], device=ids.device)
+        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
+        valid = position < lengths[:, None]  # [batch, token]
+        mask = (position <= position[:, None])[None, None] if self.attention == "causal" else valid[:, None, None]
+        tokens = tower.ln_final(run_padded_blocks(tower.transformer, x, mask)) * valid[..., None]
+        if self.pooling == "mean":
+            pooled = tokens.sum(1) / lengths[:, None].to(tokens.dtype)
+        elif self.pooling == "start":
+            pooled = tokens[:, 0]
+        else:
+            pooled = (tokens * (position == lengths[:, None] - 1)[..., None]).sum(1)
+        return TextFeatures(pooled, tokens if with_tokens else None)
+
+    def describe_pass(self, ids: Tensor, *_: Any) -> tuple[str, int]:
+        return "text", len(ids)
 
 
 def build_text_tower(

@@ -21,7 +21,7 @@ from coalign.data.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
-from coalign.networks.towers.image import ImageTower
+from coalign.networks.towers.spec import find_towers
 from coalign.randomness import stable_hash
 from coalign.runs.folder import TOKENIZER, read_config
 from coalign.runs.run import build_method, default_vocab_size, init_from_run
@@ -154,9 +154,10 @@ def shard_model(method: Method, config: TrainConfig, world: World) -> None:
 
 
 def compile_towers(method: Method, config: TrainConfig) -> None:
-    """Compiles the image towers if `config.compile` is set. Text towers pack captions, so their shapes change in every step."""
-    for tower in (module for module in method.modules() if isinstance(module, ImageTower)) if config.compile else ():
-        tower.compile()
+    """Compiles the towers with fixed shapes if `config.compile` is set. Text towers pack captions, so their shapes change in every step."""
+    for tower in find_towers(method) if config.compile else ():
+        if tower.has_fixed_shapes:
+            tower.compile()
 
 
 def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:

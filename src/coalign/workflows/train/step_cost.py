@@ -9,34 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from coalign.config import TrainConfig
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
-from coalign.networks.towers.hugging_face import HuggingFaceTextTower
-from coalign.networks.towers.image import ImageTower
-from coalign.networks.towers.text import TextTower
-from coalign.networks.unified import Tokens, UnifiedTower
+from coalign.networks.towers.spec import Tower, find_towers
 from coalign.training.distributed import RankGather, World
 from coalign.types import Batch, Features, StepInfo
 
-
-def _input_kind(tokens: Tokens) -> str:
-    """Returns "image", "text" or "image and text": the input of a pass of a unified tower."""
-    parts = {"image": tokens.patches, "text": tokens.words}
-    return " and ".join(name for name, part in parts.items() if part.shape[1])
-
-
 NUM_MEASURED = 2  # samples of the measurement
-# tower -> function from the arguments of a call to the kind of pass and the number of samples
-TOWERS: dict[type[nn.Module], Callable[..., tuple[str, int]]] = {
-    ImageTower: lambda pixels: ("image", len(pixels)),
-    TextTower: lambda ids, *_: ("text", len(ids)),
-    HuggingFaceTextTower: lambda ids, *_: ("text", len(ids)),
-    UnifiedTower: lambda tokens: (_input_kind(tokens), len(tokens.lengths)),
-}
 MIDWAY = StepInfo(step=500, total_steps=1000)  # loss terms that start late or fade out are active
 
 
@@ -209,15 +192,14 @@ def _measure(method: Method, work: Callable[[], Any]) -> tuple[Any, _Usage]:
 @contextmanager
 def _count_passes(method: Method, num_samples: Counter[str]) -> Iterator[None]:
     """Context that counts the samples that pass through each kind of tower."""
+
+    def add(tower: Tower, inputs: tuple[Any, ...], _: Any) -> None:
+        kind, count = tower.describe_pass(*inputs)
+        num_samples[kind] += count
+
     with ExitStack() as stack:
-        for module in method.modules():
-            if type(module) in TOWERS:
-
-                def add(tower: nn.Module, args: tuple[Any, ...], _: Any) -> None:
-                    kind, count = TOWERS[type(tower)](*args)
-                    num_samples[kind] += count
-
-                stack.callback(module.register_forward_hook(add).remove)
+        for tower in find_towers(method):
+            stack.callback(tower.register_forward_hook(add).remove)
         yield
 
 
