@@ -164,7 +164,7 @@ def copy_weights(theirs: dict[str, Tensor], method: CLIP) -> None:
     text = method.text.transformer
     text.load_state_dict({name: theirs[name] for name in text.state_dict()})
     method.text.projection.weight.copy_(theirs["text_projection"].T)
-    method.log_logit_scale.copy_(theirs["logit_scale"])
+    method.logit_scale.log.copy_(theirs["logit_scale"])
 
 
 # ---------------------------------------------------------------- measuring

@@ -32,6 +32,7 @@ from coalign.method import Method
 from coalign.methods import METHODS, config_class, method_class
 from coalign.networks.queue import FeatureQueue
 from coalign.networks.towers.spec import TowerSpec, find_towers
+from coalign.networks.two_towers import TwoTowers
 from coalign.optim import build_optimizers, clip_gradients
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
@@ -148,7 +149,7 @@ def measure(name: str, model: Path, size: int, repeats: int) -> None:
     method.train()
     fill_queues(method)
     batch = make_batch(method.view_plan, size)
-    if not hasattr(method, "image"):
+    if not isinstance(method, TwoTowers):
         print(f"{name}: not measured, because it has no separate image encoder")
         return
     bare, kinds = bare_step(method, batch)

@@ -74,7 +74,7 @@ def test_degenerate_batches_give_finite_results(tmp_path, name, kind, multi_posi
     method.float()
     with torch.no_grad():
         for parameter_name, parameter in method.named_parameters():
-            if "log_logit_scale" in parameter_name:
+            if "logit_scale" in parameter_name:
                 parameter.fill_(4.6)  # τ = 0.01
     batch = BATCHES[kind](make_batch(method.view_plan, SIZE))
     for step in (StepInfo(500, 1000), StepInfo(501, 1000)):  # the second with the queues and teachers of the first

@@ -1,4 +1,4 @@
-"""Interface between a method and the trainer. Each paper is one final subclass of `Method`, in a folder of `methods/`."""
+"""Interface between a method and the trainer. Each paper is one final subclass of `Method` or `TwoTowers`, in a folder of `methods/`."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Method(nn.Module, ABC):
     def encode_image(self, pixels: Tensor) -> Any:
         """uint8 pixels [batch, 3, size, size] of the evaluation view -> embeds: normalized [batch, dim], or what `similarity` takes."""
 
+    @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [batch, 3, size, size] of the evaluation view -> image encoder output before the projection [batch, width]."""
-        return self.image(pixels).pooled  # type: ignore[operator]
 
     @abstractmethod
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Any:

@@ -30,4 +30,4 @@ class TokenWise(CLIP):
     def token_similarity(self, images, tokens, valid):
         """[image, dim], [text, token, dim] and a mask [text, token] -> scaled similarities [image, text]."""
         cosines = torch.einsum("id,jtd->ijt", images, tokens).masked_fill(~valid, -torch.inf)
-        return cosines.amax(2) * self.log_logit_scale.exp()
+        return cosines.amax(2) * self.logit_scale()

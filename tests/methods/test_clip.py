@@ -22,12 +22,12 @@ def clip(tmp_path):
 
 def test_objective_equals_open_clip(oracles, clip):
     oracle = oracles("contrastive")
-    clip.log_logit_scale.data[0] = oracle["openclip_clip.in.log_scale"]
+    clip.logit_scale.log.data[0] = oracle["openclip_clip.in.log_scale"]
     image, text = (oracle[f"openclip_clip.in.{name}"].requires_grad_() for name in ("image", "text"))
     ours = loss(clip, {"image_embeds": image, "text_embeds": text, "caption_ids": torch.arange(len(image))})
     ours.backward()
     torch.testing.assert_close(ours.detach(), oracle["openclip_clip.out.loss"])
-    for value, name in ((image, "image"), (text, "text"), (clip.log_logit_scale, "log_scale")):
+    for value, name in ((image, "image"), (text, "text"), (clip.logit_scale.log, "log_scale")):
         torch.testing.assert_close(value.grad.squeeze(), oracle[f"openclip_clip.out.grad_{name}"])
 
 
@@ -46,9 +46,9 @@ def test_multi_positive_excludes_pairs_with_the_same_caption(tmp_path):
 def test_logit_scale_initialization_and_clamp(clip):
     assert clip.scalars()["logit_scale"].item() == pytest.approx(1 / 0.07)
     for value, clamped in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
-        clip.log_logit_scale.data.fill_(value)
+        clip.logit_scale.log.data.fill_(value)
         clip.after_step({}, {}, GATHER, STEP)
-        assert clip.log_logit_scale.item() == pytest.approx(clamped)
+        assert clip.logit_scale.log.item() == pytest.approx(clamped)
 
 
 def test_training_and_inference_embeddings_agree(clip):

@@ -83,7 +83,7 @@ def test_objective_equals_released_code(oracles, tmp_path, name):
     load_heads(declip, par)
     declip.queue.push(embeds=par["bank0"].T, indices=torch.full((32,), -1), caption_ids=torch.full((32,), -1))
     # the released code clamps in the forward pass
-    declip.log_logit_scale.data[0] = min(oracle[f"{name}.in.log_scale"].item(), math.log(100))
+    declip.logit_scale.log.data[0] = min(oracle[f"{name}.in.log_scale"].item(), math.log(100))
     raw = {
         key: oracle[f"declip_full.in.{key}"].requires_grad_()
         for key in ("image1", "image2", "text", "text_aug", "word")
@@ -107,7 +107,7 @@ def test_objective_equals_released_code(oracles, tmp_path, name):
         torch.testing.assert_close(value.grad, oracle[f"{name}.out.grad_{key}"], **close)
     if name == "declip_full_clamped":
         return
-    torch.testing.assert_close(declip.log_logit_scale.grad, oracle["declip_full.out.grad_log_scale"], **close)
+    torch.testing.assert_close(declip.logit_scale.log.grad, oracle["declip_full.out.grad_log_scale"], **close)
     for term, key in (("image_ss", "simsiam_loss"), ("text_ss", "text_mlm_loss"), ("nns", "clip_nn_text_loss")):
         torch.testing.assert_close(mean(terms[term]).detach().squeeze(), oracle[f"declip_full.out.{key}"], **close)
     pairs = (mean(terms["clip"]) + mean(terms["mvs"])) / 4
@@ -160,7 +160,7 @@ def test_objective_equals_equation_2(declip):
         image, image_aug = F.normalize(features["image_projected"], dim=-1).unbind(1)
         text, text_aug = features["text_embeds"].unbind(1)
         neighbor = F.normalize(queued, dim=-1)[(text @ queued.T / queued.norm(dim=-1)).argmax(1)]
-        scale, labels = method.log_logit_scale.exp(), torch.arange(6)
+        scale, labels = method.logit_scale(), torch.arange(6)
 
         def one_way(queries, keys):
             return F.cross_entropy(scale * queries @ keys.T, labels)
@@ -286,7 +286,7 @@ def test_neighbor_pairs(declip):
         push(method, queued, torch.arange(100, 120), torch.arange(100, 120))
         losses = []
         for image, text in expected:
-            logits = method.log_logit_scale.exp() * images[:, image] @ nearest[text].T
+            logits = method.logit_scale() * images[:, image] @ nearest[text].T
             losses.append(F.cross_entropy(logits, torch.arange(5)))
             if both_ways:
                 losses.append(F.cross_entropy(logits.T, torch.arange(5)))
@@ -460,7 +460,7 @@ def test_scalars_show_collapse_and_scale_is_clamped(declip):
             norm.bias.fill_(1.0)
     objective(method, features)
     assert method.scalars()["simsiam_std"] < 1e-6
-    method.log_logit_scale.data.fill_(9.0)
+    method.logit_scale.log.data.fill_(9.0)
     method.after_step(features, {}, GATHER, STEP)
     assert method.scalars()["logit_scale"].item() == pytest.approx(100)
 

@@ -124,7 +124,7 @@ def test_norms_biases_and_scales_have_no_weight_decay(run):
     groups = [group for optimizer in trainer(run, method).optimizers.optimizers for group in optimizer.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     names = {name: decay[id(p)] for name, p in method.named_parameters()}
-    assert names["log_logit_scale"] == 0
+    assert names["logit_scale.log"] == 0
     assert all(value == 0 for name, value in names.items() if name.endswith(".bias") or ".ln_" in name)
     weights = [name for name, p in method.named_parameters() if p.ndim >= 2]
     assert len(weights) > 5
@@ -134,9 +134,9 @@ def test_norms_biases_and_scales_have_no_weight_decay(run):
 def test_the_scale_is_clamped_after_the_step(run):
     method = build_method("clip", run.parent, max_logit_scale=14.3)
     with torch.no_grad():
-        method.log_logit_scale.fill_(20.0)
+        method.logit_scale.log.fill_(20.0)
     trainer(run, method, 1).fit()
-    assert method.log_logit_scale.exp().item() == pytest.approx(14.3)
+    assert method.logit_scale().item() == pytest.approx(14.3)
 
 
 @pytest.mark.parametrize("clip", [None, 1e-4])

@@ -159,7 +159,7 @@ def test_the_same_command_gives_the_same_weights(tmp_path, pairs, model_file, tr
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert go(pairs, tmp_path / "other", model_file, seed=1, epochs=1) == 0
     assert not torch.equal(
-        one["log_logit_scale"], checkpoint.load(tmp_path / "other" / "last").model["log_logit_scale"]
+        one["logit_scale.log"], checkpoint.load(tmp_path / "other" / "last").model["logit_scale.log"]
     )
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from coalign.losses.contrastive import clip_loss
-from coalign.method import Method
 from coalign.methods.clip.config import CLIPConfig
+from coalign.networks.logit_scale import LogitScale
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
+from coalign.networks.two_towers import TwoTowers
 from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 
-class CLIP(Method):
+class CLIP(TwoTowers):
     """L = ½ · [InfoNCE(image → text) + InfoNCE(text → image)] over the pairs of a batch (Fig. 3)."""
 
     def __init__(self, config: CLIPConfig, towers: TowerSpec) -> None:
@@ -27,7 +26,7 @@ class CLIP(Method):
         self.view_plan = ViewPlan(images={"image": config.image_view}, texts={"caption": TextPolicy()})
         self.image = build_image_tower(towers)
         self.text = build_text_tower(towers, attention="causal", pooling="end")
-        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
+        self.logit_scale = LogitScale(config.temperature)
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         caption = batch.texts["caption"]
@@ -42,29 +41,18 @@ class CLIP(Method):
         positives = gather.global_indices(image_embeds)
         labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
         all_images, all_texts = gather(image_embeds), gather(text_embeds)  # [global_batch, dim]
-        logit_scale = self.log_logit_scale.exp()
-        loss = clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, logit_scale, labels)
+        loss = clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, self.logit_scale(), labels)
         return [LossTerm("clip", loss, count=len(image_embeds))]
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+        self.logit_scale.clamp_(self.config.max_logit_scale)
 
     def scalars(self) -> dict[str, Tensor]:
-        return {"logit_scale": self.log_logit_scale.detach().exp()}
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
-
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
+        return {"logit_scale": self.logit_scale().detach()}
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
-        return {
-            "image": list(self.image.parameters()),
-            "text": list(self.text.parameters()),
-            "scale": [self.log_logit_scale],
-        }
+        return {**super().parameter_groups(), "scale": list(self.logit_scale.parameters())}
 
 
 # Implementation details and their sources ([p] stated in the paper, [c] read in released code, [i] inferred):

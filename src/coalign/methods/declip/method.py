@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,19 +13,20 @@ from torch.nn import functional as F
 from coalign.losses.alignment import simsiam_loss
 from coalign.losses.contrastive import clip_loss, info_nce
 from coalign.losses.masked import masked_language_loss
-from coalign.method import Method
 from coalign.methods.declip.config import DeCLIPConfig
 from coalign.networks.heads import MLP, MaskedLanguageHead, spread
+from coalign.networks.logit_scale import LogitScale
 from coalign.networks.queue import FeatureQueue, nearest_neighbors
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
+from coalign.networks.two_towers import TwoTowers
 from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 FIRST, SECOND = 0, 1  # views of the image, I and Ĩ, and of the text, T and T̃
 
 
-class DeCLIP(Method):
+class DeCLIP(TwoTowers):
     """L = (1−α−β−γ)·L_CLIP + α·(L_ISS + L_TSS) + β·L_MVS + γ·L_NNS (Eq. 2, Algorithm 1).
 
     L_ISS is SimSiam, L_TSS is masked language modeling, L_MVS is InfoNCE over the other three pairs of views, and L_NNS is InfoNCE of the
@@ -54,7 +54,7 @@ class DeCLIP(Method):
         if config.neighbors:
             empty = torch.tensor(-1)
             self.queue = FeatureQueue(config.queue_size, embeds=torch.zeros(dim), indices=empty, caption_ids=empty)
-        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
+        self.logit_scale = LogitScale(config.temperature)
         self.diagnostics: dict[str, Tensor] = {}  # of the last step, for logging only; not in the state_dict
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
@@ -102,7 +102,7 @@ class DeCLIP(Method):
         """Returns L_CLIP, InfoNCE (Eq. 1 in both directions) of (I, T), and L_MVS, its sum over (I, T̃), (Ĩ, T) and (Ĩ, T̃)."""
         images, texts = embeds["image_embeds"], embeds["text_embeds"]  # [batch, view, dim]
         all_images, all_texts = gather(images), gather(texts)  # [global_batch, view, dim]
-        positives, scale = gather.global_indices(images), self.log_logit_scale.exp()
+        positives, scale = gather.global_indices(images), self.logit_scale()
         labels = (embeds["caption_ids"], gather(embeds["caption_ids"])) if self.config.multi_positive else None
 
         def pair(image: int, text: int) -> Tensor:
@@ -129,7 +129,7 @@ class DeCLIP(Method):
         total, count = images.new_zeros(()), images.new_zeros((), dtype=torch.long)
         if step.fraction < config.neighbor_start:
             return total, count
-        positives, scale = gather.global_indices(images), self.log_logit_scale.exp()
+        positives, scale = gather.global_indices(images), self.logit_scale()
         excluded = {name: embeds[name] for name in ("indices", "caption_ids")} if config.neighbor_not_own else {}
         shuffle = None
         if config.neighbor_random:
@@ -159,7 +159,7 @@ class DeCLIP(Method):
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+        self.logit_scale.clamp_(self.config.max_logit_scale)
         if self.config.neighbors:
             texts = gather(features["text_embeds"])  # [global_batch, view, dim]
             indices, caption_ids = gather(features["indices"]), gather(features["caption_ids"])
@@ -168,13 +168,7 @@ class DeCLIP(Method):
 
     def scalars(self) -> dict[str, Tensor]:
         fill = {"queue_fill": self.queue.fill} if self.config.neighbors else {}
-        return {"logit_scale": self.log_logit_scale.detach().exp(), **fill, **self.diagnostics}
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
-
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
+        return {"logit_scale": self.logit_scale().detach(), **fill, **self.diagnostics}
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         image_modules = [self.image, self.projector, self.predictor] if self.config.image_ss else [self.image]
@@ -182,7 +176,7 @@ class DeCLIP(Method):
         return {
             "image": [parameter for module in image_modules for parameter in module.parameters()],
             "text": [parameter for module in text_modules for parameter in module.parameters()],
-            "scale": [self.log_logit_scale],
+            "scale": list(self.logit_scale.parameters()),
         }
 
 

@@ -20,7 +20,6 @@ from coalign.losses.log_ratio import (
 from coalign.losses.masked import masked_language_loss
 from coalign.losses.multi_positive import balancing_weights, compare_views, domain_combinations, mp_nce
 from coalign.losses.tiled import Labels
-from coalign.method import Method
 from coalign.methods.mcd.config import MCDConfig
 from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.ema import cosine_momentum, ema_copy, momentum_for, update_ema
@@ -28,12 +27,13 @@ from coalign.networks.heads import MaskedLanguageHead
 from coalign.networks.towers.image import ImageTower, build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
+from coalign.networks.two_towers import TwoTowers
 from coalign.types import Batch, Features, Gather, ImageView, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 AUGMENTED, ORIGINAL, TEXT = 0, 1, 2  # the views of a pair: ṽ, v, t; in this order, v and t form a slice
 
 
-class MCD(Method):
+class MCD(TwoTowers):
     """L = (1−λ)·L_con(v, ṽ, t) + λ·[L_con(v, t) + L_distill] + β·L_MLM (Eq. 13); λ rises from 0 to 1 over the run."""
 
     def __init__(self, config: MCDConfig, towers: TowerSpec) -> None:
@@ -170,13 +170,6 @@ class MCD(Method):
         features = tower(torch.cat([view.pixels for view in views])).pooled
         return F.normalize(tower.projection(features), dim=-1).chunk(len(views))
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embeds with the student (§4.5)."""
-        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
-
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
-
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         mlm_head = [] if self.mlm_head is None else list(self.mlm_head.parameters())
         return {
@@ -216,4 +209,4 @@ def _residuals(student: Tensor, teacher: Tensor, texts: Tensor) -> Tensor:
 # - MLM masks 15 % of the tokens; 80 % of these become the mask token, 10 % a random token [p]. The head is one linear layer on the tower's
 #   token features [c, DeCLIP]. The masked caption is also contrasted, as in DeCLIP, which saves a text pass [i]. Section 4.4 trains MLM,
 #   while section 5.2 says that MCD does not: an option.
-# - The student is evaluated [p].
+# - The student is evaluated (§4.5) [p].

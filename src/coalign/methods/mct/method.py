@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from coalign.losses.contrastive import common_tags, queue_info_nce, tag_info_nce
 from coalign.losses.ranking import margin_ranking
-from coalign.method import Method
 from coalign.methods.mct.config import MAX_EMA_RATE, MCTConfig
 from coalign.networks.ema import ema_copy, momentum_for, update_ema
 from coalign.networks.heads import spread
@@ -18,6 +17,7 @@ from coalign.networks.queue import FeatureQueue
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
+from coalign.networks.two_towers import TwoTowers
 from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 MODALITIES = ("image", "text")
@@ -32,7 +32,7 @@ TERMS = {
 }
 
 
-class MCT(Method):
+class MCT(TwoTowers):
     """J = J_ii + λ_tag·J_tag + λ_cc·J_cc + λ·(J_ic + J_ci) (Eq. 15).
 
     Queries are encoded from one view of image and caption, keys from another view by momentum encoders. Queues hold earlier keys.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,16 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.losses.contrastive import clip_loss, nt_xent
-from coalign.method import Method
 from coalign.methods.slip.config import SLIPConfig
 from coalign.networks.heads import MLP, spread
+from coalign.networks.logit_scale import LogitScale
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
+from coalign.networks.two_towers import TwoTowers
 from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 
-class SLIP(Method):
+class SLIP(TwoTowers):
     """L = L_CLIP(weak view, caption) + c · L_NT-Xent(two strong views), with SimCLR's head on the image features (Algorithm 1)."""
 
     def __init__(self, config: SLIPConfig, towers: TowerSpec) -> None:
@@ -32,7 +32,7 @@ class SLIP(Method):
         self.image = build_image_tower(towers)
         self.text = build_text_tower(towers, attention="causal", pooling="end")
         self.ssl_head = MLP([self.image.width, config.ssl_hidden, config.ssl_hidden, config.ssl_dim])
-        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))
+        self.logit_scale = LogitScale(config.temperature)
         self.diagnostics: dict[str, Tensor] = {}  # of the last step, for logging only; not in the state_dict
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
@@ -58,8 +58,7 @@ class SLIP(Method):
         positives = gather.global_indices(image_embeds)
         labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
         all_images, all_texts = gather(image_embeds), gather(text_embeds)  # [global_batch, dim]
-        logit_scale = self.log_logit_scale.exp()
-        return clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, logit_scale, labels)
+        return clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, self.logit_scale(), labels)
 
     def _ssl(self, features: Features, gather: Gather) -> Tensor:
         """Returns NT-Xent of the SSL head's outputs for two strong views."""
@@ -74,24 +73,17 @@ class SLIP(Method):
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
-        self.log_logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+        self.logit_scale.clamp_(self.config.max_logit_scale)
         self.diagnostics = {"ssl_features_std": spread(features["ssl_1_features"])}
 
     def scalars(self) -> dict[str, Tensor]:
-        return {"logit_scale": self.log_logit_scale.detach().exp(), **self.diagnostics}
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.image.projection(self.image(pixels).pooled), dim=-1)
-
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
+        return {"logit_scale": self.logit_scale().detach(), **self.diagnostics}
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         return {
-            "image": list(self.image.parameters()),
-            "text": list(self.text.parameters()),
+            **super().parameter_groups(),
             "ssl_head": list(self.ssl_head.parameters()),
-            "scale": [self.log_logit_scale],
+            "scale": list(self.logit_scale.parameters()),
         }
 
 

@@ -16,19 +16,19 @@ from coalign.losses.multi_positive import (
     mp_nce,
     sup_con,
 )
-from coalign.method import Method
 from coalign.methods.uniclip.config import UniCLIPConfig
 from coalign.networks.augmentation_encoder import AugmentationEncoder, build_head
 from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
+from coalign.networks.two_towers import TwoTowers
 from coalign.types import AugmentationParams, Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
 
 LOSSES = {"supcon": sup_con, "mil-nce": mil_nce}  # the other choices are MP-NCE with different weights
 
 
-class UniCLIP(Method):
+class UniCLIP(TwoTowers):
     """L = MP-NCE (Eq. 12) over V image views and U text views of each pair, which are all positives of each other and of themselves."""
 
     positive_weights: Tensor  # [view, view]
@@ -114,9 +114,6 @@ class UniCLIP(Method):
         """Embeds the evaluation view as an unaugmented image."""
         identity = torch.tensor([AugmentationParams().vector()], device=pixels.device)
         return self.project_image(self.image(pixels).pooled, identity.expand(pixels.shape[0], -1))
-
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return F.normalize(self.text.projection(self.text(ids, lengths).pooled), dim=-1)
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         augmentation = [] if self.augmentation is None else list(self.augmentation.parameters())

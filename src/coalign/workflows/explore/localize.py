@@ -11,9 +11,8 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.evaluation.localization import upsample
-from coalign.method import Method
 from coalign.networks.grad_cam import grad_cam
-from coalign.networks.towers.image import ImageTower
+from coalign.networks.two_towers import TwoTowers
 from coalign.runs.run import Run, image_size, load
 from coalign.types import Localizer
 from coalign.workflows.image_files import check_figure_path, read_image, save_figure
@@ -30,7 +29,9 @@ def localizer(run: Run) -> tuple[Localizer, str]:
     if method.localize is not None:
         compare_patches = torch.no_grad()(method.localize)
         return lambda pixels, texts: compare_patches(pixels.to(device), *tokens(texts)), "patch similarity"
-    tower = _image_tower(method)
+    if not isinstance(method, TwoTowers):
+        raise UserError(f"{run.path} has no image tower for Grad-CAM and no localization maps of its own.")
+    tower = method.image
 
     def grad_cam_maps(pixels: Tensor, texts: Sequence[str]) -> Tensor:
         with torch.no_grad():
@@ -38,10 +39,6 @@ def localizer(run: Run) -> tuple[Localizer, str]:
         return grad_cam(tower, method.encode_image, pixels.to(device), embeds)
 
     return grad_cam_maps, "Grad-CAM"
-
-
-def _image_tower(method: Method) -> ImageTower:
-    return next(module for module in method.modules() if isinstance(module, ImageTower))
 
 
 def localize(

@@ -25,6 +25,7 @@ from coalign.interop.transformers.export import preprocessor, to_tokenizer, to_t
 from coalign.networks.towers.image import ImageTower
 from coalign.networks.towers.spec import model_config
 from coalign.networks.towers.text import TextTower
+from coalign.networks.two_towers import TwoTowers
 from coalign.runs.card import card
 from coalign.runs.run import Run, image_size, load
 
@@ -117,10 +118,9 @@ def _transformers(run: Run, out: Path) -> None:
 
 
 def _timm(run: Run, out: Path) -> None:
-    image = next((module for module in run.method.modules() if isinstance(module, ImageTower)), None)
-    if image is None:
+    if not isinstance(run.method, TwoTowers):
         raise UserError(f"timm cannot represent a model of {run.config.method}, which has no separate image tower.")
-    to_timm(run.config.model, model_config(run.config.model)["vision_cfg"], image, out)
+    to_timm(run.config.model, model_config(run.config.model)["vision_cfg"], run.method.image, out)
     model = _load(lambda: from_timm(out), "timm").eval()
     pixels = _random_pixels(run)
     with torch.no_grad():
@@ -171,13 +171,12 @@ FORMATS: dict[str, Callable[[Run, Path], None]] = {
 
 def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
     """Returns the towers and log(1/τ) of a two-tower model; whether its heads are linear shows in the comparison."""
-    image, text = (getattr(run.method, name, None) for name in ("image", "text"))
-    scale = run.method.scalars().get("logit_scale")
-    if not isinstance(image, ImageTower) or not isinstance(text, TextTower) or scale is None:
+    method, scale = run.method, run.method.scalars().get("logit_scale")
+    if not isinstance(method, TwoTowers) or not isinstance(method.text, TextTower) or scale is None:
         raise UserError(
             f"{library} cannot represent a model of {run.config.method}, which is not a pair of towers with linear heads."
         )
-    return image, text, scale.detach().log()
+    return method.image, method.text, scale.detach().log()
 
 
 def _tokenizer(run: Run) -> Any:
