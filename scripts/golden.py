@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "--image-size": 32, "--batch-size": BATCH, "--epochs": BATCH * STEPS / TRAIN, "--evals": EVALS,
     "--precision": "fp32", "--seed": 1, "--workers": 0,
 }  # fmt: skip
+# Options of a method that only newer trees have, with the value that does what older trees do.
+NEWER_OPTIONS = {"oner": {"--similarity": "projector"}}
 # Options, and files of a run, that two trees may spell differently: add the new spelling to the old one.
 SPELLINGS = {
     "--workers": ("--workers",),
@@ -77,16 +79,19 @@ class Tree:
 
     def train(self, method: str, data: Path) -> subprocess.Popen[bytes]:
         options = {"--recipe": method, "--data": data, "--out": self.runs / method, **OPTIONS}
-        return self.start(method, "train", *(w for name, value in options.items() for w in (self.option(name), value)))
+        newer = NEWER_OPTIONS.get(method, {})
+        known = self.known_options(method) if newer or any(len(SPELLINGS.get(name, ())) > 1 for name in options) else ()
+        options |= {name: value for name, value in newer.items() if name in known}
+        words: list[object] = []
+        for name, value in options.items():
+            spellings = SPELLINGS.get(name, (name,))
+            words += [next((each for each in spellings if each in known), spellings[0]), value]
+        return self.start(method, "train", *words)
 
-    def option(self, name: str) -> str:
-        """The tree's own spelling; its help says which."""
-        spellings = SPELLINGS.get(name, (name,))
-        if len(spellings) > 1:
-            self.start("help", "train", "--help").wait()
-            known = set(re.findall(r"--[\w.-]+", (self.runs / "help.log").read_text()))
-            spellings = tuple(each for each in spellings if each in known) or spellings
-        return spellings[0]
+    def known_options(self, method: str) -> set[str]:
+        """The options of `train` for a method, by the tree's help."""
+        self.start("help", "train", "--recipe", method, "--help").wait()
+        return set(re.findall(r"--[\w.-]+", (self.runs / "help.log").read_text()))
 
     def file(self, method: str, what: str) -> bytes:
         paths = [self.runs / method / name for name in SPELLINGS[what]]
@@ -149,18 +154,29 @@ def lacking(found: dict[str, Values]) -> list[str]:
     return lines if found["weights"] else [*lines, "no weights"]
 
 
-def differences(old: Values, new: Values, any_name: bool) -> list[str]:
-    """A line for each value without an equal in the other run. A name that both runs have must keep its values, so that
-    two swapped ones are found; what was renamed needs an equal under a new name. With `any_name` it may be any."""
+def differences(kind: str, old: Values, new: Values) -> tuple[list[str], list[str]]:
+    """A line for each value that differs, and the names that only the new run has where these are no difference.
+
+    A name that both runs have must keep its values, so that two swapped ones are found. What was renamed needs an equal: final numbers
+    under any name, as duplicates may have been merged; series and weights one each, series under a new name.
+    """
     gone = {name: values for name, values in old.items() if new.get(name) != values}
     come = {name: values for name, values in new.items() if old.get(name) != values}
     for name, values in list(gone.items()):
+        if kind == "final":
+            if name not in new and values in new.values():
+                del gone[name]
+            continue
+        any_name = kind == "weights"
         equals = [n for n, v in come.items() if v == values and (any_name or (n not in old and name not in new))]
         if equals:
             del gone[name], come[equals[0]]
     lines = [f"{name}: {difference(gone[name], come[name])}" for name in gone if name in come]
     lines += [f"{name}: only old, {' '.join(values)[:60]}" for name, values in gone.items() if name not in come]
-    return lines + [f"{name}: only new, {' '.join(values)[:60]}" for name, values in come.items() if name not in gone]
+    only_new = [name for name in come if name not in old]
+    if kind != "weights":
+        return lines, only_new
+    return lines + [f"{name}: only new, {' '.join(come[name])[:60]}" for name in come if name not in gone], []
 
 
 def difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
@@ -173,12 +189,15 @@ def difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
 def compare(method: str, old: dict[str, Values], new: dict[str, Values]) -> bool:
     """Prints how a method's two runs compare; True if nothing differs."""
     lines = [f"{side}: {lack}" for side, run in (("old", old), ("new", new)) for lack in lacking(run)]
+    notes = []
     for kind in old:
-        found = differences(old[kind], new[kind], any_name=kind == "weights")
+        found, only_new = differences(kind, old[kind], new[kind])
         lines += [f"{kind:10}  {line}" for line in found[:MAX_LINES]]
         lines += [f"{kind:10}  and {len(found) - MAX_LINES} more"] if len(found) > MAX_LINES else []
+        notes += [f"{kind:10}  only new, no difference: {', '.join(only_new)}"] if only_new else []
     sizes = "  ".join(f"{kind} {len(v)} × {max(map(len, v.values()), default=0)}" for kind, v in old.items())
-    print(f"{method:8}  {'DIFFERS' if lines else 'equal'}    {sizes}", *lines, sep=f"\n{method:8}    ", flush=True)
+    verdict = f"{method:8}  {'DIFFERS' if lines else 'equal'}    {sizes}"
+    print(verdict, *lines, *notes, sep=f"\n{method:8}    ", flush=True)
     return not lines
 
 
