@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,17 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"^(?:`([\w/]+\.py)`\n\n)?```(python|bash)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(line) for _, kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 FILES = {path: code for path, kind, code in BLOCKS if kind == "python" and path}
-METHOD = Path("src/coalign/methods/siglip")
+REGISTRY_LINE, SIMILARITY = [code for path, kind, code in BLOCKS if kind == "python" and not path]
+IMPORTS = """from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coalign.method import Method
+
+
+"""
+METHOD = Path("src/coalign/methods/cyclip")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +44,13 @@ def copy(tmp_path_factory):
     assert f"Create `{METHOD}/` with an empty `__init__.py`" in TEXT
     (root / METHOD).mkdir()
     (root / METHOD / "__init__.py").touch()
-    assert set(FILES) == {f"{METHOD}/config.py", f"{METHOD}/method.py", "tests/methods/test_siglip.py"}
+    assert set(FILES) == {f"{METHOD}/config.py", f"{METHOD}/method.py", "tests/methods/test_cyclip.py"}
     for path, code in FILES.items():
         assert not (root / path).exists()
         (root / path).write_text(code)
-    (line,) = [code for path, kind, code in BLOCKS if kind == "python" and not path]
+    (root / METHOD / "similarity.py").write_text(IMPORTS + SIMILARITY)
     registry = root / "src/coalign/methods/__init__.py"
-    registry.write_text(registry.read_text().replace("METHODS = {\n", "METHODS = {\n" + line))
+    registry.write_text(registry.read_text().replace("METHODS = {\n", "METHODS = {\n" + REGISTRY_LINE))
     return root
 
 
@@ -64,7 +75,7 @@ def run_tests(root, selected):
 def test_its_tests_and_the_step_on_slices_pass(copy):
     where = run(copy, "-c", "import coalign; print(coalign.__file__)")
     assert where.startswith(str(copy))
-    assert run_tests(copy, "siglip") == 4  # its two tests, and slices with two models
+    assert run_tests(copy, "cyclip") == 4  # its two tests, and slices with two models
 
 
 @pytest.mark.slow
@@ -82,17 +93,36 @@ def test_its_recipe_trains(copy, tmp_path):
         Image.fromarray(noise.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
     small = ["--data", tmp_path / "images", "--out", tmp_path / "run", "--epochs", "1", "--workers", "0"]
     output = run(copy, "-m", "coalign", *command, *map(str, small))
-    assert "siglip with " in output
+    assert "cyclip with " in output
     assert (tmp_path / "run/last/manifest.json").exists()
     assert (tmp_path / "run/report.html").exists()
 
 
+def test_its_similarity_ignores_padding():
+    names = {}
+    exec(IMPORTS + SIMILARITY, names)
+    g = torch.Generator().manual_seed(0)
+    images, texts = (
+        names["TokenEmbeds"](
+            torch.randn(len(lengths), 4, 3, dtype=torch.float64, generator=g),
+            torch.arange(4) < torch.tensor(lengths)[:, None],
+        )
+        for lengths in ([4, 1, 2], [3, 2])
+    )
+    similarity = names["TokenWise"].similarity(None, images, texts)
+    for i, (image, image_valid) in enumerate(zip(*images)):
+        for j, (text, text_valid) in enumerate(zip(*texts)):
+            largest = [max(float(word @ patch) for patch in image[image_valid]) for word in text[text_valid]]
+            assert similarity[i, j].item() == pytest.approx(sum(largest) / len(largest))
+
+
 def test_the_example_is_formatted(copy):
-    assert run(copy, "-m", "ruff", "check", *FILES) == "All checks passed!\n"
-    assert "already formatted" in run(copy, "-m", "ruff", "format", "--check", *FILES)
+    files = [*FILES, f"{METHOD}/similarity.py"]
+    assert run(copy, "-m", "ruff", "check", *files) == "All checks passed!\n"
+    assert "already formatted" in run(copy, "-m", "ruff", "format", "--check", *files)
 
 
 @pytest.mark.slow
 def test_the_example_type_checks(copy):
-    output = run(copy, "-m", "mypy", *[path for path in FILES if path.startswith("src")])
+    output = run(copy, "-m", "mypy", str(METHOD))
     assert output.startswith("Success: no issues found")
