@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from coalign.evaluation.prompts import templates
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
 
 MODEL, TARGET = "ViT-B-32", 1.5
@@ -76,9 +77,9 @@ def ours(folder: Path, weights: str) -> tuple[float, dict[str, float]]:
     encoder.encode_text = timed(encoder.encode_text)
     start = time.process_time()
     task = f"zeroshot:{folder}"
-    result = evaluate(encoder, [task], prompts="imagenet")[task]
+    result = evaluate(encoder, [task], EvalConfig(prompts="imagenet"))[task]
     times["images"] = time.process_time() - start - times["texts"]
-    return result["acc1"], times
+    return result["metrics"]["acc1"]["value"], times
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -29,8 +30,8 @@ from coalign.version import __version__
 NUM_TEST = 200  # scenes
 
 
-def measure(run: Run, tower: str, data: str, epochs: int, control: int = 0) -> dict[str, dict[str, float]]:
-    """Returns AP, AP50 and AP75 with intervals over images.
+def measure(run: Run, tower: str, data: str, epochs: int, control: int = 0) -> dict[str, Any]:
+    """Returns AP, AP50 and AP75 by name, with intervals over images, as `Metric.to_json`.
 
     tower: the image encoder, as trained by the run ("pretrained"), randomly initialized ("random"), or randomly initialized and then
     trained in a detector on `control` other scenes ("detection").
@@ -46,7 +47,8 @@ def measure(run: Run, tower: str, data: str, epochs: int, control: int = 0) -> d
     detector = fresh(trunk, source, seed)
     bad = train_detector(detector, source, train_part(source), config, seed=seed)
     assert source.splits is not None
-    return evaluate_detector(detector, source, source.splits["test"][:NUM_TEST], bad).to_json()["intervals"]
+    metrics = evaluate_detector(detector, source, source.splits["test"][:NUM_TEST], bad)
+    return {metric.name: metric.to_json() for metric in metrics}
 
 
 def fresh(trunk: nn.Module, source: DetectionSource, seed: int) -> nn.Module:
@@ -76,13 +78,12 @@ def main() -> None:
         run = load(folder)
         data = f"scenes:{args.scenes},size={run.encoder().image_size}"
         for tower in ("pretrained", "random"):
-            intervals = measure(run, tower, data, args.epochs)
-            row = {"run": folder.name, "seed": run.config.seed, "tower": tower, "intervals": intervals}
-            rows.append(row)
+            metrics = measure(run, tower, data, args.epochs)
+            rows.append({"run": folder.name, "seed": run.config.seed, "tower": tower, "metrics": metrics})
             print(
                 folder.name,
                 tower,
-                {name: round(x["value"], 4) for name, x in intervals.items()},
+                {name: round(x["value"], 4) for name, x in metrics.items()},
                 flush=True,
             )
     # upper bound: whether a detector benefits from any pretraining at all
@@ -90,10 +91,10 @@ def main() -> None:
     print("control", {name: round(x["value"], 4) for name, x in control.items()}, flush=True)
     differences = {
         name: [
-            pretrained["intervals"][name]["value"] - random["intervals"][name]["value"]
+            pretrained["metrics"][name]["value"] - random["metrics"][name]["value"]
             for pretrained, random in zip(rows[::2], rows[1::2])
         ]
-        for name in rows[0]["intervals"]
+        for name in rows[0]["metrics"]
     }
     summary = {
         name: {"mean": float(np.mean(values)), "over_seeds": over_runs(values)} for name, values in differences.items()
@@ -105,7 +106,7 @@ def main() -> None:
         "data": data,
         "epochs": args.epochs,
         "rows": rows,
-        "control": {"run": args.runs[0].name, "scenes": args.control, "intervals": control},
+        "control": {"run": args.runs[0].name, "scenes": args.control, "metrics": control},
         "differences": summary,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")

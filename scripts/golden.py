@@ -194,7 +194,8 @@ def compare(method: str, old: dict[str, Values], new: dict[str, Values]) -> bool
         found, only_new = differences(kind, old[kind], new[kind])
         lines += [f"{kind:10}  {line}" for line in found[:MAX_LINES]]
         lines += [f"{kind:10}  and {len(found) - MAX_LINES} more"] if len(found) > MAX_LINES else []
-        notes += [f"{kind:10}  only new, no difference: {', '.join(only_new)}"] if only_new else []
+        shown = ", ".join([*only_new[:2], *(["…"] if len(only_new) > 2 else [])])
+        notes += [f"{kind:10}  {len(only_new)} only new, no difference: {shown}"] if only_new else []
     sizes = "  ".join(f"{kind} {len(v)} × {max(map(len, v.values()), default=0)}" for kind, v in old.items())
     verdict = f"{method:8}  {'DIFFERS' if lines else 'equal'}    {sizes}"
     print(verdict, *lines, *notes, sep=f"\n{method:8}    ", flush=True)

@@ -25,7 +25,7 @@ PLACES = (
 WORDS = {
     r"\b(asks?|asked|asking)\b": "evaluate, query, request, need",
     r"\b(wants?|wanted)\b": "need, take, require",
-    r"\b(questions?|Asker|Subject)\b": "task, query, EvalContext, TaskRunner, EvalModel",
+    r"\b(questions?|Asker|Subject)\b": "task, query, EvalContext, Task, EvalModel",
     r"\bsettled?\b": "resolve, default",
     r"\b(followed|worries|worry|divided|contest)\b": "tracked, warnings, sharded, benchmark",
     r"\banother look\b": "distribution shift",

@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from coalign.experiments.reproduce import rank_correlation
+from coalign.data.scenes.captions import KINDS
+from coalign.experiments.reproduce import R10, rank_correlation
 from coalign.experiments.tables import STEP_COST, TABLES
 from coalign.report import compare_figures
-from coalign.report.compare_page import ComparedMetric, Comparison, Group, title
+from coalign.report.compare_page import ComparedMetric, Comparison, Group
 
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Evidence
@@ -38,6 +39,7 @@ READING = """## How to read the tables
 - **The paper's column** is measured on another task and other data; only its order is compared.
 - **Time** is wall-clock time relative to the first row, on a shared machine. Rows at "CLIP's time" train for CLIP's time, computed
   from the cost per step relative to CLIP on an idle core: {costs}.
+- **OneR** is evaluated by its projector in these tables. Its default is now the similarity that its loss trains (`similarity`).
 - **The modality gap** is the distance between the centroids of image and text embeddings, 0 to 2.
 - **Open Clip Art in two styles** (`style-shift.jsonl`): a tenth is held out; *test* is 301 images of the same concepts by other artists.
 - **Scenes**: 2,000 are held out. *Combinations* are 2,000 scenes with held-out combinations of shapes and colors (the compositional split).
@@ -62,6 +64,8 @@ All values: [{file}](../results/{file}).
 """
 
 
+R1 = {"image_to_text.r1", "text_to_image.r1"}
+SHOWN = {f"{side}.r{k}" for side in ("image_to_text", "text_to_image") for k in (1, 10)} | {"acc1", "mean_per_kind"}
 LEFT_OR_RIGHT = ("as it is", "flipped, and said so", "flipped, without a word")  # keys of misalignment-scenes.json
 
 
@@ -88,7 +92,7 @@ def summary(tables: list[dict[str, Any]]) -> list[str]:
     """The section that compares each method with CLIP, and lists data-efficiency factors and decided claims."""
     link = {values["table"]: f"[{values['table']}](#{anchor(TABLES[values['table']].title)})" for values in tables}
     factors = [
-        (f"{link[values['table']]}, {split_name(task)}", by_method)
+        (f"{link[values['table']]}, {TABLES[values['table']].retrieval_tasks[task]}", by_method)
         for values in tables
         for task, by_method in values.get("efficiency", {}).items()
     ]
@@ -114,7 +118,7 @@ def summary(tables: list[dict[str, Any]]) -> list[str]:
     for values in tables:
         decided = [claim for claim in values.get("claims", []) if claim["verdict"] != "undecided"]
         cells = [
-            "; ".join(claim_text(claim) for claim in decided if claim["verdict"] == verdict)
+            "; ".join(claim_text(values, claim) for claim in decided if claim["verdict"] == verdict)
             for verdict in ("holds", "does not hold")
         ]
         rows += [[link[values["table"]], *cells]] if decided else []
@@ -127,10 +131,11 @@ def compared_with_clip(tables: list[dict[str, Any]], link: dict[str, str]) -> li
     for values in tables:
         arms = TABLES[values["table"]].arms
         methods = {g["name"]: g["metrics"] for g in values["groups"] if g["name"] == arms[g["name"]].recipe}
-        for metric in methods.get("clip", {}) if len(methods) > 2 else ():
-            if metric.startswith("retrieval") and metric.endswith("image_to_text.r10"):
+        for task, split in TABLES[values["table"]].retrieval_tasks.items():
+            metric = f"{task}.{R10}"
+            if len(methods) > 2 and metric in methods.get("clip", {}):
                 num_train = {**values["settings"], **values["groups"][0]["settings"]}["num_train"]
-                settings.append((values["table"], f"{num_train:,} pairs", split_name(metric.split(".")[0])))
+                settings.append((values["table"], f"{num_train:,} pairs", split))
                 cells.append({name: metrics[metric] for name, metrics in methods.items()})
     others = [name for name in dict.fromkeys(name for row in cells for name in row) if name != "clip"]
     triples = {name: [over_seeds(row.get(name)) for row in cells] for name in others}
@@ -170,17 +175,17 @@ def marked_difference(metric: dict[str, Any]) -> str:
     return f"**{signed(metric['difference'])}**" if decided else signed(metric["difference"])
 
 
-def claim_text(claim: dict[str, Any]) -> str:
-    return f"{claim['claim']} ({title(claim['metric'])}: {signed(claim['difference'])})"
+def claim_text(values: dict[str, Any], claim: dict[str, Any]) -> str:
+    return f"{claim['claim']} ({title(values['groups'], claim['metric'])}: {signed(claim['difference'])})"
+
+
+def title(groups: list[dict[str, Any]], metric: str) -> str:
+    return groups[0]["metrics"][metric]["title"]
 
 
 def anchor(heading: str) -> str:
     """The fragment of a heading's link."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-
-
-def split_name(task: str) -> str:
-    return "held out" if task == "retrieval" else task.removeprefix("retrieval_")
 
 
 def factor(efficiency: dict[str, Any] | None) -> str:
@@ -206,15 +211,15 @@ def detectors(path: Path, values: dict[str, Any]) -> list[str]:
         "",
     ]
 
-    def cells(intervals: dict[str, Any]) -> list[str]:
-        shown = [intervals[name] for name in metrics]
+    def cells(found: dict[str, Any]) -> list[str]:
+        shown = [found[name] for name in metrics]
         return [f"{100 * x['value']:.1f} ({100 * x['low']:.1f}–{100 * x['high']:.1f})" for x in shown]
 
-    rows = [[row["run"], row["tower"], *cells(row["intervals"])] for row in values["rows"]]
+    rows = [[row["run"], row["tower"], *cells(row["metrics"])] for row in values["rows"]]
     shown = [values["differences"][name] for name in metrics]
     differences = [f"{signed(x['mean'])} ({span_text(x['over_seeds'])})" for x in shown]
     rows.append(["pretrained minus random, over runs", "", *differences])
-    rows.append([control["run"], "control", *cells(control["intervals"])])
+    rows.append([control["run"], "control", *cells(control["metrics"])])
     lines += markdown(["run", "image encoder", *metrics.values()], rows)
     return [*lines, ""]
 
@@ -248,20 +253,22 @@ def section(path: Path, values: dict[str, Any]) -> list[str]:
     lines = [f"## {heading}", "", *description(path, values)]
     lines += [*value_table(name, groups, shown), ""]
     if not values.get("efficiency"):  # arms on fractions are plotted as curves below
-        plotted = [metric for metric in shown if not metric.endswith(".r1")]
+        plotted = [metric for metric in shown if metric.partition(".")[2] not in R1]
         triples = {g["name"]: [interval(g["metrics"][m]) for m in plotted] for g in groups}
         chance = [first[m]["chance"] for m in plotted]
-        compare_figures.points([title(m) for m in plotted], triples, chance).savefig(ROOT / f"docs/{name}.png", dpi=110)
+        compare_figures.points([first[m]["title"] for m in plotted], triples, chance).savefig(
+            ROOT / f"docs/{name}.png", dpi=110
+        )
         lines += [f"![{heading}, with intervals]({name}.png)", ""]
     lines += [f"Differences from `{groups[0]['name']}` in percentage points, with 95 % CI over items; over seeds:", ""]
     rows = [[group["name"], *(difference_text(group["metrics"][m]) for m in shown)] for group in groups[1:]]
-    lines += markdown(["", *map(title, shown)], rows)
-    if kinds := [metric for metric in rates if metric.startswith("foils.") and metric.endswith(".accuracy")]:
+    lines += markdown(["", *(first[m]["title"] for m in shown)], rows)
+    if kinds := [metric for kind in KINDS if (metric := f"foils.{kind}.accuracy") in rates]:
         lines += ["", "Accuracy on foils, by the kind of fact that is false (chance 50):", ""]
         rows = [[group["name"], *(value_text(group["metrics"][m]) for m in kinds)] for group in groups]
-        lines += markdown(["", *(title(m).removeprefix("Foils: ").replace("colour", "color") for m in kinds)], rows)
+        lines += markdown(["", *(first[m]["title"].removeprefix("Foils: ") for m in kinds)], rows)
     for task, by_method in values.get("efficiency", {}).items():
-        chance_level = first[f"{task}.image_to_text.r10"]["chance"]
+        chance_level = first[f"{task}.{R10}"]["chance"]
         lines += data_efficiency(name, task, by_method, values["by_fraction"][task], chance_level)
     if values.get("claims"):
         lines += claims(name, groups, values["claims"])
@@ -296,7 +303,7 @@ def value_table(name: str, groups: list[dict[str, Any]], shown: list[str]) -> li
     metrics = [*shown, *(["retrieval.modality_gap"] if "retrieval.modality_gap" in first else [])]
     papers = {label: arm.paper for label, arm in TABLES[name].arms.items()}
     has_paper = any(papers.get(group["name"]) is not None for group in groups)
-    header = ["", *(["paper"] if has_paper else []), "samples seen", "time", *map(title, metrics)]
+    header = ["", *(["paper"] if has_paper else []), "samples seen", "time", *(first[m]["title"] for m in metrics)]
     rows = [["chance", *([""] if has_paper else []), "", "", *(percent(first[m]["chance"]) for m in metrics)]]
     for group in groups:
         paper = papers.get(group["name"])
@@ -314,7 +321,11 @@ def data_efficiency(
     scores = {
         method: {float(fraction): seeds for fraction, seeds in curve.items()} for method, curve in by_fraction.items()
     }
-    split = "the held-out pairs" if task == "retrieval" else f"the {split_name(task)} split"
+    split = (
+        "the held-out pairs"
+        if TABLES[name].retrieval_tasks[task] == "held out"
+        else f"the {TABLES[name].retrieval_tasks[task]} split"
+    )
     compare_figures.by_fraction(scores, title=f"R@10 on {split}, mean of both directions").savefig(
         ROOT / f"docs/{name}-{task}.png", dpi=110
     )
@@ -339,7 +350,7 @@ def claims(name: str, groups: list[dict[str, Any]], rows: list[dict[str, Any]]) 
     for claim in rows:
         spans = [span_text(claim[f"over_{unit}"]) for unit in ("items", "seeds")]
         verdict = f"**{claim['verdict']}**"
-        cells.append([claim["claim"], title(claim["metric"]), signed(claim["difference"]), *spans, verdict])
+        cells.append([claim["claim"], title(groups, claim["metric"]), signed(claim["difference"]), *spans, verdict])
     lines = ["", *correlations(name, groups, {claim["metric"]: None for claim in rows}), ""]
     return [*lines, *markdown(["claim", "metric", "difference", "over items", "over seeds", ""], cells)]
 
@@ -351,7 +362,9 @@ def correlations(name: str, groups: list[dict[str, Any]], metrics: Iterable[str]
         [Group(**{**g, "metrics": {m: ComparedMetric(**x) for m, x in g["metrics"].items()}}) for g in groups], {}, {}
     )
     by_metric = {metric: rank_correlation(sweep, comparison, metric) for metric in metrics}
-    texts = [f"{title(m)} {f'{value:.2f}'.replace('-', '−')}" for m, value in by_metric.items() if value is not None]
+    texts = [
+        f"{title(groups, m)} {f'{value:.2f}'.replace('-', '−')}" for m, value in by_metric.items() if value is not None
+    ]
     lines = [f"The paper's column: {sweep.paper_metric}."] if sweep.paper_metric else []
     if texts:
         lines[-1] += f" Rank correlation with it (Spearman's, over the rows that have both): {'; '.join(texts)}."
@@ -360,7 +373,7 @@ def correlations(name: str, groups: list[dict[str, Any]], metrics: Iterable[str]
 
 def main_metrics(metrics: list[str]) -> list[str]:
     """The metrics that fit on a page: R@1 and R@10 in both directions, zero-shot and probe, and the mean over foils."""
-    return [metric for metric in metrics if metric.endswith((".r1", ".r10", ".acc1", ".mean_per_kind"))]
+    return [metric for metric in metrics if metric.partition(".")[2] in SHOWN]
 
 
 def interval(metric: dict[str, Any]) -> tuple[float, float, float]:

@@ -77,6 +77,44 @@ def test_nobody_probes_what_a_source_can_do():
     assert not found
 
 
+# words in the names of tasks and metrics
+NAMES = re.compile(
+    r"retrieval|zero_?shot|foils|probe|image_to_text|text_to_image|median_rank|modality_gap|acc1|mean_per|\.r\d|^_?r$"
+)
+INSPECTING = {"startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "replace", "isdigit"}
+
+
+def guesses(text):
+    """The calls and comparisons that read something off the name of a task or a metric, by line."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        words, asked = [], False
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in INSPECTING:
+            words, asked = node.args, True
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.In):
+            words, asked = [node.left, *node.comparators], any(isinstance(each, ast.Name) for each in [node.left])
+        constants = [leaf.value for word in words for leaf in ast.walk(word) if isinstance(leaf, ast.Constant)]
+        if asked and any(isinstance(value, str) and NAMES.search(value) for value in constants):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nobody_guesses_from_a_metrics_name():
+    """A metric says what it is: its title, kind and chance. Tasks are looked up in their registry."""
+    text = 'name.startswith("retrieval_")\nif metric == "median_rank": pass\nname.removesuffix(".r10")\nrow["foils"]\n"foils" in found'
+    assert [found[:2] for found in guesses(text)] == ["1:", "2:", "3:"]
+    rooms = ("evaluation", "workflows/evaluate", "workflows/train", "runs", "report", "experiments")
+    paths = [path for path in SOURCES if relative(path).startswith(rooms)] + sorted((ROOT / "scripts").glob("*.py"))
+    assert len(paths) > 50
+    found = {
+        relative(path) if path in SOURCES else path.name: calls
+        for path in paths
+        if (calls := guesses(path.read_text()))
+    }
+    found.pop("golden.py", None)  # reads the results of any revision
+    assert not found
+
+
 def test_folders_have_few_entries():
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py")
     assert len(counts) > 10

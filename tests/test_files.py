@@ -13,6 +13,7 @@ from coalign.files import write_atomically, write_json, write_text
 SWAP_FOLDERS = {
     "data/prepare/openclipart.py",
     "data/scenes/source.py",
+    "experiments/trials.py",
     "training/checkpoint.py",
     "workflows/models/export.py",
     "workflows/models/import_model.py",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coalign.types import Embeds, Similarity
+from coalign.types import Embeds, Similarity, dot_product
 
 _CHUNK = 8_000_000  # comparisons of two vectors in memory at a time
+_PAIRS = 16  # pairs compared at a time, of which only the diagonal is used
 
 
 def map_fields(embeds: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -22,6 +23,16 @@ def map_fields(embeds: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def fields(embeds: Embeds) -> dict[str, Tensor]:
     """Returns the tensors by name; a tensor that is no field of a NamedTuple is named "embeds"."""
     return {"embeds": embeds} if isinstance(embeds, Tensor) else embeds._asdict()  # type: ignore[attr-defined]
+
+
+def to_cpu(embeds: Any) -> Any:
+    """Returns detached embeds on the CPU, floating-point fields as float32."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
+
+    return map_fields(embeds, convert)
 
 
 def num_samples(embeds: Embeds) -> int:
@@ -55,17 +66,52 @@ def similarities(similarity: Similarity, images: Embeds, texts: Embeds) -> Tenso
     num_images, num_texts = num_samples(images), num_samples(texts)
     text_step = max(1, min(num_texts, _CHUNK // vectors))
     image_step = max(1, min(num_images, _CHUNK // (vectors * text_step)))
-    rows = [
-        torch.cat(
-            [
-                similarity(take(images, slice(i, i + image_step)), take(texts, slice(j, j + text_step))).float()
-                for j in range(0, num_texts, text_step)
-            ],
-            dim=1,
-        )
-        for i in range(0, num_images, image_step)
+    if num_images <= image_step and num_texts <= text_step:
+        return similarity(images, texts).float()
+    device = next(iter(fields(images).values())).device
+    # written in place: results kept block by block would fragment the heap, to many times its size
+    scores = torch.empty(num_images, num_texts, device=device)
+    for i in range(0, num_images, image_step):
+        for j in range(0, num_texts, text_step):
+            rows, columns = slice(i, i + image_step), slice(j, j + text_step)
+            scores[rows, columns] = similarity(take(images, rows), take(texts, columns))
+    return scores
+
+
+def pair_similarities(
+    similarity: Similarity, images: Embeds, texts: Embeds, image_rows: Sequence[int], text_rows: Sequence[int]
+) -> Tensor:
+    """Returns the similarity of each pair of an image row and a text row, float32 [pair]."""
+    pairs = [
+        (list(image_rows[i : i + _PAIRS]), list(text_rows[i : i + _PAIRS])) for i in range(0, len(text_rows), _PAIRS)
     ]
-    return torch.cat(rows)
+    blocks = [similarity(take(images, image), take(texts, text)).diagonal().float() for image, text in pairs]
+    return torch.cat(blocks)
+
+
+def transposed(similarity: Similarity) -> Similarity:
+    """Returns the similarity with texts first: (texts, images) -> [text, image]. A dot product is symmetric."""
+    if similarity is dot_product:
+        return similarity
+    return lambda texts, images: similarity(images, texts).T
+
+
+def on_device(similarity: Similarity, device: torch.device) -> Similarity:
+    """Wraps a similarity to compute on `device`, where its weights are, and to return the result on the device of the embeds.
+
+    Computes no gradients unless the embeds require them. A dot product has no weights and is returned as it is.
+    """
+    if similarity is dot_product:
+        return similarity
+
+    def compare(images: Embeds, texts: Embeds) -> Tensor:
+        tensors = (*fields(images).values(), *fields(texts).values())
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        with torch.set_grad_enabled(trained):
+            scores = similarity(*(map_fields(embeds, lambda tensor: tensor.to(device)) for embeds in (images, texts)))
+        return scores.to(tensors[0].device)
+
+    return compare
 
 
 def _num_vectors(embeds: Embeds) -> int:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.metrics import by_name, values
 from torch.nn import functional as F
 
 from coalign.errors import UserError
@@ -37,15 +38,20 @@ def test_bootstrapped_guidance_reranks_the_top_classes():
     pixels = torch.stack([image(200, 190, 150), image(200, 10, 0), image(0, 100, 120)])
     batches = [([0, 1], pixels[:2], []), ([2], pixels[2:], [])]
     labels = {0: 1, 1: 0, 2: 1}
-    result = bootstrapped_guidance(MODEL, encode_joint, batches, labels, NAMES, ["a {}"], top_k=2)
-    assert result.plain_correct.tolist() == [0, 1, 0]
-    assert result.guided_correct.tolist() == [1, 1, 1]
-    assert result.difference.value == pytest.approx(2 / 3)
+    found = bootstrapped_guidance(MODEL, encode_joint, batches, labels, NAMES, ["a {}"], top_k=2)
+    assert [(m.name, m.title, m.kind, m.chance, m.count) for m in found] == [
+        ("plain", "Image alone", "rate", None, 3),
+        ("guided", "Image with a text", "rate", None, 3),
+        ("difference", "Difference, percentage points", "difference", None, 3),
+    ]
+    outcomes = {metric.name: metric.outcome.values.tolist() for metric in found}
+    assert outcomes == {"plain": [0, 1, 0], "guided": [1, 1, 1], "difference": [1, 0, 1]}
+    assert values(found) == pytest.approx({"plain": 1 / 3, "guided": 1, "difference": 2 / 3})
+    assert all(metric.outcome.groups.tolist() == [0, 1, 2] for metric in found)
     # a class outside the top k is not considered
     far = torch.stack([image(200, 0, 150)])
-    assert (
-        bootstrapped_guidance(MODEL, encode_joint, [([0], far, [])], {0: 1}, NAMES, ["a {}"], top_k=2).guided.value == 0
-    )
+    found = bootstrapped_guidance(MODEL, encode_joint, [([0], far, [])], {0: 1}, NAMES, ["a {}"], top_k=2)
+    assert values(found)["guided"] == 0
     with pytest.raises(UserError, match="nothing to classify"):
         bootstrapped_guidance(MODEL, encode_joint, batches, {}, NAMES, ["a {}"])
 
@@ -58,9 +64,12 @@ def test_guide_selects_the_object_it_names():
         return pixels.float().mean((2, 3)) / 255 + torch.stack([one_hot(text) for text in texts])
 
     queries = [GuidedQuery(0, name, ("a cat", "a dog"), target) for target, name in enumerate(("cat", "dog"))]
-    result = guided_classification(MODEL, joint, lambda index: both, queries)
-    assert result.plain_correct.tolist() == [1, 0]
-    assert result.guided_correct.tolist() == [1, 1]
-    assert result.to_json()["items"] == 2
+    found = by_name(guided_classification(MODEL, joint, lambda index: both, queries))
+    outcomes = {name: metric.outcome.values.tolist() for name, metric in found.items()}
+    assert outcomes == {"plain": [1, 0], "guided": [1, 1], "difference": [0, 1]}
+    for metric in found.values():
+        assert metric.count == 2
+        assert metric.outcome.groups.tolist() == [0, 0]  # the queries of an image are drawn together
+        assert metric.low == metric.value == metric.high
     with pytest.raises(UserError, match="no image has an object that a text identifies uniquely"):
         guided_classification(MODEL, joint, lambda index: both, [])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.metrics import by_name
 
 from coalign.errors import UserError
 from coalign.evaluation.localization import (
@@ -32,6 +33,7 @@ def test_constant_map_scores_chance():
     assert pointing_hits(flat, masks).item() == 0.25  # all positions tie
     assert intersection_over_union(flat, masks).item() == 0
     assert min_max_scale(flat).eq(0).all()
+    assert min_max_scale(flat + 0.3 + 1e-7 * torch.rand_like(flat)).eq(0).all()  # rounding
 
 
 def test_upsampling_preserves_orientation():
@@ -53,12 +55,17 @@ def test_evaluates_text_other_text_and_center():
     half = np.zeros((8, 8), bool)
     half[:, :4] = True
     queries = [Query(7, "left", "right", half), Query(8, "right", "left", ~half), Query(8, "left", "right", ~half)]
-    result = evaluate_localization(localizer, lambda index: torch.zeros(3, 8, 8, dtype=torch.uint8), queries)
-    assert result.pointing.value == pytest.approx(2 / 3)
-    assert result.pointing_other_text.value == pytest.approx(1 / 3)
-    assert result.pointing_center.value == pytest.approx(0.5)
-    assert result.iou.value > result.iou_other_text.value
-    assert result.hits.tolist() == [1, 1, 0]
-    assert result.to_json()["queries"] == 3
+    found = evaluate_localization(localizer, lambda index: torch.zeros(3, 8, 8, dtype=torch.uint8), queries)
+    assert [(metric.name, metric.title, metric.value) for metric in found] == [
+        ("pointing", "Pointing game", pytest.approx(2 / 3)),
+        ("pointing_other_text", "Pointing game, other text", pytest.approx(1 / 3)),
+        ("pointing_center", "Pointing game, image center", pytest.approx(0.5)),
+        ("iou", "IoU", pytest.approx(2 / 3)),
+        ("iou_other_text", "IoU, other text", pytest.approx(1 / 3)),
+    ]
+    for metric in found:
+        assert (metric.kind, metric.chance, metric.count) == ("rate", None, 3)
+        assert metric.outcome.groups.tolist() == [7, 8, 8]
+    assert by_name(found)["pointing"].outcome.values.tolist() == [1, 1, 0]
     with pytest.raises(UserError, match="nothing to localize"):
         evaluate_localization(localizer, lambda index: torch.zeros(3, 8, 8), [])

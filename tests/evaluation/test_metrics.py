@@ -11,6 +11,10 @@ from coalign.errors import UserError
 from coalign.evaluation import metrics
 
 
+def median(values, clusters=None):
+    return metrics.mean_median([values], clusters)
+
+
 def naive_bootstrap(values: np.ndarray, clusters: np.ndarray, statistic, replicates: int = 4000) -> tuple[float, float]:
     generator = np.random.default_rng(123)
     groups = [values[clusters == c] for c in np.unique(clusters)]
@@ -21,7 +25,7 @@ def naive_bootstrap(values: np.ndarray, clusters: np.ndarray, statistic, replica
     return tuple(np.quantile(draws, [0.025, 0.975]))
 
 
-@pytest.mark.parametrize(("ours", "statistic"), [(metrics.mean, np.mean), (metrics.median, np.median)])
+@pytest.mark.parametrize(("ours", "statistic"), [(metrics.mean, np.mean), (median, np.median)])
 @pytest.mark.parametrize("clustered", [False, True])
 def test_interval_matches_a_naive_bootstrap(ours, statistic, clustered):
     generator = np.random.default_rng(0)
@@ -32,7 +36,7 @@ def test_interval_matches_a_naive_bootstrap(ours, statistic, clustered):
     low, high = naive_bootstrap(values, clusters if clustered else np.arange(200), statistic)
     width = high - low
     assert metric.value == pytest.approx(statistic(values))
-    assert metric.n == 200
+    assert metric.count == 200
     assert abs(metric.low - low) < 0.06 * width
     assert abs(metric.high - high) < 0.06 * width
 
@@ -75,9 +79,9 @@ def test_per_class_is_nan_for_classes_without_items():
     np.testing.assert_array_equal(rates, [0.5, np.nan, 1.0, np.nan])
 
 
-@pytest.mark.parametrize("function", [metrics.mean, metrics.median])
+@pytest.mark.parametrize("function", [metrics.mean, median])
 def test_single_item_has_zero_width_and_no_items_raise(function):
-    assert function(np.array([0.25])) == metrics.Metric(0.25, 0.25, 0.25, 1)
+    assert function(np.array([0.25])) == metrics.Estimate(0.25, 0.25, 0.25, 1)
     with pytest.raises(UserError, match="nothing to evaluate"):
         function(np.array([]))
 
@@ -90,9 +94,9 @@ def test_mean_per_class_of_one_class_is_the_mean():
 
 
 def test_median_averages_the_middle_two_in_each_resample(monkeypatch):
-    assert metrics.median(np.array([1.0, 4.0, 2.0, 9.0])).value == 3.0
+    assert median(np.array([1.0, 4.0, 2.0, 9.0])).value == 3.0
     monkeypatch.setattr(metrics, "LEVEL", 0.0)  # both bounds become the median of the resamples 00, 01, 10 and 11
-    assert metrics.median(np.array([0.0, 1.0])) == metrics.Metric(0.5, 0.5, 0.5, 2)
+    assert median(np.array([0.0, 1.0])) == metrics.Estimate(0.5, 0.5, 0.5, 2)
 
 
 def test_hit_probability_averages_over_all_orders_of_ties():
@@ -119,12 +123,6 @@ def test_chance_median_rank_matches_random_orders():
 
 
 # ---------------------------------------------------------------- several runs
-
-
-def test_mean_median_of_one_run_is_its_median():
-    generator = np.random.default_rng(4)
-    values, clusters = generator.integers(1, 50, 120).astype(float), np.sort(generator.integers(0, 40, 120))
-    assert metrics.mean_median([values], clusters, seed=3) == metrics.median(values, clusters, seed=3)
 
 
 def test_mean_median_shares_resamples_among_runs():
@@ -155,3 +153,23 @@ def test_over_runs_matches_t_and_welch_intervals():
     assert metrics.over_runs([0.5, 0.5, 0.5]) == (0.5, 0.5)
     assert metrics.over_runs([0.5]) is None
     assert metrics.over_runs(first, [0.5]) is None
+
+
+@pytest.mark.parametrize("statistic", ["mean", "mean per class", "median"])
+def test_the_estimate_of_a_difference_is_paired(statistic):
+    """Resamples are shared, so a constant difference has no width; runs count by their mean."""
+    generator = np.random.default_rng(6)
+    values, groups = generator.integers(0, 20, 60).astype(float), np.arange(60) // 5
+    runs = [metrics.Outcome(values + shift, groups, statistic) for shift in (0.0, 1.0, 5.0)]
+    alone, several, difference = (
+        metrics.estimate(runs[:1]),
+        metrics.estimate(runs),
+        metrics.estimate(runs[1:], runs[:1]),
+    )
+    assert several.value == pytest.approx(alone.value + 2)
+    assert (several.low, several.high) == pytest.approx((alone.low + 2, alone.high + 2))
+    assert (difference.value, difference.low, difference.high) == pytest.approx((3, 3, 3))
+    assert alone.low < alone.value < alone.high
+    metric = metrics.measure("name", "Title", runs[0], chance=0.5)
+    assert (metric.value, metric.low, metric.high, metric.count) == (alone.value, alone.low, alone.high, 60)
+    assert metric.kind == ("rank" if statistic == "median" else "rate")

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from math import comb
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.metrics import by_name
 from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from coalign.errors import UserError
 from coalign.evaluation import retrieval as module
 from coalign.evaluation.embed import ImageEmbeds, embed_images
 from coalign.evaluation.retrieval import retrieval, retrieve, retrieve_in_folds
+from coalign.metric import Metric
 from coalign.types import DualEncoder
 
 
@@ -92,9 +94,9 @@ def test_chance_matches_random_embeddings():
         for k in (1, 5, 10):
             recalls = [side.recall[k].value for side in sides]
             error = np.std(recalls) / len(recalls) ** 0.5
-            assert abs(np.mean(recalls) - sides[0].chance[k]) < 4 * error + 1e-3
+            assert abs(np.mean(recalls) - sides[0].recall[k].chance) < 4 * error + 1e-3
         assert np.mean([side.median_rank.value for side in sides]) == pytest.approx(
-            sides[0].chance_median_rank, rel=0.15
+            sides[0].median_rank.chance, rel=0.15
         )
 
 
@@ -105,7 +107,7 @@ def test_collapsed_model_scores_exactly_chance():
     result = retrieval(point.repeat(60, 1), point + noise, owner, text_ids)
     for side in (result.image_to_text, result.text_to_image):
         for k in (1, 5, 10):
-            assert side.recall[k].value == pytest.approx(side.chance[k])
+            assert side.recall[k].value == pytest.approx(side.recall[k].chance)
     # the expected rank of the best of r correct candidates among n in random order is (n + 1) / (r + 1)
     num_correct = np.array([len(set(owner[text_ids == i].tolist())) for i in text_ids])
     np.testing.assert_allclose(result.text_to_image.ranks, 61 / (num_correct + 1))
@@ -126,7 +128,8 @@ def test_images_without_captions_are_distractors():
     assert result.num_captionless == 2
     np.testing.assert_array_equal(result.image_to_text.queries, [0, 3])
     assert result.text_to_image.recall[1].value == 0.5  # caption 0 retrieves image 1, which has no caption
-    assert result.text_to_image.recall[1].n == 2
+    assert result.text_to_image.recall[1].count == 2
+    assert result.details()["images_without_caption"] == 2
 
 
 def test_intervals_resample_images_with_all_captions():
@@ -141,20 +144,56 @@ def test_intervals_resample_images_with_all_captions():
     assert metric.high - metric.low == pytest.approx(2 * 1.96 * (p * (1 - p) / 50) ** 0.5, rel=0.15)
 
 
-def test_json_uses_clip_benchmark_names():
-    result = retrieval(*problem())
-    out = json.loads(json.dumps(result.to_json()))
-    assert out["image_retrieval_recall@5"] == result.text_to_image.recall[5].value
-    assert out["text_retrieval_recall@5"] == result.image_to_text.recall[5].value
-    assert out["image_to_text"]["r1"]["chance"] == result.image_to_text.chance[1]
-    assert out["images"] == 60
-    assert out["captions"] == 150
+def test_metrics_have_names_titles_and_closed_form_chances():
+    """Distinct captions: a random order has a correct one among the first k with a hypergeometric probability."""
+    image, text, owner, _ = problem()
+    result = retrieval(image, text, owner)
+    numbers = np.bincount(owner)  # captions of each image
+
+    def chances(k):
+        return np.mean([1 - comb(150 - n, k) / comb(150, k) for n in numbers]), k / 60
+
+    median = next(k for k in range(1, 151) if chances(k)[0] >= 0.5)
+    titles = ("image_to_text", "Image → text", 60), ("text_to_image", "Text → image", 150)
+    expected = []
+    for side, (name, title, count) in enumerate(titles):
+        expected += [(f"{name}.r{k}", f"{title} R@{k}", "rate", chances(k)[side], count) for k in (1, 5, 10)]
+        expected.append((f"{name}.median_rank", f"{title} median rank", "rank", (median, 30)[side], count))
+    found = result.metrics()
+    gap = found.pop()
+    for metric, (*labels, chance, count) in zip(found, expected, strict=True):
+        assert [metric.name, metric.title, metric.kind, metric.count] == [*labels, count]
+        assert metric.chance == pytest.approx(chance)
+    distance = float(np.linalg.norm(image.numpy().mean(0) - text.numpy().mean(0)))
+    assert gap == Metric("modality_gap", "Modality gap", "distance", pytest.approx(distance), count=60)
+    assert gap.outcome.values.tolist() == [gap.value]
+    assert result.details() == {"images": 60, "captions": 150, "distinct_captions": 150, "images_without_caption": 0}
+    assert retrieval(*problem(ids=25)).details()["distinct_captions"] == len(problem(ids=25)[3].unique())
+
+
+def test_outcomes_are_the_hits_and_ranks_of_queries_grouped_by_image():
+    """Image 0 has no caption, so the rows of the others are not their positions among the queries."""
+    image, text, owner, _ = problem()
+    owner = owner.clamp(min=1)
+    result = retrieval(image, text, owner)
+    found = by_name(result.metrics())
+    for name, groups in (("image_to_text", range(1, 60)), ("text_to_image", owner)):
+        ranks = getattr(result, name).ranks
+        for k in (1, 5, 10):
+            outcome = found[f"{name}.r{k}"].outcome
+            assert outcome.statistic == "mean"
+            np.testing.assert_array_equal(outcome.values, ranks <= k)
+            np.testing.assert_array_equal(outcome.groups, groups)
+        outcome = found[f"{name}.median_rank"].outcome
+        assert outcome.statistic == "median"
+        np.testing.assert_array_equal(outcome.values, ranks)
+        np.testing.assert_array_equal(outcome.groups, groups)
 
 
 def test_single_pair():
     result = retrieval(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]))
-    assert result.image_to_text.recall[1].value == result.image_to_text.chance[1] == 1.0
-    assert result.text_to_image.median_rank.value == result.text_to_image.chance_median_rank == 1.0
+    metrics = result.image_to_text.metrics() + result.text_to_image.metrics()
+    assert [(metric.value, metric.chance) for metric in metrics] == [(1.0, 1.0)] * 8
 
 
 def test_invalid_inputs():
@@ -220,19 +259,31 @@ def test_folds_are_evaluated_separately_and_pooled():
     separate = [
         retrieve(model, ImageEmbeds(embeds[s], list(range(23))[s]), captions).result for s in (slice(10), slice(10, 20))
     ]
-    for name in ("image_to_text", "text_to_image"):
+    found = by_name(result.metrics)
+    for name, queries in (("image_to_text", 1), ("text_to_image", 5)):
         for k in (1, 5, 10):
-            expected = np.mean([getattr(fold, name).recall[k].value for fold in separate])
-            assert getattr(result, name)[f"r{k}"]["value"] == pytest.approx(expected)
-    values = result.to_json()
-    assert (values["folds"], values["text_to_image"]["r1"]["n"]) == (2, 100)
-    assert values["text_to_image"]["r5"]["chance"] == 0.5
-    assert values["left_over"] == 3
+            metric = found.pop(f"{name}.r{k}")
+            assert metric.value == pytest.approx(np.mean([getattr(fold, name).recall[k].value for fold in separate]))
+            assert metric.title == getattr(separate[0], name).recall[k].title
+            assert (metric.kind, metric.count) == ("rate", 20 * queries)
+            np.testing.assert_array_equal(metric.outcome.groups, np.arange(20).repeat(queries))
+        median = found.pop(f"{name}.median_rank")
+        assert median.value == np.median(np.concatenate([getattr(fold, name).ranks for fold in separate]))
+        assert (median.kind, median.count) == ("rank", 20 * queries)
+        assert median.chance == getattr(separate[0], name).median_rank.chance  # both folds have the same
+    assert not found
+    assert by_name(result.metrics)["text_to_image.r5"].chance == 0.5
+    assert (result.num_folds, result.num_images, result.left_over) == (2, 20, 3)
     # an unreadable image does not shift the folds
     readable = [i for i in range(23) if i != 4]
     without_one = retrieve_in_folds(model, ImageEmbeds(embeds[readable], readable), captions, range(23), fold=10)
-    assert [fold.num_images for fold in without_one.folds] == [9, 10]
-    assert without_one.folds[1].to_json() == result.folds[1].to_json()
+    assert (without_one.num_folds, without_one.num_images) == (2, 19)
+    for one, other in zip(without_one.metrics, result.metrics, strict=True):
+        in_second = [metric.outcome.values[metric.outcome.groups >= 10] for metric in (one, other)]
+        np.testing.assert_array_equal(*in_second)
+        assert one.count == other.count * 19 / 20
+    chance = by_name(without_one.metrics)["text_to_image.r5"].chance  # of 45 queries, and of 50
+    assert chance == pytest.approx((45 * 5 / 9 + 50 * 5 / 10) / 95)
     with pytest.raises(UserError, match="There are 9 images, fewer than one fold of 10"):
         retrieve_in_folds(model, ImageEmbeds(embeds[:9], list(range(9))), captions, range(9), fold=10)
     with pytest.raises(UserError, match="No image of fold 1 could be read"):

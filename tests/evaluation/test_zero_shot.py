@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.metrics import by_name, values
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from coalign.errors import UserError
 from coalign.evaluation import zero_shot as module
 from coalign.evaluation.embed import embed_images
-from coalign.evaluation.zero_shot import class_weights, classify, zero_shot
+from coalign.evaluation.zero_shot import classify, embed_classes, zero_shot
 from coalign.types import DualEncoder
 
 
@@ -30,43 +29,59 @@ def test_matches_scikit_learn(monkeypatch, chunk):
     result = zero_shot(embeds, labels, weights, names)
     scores, truth = (embeds @ weights.T).numpy(), labels.numpy()
     predictions = scores.argmax(1)
-    assert 0.3 < result.top1.value < 0.99  # neither trivial nor impossible
     np.testing.assert_array_equal(result.predictions, predictions)
-    assert result.top1.value == pytest.approx(accuracy_score(truth, predictions))
-    assert result.top5 is not None
-    assert result.top5.value == pytest.approx(top_k_accuracy_score(truth, scores, k=5, labels=range(12)))
-    assert result.mean_per_class.value == pytest.approx(balanced_accuracy_score(truth, predictions))
+    found = values(result.metrics)
+    assert 0.3 < found["acc1"] < 0.99  # neither trivial nor impossible
+    assert found["acc1"] == pytest.approx(accuracy_score(truth, predictions))
+    assert found["acc5"] == pytest.approx(top_k_accuracy_score(truth, scores, k=5, labels=range(12)))
+    assert found["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(truth, predictions))
     np.testing.assert_array_equal(result.confusion, confusion_matrix(truth, predictions, labels=range(12)))
     assert result.per_class == pytest.approx(list(np.diag(result.confusion) / result.confusion.sum(1)))
-    assert result.top1.low < result.top1.value < result.top1.high
+    assert all(metric.low < metric.value < metric.high for metric in result.metrics)
 
 
-def test_json_uses_clip_benchmark_names():
+def test_metrics_have_clip_benchmarks_names_and_outcomes_per_image():
     result = zero_shot(*random_problem(50, 8))
-    out = json.loads(json.dumps(result.to_json()))
-    assert out["acc1"] == result.top1.value
-    assert out["acc5"] == result.top5.value
-    assert out["mean_per_class_recall"] == result.mean_per_class.value
-    assert out["intervals"]["acc1"]["low"] <= out["acc1"] <= out["intervals"]["acc1"]["high"]
-    assert out["chance"] == 1 / 8
+    assert [(m.name, m.title, m.kind, m.chance, m.count) for m in result.metrics] == [
+        ("acc1", "Zero-shot top-1", "rate", 1 / 8, 50),
+        ("acc5", "Zero-shot top-5", "rate", 5 / 8, 50),
+        ("mean_per_class_recall", "Zero-shot mean per class", "rate", 1 / 8, 50),
+    ]
+    top1, top5, per_class = (metric.outcome for metric in result.metrics)
+    for outcome in (top1, per_class):
+        np.testing.assert_array_equal(outcome.values, result.predictions == result.labels)
+    np.testing.assert_array_equal(per_class.groups, result.labels)
+    assert set(top5.values[top1.values == 1]) == {1}
+    assert [outcome.statistic for outcome in (top1, top5, per_class)] == ["mean", "mean", "mean per class"]
+
+
+def test_repeated_class_names_are_numbered():
+    embeds, labels, weights, _ = random_problem(60, 4)
+    result = zero_shot(embeds, labels, weights, ["crane", "dog", "crane", "crane"])
+    assert result.per_class_recalls() == dict(zip(("crane", "dog", "crane (2)", "crane (3)"), result.per_class))
 
 
 def test_top5_needs_more_than_five_classes():
-    assert zero_shot(*random_problem(20, 5)).top5 is None
-    assert zero_shot(*random_problem(20, 6)).top5 is not None
+    assert "acc5" not in by_name(zero_shot(*random_problem(20, 5)).metrics)
+    assert "acc5" in by_name(zero_shot(*random_problem(20, 6)).metrics)
 
 
 def test_collapsed_model_scores_exactly_chance():
     embeds, labels, weights, names = random_problem(40, 10)
     noise = 1e-8 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(9))
     result = zero_shot(embeds[:1].expand_as(embeds), labels, weights[:1].expand_as(weights) + noise, names)
-    assert result.top1.value == pytest.approx(0.1)
-    assert result.top5.value == pytest.approx(0.5)
+    found = by_name(result.metrics)
+    for name, chance in (("acc1", 0.1), ("acc5", 0.5)):
+        assert found[name].value == pytest.approx(chance)
+        assert found[name].chance == pytest.approx(chance)
 
 
 def test_single_class_and_image():
     result = zero_shot(torch.ones(1, 1), torch.tensor([0]), torch.ones(1, 1), ["thing"])
-    assert (result.top1.value, result.top1.low, result.top1.high, result.chance) == (1.0, 1.0, 1.0, 1.0)
+    assert [(m.name, m.value, m.low, m.high, m.chance) for m in result.metrics] == [
+        ("acc1", 1.0, 1.0, 1.0, 1.0),
+        ("mean_per_class_recall", 1.0, 1.0, 1.0, 1.0),
+    ]
 
 
 def test_classes_without_images_do_not_count():
@@ -74,9 +89,8 @@ def test_classes_without_images_do_not_count():
     keep = labels != 3
     result = zero_shot(embeds[keep], labels[keep], weights, names)
     assert result.per_class[3] is None
-    assert result.mean_per_class.value == pytest.approx(
-        np.mean([rate for rate in result.per_class if rate is not None])
-    )
+    mean = np.mean([rate for rate in result.per_class if rate is not None])
+    assert values(result.metrics)["mean_per_class_recall"] == pytest.approx(mean)
 
 
 def test_invalid_inputs():
@@ -99,24 +113,24 @@ def encode_text(texts):
     return torch.stack([VECTORS[text] for text in texts])
 
 
-def test_class_weights_are_normalized_means_of_normalized_embeddings():
+def test_embed_classes_are_normalized_means_of_normalized_embeddings():
     model = DualEncoder(lambda pixels: pixels, encode_text, 4)
     templates = ["a photo of a {}.", "{}", "the {} and {}"]
-    weights = class_weights(model, ["cat", "dog {x}"], templates)
+    weights = embed_classes(model, ["cat", "dog {x}"], templates)
     for row, name in zip(weights, ["cat", "dog {x}"]):
         prompts = [f"a photo of a {name}.", name, f"the {name} and {name}"]
         mean = sum(VECTORS[p] / VECTORS[p].norm() for p in prompts) / 3
         torch.testing.assert_close(row, mean / mean.norm())
 
 
-def test_class_weights_reject_duplicate_names_and_invalid_templates():
+def test_embed_classes_reject_duplicate_names_and_invalid_templates():
     model = DualEncoder(lambda pixels: pixels, encode_text, 4)
     with pytest.raises(UserError, match="'cat' is repeated"):
-        class_weights(model, ["cat", "dog", "cat"], ["{}"])
+        embed_classes(model, ["cat", "dog", "cat"], ["{}"])
     with pytest.raises(UserError, match=r"has no \{\}"):
-        class_weights(model, ["cat"], ["a photo"])
+        embed_classes(model, ["cat"], ["a photo"])
     with pytest.raises(UserError, match="no class name"):
-        class_weights(model, [], ["{}"])
+        embed_classes(model, [], ["{}"])
 
 
 def test_classify_from_pixels():
@@ -132,10 +146,10 @@ def test_classify_from_pixels():
     evaluation = classify(
         model, embed_images(model, batches), {index: (index - 10) % 3 for index in range(10, 15)}, names, templates
     )
-    assert evaluation.result.top1.value == 1.0
-    assert evaluation.result.top1.n == 5  # the sixth has no class
+    top1 = by_name(evaluation.result.metrics)["acc1"]
+    assert (top1.value, top1.count) == (1.0, 5)  # the sixth has no class
     assert evaluation.images.bad == ["one bad"]
     wrong = classify(
         model, embed_images(model, batches), {index: (index - 9) % 3 for index in range(10, 16)}, names, templates
     )
-    assert wrong.result.top1.value == 0.0
+    assert values(wrong.result.metrics)["acc1"] == 0.0

@@ -23,7 +23,7 @@ from coalign.workflows.evaluate.eval_report import write_results
 R5, RANK, CLASSES = (
     "retrieval.text_to_image.r5",
     "retrieval.text_to_image.median_rank",
-    "zero_shot.mean_per_class_recall",
+    "zeroshot.mean_per_class_recall",
 )
 
 
@@ -36,7 +36,7 @@ def naive(first, others, metric, statistic, draws=2000):
     """Quantiles of statistic(others) - statistic(first) over resampled images, each with all its captions, by loops."""
     generator = np.random.default_rng(9)
     arrays = [read_outcomes(folder)[1][metric] for folder in (first, others)]
-    owner = arrays[0].clusters
+    owner = arrays[0].groups
     texts = [np.flatnonzero(owner == image) for image in range(len(CAPTIONS))]
     found = []
     for _ in range(draws):
@@ -67,8 +67,9 @@ def test_pairing_narrows_the_interval_of_runs_that_agree(tmp_path):
     second = shutil.copytree(first, tmp_path / "b")
     with np.load(first / "held_out.npz") as file:
         arrays = dict(file)
-    arrays[R5] = arrays[R5].copy()
-    arrays[R5][:6] = 1 - arrays[R5][:6]
+    values = f"{R5}/values"
+    arrays[values] = arrays[values].copy()
+    arrays[values][:6] = 1 - arrays[values][:6]
     np.savez_compressed(second / "held_out.npz", **arrays)
     change(second, epochs=1)
     metric = compare([first, second]).groups[1].metrics[R5]
@@ -106,12 +107,14 @@ def test_metrics_equal_those_the_run_reported(trained, tmp_path):
     change(other, seed=1)
     (group,) = compare([trained, other]).groups
     results = json.loads((trained / "results.json").read_text())
-    for side in ("image_to_text", "text_to_image"):
-        for name, entry in results["retrieval"][side].items():
-            metric = group.metrics[f"retrieval.{side}.{name}"]
-            assert (metric.value, *metric.over_items) == pytest.approx((entry["value"], entry["low"], entry["high"]))
-            assert (metric.chance, metric.n) == (entry["chance"], entry["n"])
-            assert metric.over_seeds == (metric.value, metric.value)
+    reported = results["tasks"]["retrieval"]["metrics"]
+    assert len(reported) == 9
+    for name, entry in reported.items():
+        metric = group.metrics[f"retrieval.{name}"]
+        interval = metric.over_items or (None, None)  # the modality gap has none
+        assert (metric.value, *interval) == pytest.approx((entry["value"], entry["low"], entry["high"]))
+        assert (metric.title, metric.chance, metric.count) == (entry["title"], entry["chance"], entry["count"])
+        assert metric.over_seeds == (metric.value, metric.value)
     assert group.parameters == sum(results["parameters"].values())
     assert len(group.validations[0]) == 2
     assert group.validations[0][-1]["samples"] == results["run"]["step"] * 8
@@ -123,12 +126,12 @@ def test_zero_shot_is_compared_if_all_runs_have_it(tmp_path):
     with_it = [write_run(tmp_path / f"run{seed}", seed=seed, zero_shot=True, epochs=seed + 1) for seed in range(2)]
     first, second = compare(with_it).groups
     correct = [read_outcomes(folder)[1][CLASSES] for folder in with_it]
-    by_class = [np.mean([c.values[c.clusters == label].mean() for label in range(5)]) for c in correct]
+    by_class = [np.mean([c.values[c.groups == label].mean() for label in range(5)]) for c in correct]
     assert second.metrics[CLASSES].difference == pytest.approx(by_class[1] - by_class[0])
-    assert second.metrics["zero_shot.acc1"].value == correct[1].values.mean()
+    assert second.metrics["zeroshot.acc1"].value == correct[1].values.mean()
     assert (first.metrics[CLASSES].kind, first.metrics[CLASSES].chance) == ("rate", 0.2)
     both = compare([*with_it, write_run(tmp_path / "without", seed=7)])
-    assert not [name for group in both.groups for name in group.metrics if name.startswith("zero_shot")]
+    assert not [name for group in both.groups for name in group.metrics if name.startswith("zeroshot")]
 
 
 # ---------------------------------------------------------------- groups and settings
@@ -233,7 +236,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, two, pairs):
     (twin / "results.json").unlink()
     assert f"The run {twin} is not finished" in error_of(capsys, twin, good)
     other = write_run(tmp_path / "other", items=np.arange(len(CAPTIONS)), epochs=1)
-    assert "good and other were evaluated on different held-out pairs" in error_of(capsys, good, two[1], other)
+    assert "good and other were evaluated on different held-out samples, classes or foils (retrieval)" in error_of(
+        capsys, good, two[1], other
+    )
     (other / "held_out.npz").write_bytes(b"PK")
     assert "held_out.npz is damaged" in error_of(capsys, good, other)
     (other / "held_out.npz").unlink()
@@ -249,8 +254,8 @@ def test_runs_with_different_classes_are_refused(tmp_path):
     other = write_run(tmp_path / "other", zero_shot=True, epochs=1)
     with np.load(other / "held_out.npz") as file:
         arrays = dict(file)
-    np.savez(other / "held_out.npz", **{**arrays, "zero_shot.items": arrays["zero_shot.items"] + 1})
-    with pytest.raises(UserError, match="used different classes"):
+    np.savez(other / "held_out.npz", **{**arrays, "zeroshot/items": arrays["zeroshot/items"] + 1})
+    with pytest.raises(UserError, match=r"classes or foils \(zeroshot\)"):
         compare([one, other])
 
 

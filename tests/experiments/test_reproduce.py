@@ -1,28 +1,32 @@
 """`coalign reproduce`: trials run in separate processes, fail alone, resume after an interruption, and are compared by arm."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import tiny
+from rich.console import Console
 from safetensors.torch import load_file
 
 from coalign.cli import main as cli
 from coalign.errors import UserError
 from coalign.experiments import reproduce as module
-from coalign.experiments import tables
+from coalign.experiments import tables, trials
 from coalign.experiments.reproduce import reproduce, tag_pretraining
 from coalign.experiments.trials import Trial, _train
 from coalign.methods.table import Arm, Table
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 from coalign.runs.folder import read_config
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
 
 
@@ -77,15 +81,15 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
     ]
     first, longer = values["groups"]
     assert longer["steps"] == 2 * first["steps"]
-    assert "zero_shot.acc1" in longer["metrics"]
-    gaps = [
-        json.loads((out / f"one-seed{seed}/results.json").read_text())["retrieval"]["modality_gap"] for seed in (0, 1)
-    ]
+    assert "zeroshot.acc1" in longer["metrics"]
+    tasks = [json.loads((out / f"one-seed{seed}/results.json").read_text())["tasks"] for seed in (0, 1)]
+    gaps = [results["retrieval"]["metrics"]["modality_gap"]["value"] for results in tasks]
     gap = first["metrics"]["retrieval.modality_gap"]
     assert (gap["kind"], gap["over_items"], gap["value"]) == ("distance", None, pytest.approx(sum(gaps) / 2))
-    again = evaluate(str(out / "one-seed0"), [f"probe:{tmp_path / 'photos'}"], classes=out / "classes.txt")
-    probed = json.loads((out / "one-seed0/results.json").read_text())["probe"]
-    assert probed["acc1"] == again[f"probe:{tmp_path / 'photos'}"]["acc1"] > 0.5
+    again = evaluate(str(out / "one-seed0"), [f"probe:{tmp_path / 'photos'}"], EvalConfig(classes=out / "classes.txt"))
+    probed = again[f"probe:{tmp_path / 'photos'}"]["metrics"]
+    assert tasks[0]["probe"]["metrics"] == probed
+    assert probed["acc1"]["value"] > 0.5
     assert 0 < first["metrics"]["probe.acc1"]["value"] <= 1
     assert longer["metrics"]["retrieval.image_to_text.r1"]["difference_over_seeds"] is not None
     text = json.dumps(values)  # results hold no local paths
@@ -185,6 +189,76 @@ def test_wrong_arguments_are_reported(small, tmp_path, capsys):
     assert small == []
 
 
+def of_oner():
+    """An arm of OneR, and one that evaluates its weights with another pooling."""
+    arms = {
+        "one, anew": Arm("oner", {"pooling": "cls"}, weights_of="one"),
+        "one": Arm("oner", {"similarity": "projector"}),
+    }
+    return replace(tables.TABLES["test"], arms=arms, classes=(), probe=False)
+
+
+def test_an_arm_evaluates_the_weights_of_another(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "test", of_oner())
+    command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1", "--arms", "one, anew"]
+    assert cli.main(command) == 0
+    assert small == [("one", 0), ("one, anew", 0)]  # it needs the other arm
+    one, anew = (tmp_path / f"out/{name}-seed0" for name in ("one", "one-anew"))
+    assert (one / "last/model.safetensors").exists()
+    for path in (*(one / "last").iterdir(), one / "metrics.jsonl", one / "tokenizer.json"):
+        assert (anew / path.relative_to(one)).read_bytes() == path.read_bytes()
+    assert "step 1/" in (tmp_path / "out/one-seed0.log").read_text()
+    assert "step 1/" not in (tmp_path / "out/one-anew-seed0.log").read_text()
+    config = read_config(anew).config
+    assert (config.method_config.pooling, config.method_config.similarity) == ("cls", "projector")
+    original = read_config(one).config
+    assert config == replace(original, method_config=replace(original.method_config, pooling="cls"))
+    trained, evaluated = (json.loads((folder / "results.json").read_text()) for folder in (one, anew))
+    assert trained["run"]["step"] == evaluated["run"]["step"] > 0
+    assert trained["tasks"] != evaluated["tasks"]
+    again = evaluate(anew, ["retrieval:photos"])["retrieval:photos"]
+    gaps = [results["metrics"]["modality_gap"]["value"] for results in (evaluated["tasks"]["retrieval"], again)]
+    assert gaps[0] == pytest.approx(gaps[1], rel=1e-5)
+    values = json.loads((tmp_path / "out/table.json").read_text())
+    assert [group["name"] for group in values["groups"]] == ["one, anew", "one"]
+
+    assert cli.main(command) == 0
+    assert len(small) == 2
+    (anew / "results.json").unlink()  # interrupted after its weights were copied
+    assert cli.main(command) == 0
+    assert small[2:] == [("one, anew", 0)]
+    assert json.loads((anew / "results.json").read_text())["tasks"] == evaluated["tasks"]
+
+
+def test_an_arm_without_the_weights_it_evaluates_fails(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "test", of_oner())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/one-seed0").write_text("in the way")
+    message = r"one-seed0 \(.* is a file.*; one-anew-seed0 \(one-seed0, whose weights it evaluates, has not finished\)"
+    with pytest.raises(UserError, match=f"2 of 2 trials failed: {message}"):
+        reproduce("test", "photos", "out", seeds=1, arms=["one", "one, anew"])
+    assert not (tmp_path / "out/one-anew-seed0").exists()
+
+
+def test_weights_are_trained_before_they_are_evaluated(monkeypatch, tmp_path):
+    arms = {"anew": Arm("oner", weights_of="one"), "clip": Arm("clip"), "one": Arm("oner")}
+    sweep, started, done, waiting = Table("a test", arms, epochs=1), [], [], threading.Event()
+
+    def run(trial, threads):
+        started.append((trial.arm, set(done)))
+        waiting.wait(0.1)
+        done.append((trial.arm, trial.seed))
+
+    monkeypatch.setattr(trials, "_in_a_process", run)
+    all_trials = [Trial(sweep, arm, seed, "photos", tmp_path) for seed in range(2) for arm in arms]
+    console = Console(file=io.StringIO())
+    assert trials.run_trials(all_trials, 3, console) == []
+    trained = {(arm, seed) for arm in ("clip", "one") for seed in range(2)}
+    assert [before >= trained for arm, before in started if arm == "anew"] == [True, True]
+    numbers = [line.split(":")[0] for line in console.file.getvalue().splitlines()]
+    assert numbers == [f"{number} of 6" for number in range(1, 7)]
+
+
 @pytest.mark.slow
 def test_trials_run_in_separate_processes(tmp_path):
     """Without fakes: two seeds of one arm at once, on few scenes."""
@@ -195,7 +269,7 @@ def test_trials_run_in_separate_processes(tmp_path):
     (group,) = comparison.groups
     assert group.seeds == [0, 1]
     assert group.metrics["foils.mean_per_kind"].chance == 0.5
-    assert {"foils.colour.accuracy", "zero_shot.acc1"} <= group.metrics.keys()
+    assert {"foils.colour.accuracy", "zeroshot.acc1"} <= group.metrics.keys()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import pytest
 from coalign.config import flatten, to_json
 from coalign.errors import UserError
 from coalign.experiments.tables import STEP_COST, TABLES, table
+from coalign.methods.table import Arm
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -34,6 +35,29 @@ def test_arms_differ_only_in_declared_settings(name):
         for field, value in row.changes.items():
             assert getattr(config.method_config, field) == value
         dataclasses.replace(config.method_config)  # passes the configuration's own checks
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_arms_that_evaluate_anew_only_change_the_method(name):
+    for arm, row in TABLES[name].arms.items():
+        if row.weights_of:
+            base = TABLES[name].arms[row.weights_of]
+            assert base.recipe == row.recipe
+            assert not base.weights_of
+            assert row == Arm(row.recipe, row.changes, paper=row.paper, weights_of=row.weights_of)
+            trained, anew = (TABLES[name].config(each, 1, 6000) for each in (row.weights_of, arm))
+            changed = dataclasses.replace(trained.method_config, **row.changes)
+            assert trained.method_config != changed
+            assert anew == dataclasses.replace(trained, method_config=changed)
+            assert TABLES[name].paper_config(arm, 0) is None
+
+
+def test_claims_of_oners_table_hold_by_both_similarities():
+    claims = TABLES["oner-openclipart"].claims
+    by_projector = [tuple(f"{arm}, by projector" for arm in pair) for pair in claims[: len(claims) // 2]]
+    assert list(claims[len(claims) // 2 :]) == by_projector
+    assert ("ITC", "ITC, two heads") in claims
+    assert {arm for pair in claims for arm in pair} == TABLES["oner-openclipart"].arms.keys() - {"clip"}
 
 
 @pytest.mark.parametrize("pairs", [1426, 6000])

@@ -1,14 +1,17 @@
 """Finished runs without training: folders that hold what `compare` reads."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
 from coalign.config import TrainConfig
-from coalign.evaluation import metrics
+from coalign.evaluation.metrics import measure
+from coalign.evaluation.probes.accuracy import accuracies
 from coalign.methods import recipe
+from coalign.metric import Outcome
 from coalign.runs.folder import SavedConfig, write_config
+from coalign.runs.outcomes import write_outcomes
 
 CAPTIONS = np.array([1, 3, 2, 1, 1, 2] * 20)  # of each held-out image
 CHANCE = {"r1": 0.01, "r5": 0.05, "r10": 0.1, "median_rank": 50.0}
@@ -25,26 +28,28 @@ def write_run(folder, level=10.0, seed=0, items=None, method="clip", zero_shot=F
     config: TrainConfig = replace(recipe(method)(5000), seed=seed, workers=seed + 1, **settings)
     write_config(folder, SavedConfig(data, config, 5000, len(CAPTIONS)))
     images = np.arange(len(CAPTIONS))
-    arrays = {"retrieval.items": images + 1000 if items is None else items}
-    retrieval = {"images": len(CAPTIONS), "captions": int(CAPTIONS.sum()), "distinct_captions": int(CAPTIONS.sum())}
+    metrics, arrows = [], {"image_to_text": "Image → text", "text_to_image": "Text → image"}
     for side, clusters in (("image_to_text", images), ("text_to_image", images.repeat(CAPTIONS))):
         ranks = ranks_like(level, [seed, len(clusters)], len(clusters))
-        own = {f"r{k}": (ranks <= k).astype(float) for k in (1, 5, 10)} | {"median_rank": ranks}
-        arrays |= {f"retrieval.{side}.{name}": values for name, values in own.items()}
-        arrays[f"retrieval.{side}.clusters"] = clusters
-        retrieval[side] = {name: {"chance": CHANCE[name]} for name in own}
-    results = {
-        "run": {"step": 60, "seconds": 100.0 + seed, "ended": "finished"},
-        "parameters": {"image": 700, "text": 300},
-    }
-    results["retrieval"] = retrieval
+        for k in (1, 5, 10):
+            outcome = Outcome((ranks <= k).astype(float), clusters)
+            metrics.append(measure(f"{side}.r{k}", f"{arrows[side]} R@{k}", outcome, CHANCE[f"r{k}"]))
+        outcome = Outcome(ranks, clusters, "median")
+        title = f"{arrows[side]} median rank"
+        metrics.append(measure(f"{side}.median_rank", title, outcome, CHANCE["median_rank"]))
+    counts = {"images": len(CAPTIONS), "captions": int(CAPTIONS.sum()), "distinct_captions": int(CAPTIONS.sum())}
+    by_task, hashes = {"retrieval": metrics}, {"retrieval": images + 1000 if items is None else items}
     if zero_shot:
         classes = images % 5
         correct = (np.random.default_rng(seed).random(len(images)) < 0.1 * classes).astype(float)
-        arrays |= {"zero_shot.items": images, "zero_shot.classes": classes}
-        arrays |= {"zero_shot.acc1": correct, "zero_shot.mean_per_class_recall": correct}
-        results["zero_shot"] = {"chance": 0.2, "intervals": {"acc1": asdict(metrics.mean(correct))}}
-    np.savez_compressed(folder / "held_out.npz", **arrays)
+        by_task["zeroshot"], hashes["zeroshot"] = accuracies("Zero-shot", correct, classes, 5), images
+    write_outcomes(folder, by_task, hashes)
+    tasks = {task: {"metrics": {m.name: m.to_json() for m in found}, **counts} for task, found in by_task.items()}
+    results = {
+        "run": {"step": 60, "seconds": 100.0 + seed, "ended": "finished"},
+        "parameters": {"image": 700, "text": 300},
+        "tasks": tasks,
+    }
     (folder / "results.json").write_text(json.dumps(results))
     rows = []
     for step in range(60):
@@ -55,6 +60,7 @@ def write_run(folder, level=10.0, seed=0, items=None, method="clip", zero_shot=F
                 for side in ("image_to_text", "text_to_image")
                 for k in (1, 5, 10)
             }
+            values["val/mean_recall"] = sum(values.values()) / len(values)
             rows.append({"step": step, "val/loss": 2.0 if step < 40 else None, **values})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

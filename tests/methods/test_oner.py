@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from coalign.config import OptimizerConfig, TrainConfig
 from coalign.data.loading.train import PairLoader
 from coalign.data.sources.open import open_source
 from coalign.data.text.tokenizer import train_bpe
+from coalign.embeds import fields, take
 from coalign.errors import UserError
+from coalign.methods.oner import method as module
 from coalign.methods.oner.config import RECIPES, OneRConfig
 from coalign.methods.oner.method import OneR
 from coalign.methods.oner.tables import ABLATIONS
@@ -24,7 +27,7 @@ from coalign.runs.run import build_method as build_run_method
 from coalign.runs.run import image_size, patch_grid
 from coalign.training.distributed import RankGather
 from coalign.training.step import forward_backward, move_statistics
-from coalign.types import STRONG, WEAK, StepInfo
+from coalign.types import STRONG, WEAK, StepInfo, dot_product
 
 GATHER, PAIRS, WIDTH = RankGather(ALONE), 5, 32
 START, END = StepInfo(0, 10), StepInfo(10, 10)
@@ -362,45 +365,111 @@ def test_ema_copy_has_fixed_momentum(tmp_path, setting, steps, momentum):
 # ---------------------------------------------------------------- a unified space
 
 
-def train_on_few_pairs(folder, **changes):
-    """Trains for 60 steps on 16 pairs of noise. Returns R@1, averaged over both directions, of the projector's embeddings, and of the
-    predictor's output compared with the projector's, as in the loss."""
+def train_on_few_pairs(folder, steps=60, **changes):
+    """Trains on 16 pairs of noise. Returns the method, in evaluation mode, and the batch."""
     method = build(folder, **PLAIN, **changes).float().train()
     batch = make_batch(method.view_plan, 16)
     optimizers = build_optimizers(method.parameter_groups(), OptimizerConfig(lr=3e-3, weight_decay=0.1), method)
-    for number in range(60):
-        step = StepInfo(number, 60)
-        optimizers.set_lr(number, 60)
+    for number in range(steps):
+        step = StepInfo(number, steps)
+        optimizers.set_lr(number, steps)
         result = forward_backward(method, batch, step, ALONE)
         optimizers.step()
         move_statistics(method, ALONE, keep=True)
         method.after_step(result.features, result.targets, GATHER, step)
         optimizers.zero_grad()
-    method.eval()
+    return method.eval(), batch
+
+
+@torch.no_grad()
+def embed(method, batch):
     caption = batch.texts["caption"]
-    with torch.no_grad():
-        embeds = {"image": method.encode_image(batch.images["image"].pixels)}
-        embeds["text"] = method.encode_text(caption.ids, caption.lengths)
-        rows = {kind: result.features[f"{kind}_features"] for kind in ("image", "text")}
-        z = method._project(method.projectors, rows, GATHER.sum)
-        q = z if method.predictor is None else method.predictor(z, GATHER.sum)
-        z, q = ({kind: F.normalize(x, dim=-1) for kind, x in values.items()} for values in (z, q))
-    similarities = embeds["image"] @ embeds["text"].T, q["image"] @ z["text"].T + z["image"] @ q["text"].T
-    labels = torch.arange(16)
-    return [((s.argmax(0) == labels).sum() + (s.argmax(1) == labels).sum()).item() / 32 for s in similarities]
+    return method.encode_image(batch.images["image"].pixels), method.encode_text(caption.ids, caption.lengths)
+
+
+def by_projector(method, folder):
+    """Returns the same model with the similarity "projector"."""
+    config = replace(method.config, similarity="projector")
+    other = OneR(config, TowerSpec(str(folder / "model.json"), vocab_size=50, context_length=12))
+    other.load_state_dict(method.state_dict())
+    return other.to(next(method.parameters()).dtype).eval()
 
 
 def test_itc_alone_does_not_align_modalities(tmp_path):
     """With ITC alone, the predictor fits the loss by swapping the modalities. Mixed features, which it must map to themselves, prevent
     this, and so do two projectors without a predictor (the order of Table 1)."""
-    (naive, fitted), (two, _), (mixed, _) = (
-        train_on_few_pairs(tmp_path, **changes)
-        for changes in ({"losses": ("itc",)}, {"losses": ("itc",), "heads": "two"}, {})
-    )
+
+    def recalls(**changes):
+        """R@1, averaged over both directions, by the projector and by the trained similarity."""
+        method, batch = train_on_few_pairs(tmp_path, **changes)
+        labels = torch.arange(16)
+        for model in (by_projector(method, tmp_path), method):
+            s = model.similarity(*embed(model, batch))
+            yield ((s.argmax(0) == labels).sum() + (s.argmax(1) == labels).sum()).item() / 32
+
+    settings = {"losses": ("itc",)}, {"losses": ("itc",), "heads": "two"}, {}
+    (naive, fitted), (two, _), (mixed, _) = (recalls(**changes) for changes in settings)
     assert fitted > 0.7
     assert naive < 0.3
     assert two > 0.8
     assert mixed > naive + 0.15
+
+
+# ---------------------------------------------------------------- similarity
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"teacher": "none"},
+        {"losses": ("itc",), "heads": "two"},
+        {"losses": ("itc",), "heads": "two", "teacher": "none"},
+        {"head_norm": "batch_apart", "losses": ("itc", "xmc")},
+    ],
+)
+def test_similarity_is_what_the_loss_compares(tmp_path, monkeypatch, changes):
+    """The mean of the logits of ITC in both directions, in evaluation mode without masks, times τ."""
+    method, batch = train_on_few_pairs(tmp_path, steps=3, **changes)
+    compared = []
+    info_nce = module.info_nce
+
+    def recording(queries, keys, *others):
+        compared.append(queries @ keys.T)
+        return info_nce(queries, keys, *others)
+
+    monkeypatch.setattr(module, "info_nce", recording)
+    with torch.no_grad():
+        method.objective(method.encode(batch, END), method.encode_targets(batch, END), GATHER, END)
+    image_to_text, text_to_image = compared[:2]
+    images, texts = embed(method, batch)
+    assert images._fields == ("query", "key")
+    found = method.similarity(images, texts)
+    torch.testing.assert_close(found, (image_to_text + text_to_image.T) / 2)
+    torch.testing.assert_close(method.similarity(texts, images), found.T)
+    torch.testing.assert_close(method.similarity(take(images, slice(2, 5)), take(texts, [7])), found[2:5, 7:8])
+    without = changes.get("heads") == "two" and changes.get("teacher") == "none"
+    assert torch.equal(images.query, images.key) == without
+    if not without:  # each of the two directions is a different comparison
+        assert (image_to_text - text_to_image.T).abs().max() > 1e-3
+
+
+def test_projector_is_one_vector_compared_by_its_cosine(tmp_path):
+    method, batch = train_on_few_pairs(tmp_path, steps=3)
+    other = by_projector(method, tmp_path)
+    assert other.similarity is dot_product
+    images, texts = embed(other, batch)
+    with torch.no_grad():
+        features = method.encode(batch, END)
+        rows = {kind: features[f"{kind}_features"] for kind in ("image", "text")}
+        expected = method._project(method.projectors, rows, GATHER.sum)
+    torch.testing.assert_close(images, F.normalize(expected["image"], dim=-1))
+    torch.testing.assert_close(texts, F.normalize(expected["text"], dim=-1))
+    trained = embed(method, batch)
+    assert (other.similarity(images, texts) - method.similarity(*trained)).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------- embeddings and features
 
 
 def test_modality_gap_is_logged(tmp_path):
@@ -416,9 +485,10 @@ def test_modality_gap_is_logged(tmp_path):
     assert method.scalars()["modality_gap"].item() == pytest.approx(math.sqrt(sum(g * g for g in gap)), rel=1e-5)
 
 
+@pytest.mark.parametrize("similarity", ["trained", "projector"])
 @pytest.mark.parametrize("changes", [{}, {"head_norm": "batch_apart"}, {"head_norm": "layer", "pooling": "balanced"}])
-def test_image_text_and_joint_embeddings(tmp_path, changes):
-    method = build(tmp_path, **changes).eval()
+def test_image_text_and_joint_embeddings(tmp_path, changes, similarity):
+    method = build(tmp_path, similarity=similarity, **changes).eval()
     batch = make_batch(method.view_plan, 4)
     pixels, caption = batch.images["image"].pixels, batch.texts["caption"]
     inputs = pixels, caption.ids, caption.lengths
@@ -428,12 +498,16 @@ def test_image_text_and_joint_embeddings(tmp_path, changes):
         "joint": method.encode_joint(*inputs),
     }
     for kind, value in embeds.items():
-        assert value.shape == (4, 16)
-        torch.testing.assert_close(value.norm(dim=-1), torch.ones(4, dtype=torch.float64))
+        assert len(fields(value)) == (2 if similarity == "trained" else 1)
+        for vectors in fields(value).values():
+            assert vectors.shape == (4, 16)
+            torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(4, dtype=torch.float64))
         rows = {"image": inputs[:1], "text": inputs[1:], "joint": inputs}[kind]
         encode = {"image": method.encode_image, "text": method.encode_text, "joint": method.encode_joint}[kind]
-        torch.testing.assert_close(encode(*(x[1:3] for x in rows)), value[1:3])  # independent of the rest of the batch
-    assert (embeds["joint"] - embeds["image"]).norm() > 1e-3
+        # independent of the rest of the batch
+        torch.testing.assert_close(encode(*(x[1:3] for x in rows)), take(value, slice(1, 3)))
+    similarities = [method.similarity(embeds["image"], embeds[kind]) for kind in ("image", "joint")]
+    assert (similarities[0] - similarities[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -533,6 +607,7 @@ def test_recipes_match_the_paper():
         ("head_hidden", 0),
         ("pooling", "max"),
         ("teacher", "bert"),
+        ("similarity", "cosine"),
         ("temperature", 0.0),
         ("teacher_momentum", 1.1),
         ("mlm_weight", -1.0),

@@ -44,7 +44,7 @@ def test_differences_have_a_zero_line_and_groups_keep_their_colors():
 
 def run(steps, scale=1.0, **more):
     return [
-        {"step": s, "samples": 10 * s, "seconds": scale * s, "val/loss": 4 - s / 10, "mean_recall": s / 50, **more}
+        {"step": s, "samples": 10 * s, "seconds": scale * s, "val/loss": 4 - s / 10, "val/mean_recall": s / 50, **more}
         for s in steps
     ]
 

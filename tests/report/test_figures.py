@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from coalign.metric import Metric
 from coalign.report import figures
-from coalign.report.figures import MetricRow
 
 
 def drawn(figure: Figure) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_absent_and_non_finite_values_are_gaps():
 
 
 def test_metric_bars_show_value_interval_and_chance():
-    rows = [MetricRow("R@1 $x$", 0.2, 0.15, 0.26, 100, 0.01), MetricRow("accuracy", 0.5, 0.5, 0.5, 1)]
+    rows = [Metric("r1", "R@1 $x$", "rate", 0.2, 0.15, 0.26, 0.01, 100), Metric("a", "accuracy", "rate", 0.5, 0.5, 0.5)]
     figure = figures.metric_bars(rows)
     axes = figure.axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.2, 0.5]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from coalign.report.figures import MetricRow
+from coalign.metric import Metric
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, flatten, run_page, verdict
 
@@ -27,19 +27,21 @@ def full_run() -> RunSummary:
         configuration={"recipe": "clip", "train": {"lr": 5e-4, "betas": (0.9, 0.98)}, "resume": None},
         history=[{"step": i, "loss": 5 - i / 20, "data_wait": 0.5} for i in range(50)],
         metrics=[
-            MetricRow("image-to-text R@1", 0.214, 0.198, 0.230, 640, 0.002),
-            MetricRow("image-to-text median rank", 8, 7, 9, 640, 320, "rank"),
+            Metric("r1", "Image → text R@1", "rate", 0.214, 0.198, 0.230, 0.002, 640),
+            Metric("median_rank", "Image → text median rank", "rank", 8, 7, 9, 320, 640),
         ],
         image_queries=[Ranking(GalleryCell(image(), "an image query"), words)],
         text_queries=[
             Ranking(GalleryCell(None, "a text query"), [GalleryCell(image(), f"image {i}") for i in range(5)])
         ],
         nearest_misses=[Miss(GalleryCell(image(), "the missed"), words[2], words[0])],
-        cosines=np.eye(3),
-        cosine_captions=["a", "b", "c"],
-        cosine_images=[image()] * 3,
+        similarities=np.eye(3),
+        similarity_captions=["a", "b", "c"],
+        similarity_images=[image()] * 3,
         image_embeds=unit(30, 0),
         text_embeds=unit(30, 1),
+        matching=np.linspace(0, 1, 30),
+        others=np.linspace(-1, 0, 30),
         confusion=np.eye(3, dtype=int),
         classnames=["x", "y", "z"],
         cost={"training time": "4 min"},
@@ -54,7 +56,7 @@ def test_a_full_run_shows_everything(tmp_path):
     run_page(full_run()).write(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     for words in (
-        "Image-to-text R@1 on held-out pairs is 21.4 % (95 % interval 19.8–23.0 %; chance 0.2 %): 107 times chance.",
+        "Image → text R@1 on held-out pairs is 21.4 % (95 % interval 19.8–23.0 %; chance 0.2 %): 107 times chance.",
         "train.betas",
         "0.9, 0.98",
         "an image query",
@@ -84,27 +86,31 @@ def test_run_without_data_still_has_a_page(tmp_path):
     ("row", "start", "end"),
     [
         (
-            MetricRow("R@1", 0.03, 0.001, 0.06, 30, 0.02),
+            Metric("r1", "R@1", "rate", 0.03, 0.001, 0.06, 0.02),
             "R@1 on",
             "chance 2.0 %), not significantly better than chance.",
         ),
         (
-            MetricRow("accuracy", 0.6, 0.55, 0.65, 300, 0.5),
+            Metric("a", "Accuracy", "rate", 0.6, 0.55, 0.65, 0.5),
             "Accuracy on",
             "(95 % interval 55.0–65.0 %; chance 50.0 %).",
         ),
-        (MetricRow("R@1", 0.05, 0.04, 0.06, 300, 0.02), "R@1 on held-out", "chance 2.0 %): 2.5 times chance."),
+        (Metric("r1", "R@1", "rate", 0.05, 0.04, 0.06, 0.02), "R@1 on held-out", "chance 2.0 %): 2.5 times chance."),
         (
-            MetricRow("accuracy", 0.6, 0.5, 0.7, 9),
+            Metric("a", "Accuracy", "rate", 0.6, 0.5, 0.7),
             "Accuracy on held-out pairs is 60.0 %",
             "(95 % interval 50.0–70.0 %).",
         ),
         (
-            MetricRow("rank", 400, 290, 480, 9, 320, "rank"),
+            Metric("rank", "Rank", "rank", 400, 290, 480, 320),
             "Rank on held-out pairs is 400",
             "not significantly better than chance.",
         ),
-        (MetricRow("rank", 8, 7, 9, 9, 320, "rank"), "Rank on held-out pairs is 8", "(95 % interval 7–9; chance 320)."),
+        (
+            Metric("rank", "Rank", "rank", 8, 7, 9, 320),
+            "Rank on held-out pairs is 8",
+            "(95 % interval 7–9; chance 320).",
+        ),
     ],
 )
 def test_verdict_claims_no_more_than_the_interval_supports(row, start, end):

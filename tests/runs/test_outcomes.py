@@ -13,9 +13,9 @@ from coalign.data.sources.open import open_source
 from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
-from coalign.runs.outcomes import read_outcomes, write_outcomes
+from coalign.runs.outcomes import item_hashes, read_outcomes, write_outcomes
 from coalign.types import DualEncoder
-from coalign.workflows.evaluate.samples import captions_of, read_labels
+from coalign.workflows.evaluate.samples import Samples, captions_of, read_labels
 
 
 def encoder():
@@ -32,53 +32,57 @@ def encoder():
 def write(folder, data, indices, classes=("red", "green", "blue", "grey")):
     source = open_source(str(data))
     images = embed_images(encoder(), image_batches(source, indices, 32))
-    labels = read_labels(source, indices)
+    labels = read_labels([Samples(source, indices)])[0]
     evaluations = {
         "retrieval": retrieve(encoder(), images, captions_of(source)),
-        "zero_shot": classify(encoder(), images, labels.class_of, list(classes), ["a {} thing"]),
+        "zeroshot": classify(encoder(), images, labels.class_of, list(classes), ["a {} thing"]),
     }
+    metrics = {
+        "retrieval": evaluations["retrieval"].result.metrics(),
+        "zeroshot": evaluations["zeroshot"].result.metrics,
+    }
+    items = {task: item_hashes(source, found.images.indices, found.texts) for task, found in evaluations.items()}
     folder.mkdir()
-    write_outcomes(folder, evaluations, dict.fromkeys(evaluations, source))
-    return evaluations, *read_outcomes(folder)
+    write_outcomes(folder, metrics, items)
+    return metrics, evaluations, *read_outcomes(folder)
 
 
 def test_metrics_can_be_recomputed_from_outcomes(tmp_path, pairs):
-    evaluations, items, outcomes = write(tmp_path / "run", pairs, np.arange(0, 60, 2))
-    retrieval, zero_shot = evaluations["retrieval"].result, evaluations["zero_shot"].result
-    for name, side in (("image_to_text", retrieval.image_to_text), ("text_to_image", retrieval.text_to_image)):
-        for k, metric in side.recall.items():
-            assert outcomes[f"retrieval.{name}.r{k}"].values.mean() == pytest.approx(metric.value)
-        ranks = outcomes[f"retrieval.{name}.median_rank"]
-        assert (ranks.kind, np.median(ranks.values)) == ("rank", side.median_rank.value)
-        assert ranks.clusters.tolist() == list(range(30))
+    metrics, evaluations, items, outcomes = write(tmp_path / "run", pairs, np.arange(0, 60, 2))
+    assert {f"{task}.{metric.name}" for task, found in metrics.items() for metric in found} == set(outcomes)
+    statistics = {"mean": np.mean, "median": np.median}
+    for task, found in metrics.items():
+        for metric in found:
+            outcome = outcomes[f"{task}.{metric.name}"]
+            if outcome.statistic == "mean per class":
+                classes = np.unique(outcome.groups)
+                value = np.mean([outcome.values[outcome.groups == label].mean() for label in classes])
+            else:
+                value = statistics[outcome.statistic](outcome.values)
+            assert value == pytest.approx(metric.value)
+    for side in ("image_to_text", "text_to_image"):
+        assert outcomes[f"retrieval.{side}.median_rank"].groups.tolist() == list(range(30))
     images, texts = evaluations["retrieval"].images.embeds.numpy(), evaluations["retrieval"].text_embeds.numpy()
     gap = outcomes["retrieval.modality_gap"]
-    assert (gap.kind, gap.clusters) == ("distance", None)
+    assert gap.groups is None
     assert gap.values.tolist() == [pytest.approx(np.linalg.norm(images.mean(0) - texts.mean(0)), rel=1e-5)]
-    accuracy = outcomes["zero_shot.acc1"]
-    assert (accuracy.kind, accuracy.clusters) == ("rate", None)
-    assert accuracy.values.mean() == pytest.approx(zero_shot.top1.value)
-    recall = outcomes["zero_shot.mean_per_class_recall"]
-    assert recall.kind == "class rate"
-    by_class = [recall.values[recall.clusters == label].mean() for label in range(4)]
-    assert by_class == pytest.approx(zero_shot.per_class)
-    assert set(items) == {"retrieval", "zero_shot"}
+    assert outcomes["zeroshot.acc1"].groups is None
+    assert set(items) == {"retrieval", "zeroshot"}
     assert [len(set(hashes.tolist())) for hashes in items.values()] == [30, 30]
 
 
 def test_item_hashes_depend_on_names_captions_and_classes(tmp_path, pairs):
     indices = np.arange(12)
-    items = write(tmp_path / "one", pairs, indices)[1]
+    items = write(tmp_path / "one", pairs, indices)[2]
     moved = shutil.copytree(pairs, tmp_path / "elsewhere")
-    moved_items = write(tmp_path / "two", moved, indices)[1]
+    moved_items = write(tmp_path / "two", moved, indices)[2]
     for task in items:
         np.testing.assert_array_equal(items[task], moved_items[task])
-    others = write(tmp_path / "three", pairs, indices + 1)[1]
-    assert items["retrieval"][1:].tolist() == others["retrieval"][:-1].tolist()
-    assert items["retrieval"][0] != others["retrieval"][0]
-    renamed = write(tmp_path / "four", pairs, indices, classes=("red", "green", "blue", "gray"))[1]
+    others = write(tmp_path / "three", pairs, indices + 1)[2]
+    assert not set(items["retrieval"].tolist()) & set(others["retrieval"].tolist())  # other candidates
+    renamed = write(tmp_path / "four", pairs, indices, classes=("red", "green", "blue", "gray"))[2]
     assert renamed["retrieval"].tolist() == items["retrieval"].tolist()
-    assert not set(renamed["zero_shot"].tolist()) & set(items["zero_shot"].tolist())
+    assert not set(renamed["zeroshot"].tolist()) & set(items["zeroshot"].tolist())
 
 
 def test_resuming_a_finished_run_writes_a_missing_file(tmp_path, trained, pairs, model_file):
@@ -93,4 +97,4 @@ def test_resuming_a_finished_run_writes_a_missing_file(tmp_path, trained, pairs,
         assert set(expected) == set(actual)
         for name in expected.files:
             np.testing.assert_array_equal(expected[name], actual[name])
-    assert json.loads((run / "results.json").read_text())["retrieval"] == results["retrieval"]
+    assert json.loads((run / "results.json").read_text())["tasks"] == results["tasks"]

@@ -85,7 +85,7 @@ def reproduce_command(
         scale: cpu trains small models in hours; paper only writes launch.sh, with the commands of the paper's recipes
         seeds: number of seeds (0 to N-1) per arm
         jobs: number of trials to run in parallel, each on its share of the cores
-        arms: train only these arms; empty: all
+        arms: train only these arms, and the arms whose weights they evaluate; empty: all
     """
     from coalign.experiments import tables
 

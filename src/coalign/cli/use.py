@@ -68,28 +68,38 @@ def localize_command(
     print(out)
 
 
-def space_command(run: Positional[str], data: str, out: Path, pairs: int = 300, device: str = "cpu") -> None:
+def space_command(
+    run: Positional[str],
+    data: str,
+    out: Path,
+    pairs: int = 300,
+    similarity: str | None = None,
+    device: str = "cpu",
+) -> None:
     """Plot how a model's image and text embeddings are distributed, before and after training (t-SNE).
 
-    For OneR, the plot includes the joint embeddings of image and text.
+    For OneR, the plot includes the joint embeddings of image and text; it needs --similarity projector.
 
-    Example: coalign space runs/oner --data scenes:8192 --out space.png
+    Example: coalign space runs/oner --data scenes:8192 --similarity projector --out space.png
 
     Args:
         run: the folder of a run
         data: anything that `coalign train --data` accepts; if it is the run's training data, held-out pairs are plotted
         out: the figure to write: .png, .jpg, .pdf or .svg
         pairs: number of pairs to plot
+        similarity: similarity of the run, if its method has several (oner: trained or projector); None: as configured
         device: cpu, cuda or cuda:N
     """
     from coalign.workflows.explore.space import space
 
-    for name, gap in space(run, data, out, pairs, device).items():
+    for name, gap in space(run, data, out, pairs, device, similarity).items():
         print(f"{name}: modality gap {gap:.2f} (distance between the centroids of image and text embeddings)")
     print(out)
 
 
-def export_command(run: Positional[str], to: str, out: Path, weights: str = "last") -> None:
+def export_command(
+    run: Positional[str], to: str, out: Path, weights: str = "last", similarity: str | None = None
+) -> None:
     """Export a model to open_clip, transformers (a CLIPModel), ONNX, or its image encoder to timm.
 
     The export is loaded in that library and checked for equal embeddings. A model that the format cannot represent is rejected.
@@ -101,10 +111,11 @@ def export_command(run: Positional[str], to: str, out: Path, weights: str = "las
         to: open_clip, transformers, onnx or timm
         out: output folder, new or empty
         weights: checkpoint: last or best
+        similarity: similarity of the run, if its method has several (oner: trained or projector); None: as configured
     """
     from coalign.workflows.models.export import export
 
-    print(export(run, to, out, weights))
+    print(export(run, to, out, weights, similarity))
 
 
 def import_command(model: Positional[str], out: Path) -> None:

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coalign.embeds import concatenate, fields, take, to_cpu
 from coalign.errors import UserError
-from coalign.types import DualEncoder
+from coalign.types import DualEncoder, Embeds, JointEncoder
 
 
 @dataclass
 class ImageEmbeds:
     """Embeddings of the readable images, and the list of unreadable ones."""
 
-    embeds: Tensor  # float32 [image, dim], normalized, on the CPU
+    embeds: Any  # `Embeds` in float32 on the CPU; vectors [image, dim] compared by their cosine are normalized
     indices: list[int]  # sample index of each row
     bad: list[Any] = field(default_factory=list)  # the loader's entry for each unreadable image
 
@@ -30,7 +31,7 @@ class Evaluation:
     result: Any  # RetrievalResult, ZeroShotResult, …
     images: ImageEmbeds
     texts: list[str]  # captions, or class names
-    text_embeds: Tensor | None = None  # float32 [text, dim]; None if the task does not use them
+    text_embeds: Embeds | None = None  # as those of images; None if the task does not use them
 
 
 # the output of `image_batches`: indices, pixels, bad entries
@@ -40,11 +41,13 @@ AllGather = Callable[[ImageEmbeds], Sequence[ImageEmbeds]]
 
 
 def embed_images(model: DualEncoder, batches: Batches, all_gather: AllGather | None = None) -> ImageEmbeds:
-    """Returns the normalized embeddings of the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `image_batches`.
+    """Returns the embeddings of the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `image_batches`.
 
     With several processes, each passes its own batches, and all receive all embeddings through `all_gather`.
     """
-    return _encode_images(model, model.encode_image, batches, F.normalize, all_gather)
+    return _encode_images(
+        lambda pixels: _embed(model, model.encode_image(pixels), len(pixels), "image"), batches, all_gather
+    )
 
 
 def image_features(model: DualEncoder, batches: Batches, all_gather: AllGather | None = None) -> ImageEmbeds:
@@ -54,31 +57,30 @@ def image_features(model: DualEncoder, batches: Batches, all_gather: AllGather |
     """
     if model.image_features is None:
         raise UserError(f"{model.name} does not expose image features, which probes need.")
-    return _encode_images(model, model.image_features, batches, lambda features: features, all_gather)
+    encode, name = model.image_features, f"{model.name}: image"
+    return _encode_images(lambda pixels: _vectors(encode(pixels), len(pixels), name), batches, all_gather)
 
 
 @torch.no_grad()
-def _encode_images(
-    model: DualEncoder,
-    encode: Callable[[Tensor], Tensor],
-    batches: Batches,
-    normalize: Callable[[Tensor], Tensor],
-    all_gather: AllGather | None,
-) -> ImageEmbeds:
-    parts: list[Tensor] = []
+def _encode_images(encode: Callable[[Tensor], Any], batches: Batches, all_gather: AllGather | None) -> ImageEmbeds:
+    parts: list[Any] = []
     indices: list[int] = []
     bad: list[Any] = []
     for batch_indices, pixels, batch_bad in batches:
         bad.extend(batch_bad)
         if len(batch_indices):
-            parts.append(normalize(_to_cpu(encode(pixels), len(batch_indices), f"{model.name}: image")))
+            parts.append(encode(pixels))
             indices.extend(batch_indices)
-    images = ImageEmbeds(torch.cat(parts) if parts else torch.empty(0, 0), indices, bad)
+    images = ImageEmbeds(concatenate(parts) if parts else torch.empty(0, 0), indices, bad)
     if all_gather is not None:
         images = _merge(all_gather(images))
     if not images.indices:
-        raise UserError(f"There is nothing to evaluate: the data has no readable image ({len(images.bad)} bad).")
+        raise no_readable_image(len(images.bad))
     return images
+
+
+def no_readable_image(num_bad: int) -> UserError:
+    return UserError(f"There is nothing to evaluate: the data has no readable image ({num_bad} bad).")
 
 
 def _merge(parts: Sequence[ImageEmbeds]) -> ImageEmbeds:
@@ -86,40 +88,65 @@ def _merge(parts: Sequence[ImageEmbeds]) -> ImageEmbeds:
     indices = [index for part in parts for index in part.indices]
     order = sorted(range(len(indices)), key=indices.__getitem__)
     non_empty = [part.embeds for part in parts if part.indices]
-    embeds = torch.cat(non_empty)[order] if non_empty else torch.empty(0, 0)
+    embeds = take(concatenate(non_empty), order) if non_empty else torch.empty(0, 0)
     return ImageEmbeds(embeds, [indices[row] for row in order], [entry for part in parts for entry in part.bad])
 
 
 @torch.no_grad()
-def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Returns the normalized embeddings of texts, float32 [text, dim], on the CPU. Equal texts are encoded once and get equal rows."""
+def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 256) -> Any:
+    """Returns the embeddings of texts, as those of images. Equal texts are encoded once and get equal rows."""
     if not texts:
         raise UserError("There is nothing to evaluate: the data has no captions.")
     distinct = sorted(set(texts), key=lambda text: (len(text), text))  # by length, so batches need little padding
     parts = []
     for start in range(0, len(distinct), batch_size):
         batch = distinct[start : start + batch_size]
-        parts.append(F.normalize(_to_cpu(model.encode_text(batch), len(batch), f"{model.name}: text")))
+        parts.append(_embed(model, model.encode_text(batch), len(batch), "text"))
     row = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(parts)[[row[text] for text in texts]]
+    return take(concatenate(parts), [row[text] for text in texts])
 
 
-def _to_cpu(embeds: Tensor, num_inputs: int, name: str) -> Tensor:
-    """Returns embeds as float32 on the CPU, after checking their shape and values."""
-    if embeds.ndim != 2 or len(embeds) != num_inputs:
-        raise ValueError(
-            f"{name} encoder returned shape {tuple(embeds.shape)} for {num_inputs} inputs; expected [batch, dim]"
-        )
-    embeds = embeds.detach().float().cpu()
+@torch.no_grad()
+def embed_joint(
+    model: DualEncoder, encode_joint: JointEncoder, pixels: Tensor, texts: Sequence[str], batch_size: int = 256
+) -> Any:
+    """Returns the embeddings of images with one text each, as those of images alone."""
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        parts.append(_embed(model, encode_joint(pixels[start : start + batch_size], batch), len(batch), "joint"))
+    return concatenate(parts)
+
+
+def _embed(model: DualEncoder, embeds: Any, num_inputs: int, kind: str) -> Any:
+    """Returns an encoder's output as float32 on the CPU, after checking it; vectors that are compared by their cosine are normalized."""
+    name = f"{model.name}: {kind}"
+    if model.compares_cosines:
+        return F.normalize(_vectors(embeds, num_inputs, name))
+    lengths = {field: len(tensor) for field, tensor in fields(embeds).items()}
+    if set(lengths.values()) != {num_inputs}:
+        raise ValueError(f"{name} encoder returned {lengths} samples for {num_inputs} inputs")
+    embeds = to_cpu(embeds)
     require_finite(embeds, name)
     return embeds
 
 
-def require_finite(embeds: Tensor, name: str) -> None:
-    """Raises UserError if embeds [item, dim] contains NaN or infinity."""
-    num_bad = int((~torch.isfinite(embeds).all(dim=-1)).sum())
-    if num_bad:
-        raise UserError(
-            f"{name} embeddings are not finite for {num_bad} of {len(embeds)} inputs; "
-            "the weights are corrupt or the precision is too low."
-        )
+def _vectors(embeds: Any, num_inputs: int, name: str) -> Tensor:
+    """Returns float32 [batch, dim] on the CPU, after checking shape and values."""
+    if not isinstance(embeds, Tensor) or embeds.ndim != 2 or len(embeds) != num_inputs:
+        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(f"{name} encoder returned shape {shape} for {num_inputs} inputs; expected [batch, dim]")
+    embeds = to_cpu(embeds)
+    require_finite(embeds, name)
+    return embeds
+
+
+def require_finite(embeds: Embeds, name: str) -> None:
+    """Raises UserError if a floating-point field contains NaN or infinity."""
+    for tensor in fields(embeds).values():
+        num_bad = int((~torch.isfinite(tensor).flatten(1).all(dim=1)).sum()) if tensor.is_floating_point() else 0
+        if num_bad:
+            raise UserError(
+                f"{name} embeddings are not finite for {num_bad} of {len(tensor)} inputs; "
+                "the weights are corrupt or the precision is too low."
+            )

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coalign.embeds import concatenate, fields, map_fields, take, to_cpu
 from coalign.errors import UserError
 from coalign.files import write_atomically
-from coalign.types import DualEncoder
+from coalign.types import DualEncoder, Embeds
 
 MIN_COSINE = 0.999  # between an embedding in bfloat16 and in float32
 
@@ -33,18 +34,24 @@ def cached(model: DualEncoder, folder: Path, precision: str = "fp32") -> DualEnc
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache folder {folder} cannot be created: {error.strerror}.") from error
-    digest = f"{precision} {_digest({**model.weights(), **_fingerprint(model)})}"
+    samples = _embed_samples(model)
+    digest = f"{precision} {_digest({**model.weights(), **_fingerprint(samples)})}"
 
-    def with_cache(kind: str, encode: Callable[[Any], Tensor], content: Callable[[Any], Iterable[bytes]]) -> Any:
-        def encode_or_load(inputs: Any) -> Tensor:
+    def with_cache(kind: str, encode: Callable[[Any], Any], content: Callable[[Any], Iterable[bytes]]) -> Any:
+        sample = samples.get(kind, torch.empty(0))  # all embeds of this kind have its type; features are tensors
+
+        def encode_or_load(inputs: Any) -> Any:
             key = hashlib.blake2b(f"{kind} {digest}".encode(), digest_size=20)
             for part in content(inputs):
                 key.update(part)
             path = folder / f"{key.hexdigest()}.safetensors"
             try:
-                return load_file(path)["embeds"]
-            except (OSError, SafetensorError, KeyError):  # absent or truncated
-                embeds = encode(inputs).detach().cpu().contiguous()
+                stored = load_file(path)
+                if isinstance(sample, Tensor):
+                    return stored["embeds"]
+                return type(sample)(**stored)
+            except (OSError, SafetensorError, KeyError, TypeError):  # absent or truncated
+                embeds = map_fields(encode(inputs), lambda tensor: tensor.detach().cpu().contiguous().clone())
                 _save(embeds, path)
                 return embeds
 
@@ -62,15 +69,20 @@ _TEXTS = ("a photo of a dog", "Two RED apples, on a table!", "of " * 200)
 
 
 @torch.no_grad()
-def _fingerprint(model: DualEncoder) -> dict[str, Tensor]:
-    """Returns the model's rounded embeddings of some fixed inputs.
-
-    They distinguish models with equal weights but another activation, head, normalization or tokenizer.
-    """
+def _embed_samples(model: DualEncoder) -> dict[str, Any]:
+    """Returns the model's embeddings of some fixed images and texts."""
     side = model.image_size
     pixels = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    embeds = {"sampled images": model.encode_image(pixels), "sampled texts": model.encode_text(list(_TEXTS))}
-    return {name: F.normalize(value.float().cpu(), dim=-1).mul(1000).round() for name, value in embeds.items()}
+    return {"image": to_cpu(model.encode_image(pixels)), "text": to_cpu(model.encode_text(list(_TEXTS)))}
+
+
+def _fingerprint(samples: Mapping[str, Embeds]) -> dict[str, Tensor]:
+    """Returns rounded embeddings. They distinguish models with equal weights but another activation, head, normalization or tokenizer."""
+    return {
+        f"sampled {kind}s {name}": F.normalize(value, dim=-1).mul(1000).round() if value.is_floating_point() else value
+        for kind, embeds in samples.items()
+        for name, value in fields(embeds).items()
+    }
 
 
 def _pixel_bytes(pixels: Tensor) -> list[bytes]:
@@ -89,9 +101,9 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save(embeds: Tensor, path: Path) -> None:
+def _save(embeds: Embeds, path: Path) -> None:
     try:
-        write_atomically(path, lambda temporary: save_file({"embeds": embeds}, temporary))
+        write_atomically(path, lambda temporary: save_file(fields(embeds), temporary))
     except (OSError, SafetensorError) as error:
         raise UserError(f"The embeddings could not be cached in {path.parent}: {error}") from error
 
@@ -102,15 +114,15 @@ def in_bfloat16(model: DualEncoder, device: str) -> DualEncoder:
     The first batch of each kind is also encoded in float32: raises UserError if the two differ by more than rounding.
     """
 
-    def autocast(inputs_name: str, encode: Callable[[Any], Tensor]) -> Any:
+    def autocast(inputs_name: str, encode: Callable[[Any], Any]) -> Any:
         checked = False
 
-        def encode_in_bfloat16(inputs: Any) -> Tensor:
+        def encode_in_bfloat16(inputs: Any) -> Any:
             nonlocal checked
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-                embeds = encode(inputs).float()
+                embeds = map_fields(encode(inputs), _to_float32)
             if not checked:
-                cosine = float(F.cosine_similarity(embeds, encode(inputs).float()).min())
+                cosine = _min_cosine(embeds, encode(inputs))
                 if not cosine >= MIN_COSINE:
                     raise UserError(
                         f"{model.name} cannot be evaluated in bfloat16: the cosine between its {inputs_name} embeddings in bfloat16 and "
@@ -129,21 +141,39 @@ def in_bfloat16(model: DualEncoder, device: str) -> DualEncoder:
     )
 
 
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _min_cosine(embeds: Embeds, reference: Embeds) -> float:
+    """Returns the least cosine between two embeddings of the same inputs, along the last axis of each field; equal vectors have 1.
+
+    Fields that are not floating-point, such as masks, must be equal: otherwise it is 0.
+    """
+    cosines = []
+    for ours, theirs in zip(fields(embeds).values(), fields(reference).values()):
+        if not ours.is_floating_point():
+            cosines.append(torch.tensor(float(torch.equal(ours, theirs))))
+            continue
+        theirs = theirs.float()
+        cosine = F.cosine_similarity(ours, theirs, dim=-1)
+        cosines.append(cosine.masked_fill((ours == theirs).all(-1), 1).min().cpu())  # padding is zero in both
+    return float(torch.stack(cosines).min())
+
+
 def shard_texts(
-    model: DualEncoder, rank: int, world_size: int, all_gather: Callable[[Tensor], list[Tensor]]
+    model: DualEncoder, rank: int, world_size: int, all_gather: Callable[[Any], Sequence[Any]]
 ) -> DualEncoder:
     """Wraps the model to encode each call's texts in shards over the processes, which all pass the same texts.
 
-    `all_gather` returns the tensors of all ranks.
+    `all_gather` returns the embeds of all ranks.
     """
 
-    def encode_text(texts: Sequence[str]) -> Tensor:
+    def encode_text(texts: Sequence[str]) -> Any:
         if len(texts) < world_size:
             return model.encode_text(texts)
-        parts = all_gather(model.encode_text(texts[rank::world_size]).float().cpu())
-        embeds = torch.empty(len(texts), parts[0].shape[1])
-        for other_rank, part in enumerate(parts):
-            embeds[other_rank::world_size] = part
-        return embeds
+        parts = all_gather(to_cpu(model.encode_text(texts[rank::world_size])))
+        order = [i for start in range(world_size) for i in range(start, len(texts), world_size)]
+        return take(concatenate(parts), torch.tensor(order).argsort())
 
     return replace(model, encode_text=encode_text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.errors import UserError
-from coalign.evaluation import metrics
-from coalign.evaluation.metrics import Metric
+from coalign.evaluation.metrics import measure
+from coalign.metric import Metric, Outcome
 from coalign.types import Localizer
 
 _BATCH_SIZE = 64
@@ -34,22 +33,14 @@ class Query:
     mask: np.ndarray  # bool [height, width] of the evaluation view
 
 
-@dataclass
-class LocalizationResult:
-    """Rates are fractions of the queries."""
-
-    pointing: Metric
-    pointing_other_text: Metric
-    pointing_center: Metric
-    iou: Metric
-    iou_other_text: Metric
-    images: np.ndarray  # int64 [query]: the bootstrap draws an image with all of its queries
-    hits: np.ndarray  # float64 [query]
-    ious: np.ndarray  # float64 [query]
-
-    def to_json(self) -> dict[str, Any]:
-        values = {name: metric.to_json() for name, metric in vars(self).items() if isinstance(metric, Metric)}
-        return {"task": "localization", "queries": len(self.hits), **values}
+# title of each metric, by name
+_TITLES = {
+    "pointing": "Pointing game",
+    "pointing_other_text": "Pointing game, other text",
+    "pointing_center": "Pointing game, image center",
+    "iou": "IoU",
+    "iou_other_text": "IoU, other text",
+}
 
 
 def upsample(maps: Tensor, side: int) -> Tensor:
@@ -58,9 +49,10 @@ def upsample(maps: Tensor, side: int) -> Tensor:
 
 
 def min_max_scale(maps: Tensor) -> Tensor:
-    """Scales each map [item, row, column] to [0, 1] by its minimum and maximum; a constant map becomes 0."""
+    """Scales each map [item, row, column] to [0, 1] by its minimum and maximum; a map that is constant up to rounding becomes 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
+    rounding = 1e-6 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-6)
+    return torch.where(high - low > rounding, (maps - low) / (high - low).clamp(min=1e-12), 0.0)
 
 
 def pointing_hits(maps: Tensor, masks: Tensor) -> Tensor:
@@ -77,35 +69,24 @@ def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
 
 def evaluate_localization(
     localizer: Localizer, load_image: Callable[[int], Tensor], queries: Sequence[Query]
-) -> LocalizationResult:
-    """Evaluates the localizer's maps on the queries.
+) -> list[Metric]:
+    """Evaluates the localizer's maps on the queries. The bootstrap draws an image with all of its queries.
 
     `load_image`: index -> the evaluation view, uint8 [3, side, side], the size of the masks. Raises UserError if there are no queries.
     """
     if not queries:
         raise UserError("There is nothing to localize: no image has an object that a text identifies uniquely.")
-    columns: dict[str, list[Tensor]] = {"hits": [], "ious": [], "other_hits": [], "other_ious": [], "center": []}
+    columns: dict[str, list[Tensor]] = {name: [] for name in _TITLES}
     for start in range(0, len(queries), _BATCH_SIZE):
         batch = queries[start : start + _BATCH_SIZE]
         pixels = torch.stack([load_image(query.index) for query in batch])
         masks = torch.from_numpy(np.stack([query.mask for query in batch]))
         side = pixels.shape[-1]
-        for prefix, texts in (("", [q.text for q in batch]), ("other_", [q.other_text for q in batch])):
+        for suffix, texts in (("", [q.text for q in batch]), ("_other_text", [q.other_text for q in batch])):
             maps = upsample(localizer(pixels, texts).cpu(), side)
-            columns[f"{prefix}hits"].append(pointing_hits(maps, masks))
-            columns[f"{prefix}ious"].append(intersection_over_union(maps, masks))
+            columns[f"pointing{suffix}"].append(pointing_hits(maps, masks))
+            columns[f"iou{suffix}"].append(intersection_over_union(maps, masks))
         middle = slice((side - 1) // 2, side // 2 + 1)
-        columns["center"].append(masks[:, middle, middle].double().mean((1, 2)))
+        columns["pointing_center"].append(masks[:, middle, middle].double().mean((1, 2)))
     images = np.array([query.index for query in queries])
-    values = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
-    means = {name: metrics.mean(column, images) for name, column in values.items()}
-    return LocalizationResult(
-        pointing=means["hits"],
-        pointing_other_text=means["other_hits"],
-        pointing_center=means["center"],
-        iou=means["ious"],
-        iou_other_text=means["other_ious"],
-        images=images,
-        hits=values["hits"],
-        ious=values["ious"],
-    )
+    return [measure(name, _TITLES[name], Outcome(torch.cat(parts).numpy(), images)) for name, parts in columns.items()]

@@ -1,4 +1,4 @@
-"""Metrics with bootstrap intervals: accuracy, mean per class, R@K, median rank.
+"""Bootstrap intervals of metrics: mean, mean per class, median; of one model, of runs, and of paired differences.
 
 An interval is the bootstrap percentile interval over the evaluated items. It covers the choice of items, not the training run;
 `over_runs` covers the latter. Its width is zero for a single item, and when all items agree. Ties are not broken by position: a metric
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from coalign.errors import UserError
+from coalign.metric import Kind, Metric, Outcome
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -22,19 +23,52 @@ _CHUNK = 4_000_000  # numbers in memory at a time
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A value with its interval; `n` is the number of evaluated items. Rates are fractions, not percentages."""
+class Estimate:
+    """A value with its 95 % interval over items."""
 
     value: float
     low: float
     high: float
-    n: int
-
-    def to_json(self) -> dict[str, float | int]:
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+    count: int  # items
 
 
-def mean(scores: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Metric:
+def measure(
+    name: str, title: str, outcome: Outcome, chance: float | None = None, kind: Kind | None = None, seed: int = 0
+) -> Metric:
+    """Returns the metric that summarizes the outcome. kind: rank for a median, else rate, unless given."""
+    found = estimate([outcome], seed=seed)
+    kind = kind or ("rank" if outcome.statistic == "median" else "rate")
+    return Metric(name, title, kind, found.value, found.low, found.high, chance, found.count, outcome)
+
+
+def estimate(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = (), seed: int = 0) -> Estimate:
+    """Returns the mean over runs of the outcomes' statistic, minus the mean of the `minus` runs if there are any.
+
+    All outcomes have the same items, groups and statistic. Every run uses the same resamples, so a difference's interval is paired.
+    """
+    first = outcomes[0]
+    values, others = ([outcome.values for outcome in side] for side in (outcomes, minus))
+    if first.statistic == "median":
+        return mean_median(values, first.groups, others, seed)
+    scores = np.mean(values, axis=0) - (np.mean(others, axis=0) if others else 0.0)
+    if first.statistic == "mean per class":
+        assert first.groups is not None
+        return mean_per_class(scores, first.groups, seed)
+    return mean(scores, first.groups, seed)
+
+
+def value(outcome: Outcome) -> float:
+    """Returns the outcome's statistic."""
+    if outcome.statistic == "median":
+        return float(np.median(outcome.values))
+    if outcome.statistic == "mean per class":
+        assert outcome.groups is not None
+        num_classes = int(outcome.groups.max()) + 1
+        return float(np.nanmean(per_class(outcome.values, outcome.groups, num_classes)))
+    return float(outcome.values.mean())
+
+
+def mean(scores: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Estimate:
     """Returns the mean of scores [item]; the interval resamples items, or whole `clusters` of items (int [item])."""
     scores = _as_float64(scores)
     if clusters is None:
@@ -47,10 +81,10 @@ def mean(scores: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) 
     draws = [
         (weights @ kinds[:, 0]) / (weights @ kinds[:, 1]) for weights in _resamples(multiplicity, len(kinds), seed)
     ]
-    return _metric(float(scores.mean()), np.concatenate(draws), len(scores))
+    return _estimate(float(scores.mean()), np.concatenate(draws), len(scores))
 
 
-def mean_per_class(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> Metric:
+def mean_per_class(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> Estimate:
     """Returns the mean of the per-class means of scores, over the classes that occur; scores and labels [item].
 
     The bootstrap is stratified: items are resampled within their class. Plain resampling would sometimes drop a small class entirely,
@@ -63,7 +97,7 @@ def mean_per_class(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> Met
         values, multiplicity = np.unique(scores[labels == label], return_counts=True)
         weights = np.concatenate(list(_resamples(multiplicity, len(values), seed + label)))
         draws += (weights @ values) / multiplicity.sum() / len(classes)
-    return _metric(float(per_class(scores, labels, len(classes)).mean()), draws, len(scores))
+    return _estimate(float(per_class(scores, labels, len(classes)).mean()), draws, len(scores))
 
 
 def per_class(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -73,18 +107,13 @@ def per_class(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> np.nd
     return np.divide(sums, counts, out=np.full(num_classes, np.nan), where=counts > 0)
 
 
-def median(values: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Metric:
-    """Returns the median of values [item] (the mean of the middle two if their number is even), resampled as in `mean`."""
-    values = _as_float64(values)
-    return _metric(float(np.median(values)), _median_draws(values, clusters, seed), len(values))
-
-
 def mean_median(
-    values: Sequence[np.ndarray], clusters: np.ndarray, minus: Sequence[np.ndarray] = (), seed: int = 0
-) -> Metric:
+    values: Sequence[np.ndarray], clusters: np.ndarray | None, minus: Sequence[np.ndarray] = (), seed: int = 0
+) -> Estimate:
     """Returns the mean over runs of each run's median of values [item], minus the mean of the `minus` runs' medians if there are any.
 
-    All runs share the same resamples of items, so the interval of a difference is paired.
+    Items are resampled as in `mean`. The median of an even number of values is the mean of the middle two. All runs share the same
+    resamples of items, so the interval of a difference is paired.
     """
     runs, others = ([_as_float64(run) for run in side] for side in (values, minus))
     draws = np.mean([_median_draws(run, clusters, seed) for run in runs], axis=0)
@@ -92,7 +121,7 @@ def mean_median(
     if others:
         draws = draws - np.mean([_median_draws(run, clusters, seed) for run in others], axis=0)
         value -= float(np.mean([np.median(run) for run in others]))
-    return _metric(value, draws, len(runs[0]))
+    return _estimate(value, draws, len(runs[0]))
 
 
 def _median_draws(values: np.ndarray, clusters: np.ndarray | None, seed: int) -> np.ndarray:
@@ -173,9 +202,9 @@ def _resamples(multiplicity: np.ndarray, width: int, seed: int) -> Iterator[np.n
         yield generator.multinomial(n, multiplicity / n, size=min(chunk, REPLICATES - start))
 
 
-def _metric(value: float, draws: np.ndarray, n: int) -> Metric:
+def _estimate(value: float, draws: np.ndarray, count: int) -> Estimate:
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Metric(value, float(low), float(high), n)
+    return Estimate(value, float(low), float(high), count)
 
 
 def _as_float64(scores: np.ndarray) -> np.ndarray:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coalign.embeds import num_samples, similarities, take, transposed
 from coalign.errors import UserError
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts, require_finite
-from coalign.evaluation.metrics import TIE, Metric
-from coalign.types import DualEncoder
+from coalign.evaluation.metrics import TIE, measure
+from coalign.metric import Metric, Outcome
+from coalign.types import DualEncoder, Embeds, Similarity, dot_product
 
 RECALL_AT = (1, 5, 10)
 _CHUNK = 2_000_000  # similarities in memory at a time
@@ -25,29 +27,19 @@ class Direction:
     """One direction of retrieval. Arrays have a row per query, in the order of `queries`."""
 
     recall: dict[int, Metric]  # R@K: fraction of queries with a correct result among the top K
-    chance: dict[int, float]  # exact R@K of a random order, given each query's number of correct candidates
     median_rank: Metric  # of each query's best correct result; 1 is the best
-    chance_median_rank: float
     queries: np.ndarray  # int64 [query]: row of the query; images without a caption are not queries
-    clusters: np.ndarray  # int64 [query]: row of the query's image; the bootstrap draws images with all their captions
-    # K -> float64 [query]: whether a correct result is among the top K (its probability under ties)
-    hits: dict[int, np.ndarray]
     ranks: np.ndarray  # float64 [query]: rank of the best correct result (expected rank if tied with incorrect ones)
     top: np.ndarray  # int64 [query, 10 or fewer]: rows of the top results
-    top_scores: np.ndarray  # float32, their cosines
+    top_scores: np.ndarray  # float32, their similarities
     top_correct: np.ndarray  # bool, whether each is correct
 
-    def to_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
-            f"r{k}": {**metric.to_json(), "chance": self.chance[k]} for k, metric in self.recall.items()
-        }
-        out["median_rank"] = {**self.median_rank.to_json(), "chance": self.chance_median_rank}
-        return out
+    def metrics(self) -> list[Metric]:
+        """Returns the recalls and the median rank. The bootstrap draws images with all their captions.
 
-    def outcomes(self) -> dict[str, np.ndarray]:
-        """Returns the per-query values behind the metrics of `to_json`, and the queries' clusters."""
-        hits = {f"r{k}": values for k, values in self.hits.items()}
-        return {**hits, "median_rank": self.ranks, "clusters": self.clusters}
+        Chance is exact: the value of a random order, given each query's number of correct candidates.
+        """
+        return [*self.recall.values(), self.median_rank]
 
 
 @dataclass
@@ -58,27 +50,26 @@ class RetrievalResult:
     num_texts: int
     num_distinct_texts: int  # equal captions are one: each is correct for every image that has it
     num_captionless: int  # images that are candidates but not queries
-    modality_gap: float  # distance between the centroids of images and captions, 0 to 2 (Liang et al. 2022)
+    # distance between the centroids of images and captions, 0 to 2 (Liang et al. 2022); None if a sample is not one vector
+    modality_gap: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns both directions, with the recalls also under CLIP_benchmark's names (`image_retrieval` is text to image)."""
-        named = (("image_retrieval", self.text_to_image), ("text_retrieval", self.image_to_text))
+    def metrics(self) -> list[Metric]:
+        found = [*self.image_to_text.metrics(), *self.text_to_image.metrics()]
+        if self.modality_gap is None:
+            return found
+        outcome = Outcome(np.array([self.modality_gap]))
+        gap = Metric(
+            "modality_gap", "Modality gap", "distance", self.modality_gap, count=self.num_images, outcome=outcome
+        )
+        return [*found, gap]
+
+    def details(self) -> dict[str, Any]:
         return {
-            "task": "zeroshot_retrieval",
-            **{f"{name}_recall@{k}": metric.value for name, side in named for k, metric in side.recall.items()},
-            "image_to_text": self.image_to_text.to_json(),
-            "text_to_image": self.text_to_image.to_json(),
             "images": self.num_images,
             "captions": self.num_texts,
             "distinct_captions": self.num_distinct_texts,
             "images_without_caption": self.num_captionless,
-            "modality_gap": self.modality_gap,
         }
-
-    def outcomes(self) -> dict[str, np.ndarray]:
-        sides = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
-        outcomes = {f"{name}.{key}": values for name, side in sides.items() for key, values in side.outcomes().items()}
-        return {**outcomes, "modality_gap": np.array([self.modality_gap])}
 
 
 @dataclass
@@ -104,25 +95,30 @@ class _RaggedLists:
         return out
 
 
+@torch.no_grad()
 def retrieval(
-    image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor, text_ids: Tensor | None = None, seed: int = 0
+    image_embeds: Embeds,
+    text_embeds: Embeds,
+    image_of_text: Tensor,
+    text_ids: Tensor | None = None,
+    seed: int = 0,
+    similarity: Similarity = dot_product,
 ) -> RetrievalResult:
-    """Evaluates retrieval between normalized image_embeds [image, dim] and text_embeds [text, dim].
+    """Evaluates retrieval between images and texts by their similarity; the default takes normalized vectors [image, dim] and [text, dim].
 
     image_of_text: int64 [text], the row of each text's image. text_ids: int64 [text], equal if and only if the captions are equal: a
     caption is correct for every image that has it. The full similarity matrix is never in memory. Intervals resample images, each with
     all of its captions.
     """
-    num_images, num_texts = len(image_embeds), len(text_embeds)
+    num_images, num_texts = num_samples(image_embeds), num_samples(text_embeds)
     if not num_images or not num_texts:
         raise UserError(f"There is nothing to retrieve: the data has {num_images} images and {num_texts} captions.")
-    if image_embeds.shape[1] != text_embeds.shape[1]:
-        raise ValueError(f"images have {image_embeds.shape[1]} dimensions and texts {text_embeds.shape[1]}")
     image_rows = image_of_text.numpy()
     if len(image_rows) != num_texts or image_rows.min() < 0 or image_rows.max() >= num_images:
         raise ValueError(f"image_of_text must hold one of {num_images} image rows for each of {num_texts} texts")
     require_finite(image_embeds, "Image")
     require_finite(text_embeds, "Text")
+    modality_gap = _modality_gap(image_embeds, text_embeds) if similarity is dot_product else None
 
     ids = np.arange(num_texts) if text_ids is None else np.unique(text_ids.numpy(), return_inverse=True)[1]
     num_ids = int(ids.max()) + 1
@@ -134,17 +130,37 @@ def retrieval(
     texts = np.arange(num_texts)
     return RetrievalResult(
         image_to_text=_search(
-            image_embeds, text_embeds, captioned, captioned, lambda rows: ids_of_image.mask(rows, num_ids)[:, ids], seed
+            ("image_to_text", "Image → text"),
+            similarity,
+            image_embeds,
+            text_embeds,
+            captioned,
+            captioned,
+            lambda rows: ids_of_image.mask(rows, num_ids)[:, ids],
+            seed,
         ),
         text_to_image=_search(
-            text_embeds, image_embeds, texts, image_rows, lambda rows: images_of_id.mask(ids[rows], num_images), seed
+            ("text_to_image", "Text → image"),
+            transposed(similarity),
+            text_embeds,
+            image_embeds,
+            texts,
+            image_rows,
+            lambda rows: images_of_id.mask(ids[rows], num_images),
+            seed,
         ),
         num_images=num_images,
         num_texts=num_texts,
         num_distinct_texts=num_ids,
         num_captionless=num_images - len(captioned),
-        modality_gap=float((image_embeds.mean(0) - text_embeds.mean(0)).norm()),
+        modality_gap=modality_gap,
     )
+
+
+def _modality_gap(image_embeds: Any, text_embeds: Any) -> float:
+    if image_embeds.shape[1] != text_embeds.shape[1]:
+        raise ValueError(f"images have {image_embeds.shape[1]} dimensions and texts {text_embeds.shape[1]}")
+    return float((image_embeds.mean(0) - text_embeds.mean(0)).norm())
 
 
 def retrieve(
@@ -163,7 +179,7 @@ def retrieve(
     text_embeds = embed_texts(model, texts, batch_size)
     id_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     ids = torch.tensor([id_of_text[text] for text in texts])
-    result = retrieval(images.embeds, text_embeds, torch.tensor(image_of_text), ids)
+    result = retrieval(images.embeds, text_embeds, torch.tensor(image_of_text), ids, similarity=model.similarity)
     return Evaluation(result, images, texts, text_embeds)
 
 
@@ -174,20 +190,10 @@ FOLD = 1000  # images per fold in COCO's 1K protocol (Karpathy and Fei-Fei 2015)
 class FoldsResult:
     """Retrieval within folds of FOLD images: metrics over the queries of all folds."""
 
-    folds: list[RetrievalResult]
+    metrics: list[Metric]  # the recalls and median ranks of both directions
+    num_folds: int
+    num_images: int
     left_over: int  # images beyond the last whole fold
-    image_to_text: dict[str, dict[str, Any]]  # r1, r5, r10 and median_rank, each with its chance
-    text_to_image: dict[str, dict[str, Any]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "task": "zeroshot_retrieval_folds",
-            "folds": len(self.folds),
-            "images": sum(result.num_images for result in self.folds),
-            "left_over": self.left_over,
-            "image_to_text": self.image_to_text,
-            "text_to_image": self.text_to_image,
-        }
 
 
 def retrieve_in_folds(
@@ -210,46 +216,51 @@ def retrieve_in_folds(
         rows = [row for row, index in enumerate(images.indices) if position[index] // fold == number]
         if not rows:
             raise UserError(f"No image of fold {number + 1} could be read.")
-        fold_images = ImageEmbeds(images.embeds[rows], [images.indices[row] for row in rows])
+        fold_images = ImageEmbeds(take(images.embeds, rows), [images.indices[row] for row in rows])
         folds.append(retrieve(model, fold_images, captions).result)
-    sides = [_pool([getattr(result, name) for result in folds], fold) for name in ("image_to_text", "text_to_image")]
-    return FoldsResult(folds, len(order) - num_folds * fold, *sides)
+    num_images = sum(result.num_images for result in folds)
+    return FoldsResult(_pool(folds, fold), num_folds, num_images, len(order) - num_folds * fold)
 
 
-def _pool(sides: Sequence[Direction], fold: int) -> dict[str, dict[str, Any]]:
-    """Returns the metrics of one direction over all folds; chance is weighted by the folds' numbers of queries."""
-    clusters = np.concatenate([side.clusters + number * fold for number, side in enumerate(sides)])
-    weights = [len(side.queries) for side in sides]
-
-    def entry(metric: Metric, chances: Sequence[float]) -> dict[str, Any]:
-        return {**metric.to_json(), "chance": float(np.average(chances, weights=weights))}
-
-    recalls = {
-        f"r{k}": entry(
-            metrics.mean(np.concatenate([side.hits[k] for side in sides]), clusters), [side.chance[k] for side in sides]
-        )
-        for k in RECALL_AT
-    }
-    ranks = np.concatenate([side.ranks for side in sides])
-    return recalls | {"median_rank": entry(metrics.median(ranks, clusters), [s.chance_median_rank for s in sides])}
+def _pool(folds: Sequence[RetrievalResult], fold: int) -> list[Metric]:
+    """Returns the metrics over all folds; chance is weighted by the folds' numbers of queries."""
+    pooled = []
+    sides = (result.image_to_text.metrics() + result.text_to_image.metrics() for result in folds)
+    for parts in zip(*sides):
+        outcomes = [part.outcome for part in parts if part.outcome is not None]
+        groups = [
+            outcome.groups + number * fold for number, outcome in enumerate(outcomes) if outcome.groups is not None
+        ]
+        values = np.concatenate([outcome.values for outcome in outcomes])
+        outcome = Outcome(values, np.concatenate(groups), outcomes[0].statistic)
+        chance = float(np.average([part.chance or 0.0 for part in parts], weights=[part.count for part in parts]))
+        pooled.append(measure(parts[0].name, parts[0].title, outcome, chance))
+    return pooled
 
 
 def _search(
-    queries: Tensor,
-    candidates: Tensor,
+    names: tuple[str, str],
+    similarity: Similarity,
+    queries: Embeds,
+    candidates: Embeds,
     rows: np.ndarray,
     clusters: np.ndarray,
     correct_mask: Callable[[np.ndarray], np.ndarray],
     seed: int,
 ) -> Direction:
-    """Ranks all candidates for the query rows; `correct_mask(rows)` -> bool [row, candidate], with at least one true value per row."""
-    step = max(16, _CHUNK // len(candidates))
-    top_k = min(max(RECALL_AT), len(candidates))
+    """Ranks all candidates for the query rows.
+
+    names: key and title of the direction. clusters: int64 [query], row of the query's image. `correct_mask(rows)` -> bool
+    [row, candidate], with at least one true value per row.
+    """
+    num_candidates = num_samples(candidates)
+    step = max(16, _CHUNK // num_candidates)
+    top_k = min(max(RECALL_AT), num_candidates)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
         is_correct = torch.from_numpy(correct_mask(chunk))  # [query, candidate]
-        scores = queries[torch.from_numpy(chunk)] @ candidates.T
+        scores = similarities(similarity, take(queries, torch.from_numpy(chunk)), candidates)
         top_scores, top = scores.topk(top_k, dim=1)
         correct_scores = torch.where(is_correct, scores, -torch.inf)
         best = correct_scores.amax(1, keepdim=True)
@@ -262,17 +273,20 @@ def _search(
         torch.cat(part).numpy() for part in zip(*parts)
     )
 
-    zeros, num_incorrect = np.zeros_like(num_correct), len(candidates) - num_correct
+    zeros, num_incorrect = np.zeros_like(num_correct), num_candidates - num_correct
     ranks = 1 + better_n + tied_incorrect_n / (tied_correct_n + 1)
-    hits = {k: metrics.hit_probability(better_n, tied_incorrect_n, tied_correct_n, k) for k in RECALL_AT}
+    side, title = names
+    recall = {}
+    for k in RECALL_AT:
+        hits = metrics.hit_probability(better_n, tied_incorrect_n, tied_correct_n, k)
+        chance = float(metrics.hit_probability(zeros, num_incorrect, num_correct, k).mean())
+        recall[k] = measure(f"{side}.r{k}", f"{title} R@{k}", Outcome(hits, clusters), chance, seed=seed)
+    chance = metrics.chance_median_rank(num_incorrect, num_correct)
+    outcome = Outcome(ranks, clusters, "median")
     return Direction(
-        recall={k: metrics.mean(values, clusters, seed) for k, values in hits.items()},
-        chance={k: float(metrics.hit_probability(zeros, num_incorrect, num_correct, k).mean()) for k in RECALL_AT},
-        median_rank=metrics.median(ranks, clusters, seed),
-        chance_median_rank=metrics.chance_median_rank(num_incorrect, num_correct),
+        recall=recall,
+        median_rank=measure(f"{side}.median_rank", f"{title} median rank", outcome, chance, seed=seed),
         queries=rows,
-        clusters=clusters,
-        hits=hits,
         ranks=ranks,
         top=top_n,
         top_scores=scores_n,

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+
+from coalign.metric import Metric
 
 
-def suite_row(results: Mapping[str, Mapping[str, Any]], kind: str, names: Iterable[str]) -> dict[str, Any]:
-    """Returns the main metric of the task `kind` on each dataset, with its interval, and the average.
+def suite_metrics(main: Mapping[str, Metric]) -> list[Metric]:
+    """Returns the main metric of each dataset under the dataset's name, and the average.
 
     The datasets are independent, so the average's half-widths are the root of the sum of squared half-widths over the number of datasets.
     """
-    by_name = {name: results[f"{kind}:{name}"] for name in names}
-    row = {name: result["intervals"][result["main_metric"]] for name, result in by_name.items()}
-    mean = sum(entry["value"] for entry in row.values()) / len(row)
-    below, above = (
-        math.sqrt(sum((entry["value"] - entry[edge]) ** 2 for entry in row.values())) / len(row)
-        for edge in ("low", "high")
-    )
-    average = {"value": mean, "low": mean - below, "high": mean + above, "n": len(row)}
-    metrics = {name: result["main_metric"] for name, result in by_name.items()}
-    return {"task": "suite", "row": row, "average": average, "metrics": metrics}
+    row = [replace(metric, name=name, title=f"{name}: {metric.title}") for name, metric in main.items()]
+    mean = sum(metric.value for metric in row) / len(row)
+    below = math.sqrt(sum((metric.value - (metric.low or 0.0)) ** 2 for metric in row)) / len(row)
+    above = math.sqrt(sum((metric.value - (metric.high or 0.0)) ** 2 for metric in row)) / len(row)
+    return [*row, Metric("average", "Average", "rate", mean, mean - below, mean + above, count=len(row))]

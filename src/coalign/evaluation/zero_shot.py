@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coalign.embeds import num_samples, similarities, take
 from coalign.errors import UserError
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts, require_finite
-from coalign.evaluation.metrics import TIE, Metric
+from coalign.evaluation.metrics import TIE, measure
+from coalign.evaluation.probes.accuracy import accuracies
 from coalign.evaluation.prompts import check_distinct, check_templates
-from coalign.types import DualEncoder
+from coalign.metric import Metric, Outcome
+from coalign.types import DualEncoder, Embeds, Similarity, dot_product
 
 _CHUNK = 8_000_000  # scores in memory at a time
 
@@ -26,38 +29,18 @@ _CHUNK = 8_000_000  # scores in memory at a time
 class ZeroShotResult:
     """Rates are fractions. `predictions` takes the first of tied classes; the rates count ties at their expectation."""
 
-    top1: Metric
-    top5: Metric | None  # None with fewer than six classes, as it would be trivial
-    mean_per_class: Metric  # over the classes that occur
-    chance: float  # top-1 accuracy of a random guess
+    metrics: list[
+        Metric
+    ]  # top-1, top-5 (with six classes or more, else it would be trivial), mean over the classes that occur
     per_class: list[float | None]  # None for a class without images
     confusion: np.ndarray  # int64 [true class, predicted class]
     predictions: np.ndarray  # int64 [image]
     labels: np.ndarray  # int64 [image]
-    # K -> float64 [image]: whether the true class is among the top K (its probability under ties)
-    correct: dict[int, np.ndarray]
     classnames: list[str]
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values under CLIP_benchmark's names, with intervals beside them."""
-        intervals = {"acc1": self.top1.to_json(), "mean_per_class_recall": self.mean_per_class.to_json()}
-        if self.top5 is not None:
-            intervals["acc5"] = self.top5.to_json()
-        return {
-            "task": "zeroshot_classification",
-            "acc1": self.top1.value,
-            "acc5": None if self.top5 is None else self.top5.value,
-            "mean_per_class_recall": self.mean_per_class.value,
-            "chance": self.chance,
-            "images": self.top1.n,
-            "intervals": intervals,
-            "per_class": dict(zip(_unique_names(self.classnames), self.per_class)),
-        }
-
-    def outcomes(self) -> dict[str, np.ndarray]:
-        """Returns the per-image values behind the metrics with an interval, and the images' classes."""
-        top5 = {"acc5": self.correct[5]} if self.top5 is not None else {}
-        return {"acc1": self.correct[1], **top5, "mean_per_class_recall": self.correct[1], "classes": self.labels}
+    def per_class_recalls(self) -> dict[str, float | None]:
+        """Returns the recall of each class by its name; a number is appended to a repeated name."""
+        return dict(zip(_unique_names(self.classnames), self.per_class))
 
 
 def _unique_names(names: Sequence[str]) -> list[str]:
@@ -70,10 +53,13 @@ def _unique_names(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def class_weights(
+def embed_classes(
     model: DualEncoder, classnames: Sequence[str], templates: Sequence[str], allow_duplicates: bool = False
-) -> Tensor:
-    """Returns each class's mean of normalized prompt embeddings, normalized again: float32 [class, dim].
+) -> Any:
+    """Returns embeds of classes, for `class_scores`.
+
+    For cosines, it is each class's mean of normalized prompt embeddings, normalized again: float32 [class, dim]. For another similarity,
+    it is all prompts, class by class: [class · template, …].
 
     Raises UserError for a repeated name, unless `allow_duplicates`: ImageNet has two pairs of classes with the same name.
     """
@@ -81,18 +67,31 @@ def class_weights(
         check_distinct(classnames)
     check_templates(templates)
     prompts = [template.replace("{}", name) for name in classnames for template in templates]
-    embeds = embed_texts(model, prompts).unflatten(0, (len(classnames), len(templates)))
-    return F.normalize(embeds.mean(dim=1), dim=-1)
+    embeds = embed_texts(model, prompts)
+    if not model.compares_cosines:
+        return embeds
+    return F.normalize(embeds.unflatten(0, (len(classnames), len(templates))).mean(dim=1), dim=-1)
 
 
+def class_scores(similarity: Similarity, images: Embeds, class_embeds: Embeds, num_classes: int) -> Tensor:
+    """Returns the similarity of each image to each class, float32 [image, class]: the mean over the class's prompts (FILIP, §3.3)."""
+    return similarities(similarity, images, class_embeds).unflatten(1, (num_classes, -1)).mean(2)
+
+
+@torch.no_grad()
 def zero_shot(
-    image_embeds: Tensor, labels: Tensor, weights: Tensor, classnames: Sequence[str], seed: int = 0
+    image_embeds: Embeds,
+    labels: Tensor,
+    class_embeds: Embeds,
+    classnames: Sequence[str],
+    seed: int = 0,
+    similarity: Similarity = dot_product,
 ) -> ZeroShotResult:
-    """Classifies image_embeds [image, dim] with true classes `labels` int64 [image] by weights [class, dim]; both are normalized."""
-    num_classes = len(classnames)
-    if len(weights) != num_classes or len(labels) != len(image_embeds):
+    """Classifies images with true classes `labels` int64 [image] by the embeds of `embed_classes`; cosines need normalized embeds."""
+    num_classes, num_prompts = len(classnames), num_samples(class_embeds)
+    if num_prompts % num_classes or len(labels) != num_samples(image_embeds):
         raise ValueError(
-            f"{len(weights)} weights for {num_classes} classes, {len(labels)} labels for {len(image_embeds)} images"
+            f"{num_prompts} class embeds for {num_classes} classes, {len(labels)} labels for {num_samples(image_embeds)} images"
         )
     if not len(labels):
         raise UserError("There is nothing to classify: no image has a label that is one of the classes.")
@@ -101,12 +100,14 @@ def zero_shot(
             f"labels range from {int(labels.min())} to {int(labels.max())}, but there are {num_classes} classes"
         )
     require_finite(image_embeds, "Image")
-    require_finite(weights, "Class")
+    require_finite(class_embeds, "Class")
 
     better, tied, predictions = [], [], []
-    rows = max(1, _CHUNK // num_classes)
-    for embeds, targets in zip(image_embeds.split(rows), labels.split(rows)):
-        scores = embeds @ weights.T  # [image, class]
+    step = max(1, _CHUNK // num_prompts)
+    for start in range(0, len(labels), step):
+        rows = slice(start, start + step)
+        targets = labels[rows]
+        scores = class_scores(similarity, take(image_embeds, rows), class_embeds, num_classes)
         target_scores = scores.gather(1, targets[:, None])
         better.append((scores > target_scores + TIE).sum(1))
         tied.append(((scores - target_scores).abs() <= TIE).sum(1) - 1)
@@ -116,18 +117,17 @@ def zero_shot(
 
     correct1 = metrics.hit_probability(better_n, tied_n, np.ones_like(tied_n), 1)
     correct5 = metrics.hit_probability(better_n, tied_n, np.ones_like(tied_n), 5)
+    found = accuracies("Zero-shot", correct1, labels_n, num_classes, seed)
+    if num_classes > 5:
+        found.insert(1, measure("acc5", "Zero-shot top-5", Outcome(correct5), 5 / num_classes, seed=seed))
     by_class = metrics.per_class(correct1, labels_n, num_classes)
     confusion = np.bincount(labels_n * num_classes + predicted, minlength=num_classes**2)
     return ZeroShotResult(
-        top1=metrics.mean(correct1, seed=seed),
-        top5=metrics.mean(correct5, seed=seed) if num_classes > 5 else None,
-        mean_per_class=metrics.mean_per_class(correct1, labels_n, seed=seed),
-        chance=1 / num_classes,
+        metrics=found,
         per_class=[None if np.isnan(rate) else float(rate) for rate in by_class],
         confusion=confusion.reshape(num_classes, num_classes),
         predictions=predicted,
         labels=labels_n,
-        correct={1: correct1, 5: correct5},
         classnames=list(classnames),
     )
 
@@ -140,10 +140,10 @@ def classify(
     templates: Sequence[str],
     allow_duplicates: bool = False,
 ) -> Evaluation:
-    """Classifies those images of `embed_images` whose index is in `labels`; for the other arguments see `class_weights`."""
-    weights = class_weights(model, classnames, templates, allow_duplicates)
+    """Classifies those images of `embed_images` whose index is in `labels`; for the other arguments see `embed_classes`."""
+    class_embeds = embed_classes(model, classnames, templates, allow_duplicates)
     rows = [row for row, index in enumerate(images.indices) if index in labels]
-    images = ImageEmbeds(images.embeds[rows], [images.indices[row] for row in rows], images.bad)
+    images = ImageEmbeds(take(images.embeds, rows), [images.indices[row] for row in rows], images.bad)
     targets = torch.tensor([labels[index] for index in images.indices], dtype=torch.long)
-    result = zero_shot(images.embeds, targets, weights, classnames)
-    return Evaluation(result, images, list(classnames), weights)
+    result = zero_shot(images.embeds, targets, class_embeds, classnames, similarity=model.similarity)
+    return Evaluation(result, images, list(classnames), class_embeds)

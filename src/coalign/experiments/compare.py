@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 from coalign.config import TrainConfig, fields_marked, flatten, to_json
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.evaluation.metrics import Metric
 from coalign.experiments.compare_terminal import print_comparison
 from coalign.files import read_rows
+from coalign.metric import Metric, Outcome, metrics_from_json
 from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
 from coalign.runs.folder import RESULTS, SavedConfig, check_output, read_config
-from coalign.runs.outcomes import Outcome, read_outcomes
+from coalign.runs.outcomes import read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
 
 HELD_OUT_COUNTS = ("images", "captions", "distinct_captions")
@@ -36,8 +36,8 @@ class Finished:
     steps: int
     seconds: float
     parameters: int  # trainable
-    items: dict[str, np.ndarray]
-    outcomes: dict[str, Outcome]
+    items: dict[str, np.ndarray]  # by task: hashes of its items
+    metrics: dict[str, Metric]  # by full name, such as "retrieval.image_to_text.r1", with their outcomes
     validations: list[dict[str, float]]
 
 
@@ -70,14 +70,14 @@ def compare(
     for group in members:
         _check_seeds(group)
     different = _different([group[0].settings for group in members])
-    metric_names = [name for name in finished[0].outcomes if all(name in run.outcomes for run in finished)]
+    metric_names = [name for name in finished[0].metrics if all(name in run.metrics for run in finished)]
     names = list(grouped) if groups else _group_names(members)
     compared = [
         _group(name, group, members[0] if number else None, different, metric_names)
         for number, (name, group) in enumerate(zip(names, members))
     ]
     shared = {name: value for name, value in finished[0].settings.items() if name not in different}
-    counts = {name: finished[0].results["retrieval"][name] for name in HELD_OUT_COUNTS}
+    counts = {name: finished[0].results["tasks"]["retrieval"][name] for name in HELD_OUT_COUNTS}
     comparison = Comparison(compared, shared, counts)
     if report is not None:
         compare_page(comparison).write(Path(report))
@@ -97,6 +97,7 @@ def _read(folder: Path, name: str) -> Finished:
     try:
         results = json.loads((folder / RESULTS).read_text())
         parameters, ran = sum(results["parameters"].values()), results["run"]
+        metrics = _metrics(results["tasks"], outcomes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{folder / RESULTS} is not a valid results file: {reason}.") from error
@@ -108,8 +109,18 @@ def _read(folder: Path, name: str) -> Finished:
     settings = {key: value for key, value in flat.items() if key.partition(".")[0] in compared}
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
     return Finished(
-        name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, outcomes, validations
+        name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, metrics, validations
     )
+
+
+def _metrics(tasks: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Metric]:
+    """Returns the metrics that have an outcome, by their full names."""
+    found = {
+        f"{task}.{metric.name}": metric
+        for task, result in tasks.items()
+        for metric in metrics_from_json(result["metrics"])
+    }
+    return {name: replace(metric, outcome=outcomes[name]) for name, metric in found.items() if name in outcomes}
 
 
 def _shown_data(data: str) -> str:
@@ -118,7 +129,7 @@ def _shown_data(data: str) -> str:
 
 
 def _validations(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, float]]:
-    """The validations of a run, with samples seen, elapsed seconds and the mean of their recalls."""
+    """The validations of a run, with samples seen and elapsed seconds."""
     seconds = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
     validations = []
     for row in rows:
@@ -130,9 +141,6 @@ def _validations(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[s
         point = {"step": row["step"] + 1, "samples": (row["step"] + 1) * batch_size, **values}
         if row["step"] in seconds:
             point["seconds"] = seconds[row["step"]]
-        recalls = [value for key, value in values.items() if key.rpartition("_r")[2].isdigit()]
-        if recalls:
-            point["mean_recall"] = sum(recalls) / len(recalls)
         validations.append(point)
     return validations
 
@@ -140,14 +148,9 @@ def _validations(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[s
 def _check_same_items(first: Finished, other: Finished) -> None:
     for task in first.items.keys() & other.items.keys():
         if not np.array_equal(first.items[task], other.items[task]):
-            what = "were evaluated on different held-out pairs"
-            if task == "zero_shot":
-                what = "classified different images or used different classes"
-            elif task == "foils":
-                what = "were evaluated on different foils"
             raise UserError(
-                f"{first.name} and {other.name} {what}, so their metrics cannot be compared; "
-                "evaluate both on the same data with `coalign eval`."
+                f"{first.name} and {other.name} were evaluated on different held-out samples, classes or foils ({task}), so their metrics "
+                "cannot be compared; evaluate both on the same data with `coalign eval`."
             )
 
 
@@ -218,69 +221,34 @@ def _group(
 
 
 def _metric(name: str, runs: Sequence[Finished], first: Sequence[Finished] | None) -> ComparedMetric:
-    outcomes = [run.outcomes[name] for run in runs]
-    others = [] if first is None else [run.outcomes[name] for run in first]
-    values, other_values = ([_value(outcome) for outcome in side] for side in (outcomes, others))
-    kind = outcomes[0].kind
+    ours, theirs = ([run.metrics[name] for run in side] for side in (runs, first or ()))
+    values, other_values = ([metric.value for metric in side] for side in (ours, theirs))
     metric = ComparedMetric(
-        kind="rate" if kind == "class rate" else kind,
+        title=ours[0].title,
+        kind=ours[0].kind,
         value=float(np.mean(values)),
-        over_items=_over_items(outcomes),
+        over_items=_over_items(ours),
         over_seeds=metrics.over_runs(values),
-        n=len(outcomes[0].values),
-        chance=_chance(runs[0].results, name),
+        count=ours[0].count,
+        chance=ours[0].chance,
     )
-    if not others:
+    if not theirs:
         return metric
     return replace(
         metric,
         difference=float(np.mean(values) - np.mean(other_values)),
-        difference_over_items=_over_items(outcomes, others),
+        difference_over_items=_over_items(ours, theirs),
         difference_over_seeds=metrics.over_runs(values, other_values),
     )
 
 
-def _value(outcome: Outcome) -> float:
-    """The metric of one run."""
-    if outcome.kind == "rank":
-        return float(np.median(outcome.values))
-    if outcome.kind == "class rate":
-        assert outcome.clusters is not None
-        num_classes = int(outcome.clusters.max()) + 1
-        return float(np.nanmean(metrics.per_class(outcome.values, outcome.clusters, num_classes)))
-    return float(outcome.values.mean())
-
-
-def _over_items(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> tuple[float, float] | None:
-    """The bootstrap interval; None for a distance, which is one value for all items."""
-    if outcomes[0].kind == "distance":
+def _over_items(runs: Sequence[Metric], minus: Sequence[Metric] = ()) -> tuple[float, float] | None:
+    """The bootstrap interval; None for a metric without items, such as a distance."""
+    if runs[0].low is None:
         return None
-    metric = _bootstrap(outcomes, minus)
-    return metric.low, metric.high
-
-
-def _bootstrap(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = ()) -> Metric:
-    """The mean over runs, minus the mean over other runs. Items are resampled; every run uses the same resamples."""
-    kind, clusters = outcomes[0].kind, outcomes[0].clusters
-    values, others = ([outcome.values for outcome in side] for side in (outcomes, minus))
-    if kind == "rank":
-        assert clusters is not None
-        return metrics.mean_median(values, clusters, others)
-    scores = np.mean(values, axis=0) - (np.mean(others, axis=0) if others else 0.0)
-    if kind == "class rate":
-        assert clusters is not None
-        return metrics.mean_per_class(scores, clusters)
-    return metrics.mean(scores, clusters)
-
-
-def _chance(results: dict[str, Any], name: str) -> float | None:
-    task, *path = name.split(".")
-    if not task.startswith("retrieval"):
-        return None if path == ["acc5"] else float(results[task]["chance"])
-    if path == ["modality_gap"]:
-        return None
-    side, metric = path
-    return float(results[task][side][metric]["chance"])
+    ours, theirs = ([metric.outcome for metric in side if metric.outcome] for side in (runs, minus))
+    found = metrics.estimate(ours, theirs)
+    return found.low, found.high
 
 
 def compare_and_write(runs: Sequence[str], report: Path | None, json_path: Path | None) -> None:

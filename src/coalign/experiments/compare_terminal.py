@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from coalign.formatting import duration
+from coalign.metric import value_text
 from coalign.report import compare_page
 from coalign.report.compare_page import Comparison
 
@@ -38,8 +39,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     columns += ["difference", "over items", *(["over seeds"] if several else [])] if len(groups) > 1 else []
     table = _plain_table(*columns)
     for name, metric in groups[0].metrics.items():
-        chance = None if metric.chance is None else f"[dim]{compare_page.value_text(metric, metric.chance)}[/dim]"
-        heading = f"[bold]{compare_page.title(name).replace('median rank', 'rank')}[/bold]"
+        chance = None if metric.chance is None else f"[dim]{value_text(metric.kind, metric.chance)}[/dim]"
+        heading = f"[bold]{escape(metric.title)}[/bold]"
         table.add_row(heading, chance, "[dim]chance[/dim]" if chance else None)
         for group in groups:
             table.add_row(
@@ -49,7 +50,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
                 )
             )
     console.print(table)
-    what = "rank: median; over items: 95 % bootstrap interval over the held-out items"
+    what = "over items: 95 % bootstrap interval over the held-out items"
     what += "; over seeds: 95 % t-interval over the runs" if several else ""
     what += f"; differences are from {groups[0].name} on the same items" if len(groups) > 1 else ""
     console.print(f"{what}.", markup=False)

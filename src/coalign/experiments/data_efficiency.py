@@ -37,8 +37,8 @@ def fraction_scores(trials: Sequence[Trial], task: str = "retrieval") -> Scores:
     scores: Scores = {}
     for trial in trials:
         arm = trial.sweep.arms[trial.arm]
-        results = json.loads((trial.folder / RESULTS).read_text())[task]
-        value = np.mean([results[side]["r10"]["value"] for side in ("image_to_text", "text_to_image")])
+        metrics = json.loads((trial.folder / RESULTS).read_text())["tasks"][task]["metrics"]
+        value = np.mean([metrics[f"{side}.r10"]["value"] for side in ("image_to_text", "text_to_image")])
         scores.setdefault(arm.recipe, {}).setdefault(arm.train_fraction, {})[trial.seed] = float(value)
     return {method: by_fraction for method, by_fraction in scores.items() if len(by_fraction) > 1}
 

@@ -22,8 +22,11 @@ from coalign.experiments.tables import table
 from coalign.experiments.trials import CLASSES, LAUNCH, TAG_ENCODER, Trial, finished, run_trials
 from coalign.files import write_json
 from coalign.methods.table import Table
-from coalign.report.compare_page import ComparedMetric, Comparison, title, value_text
+from coalign.metric import value_text
+from coalign.report.compare_page import ComparedMetric, Comparison
 from coalign.version import __version__
+
+R10 = "image_to_text.r10"  # a table whose headline is this metric of a task also measures data efficiency by it
 
 
 def reproduce(
@@ -39,8 +42,8 @@ def reproduce(
     """Trains every arm of a table with seeds 0 to seeds - 1 in the folder `out`, then compares them: out/table.json, out/table.html.
 
     Finished trials are kept, interrupted ones are resumed. `jobs` trials run at once, each on its share of the cores. `arms`: train only
-    these (default: all). The comparison covers all finished trials; it is None with fewer than two. A failed trial does not stop the
-    others; it is named in a UserError at the end.
+    these (default: all), and the arms whose weights they evaluate. The comparison covers all finished trials; it is None with fewer than
+    two. A failed trial does not stop the others; it is named in a UserError at the end.
 
     With scale "paper" nothing is trained: out/launch.sh receives the commands that train the arms with the paper's recipes.
     """
@@ -62,7 +65,9 @@ def reproduce(
         if left_out:
             console.print(f"Omitted, as they have no recipe at that scale: {', '.join(left_out)}")
         return None
-    trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in arms or sweep.arms]
+    chosen = list(arms or sweep.arms)
+    bases = [base for arm in chosen if (base := sweep.arms[arm].weights_of) and base not in chosen]
+    trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in dict.fromkeys([*bases, *chosen])]
     missing = [trial for trial in trials if not finished(trial)]
     if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
         open_source(data)  # reports bad data before minutes of pretraining
@@ -85,7 +90,7 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     trained = {trial.arm for trial in trials}
     steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
     differences = {step: _differences(step, trials) for step in steps}
-    tasks = dict.fromkeys(figure.split(".")[0] for figure in sweep.headline_metrics if figure.startswith("retrieval"))
+    tasks = [task for task in sweep.retrieval_tasks if f"{task}.{R10}" in sweep.headline_metrics]
     by_fraction = {task: found for task in tasks if (found := fraction_scores(trials, task))}
     efficiency = {task: factors for task, found in by_fraction.items() if (factors := efficiencies(found))}
     values: dict[str, Any] = {
@@ -110,10 +115,8 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     if sweep.paper_metric:
         print_against_paper(comparison, values, console)
     for task, factors in efficiency.items():
-        split = task.removeprefix("retrieval").removeprefix("_") or "held-out pairs"
-        console.print(
-            f"By R@10 on {split}, mean of both directions:", *efficiency_words(factors), sep="\n", markup=False
-        )
+        title = comparison.groups[0].metrics[f"{task}.{R10}"].title
+        console.print(f"By {title}, mean of both directions:", *efficiency_words(factors), sep="\n", markup=False)
     return comparison
 
 
@@ -133,11 +136,12 @@ def rank_correlation(sweep: Table, comparison: Comparison, metric: str) -> float
 def print_against_paper(comparison: Comparison, values: Mapping[str, Any], console: Console) -> None:
     """Prints the paper's values beside ours, their rank correlation, and a verdict on each claim."""
     table = RichTable(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "paper", *(title(metric) for metric in values["rank_correlation"])):
+    for column in ("", "paper", *(comparison.groups[0].metrics[name].title for name in values["rank_correlation"])):
         table.add_column(column, justify="right" if column else "left")
     for group in comparison.groups:
         paper = values["arms"][group.name]["paper"]
-        ours = [value_text(group.metrics[metric]) for metric in values["rank_correlation"]]
+        found = [group.metrics[name] for name in values["rank_correlation"]]
+        ours = [value_text(metric.kind, metric.value) for metric in found]
         table.add_row(escape(group.name), "" if paper is None else f"{paper:g}", *ours)
     known = [
         "-" if found is None else f"{found:.2f}".replace("-", "−") for found in values["rank_correlation"].values()
@@ -146,7 +150,10 @@ def print_against_paper(comparison: Comparison, values: Mapping[str, Any], conso
     console.print(f"Paper: {values['paper']}", markup=False)
     console.print(table)
     for claim in values["claims"]:
-        console.print(f"{claim['claim']}, by {title(claim['metric'])}: {claim['verdict']}", markup=False)
+        console.print(
+            f"{claim['claim']}, by {comparison.groups[0].metrics[claim['metric']].title}: {claim['verdict']}",
+            markup=False,
+        )
 
 
 def _differences(arms: tuple[str, str], trials: Sequence[Trial]) -> Mapping[str, ComparedMetric]:

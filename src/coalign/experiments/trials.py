@@ -1,10 +1,13 @@
-"""Trials: one arm of a table with one seed, each trained in a process of its own."""
+"""Trials: one arm of a table with one seed, each trained (or evaluated anew) in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import shutil
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,10 +26,12 @@ from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
 from coalign.methods.table import Table
-from coalign.runs.folder import RESULTS, read_config
+from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, write_config
 from coalign.workflows.train.train import train
 
 CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder.safetensors"
+# Of a finished run, what `train` needs to evaluate it anew; without results and report.
+KEPT = (TOKENIZER, MODEL, "metrics.jsonl", "bad_samples.jsonl", "non_finite.jsonl", "last", "best")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class Trial:
     @property
     def folder(self) -> Path:
         return self.out / run_name(self.arm, self.seed)
+
+    @property
+    def base(self) -> Trial | None:
+        """The trial whose weights this one evaluates anew; None: it trains its own."""
+        weights_of = self.sweep.arms[self.arm].weights_of
+        return replace(self, arm=weights_of) if weights_of else None
 
     def config(self, num_pairs: int) -> TrainConfig:
         sweep = self.sweep
@@ -72,22 +83,24 @@ def _bare(value: Any) -> Any:
 
 
 def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
-    """Runs each trial in its own process. Returns the failed trials with their reasons."""
+    """Runs each trial in its own process, those that evaluate the weights of others last. Returns the failed trials with their reasons."""
     failures: list[str] = []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads, number = max(1, (os.cpu_count() or 1) // jobs), itertools.count(1)
+    trained = [trial for trial in trials if trial.base is None]
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
-        # threads that each start one process: a process pool hands out trials ahead of time and cannot take them back
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            running = {pool.submit(_in_a_process, trial, threads): trial for trial in trials}
-            for number, future in enumerate(as_completed(running), 1):
-                trial, error = running[future], future.result()
-                if error is not None:
-                    failures.append(f"{trial.folder.name} ({error})")
-                outcome = "done" if error is None else f"failed: {error}"
-                console.print(f"{number} of {len(trials)}: {trial.arm}, seed {trial.seed}: {outcome}")
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C, which running trials receive too, no other trial starts
+        for phase in (trained, [trial for trial in trials if trial.base is not None]):
+            # threads that each start one process: a process pool hands out trials ahead of time and cannot take them back
+            pool = ThreadPoolExecutor(jobs)
+            try:
+                running = {pool.submit(_in_a_process, trial, threads): trial for trial in phase}
+                for future in as_completed(running):
+                    trial, error = running[future], future.result()
+                    if error is not None:
+                        failures.append(f"{trial.folder.name} ({error})")
+                    outcome = "done" if error is None else f"failed: {error}"
+                    console.print(f"{next(number)} of {len(trials)}: {trial.arm}, seed {trial.seed}: {outcome}")
+            finally:
+                pool.shutdown(cancel_futures=True)  # after Ctrl-C, which running trials receive too, no other starts
     return failures
 
 
@@ -139,8 +152,29 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def _copy_weights(trial: Trial, base: Trial) -> None:
+    """Makes the trial's folder a copy of its finished base with the trial's settings, so that `train` only evaluates it."""
+    if not finished(base):
+        raise UserError(f"{base.folder.name}, whose weights it evaluates, has not finished")
+    saved = read_config(base.folder)
+    method_config = trial.config(saved.num_train).method_config
+    with tempfile.TemporaryDirectory(prefix=f".{trial.folder.name}-", dir=trial.out) as temporary:
+        copy = Path(temporary) / "run"
+        copy.mkdir()
+        for path in (base.folder / name for name in KEPT):
+            if path.is_dir():
+                shutil.copytree(path, copy / path.name)
+            elif path.exists():
+                shutil.copy2(path, copy)
+        write_config(copy, replace(saved, config=replace(saved.config, method_config=method_config)))
+        try:
+            copy.replace(trial.folder)
+        except OSError as error:
+            raise UserError(f"{trial.folder} is in the way; choose another --out.") from error
+
+
 def _train(trial: Trial, threads: int) -> None:
-    """Trains one trial. Its output goes to a log file beside its folder."""
+    """Trains one trial, or evaluates it anew. Its output goes to a log file beside its folder."""
 
     def config_for(num_pairs: int) -> TrainConfig:
         # with one core per trial, a loader process would only compete with training
@@ -149,6 +183,8 @@ def _train(trial: Trial, threads: int) -> None:
     log = trial.folder.with_name(f"{trial.folder.name}.log")
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
+            if trial.base is not None and not (trial.folder / CONFIG).exists():
+                _copy_weights(trial, trial.base)
             result = train(trial.data, trial.folder, config_for, resume="auto")
         except Exception as error:
             print(error) if isinstance(error, UserError) else traceback.print_exc()

@@ -1,12 +1,18 @@
-"""ONNX graphs, which onnxruntime runs without PyTorch (extra "onnx"): image.onnx, text.onnx and, for OneR, joint.onnx."""
+"""ONNX graphs, which onnxruntime runs without PyTorch (extra "onnx"): image.onnx, text.onnx and, for OneR, joint.onnx.
+
+A method that does not compare cosines also has similarity.onnx.
+"""
 
 from __future__ import annotations
 
 import copy
+import copyreg
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +21,97 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coalign.embeds import fields, map_fields
 from coalign.errors import UserError
 from coalign.networks.towers.spec import find_towers
-from coalign.types import DualEncoder
+from coalign.types import DualEncoder, Embeds, Similarity, dot_product
 
-INFO = "onnx_model.json"  # image size, context length, special tokens and logit scale, for clients
+INFO = "onnx_model.json"  # image size, context length, special tokens, logit scale, outputs and similarity, for clients
+COSINE = "cosine"  # in INFO, instead of the similarity's file name
 OPSET = 18
 _MISSING = 'ONNX needs the extra "onnx": pip install "coalign[onnx]".'
 
 
 def to_onnx(
-    method: nn.Module,
-    encode: dict[str, Callable[[Any], Callable[..., Tensor]]],
+    method: Any,
+    encode: dict[str, Callable[[Any], Callable[..., Any]]],
     inputs: dict[str, tuple[Tensor, ...]],
     end_id: int,
     context_length: int,
     folder: Path,
-) -> None:
-    """Writes one graph per entry of `encode` to `folder`.
+) -> dict[str, Any]:
+    """Writes one graph per entry of `encode` to `folder`, and similarity.onnx if the method does not compare cosines.
+
+    Returns what INFO says of them: the names of their outputs, and the similarity.
 
     encode: graph name -> function from a dense copy of the method to its encode function of pixels, of token ids and lengths, or of all
     three. inputs: graph name -> example inputs, uint8 pixels [batch, 3, side, side] and int64 ids [batch, token]. A graph accepts any batch
-    size and up to `context_length` tokens; a text ends at its first end token.
+    size and up to `context_length` tokens; a text ends at its first end token. similarity.onnx takes the outputs of image.onnx and
+    text.onnx, with the prefixes image_ and text_.
     """
     try:
         import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError:
         raise UserError(_MISSING) from None
     dense = make_dense(method)
-    for name, get_encode in encode.items():
-        graph = _Graph(dense, get_encode(dense), end_id).eval()
+    cosines = method.similarity is dot_product
+    graphs = {name: _Graph(dense, get_encode(dense), end_id, cosines).eval() for name, get_encode in encode.items()}
+    outputs = {}
+    for name, graph in graphs.items():
         example = inputs[name]
         names = ["pixels" if value.dtype == torch.uint8 else "input_ids" for value in example]
+        outputs[name] = list(fields(graph.embed(*example)))
         batch, token = torch.export.Dim("batch", min=1), torch.export.Dim("token", min=4, max=context_length)
         shapes = tuple({0: batch} if value.dtype == torch.uint8 else {0: batch, 1: token} for value in example)
-        with warnings.catch_warnings(), _ErrorsOnly("torch.onnx", "onnxscript", "torch.export"):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                graph,
-                example,
-                str(folder / f"{name}.onnx"),
-                input_names=names,
-                output_names=["embeds"],
-                dynamic_shapes=(shapes,),
-                opset_version=OPSET,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
+        _write(graph, example, names, outputs[name], shapes, folder / f"{name}.onnx")
+    if not cosines:
+        _write_similarity(dense, graphs, inputs, folder / "similarity.onnx")
+    return {"outputs": outputs, "similarity": COSINE if cosines else "similarity.onnx"}
+
+
+def _write(
+    graph: nn.Module,
+    example: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    shapes: tuple[dict[int, Any], ...],
+    path: Path,
+) -> None:
+    """Writes the graph of a module. shapes: the dynamic axes of each input."""
+    with warnings.catch_warnings(), _ErrorsOnly("torch.onnx", "onnxscript", "torch.export"):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph,
+            example,
+            str(path),
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=(shapes,),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _write_similarity(
+    method: Any, graphs: Mapping[str, _Graph], inputs: Mapping[str, tuple[Tensor, ...]], path: Path
+) -> None:
+    """Writes the graph of a method's similarity. Axes of embeds that change with the numbers of samples and tokens are dynamic."""
+    examples: list[Embeds] = []
+    names: list[str] = []
+    shapes: list[dict[int, Any]] = []
+    for kind, count, other_count in (("image", 3, 2), ("text", 2, 3)):  # the two counts are not the same axis
+        (value,) = inputs[kind]
+        other_value = value[:other_count, :-1] if value.dtype == torch.int64 else value[:other_count]
+        embeds, other = graphs[kind].embed(value[:count]), graphs[kind].embed(other_value)
+        examples.append(embeds)
+        for (name, tensor), other_tensor in zip(fields(embeds).items(), fields(other).values()):
+            names.append(f"{kind}_{name}")
+            lengths = enumerate(zip(tensor.shape, other_tensor.shape))
+            shapes.append({axis: torch.export.Dim.DYNAMIC for axis, (one, another) in lengths if one != another})
+    example = tuple(tensor for embeds in examples for tensor in fields(embeds).values())
+    _write(_Comparison(method, *examples).eval(), example, names, ["similarity"], tuple(shapes), path)
 
 
 class _ErrorsOnly:
@@ -82,19 +131,43 @@ class _ErrorsOnly:
 
 
 class _Graph(nn.Module):
-    """Inputs -> normalized embeds [batch, dim]."""
+    """Inputs -> the fields of their embeds; cosines take normalized [batch, dim]."""
 
-    def __init__(self, method: nn.Module, encode: Callable[..., Tensor], end_id: int) -> None:
+    def __init__(self, method: nn.Module, encode: Callable[..., Any], end_id: int, cosines: bool) -> None:
         super().__init__()
-        self.method, self.encode, self.end_id = method, encode, end_id
+        self.method, self.encode, self.end_id, self.cosines = method, encode, end_id, cosines
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fields(self._embed(*inputs)).values())
+
+    @torch.no_grad()
+    def embed(self, *inputs: Tensor) -> Any:
+        """Returns the embeds in the method's own form."""
+        return self._embed(*inputs)
+
+    def _embed(self, *inputs: Tensor) -> Any:
         arguments: list[Tensor] = []
         for value in inputs:
             arguments.append(value)
             if value.dtype == torch.int64:  # token ids come with their lengths
                 arguments.append((value == self.end_id).int().argmax(1) + 1)
-        return F.normalize(self.encode(*arguments).float(), dim=-1)
+        embeds = self.encode(*arguments)
+        if self.cosines:
+            return F.normalize(embeds.float(), dim=-1)
+        return map_fields(embeds, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
+class _Comparison(nn.Module):
+    """The fields of images, then of texts -> similarity [image, text]. The examples tell the forms of the embeds."""
+
+    def __init__(self, method: Any, images: Embeds, texts: Embeds) -> None:
+        super().__init__()
+        self.method, self.examples = method, (images, texts)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        images, texts = (map_fields(example, lambda _: next(remaining)) for example in self.examples)
+        return self.method.similarity(images, texts).float()
 
 
 def make_dense(method: nn.Module) -> Any:
@@ -116,12 +189,12 @@ def from_onnx(folder: Path, tokenize: Callable[[Sequence[str], int], tuple[Tenso
     info = read_info(folder)
     image, text = (session(folder / f"{name}.onnx") for name in ("image", "text"))
 
-    def encode_text(texts: Sequence[str]) -> Tensor:
+    def encode_text(texts: Sequence[str]) -> Any:
         ids, _ = tokenize(texts, info["context_length"])
-        return torch.from_numpy(text(input_ids=ids.numpy()))
+        return to_embeds(text(input_ids=ids.numpy()))
 
     return DualEncoder(
-        encode_image=lambda pixels: torch.from_numpy(image(pixels=pixels.cpu().numpy())),
+        encode_image=lambda pixels: to_embeds(image(pixels=pixels.cpu().numpy())),
         encode_text=encode_text,
         image_size=info["image_size"],
         name=str(folder),
@@ -129,7 +202,39 @@ def from_onnx(folder: Path, tokenize: Callable[[Sequence[str], int], tuple[Tenso
         weights=lambda: {
             name: torch.from_numpy(np.fromfile(folder / name, np.uint8)) for name in ("image.onnx", "text.onnx")
         },
+        similarity=dot_product if info["similarity"] == COSINE else _similarity(folder / info["similarity"]),
     )
+
+
+def _similarity(path: Path) -> Similarity:
+    compare = session(path)
+
+    def similarity(images: Embeds, texts: Embeds) -> Tensor:
+        named = {
+            f"{kind}_{name}": value
+            for kind, embeds in (("image", images), ("text", texts))
+            for name, value in fields(embeds).items()
+        }
+        return torch.from_numpy(compare(**{name: value.numpy() for name, value in named.items()})["similarity"])
+
+    return similarity
+
+
+def to_embeds(outputs: Mapping[str, np.ndarray]) -> Any:
+    """Returns the outputs of a graph as a tensor, if "embeds" is the only one, else as a NamedTuple."""
+    tensors = {name: torch.from_numpy(value) for name, value in outputs.items()}
+    return tensors["embeds"] if list(tensors) == ["embeds"] else _embeds_class(*tensors)(**tensors)
+
+
+@cache
+def _embeds_class(*names: str) -> Any:
+    embeds_class = namedtuple("Embeds", names)  # type: ignore[misc]
+    copyreg.pickle(embeds_class, lambda embeds: (_restore, (names, tuple(embeds))))  # processes exchange embeds
+    return embeds_class
+
+
+def _restore(names: tuple[str, ...], values: tuple[Tensor, ...]) -> Any:
+    return _embeds_class(*names)(*values)
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -139,26 +244,32 @@ def read_info(folder: Path) -> dict[str, Any]:
             "image_size": int(info["image_size"]),
             "context_length": int(info["context_length"]),
             "logit_scale": float(info["logit_scale"]),
+            "similarity": str(info.get("similarity", COSINE)),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INFO} is not a valid file of an ONNX export: {error}.") from error
 
 
-def session(path: Path) -> Callable[..., np.ndarray]:
-    """Returns the graph of a file as a function of its named inputs. Raises UserError if it cannot be loaded or run."""
+def session(path: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """Returns the graph of a file as a function of its named inputs to its named outputs.
+
+    Raises UserError if it cannot be loaded or run.
+    """
     try:
         import onnxruntime
     except ImportError:
         raise UserError(_MISSING) from None
     try:
-        run = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
+        graph = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own exception types
         raise UserError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
 
-    def embed(**inputs: np.ndarray) -> np.ndarray:
+    names = [output.name for output in graph.get_outputs()]
+
+    def run(**inputs: np.ndarray) -> dict[str, np.ndarray]:
         try:
-            return run(["embeds"], inputs)[0]
+            return dict(zip(names, graph.run(names, inputs)))
         except Exception as error:
             raise UserError(f"onnxruntime cannot run {path}: {str(error).splitlines()[0]}") from error
 
-    return embed
+    return run

@@ -25,6 +25,8 @@ class Arm:
     train_fraction: float = 1.0  # fraction of the training pairs to train on
     unpaired_captions: bool = False  # also train on the captions of the remaining pairs, without their images
     paper: float | None = None  # the value the paper reports for this row (see `Table.paper_metric`)
+    # name of an arm of the same recipe: with its settings and this arm's `changes`, its weights are evaluated anew; nothing is trained
+    weights_of: str = ""
 
     @property
     def sample_fraction(self) -> float:
@@ -34,7 +36,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Table:
-    """A sweep over arms. Every arm is trained with every seed; differences are relative to the first arm."""
+    """A sweep over arms. Every arm is trained with every seed, unless it evaluates another arm's weights; differences are relative to the
+    first arm."""
 
     title: str
     arms: Mapping[str, Arm]
@@ -59,9 +62,17 @@ class Table:
     paper_recipe: str = ""  # name of the paper's recipe, with {method} for an arm's recipe; "": there is no such paper
     paper_task: str = "zeroshot:imagenet"  # the paper's evaluation task
 
+    @property
+    def retrieval_tasks(self) -> dict[str, str]:
+        """Retrieval on the held-out pairs and on the test splits: task in the results of a trial -> its split."""
+        return {"retrieval": "held out", **{f"retrieval_{split}": split for split in self.test_splits}}
+
     def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
         """Returns the settings of one trial on `num_pairs` training pairs, without `classes` and `probe` (see `Trial.config`)."""
         row = self.arms[arm]
+        if row.weights_of:
+            base = self.config(row.weights_of, seed, num_pairs)
+            return replace(base, method_config=replace(base.method_config, **row.changes))
         all_pairs = round(num_pairs / row.sample_fraction)
         config = recipe(row.recipe)(all_pairs)  # arms on a fraction of the pairs use the model for all pairs
         batch_size = round((self.batch_size or config.batch_size) * row.batch)
@@ -87,10 +98,10 @@ class Table:
         )
 
     def paper_config(self, arm: str, seed: int) -> tuple[str, TrainConfig] | None:
-        """Returns the name and the settings of an arm's recipe at the paper's scale, or None if it has none."""
+        """Returns the name and the settings of an arm's recipe at the paper's scale, or None if it has none or is not trained."""
         row = self.arms[arm]
         name = self.paper_recipe.format(method=row.recipe)
-        if name not in recipes():
+        if name not in recipes() or row.weights_of:
             return None
         config = recipe(name)(PAPER_PAIRS)
         return name, replace(

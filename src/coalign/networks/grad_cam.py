@@ -13,16 +13,21 @@ from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.towers.image import ImageTower
+from coalign.types import Embeds, Similarity, dot_product
 
 MIN_MAP_SIDE = 4  # smaller feature maps are too coarse; an earlier layer is used instead
 
 
 def grad_cam(
-    tower: ImageTower, encode_image: Callable[[Tensor], Tensor], pixels: Tensor, text_embeds: Tensor
+    tower: ImageTower,
+    encode_image: Callable[[Tensor], Any],
+    pixels: Tensor,
+    text_embeds: Embeds,
+    similarity: Similarity = dot_product,
 ) -> Tensor:
-    """Returns the ReLU of the feature map's channels weighted by the mean gradient of the cosine with the text: [batch, row, column].
+    """Returns the ReLU of the feature map's channels weighted by the mean gradient of the similarity to the text: [batch, row, column].
 
-    `encode_image` must call `tower` and return normalized embeds. pixels uint8 [batch, 3, side, side]; text_embeds [batch, dim].
+    `encode_image` must call `tower`. pixels uint8 [batch, 3, side, side]; text_embeds: of one text per image.
     """
     layer, to_maps = _spatial_layer(tower, pixels[:1])
     outputs: list[Tensor] = []
@@ -31,8 +36,8 @@ def grad_cam(
         outputs.append(output)
 
     with layer.register_forward_hook(capture), torch.enable_grad():
-        embeds = encode_image(pixels)
-        (gradient,) = torch.autograd.grad((embeds * text_embeds).sum(), outputs[:1])
+        similarities = similarity(encode_image(pixels), text_embeds).diagonal()  # of each image to its own text
+        (gradient,) = torch.autograd.grad(similarities.sum(), outputs[:1])
     maps, gradients = (to_maps(x.detach().float(), len(pixels)) for x in (outputs[0], gradient))
     return F.relu((gradients.mean((2, 3), keepdim=True) * maps).sum(1))
 

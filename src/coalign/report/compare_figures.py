@@ -13,7 +13,7 @@ from coalign.report.figures import INK, LINE, PALETTE, SOFT, WIDTH, new_figure, 
 Validations = Sequence[Sequence[Mapping[str, float]]]  # per run: its validations in order
 _TRACKED = (
     ("val/loss", "Held-out loss"),
-    ("mean_recall", "Mean of all held-out R@K"),
+    ("val/mean_recall", "Mean of all held-out R@K"),
     ("val/zero_shot_acc1", "Zero-shot top-1"),
 )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from coalign.formatting import duration, foil_kind, percent
+from coalign import metric
+from coalign.formatting import duration
+from coalign.metric import Kind, value_text
 from coalign.report import compare_figures
 from coalign.report.page import Page
 
@@ -18,11 +20,12 @@ Interval = tuple[float, float]
 class ComparedMetric:
     """One metric of a group of runs. Intervals are 95 %: over the held-out items (bootstrap) and over seeds (t)."""
 
-    kind: Literal["rate", "rank", "distance"]
+    title: str
+    kind: Kind
     value: float  # mean over the group's runs
     over_items: Interval | None  # None for a distance, which is one value for all items
     over_seeds: Interval | None  # None for a single run
-    n: int  # items
+    count: int  # items
     chance: float | None
     difference: float | None = None  # from the first group, on the same items; None for the first group itself
     difference_over_items: Interval | None = None
@@ -86,65 +89,37 @@ def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
 def verdict(comparison: Comparison) -> str:
     """The headline sentence: the first group's first metric, and the differences of the other groups."""
     first, *others = comparison.groups
-    name = next(iter(first.metrics))
-    metric = first.metrics[name]
-    chance = f"; chance {percent(metric.chance)}" if metric.chance is not None else ""
-    start = f"{title(name)} of {first.name} is {value_text(metric)} (95 % interval {interval_text(metric, _widest(metric))}{chance})"
+    name, headline = next(iter(first.metrics.items()))
+    chance = "" if headline.chance is None else f"; chance {value_text(headline.kind, headline.chance)}"
+    interval = interval_text(headline.kind, _widest(headline))
+    start = f"{headline.title} of {first.name} is {value_text(headline.kind, headline.value)} (95 % interval {interval}{chance})"
     if not others:
         return f"{start}."
     differences = []
     for other in others:
-        metric = other.metrics[name]
-        interval = metric.difference_over_seeds or metric.difference_over_items
-        undecided = ", not significant" if interval is None or interval[0] <= 0 <= interval[1] else ""
-        differences.append(f"{other.name} {difference_text(metric)} ({difference_text(metric, interval)}{undecided})")
+        found = other.metrics[name]
+        edges = found.difference_over_seeds or found.difference_over_items
+        undecided = ", not significant" if edges is None or edges[0] <= 0 <= edges[1] else ""
+        spread = difference_text(found.kind, *(edges or ()))
+        differences.append(f"{other.name} {difference_text(found.kind, found.difference)} ({spread}{undecided})")
     return f"{start}. Differences in percentage points: {'; '.join(differences)}."
 
 
-def _widest(metric: ComparedMetric) -> Interval:
-    return metric.over_seeds or metric.over_items or (metric.value, metric.value)
+def _widest(found: ComparedMetric) -> Interval:
+    return found.over_seeds or found.over_items or (found.value, found.value)
 
 
 # ---------------------------------------------------------------- words
 
 
-def title(name: str) -> str:
-    """ "retrieval.image_to_text.r5" -> "Image → text R@5"; of the split "test", "Test: image → text R@5"."""
-    task, _, rest = name.partition(".")
-    if task.startswith("retrieval_"):
-        what = title(f"retrieval.{rest}")
-        return f"{task.removeprefix('retrieval_').replace('_', ' ').capitalize()}: {what[0].lower()}{what[1:]}"
-    words = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class", "median_rank": "median rank"}
-    if task == "foils":
-        return f"Foils: {'all kinds' if rest == 'mean_per_kind' else foil_kind(rest.removesuffix('.accuracy'))}"
-    if rest == "modality_gap":
-        return "Modality gap"
-    side, _, last = rest.rpartition(".")
-    last = words.get(last, f"R@{last[1:]}" if last[1:].isdigit() else last)
-    where = side.replace("_to_", " → ").capitalize() if side else task.replace("_", "-").capitalize()
-    return f"{where} {last}"
+def interval_text(kind: Kind, interval: Interval | None) -> str | None:
+    """Returns a metric's interval as text. No metric is below zero, but a t-interval may be."""
+    return None if interval is None else metric.interval_text(kind, *(max(0.0, edge) for edge in interval))
 
 
-def value_text(metric: ComparedMetric, value: float | None = None) -> str:
-    value = metric.value if value is None else value
-    if metric.kind == "distance":
-        return f"{value:.2f}"
-    return percent(value) if metric.kind == "rate" else f"{value:,.1f}".removesuffix(".0")
-
-
-def interval_text(metric: ComparedMetric, interval: Interval | None) -> str | None:
-    if interval is None:
-        return None
-    low, high = (value_text(metric, max(0.0, edge)) for edge in interval)
-    return f"{low.removesuffix(' %')}–{high.removesuffix(' %')}"
-
-
-def difference_text(metric: ComparedMetric, interval: Interval | None = None) -> str | None:
-    """The difference from the first group, or its interval: percentage points for a rate, else the metric's own unit."""
-    scale, digits = (100 if metric.kind == "rate" else 1), (2 if metric.kind == "distance" else 1)
-    values = [metric.difference] if interval is None else interval
-    shown = [f"{scale * value:+.{digits}f}".replace("-", "−") for value in values if value is not None]
-    return " to ".join(shown) if shown else None
+def difference_text(kind: Kind, *edges: float | None) -> str | None:
+    """Returns a difference from the first group, or its interval: percentage points for a rate, else the metric's own unit."""
+    return " to ".join(metric.difference_text(kind, edge) for edge in edges if edge is not None) or None
 
 
 def shown(value: object) -> str:
@@ -214,9 +189,9 @@ def _results(page: Page, comparison: Comparison) -> None:
         + "Differences are from the first group and paired: both sides are measured on the same resampled items, so their intervals are "
         "usually narrower than the metrics' own intervals suggest. No correction for multiple comparisons is applied.",
     )
-    names = [name for name, metric in groups[0].metrics.items() if metric.kind == "rate"]
+    names = [name for name, found in groups[0].metrics.items() if found.kind == "rate"]
     points = {g.name: [(g.metrics[n].value, *_widest(g.metrics[n])) for n in names] for g in groups}
-    titles = [title(name) for name in names]
+    titles = [groups[0].metrics[name].title for name in names]
     page.figure(
         compare_figures.points(titles, points, [groups[0].metrics[name].chance for name in names]),
         f"95 % intervals over {'seeds if there are several, else over items' if several else 'items'}.",
@@ -230,9 +205,9 @@ def _results(page: Page, comparison: Comparison) -> None:
     _metrics_table(page, groups, several)
 
 
-def _difference(metric: ComparedMetric) -> tuple[float, float, float]:
-    interval = metric.difference_over_seeds or metric.difference_over_items or (0.0, 0.0)
-    return (metric.difference or 0.0, *interval)
+def _difference(found: ComparedMetric) -> tuple[float, float, float]:
+    interval = found.difference_over_seeds or found.difference_over_items or (0.0, 0.0)
+    return (found.difference or 0.0, *interval)
 
 
 def _metrics_table(page: Page, groups: Sequence[Group], several: bool) -> None:
@@ -240,9 +215,9 @@ def _metrics_table(page: Page, groups: Sequence[Group], several: bool) -> None:
     if len(groups) > 1:
         columns += ["difference", "over items", *(["over seeds"] if several else [])]
     rows = []
-    for name in groups[0].metrics:
+    for name, found in groups[0].metrics.items():
         for position, group in enumerate(groups):
-            rows.append((title(name) if position == 0 else "", *metric_cells(group, name, several, len(groups) > 1)))
+            rows.append((found.title if position == 0 else "", *metric_cells(group, name, several, len(groups) > 1)))
     page.table(
         columns,
         rows,
@@ -253,13 +228,14 @@ def _metrics_table(page: Page, groups: Sequence[Group], several: bool) -> None:
 
 def metric_cells(group: Group, name: str, several: bool, differences: bool, chance: bool = True) -> list[str | None]:
     """One row of the table of metrics, for the page and for the terminal."""
-    metric = group.metrics[name]
-    cells: list[str | None] = [group.name, value_text(metric), interval_text(metric, metric.over_items)]
-    cells += [interval_text(metric, metric.over_seeds)] if several else []
+    found = group.metrics[name]
+    kind = found.kind
+    cells: list[str | None] = [group.name, value_text(kind, found.value), interval_text(kind, found.over_items)]
+    cells += [interval_text(kind, found.over_seeds)] if several else []
     if chance:
-        cells.append(None if metric.chance is None else value_text(metric, metric.chance))
+        cells.append(None if found.chance is None else value_text(kind, found.chance))
     if differences:
-        intervals = [metric.difference_over_items, *([metric.difference_over_seeds] if several else [])]
-        cells.append(difference_text(metric))
-        cells += [None if interval is None else difference_text(metric, interval) for interval in intervals]
+        intervals = [found.difference_over_items, *([found.difference_over_seeds] if several else [])]
+        cells.append(difference_text(kind, found.difference))
+        cells += [difference_text(kind, *(interval or ())) for interval in intervals]
     return cells

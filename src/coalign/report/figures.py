@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from coalign.formatting import percent
+from coalign.metric import Metric
 from coalign.report import curves
 
 INK, SOFT, LINE = "#1c2430", "#5b6675", "#dfe4ea"
@@ -24,19 +24,6 @@ PALETTE = ("#2b5c8a", "#d1782f", "#3a9c8d", "#8b5fa8", "#b8962e", "#b4442c", "#6
 IMAGE_COLOR, TEXT_COLOR = PALETTE[0], PALETTE[1]
 BLUES = LinearSegmentedColormap.from_list("paper_to_blue", ["#f7f9fb", "#a9c6e0", "#2b5c8a", "#122c47"])
 WIDTH = 9.2  # inches; the page's column
-
-
-@dataclass(frozen=True)
-class MetricRow:
-    """One result of an evaluation. `kind` "rate": a fraction, shown as a percentage; "rank": 1 is best."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    n: int
-    chance: float | None = None
-    kind: Literal["rate", "rank"] = "rate"
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -99,27 +86,28 @@ def _panel(axes: Axes, panel: curves.Panel) -> None:
         axes.yaxis.set_major_formatter(percent_axis())
 
 
-def metric_bars(rows: Sequence[MetricRow]) -> Figure:
+def metric_bars(metrics: Sequence[Metric]) -> Figure:
     """Rates with their intervals as horizontal bars; a tick marks the chance level."""
+    rows = [(m, m.value if m.low is None else m.low, m.value if m.high is None else m.high) for m in metrics]
     figure = new_figure(WIDTH, 0.36 * len(rows) + 0.9)
     axes = figure.add_subplot()
     style(axes)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     places = np.arange(len(rows))[::-1]
-    values = np.array([row.value for row in rows])
-    spread = np.array([[row.value - row.low for row in rows], [row.high - row.value for row in rows]]).clip(min=0)
+    values = np.array([metric.value for metric in metrics])
+    spread = np.array([[m.value - low for m, low, _ in rows], [high - m.value for m, _, high in rows]]).clip(min=0)
     axes.barh(places, values, height=0.56, color=PALETTE[0], alpha=0.85)
     axes.errorbar(values, places, xerr=spread, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3)
-    right = max((max(row.high, row.chance or 0) for row in rows), default=1.0) or 1.0
-    for place, row in zip(places, rows):
-        if row.chance is not None:
-            axes.plot([row.chance] * 2, [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2, zorder=4)
-        axes.text(row.high + 0.012 * right, place, percent(row.value), va="center", fontsize=9, color=INK)
-    if any(row.chance is not None for row in rows):
+    right = max((max(high, metric.chance or 0) for metric, _, high in rows), default=1.0) or 1.0
+    for place, (metric, _, high) in zip(places, rows):
+        if metric.chance is not None:
+            axes.plot([metric.chance] * 2, [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2, zorder=4)
+        axes.text(high + 0.012 * right, place, metric.text(), va="center", fontsize=9, color=INK)
+    if any(metric.chance is not None for metric in metrics):
         axes.plot([], [], color=PALETTE[1], linewidth=2.2, label="chance")
     axes.errorbar([], [], xerr=[], fmt="none", ecolor=INK, elinewidth=1.1, capsize=3, label="95 % interval")
     axes.legend(frameon=False, fontsize=8.5, labelcolor=SOFT, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    axes.set_yticks(places, [row.name for row in rows], fontsize=9, parse_math=False)
+    axes.set_yticks(places, [metric.title for metric in metrics], fontsize=9, parse_math=False)
     axes.tick_params(axis="y", length=0, colors=INK)
     axes.spines["left"].set_visible(False)
     axes.set_xlim(0, right * 1.12)
@@ -127,12 +115,14 @@ def metric_bars(rows: Sequence[MetricRow]) -> Figure:
     return figure
 
 
-def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images: Sequence[np.ndarray] = ()) -> Figure:
-    """Cosines [caption, image] of pairs in the same order: the diagonal should be darkest in its row and column.
+def similarity_matrix(
+    similarities: np.ndarray, captions: Sequence[str] = (), images: Sequence[np.ndarray] = (), name: str = "cosine"
+) -> Figure:
+    """Similarities [caption, image] of pairs in the same order: the diagonal should be darkest in its row and column.
 
     Captions stand on the left and images on top, where there are at most 24 pairs.
     """
-    n = len(cosines)
+    n = len(similarities)
     captions, images = (captions, images) if n <= 24 else ((), ())
     side = min(5.2, 0.5 * n)  # all in inches
     left, bottom, top = (3.1, 0.15, 0.15 + 1.1 * side / n) if len(captions) else (0.4, 0.4, 0.15)
@@ -140,7 +130,7 @@ def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images:
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    drawn = axes.imshow(cosines, cmap=BLUES, interpolation="nearest")
+    drawn = axes.imshow(similarities, cmap=BLUES, interpolation="nearest")
     _bare(axes)
     axes.set_xticks([])
     axes.set_yticks(range(len(captions)), [_short(text, 38) for text in captions], fontsize=8, parse_math=False)
@@ -153,17 +143,17 @@ def similarity_matrix(cosines: np.ndarray, captions: Sequence[str] = (), images:
         inset.imshow(image, cmap="gray")
         inset.axis("off")
     if n <= 14:
-        middle = (float(np.max(cosines)) + float(np.min(cosines))) / 2
+        middle = (float(np.max(similarities)) + float(np.min(similarities))) / 2
         for i, j in np.ndindex(n, n):
-            color = "white" if cosines[i, j] > middle else INK
+            color = "white" if similarities[i, j] > middle else INK
             weight = "bold" if i == j else "normal"
-            text = f"{cosines[i, j]:.2f}".replace("0.", ".").replace("-", "−")
+            text = f"{similarities[i, j]:.2f}".replace("0.", ".").replace("-", "−")
             axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=color, fontweight=weight)
     scale = figure.add_axes(((left + side + 0.12) / width, bottom / height, 0.13 / width, side / height))
     bar = figure.colorbar(drawn, cax=scale)
     bar.outline.set_visible(False)
     scale.tick_params(labelsize=8, colors=SOFT, length=0)
-    scale.set_title("cosine", fontsize=8, color=SOFT, loc="left")
+    scale.set_title(name, fontsize=8, color=SOFT, loc="left")
     return figure
 
 

@@ -38,6 +38,12 @@ def map_grid(
                 continue
             heat = own[column - 1]
             axes.imshow(gray.clip(0, 255).astype(np.uint8))
-            axes.imshow((heat - heat.min()) / max(float(np.ptp(heat)), 1e-12), cmap=_HEAT, vmin=0, vmax=1)
+            axes.imshow(_scaled(heat), cmap=_HEAT, vmin=0, vmax=1)
             axes.set_title(words[column - 1], fontsize=9, color=SOFT, parse_math=False, wrap=True)
     return figure
+
+
+def _scaled(heat: np.ndarray) -> np.ndarray:
+    """Scales a map to [0, 1] by its minimum and maximum; a map that is constant up to rounding becomes 0."""
+    span = float(np.ptp(heat))
+    return (heat - heat.min()) / span if span > 1e-6 * float(np.abs(heat).max()) else np.zeros_like(heat)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from coalign.formatting import percent
+from coalign.metric import Metric
 from coalign.report import figures
-from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell, Page
 
 
@@ -39,16 +39,21 @@ class RunSummary:
     subtitle: str = ""
     configuration: Mapping[str, Any] = field(default_factory=dict)  # nested mappings are flattened with dots
     history: Sequence[Mapping[str, Any]] = ()  # rows of metrics.jsonl
-    metrics: Sequence[MetricRow] = ()  # the first is the headline
+    metrics: Sequence[Metric] = ()  # the first is the headline
     evaluated_on: str = "held-out pairs"
     ended: str = "finished"  # or "stopped early", "interrupted"
     image_queries: Sequence[Ranking] = ()
     text_queries: Sequence[Ranking] = ()
     nearest_misses: Sequence[Miss] = ()
-    cosines: np.ndarray | None = None  # [caption, image] of a few pairs, in the same order
-    cosine_captions: Sequence[str] = ()
-    cosine_images: Sequence[np.ndarray] = ()
-    image_embeds: np.ndarray | None = None  # normalized, [pair, dim], of some hundred held-out pairs
+    similarity_name: str = "cosine"  # "similarity" for any other comparison of images and captions
+    similarities: np.ndarray | None = None  # [caption, image] of a few pairs, in the same order
+    similarity_captions: Sequence[str] = ()
+    similarity_images: Sequence[np.ndarray] = ()
+    matching: np.ndarray | None = None  # similarities [pair] of some hundred held-out images with their own captions
+    others: np.ndarray | None = None  # and with the caption of another of these images
+    image_embeds: np.ndarray | None = (
+        None  # normalized, [pair, dim], of the same pairs; None if a sample is not one vector
+    )
     text_embeds: np.ndarray | None = None
     confusion: np.ndarray | None = None  # int [true class, predicted class]
     classnames: Sequence[str] = ()
@@ -67,7 +72,7 @@ def run_page(run: RunSummary) -> Page:
     for note in run.notes:
         page.text(note)
     if run.metrics:
-        page.numbers([(row.name, _shown(row, row.value), _small_print(row)) for row in run.metrics[:4]])
+        page.numbers([(metric.title, metric.text(), _small_print(metric)) for metric in run.metrics[:4]])
         _metrics(page, run)
     _curves(page, run)
     _retrieval(page, run)
@@ -92,15 +97,14 @@ def verdict(run: RunSummary) -> str:
         losses = [row["loss"] for row in run.history if isinstance(row.get("loss"), (int, float))]
         reached = f"The final training loss is {losses[-1]:.3g}" if losses else "No step was taken"
         return f"{reached}; nothing was evaluated.{last}"
-    row = run.metrics[0]
-    sentence = f"{row.name[:1].upper()}{row.name[1:]} on {run.evaluated_on} is {_shown(row, row.value)}"
-    if row.chance is None:
-        return f"{sentence} (95 % interval {_interval(row)}).{last}"
-    better = row.low > row.chance if row.kind == "rate" else row.high < row.chance
-    sentence += f" (95 % interval {_interval(row)}; chance {_shown(row, row.chance)})"
-    if not better:
+    first = run.metrics[0]
+    sentence = f"{first.title} on {run.evaluated_on} is {first.text()}"
+    if first.chance is None:
+        return f"{sentence} (95 % interval {first.interval_text()}).{last}"
+    sentence += f" (95 % interval {first.interval_text()}; chance {first.chance_text()})"
+    if not first.beats_chance():
         return f"{sentence}, not significantly better than chance.{last}"
-    times = row.value / row.chance if row.kind == "rate" and row.chance else 0
+    times = first.value / first.chance if first.kind == "rate" and first.chance else 0
     return f"{sentence}: {_times(times)} times chance.{last}" if times >= 2 else f"{sentence}.{last}"
 
 
@@ -121,19 +125,10 @@ def _metrics(page: Page, run: RunSummary) -> None:
         f"Evaluated on {run.evaluated_on}; intervals are 95 % bootstrap intervals over items. R@K is the fraction of queries whose correct "
         "result is among the top K. The median rank is the median position of the correct result; 1 is best.",
     )
-    rates = [row for row in run.metrics if row.kind == "rate"]
+    rates = [metric for metric in run.metrics if metric.kind == "rate"]
     if rates:
         page.figure(figures.metric_bars(rates), name="metrics")
-    rows = [
-        (
-            row.name,
-            _shown(row, row.value),
-            _interval(row),
-            None if row.chance is None else _shown(row, row.chance),
-            row.n,
-        )
-        for row in run.metrics
-    ]
+    rows = [(m.title, m.text(), m.interval_text(), m.chance_text(), m.count) for m in run.metrics]
     page.table(("metric", "value", "95 % interval", "chance", "items"), rows)
 
 
@@ -153,7 +148,7 @@ def _retrieval(page: Page, run: RunSummary) -> None:
     if run.image_queries:
         page.section(
             "Image → text retrieval",
-            "The five captions nearest to each image, best first, with their cosines.",
+            f"The five captions nearest to each image, best first, with their {_plural(run.similarity_name)}.",
         )
         for ranking in run.image_queries:
             page.ranking(ranking.query, ranking.answers)
@@ -172,13 +167,16 @@ def _retrieval(page: Page, run: RunSummary) -> None:
 
 def _embedding_space(page: Page, run: RunSummary) -> None:
     images, texts = run.image_embeds, run.text_embeds
-    if run.cosines is None and images is None:
+    if run.similarities is None and images is None:
         return
     page.section("The embedding space")
-    if run.cosines is not None:
+    if run.similarities is not None:
         page.figure(
-            figures.similarity_matrix(run.cosines, run.cosine_captions, run.cosine_images),
-            "Cosines of held-out captions and images. Pairs are on the diagonal, which should be darkest.",
+            figures.similarity_matrix(
+                run.similarities, run.similarity_captions, run.similarity_images, run.similarity_name
+            ),
+            f"{_plural(run.similarity_name).capitalize()} of held-out captions and images. Pairs are on the diagonal, which should be "
+            "darkest.",
             name="similarity",
         )
     if images is not None and texts is not None:
@@ -189,14 +187,18 @@ def _embedding_space(page: Page, run: RunSummary) -> None:
             "maximum).",
             name="modality_gap",
         )
-        own = (images * texts).sum(axis=1)
-        others = (images * np.roll(texts, 1, axis=0)).sum(axis=1)
-        figure = figures.histogram({"matching caption": own, "another caption": others}, "cosine of image and caption")
+    if run.matching is not None and run.others is not None:
+        values = {"matching caption": run.matching, "another caption": run.others}
+        figure = figures.histogram(values, f"{run.similarity_name} of image and caption")
         page.figure(
             figure,
             "The less the two overlap, the better matching pairs are separated from random ones.",
-            name="cosines",
+            name=_plural(run.similarity_name),
         )
+
+
+def _plural(name: str) -> str:
+    return {"cosine": "cosines", "similarity": "similarities"}[name]
 
 
 def _cost(page: Page, run: RunSummary) -> None:
@@ -229,17 +231,8 @@ def _bad_samples(page: Page, run: RunSummary) -> None:
         page.table(("sample", "reason", "detail"), run.bad_examples, "Examples; the full list is in bad_samples.jsonl.")
 
 
-def _shown(row: MetricRow, value: float) -> str:
-    return percent(value) if row.kind == "rate" else f"{value:,.5g}"
-
-
-def _interval(row: MetricRow) -> str:
-    low, high = _shown(row, row.low), _shown(row, row.high)
-    return f"{low.removesuffix(' %')}–{high}"
-
-
-def _small_print(row: MetricRow) -> str:
-    return _interval(row) + ("" if row.chance is None else f" · chance {_shown(row, row.chance)}")
+def _small_print(metric: Metric) -> str:
+    return metric.interval_text() + ("" if metric.chance is None else f" · chance {metric.chance_text()}")
 
 
 def _times(ratio: float) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from coalign.config import TrainConfig, fields_marked, flatten, to_json
-from coalign.formatting import percent
 from coalign.methods import method_class
+from coalign.metric import metrics_from_json
 from coalign.runs.folder import RESULTS, SavedConfig, describe_samples, read_config
+from coalign.types import dot_product
 from coalign.version import __version__
 
 _LOAD = {
@@ -46,6 +47,13 @@ def embed_images(pixels):  # uint8 [batch, 3, size, size], size = info["image_si
 
 encoder = load("FOLDER").encoder()""",
 }
+_COMPARE = """
+similarity = onnxruntime.InferenceSession("FOLDER/similarity.onnx")
+
+
+def compare(images, texts):  # outputs of embed_images and embed_text -> similarity [image, text]
+    names = [each.name for each in similarity.get_inputs()]
+    return similarity.run(None, dict(zip(names, [*images, *texts])))[0]"""
 _LIMITS = """The model was evaluated only on held-out pairs of its own dataset; expect lower accuracy on other data. It inherits the gaps
 and biases of its training data. It has no factual knowledge and does not read text in images reliably. Do not use it to identify people or
 to make decisions about them."""
@@ -62,6 +70,9 @@ def card(path: str | Path, library: str = "coalign", weights: str = "last") -> s
     config, data = saved.config, Path(saved.data).name or saved.data
     # the docstring of a method's module starts with the paper's citation
     paper = (sys.modules[method_class(config.method).__module__].__doc__ or "").splitlines()[0]
+    code = _LOAD[library]
+    if library == "onnx" and method_class(config.method).similarity is not dot_product:
+        code = code.replace("})[0]", "})") + "\n" + _COMPARE  # the encoders have several outputs
     lines = [
         f"# {config.method} on {data}",
         "",
@@ -92,7 +103,7 @@ def card(path: str | Path, library: str = "coalign", weights: str = "last") -> s
         "## Use",
         "",
         "```python",
-        _LOAD[library],
+        code,
         "```",
         "",
     ]
@@ -116,21 +127,9 @@ def _results(folder: Path) -> list[str]:
     """Returns the lines of a Markdown table of the held-out metrics with their intervals, or [] if there are none."""
     if not (folder / RESULTS).exists():
         return []
-    results = json.loads((folder / RESULTS).read_text())
-    rows: list[tuple[str, dict[str, Any], float | None]] = []
-    for task in (task for task in results if task.startswith("retrieval")):
-        prefix = f"{task.removeprefix('retrieval_')}: " if task != "retrieval" else ""
-        for side, name in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
-            for key, entry in results[task][side].items():
-                if key.startswith("r"):
-                    rows.append((f"{prefix}{name} R@{key[1:]}", entry, entry["chance"]))
-    for task, name in (("zero_shot", "zero-shot"), ("probe", "linear probe")):
-        if task in results:
-            rows.append((f"{name} top-1", results[task]["intervals"]["acc1"], results[task]["chance"]))
-    if not rows:
+    tasks = json.loads((folder / RESULTS).read_text())["tasks"]
+    metrics = [metric for result in tasks.values() for metric in metrics_from_json(result["metrics"])]
+    if not metrics:
         return []
     table = ["| metric | held out | 95 % interval | chance |", "| --- | --- | --- | --- |"]
-    for name, entry, chance in rows:
-        low, high = (percent(entry[edge]).removesuffix(" %") for edge in ("low", "high"))
-        table.append(f"| {name} | {percent(entry['value'])} | {low}–{high} | {percent(chance or 0)} |")
-    return table
+    return table + [f"| {m.title} | {m.text()} | {m.interval_text()} | {m.chance_text()} |" for m in metrics]

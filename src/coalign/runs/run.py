@@ -6,12 +6,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coalign.config import TrainConfig
 from coalign.data.text.tokenizer import Tokenizer, load_tokenizer
+from coalign.embeds import on_device
 from coalign.errors import UserError
 from coalign.method import Method
 from coalign.methods import method_class
@@ -46,7 +48,7 @@ class Run:
             )
         device = next(method.parameters()).device
 
-        def encode_joint(pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        def encode_joint(pixels: Tensor, texts: Sequence[str]) -> Any:
             method.eval()
             ids, lengths = self.tokenizer(list(texts), self.config.context_length)
             return encode(pixels.to(device), ids.to(device), lengths.to(device))
@@ -55,14 +57,14 @@ class Run:
 
 
 def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name: str) -> DualEncoder:
-    """Wraps a method for evaluation. It encodes on the method's device, in evaluation mode."""
+    """Wraps a method for evaluation. It encodes and compares on the method's device, in evaluation mode."""
     device = next(method.parameters()).device
 
-    def encode_image(pixels: Tensor) -> Tensor:
+    def encode_image(pixels: Tensor) -> Any:
         method.eval()
         return method.encode_image(pixels.to(device))
 
-    def encode_text(texts: Sequence[str]) -> Tensor:
+    def encode_text(texts: Sequence[str]) -> Any:
         method.eval()
         ids, lengths = tokenizer(texts, context_length)
         return method.encode_text(ids.to(device), lengths.to(device))
@@ -85,6 +87,7 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         image_features,
         weights=method.state_dict,
         modules=modules,
+        similarity=on_device(method.similarity, device),
     )
 
 
@@ -95,7 +98,7 @@ class _ImageEncoder(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Any:
         return self.method.encode_image(pixels)
 
 
@@ -106,7 +109,7 @@ class _TextEncoder(nn.Module):
         super().__init__()
         self.method, self.tokenizer, self.context_length = method, tokenizer, context_length
 
-    def forward(self, texts: Sequence[str]) -> Tensor:
+    def forward(self, texts: Sequence[str]) -> Any:
         ids, lengths = self.tokenizer(texts, self.context_length)
         device = next(self.method.parameters()).device
         return self.method.encode_text(ids.to(device), lengths.to(device))
@@ -186,11 +189,16 @@ def init_from_run(method: Method, config: TrainConfig) -> None:
         ) from error
 
 
-def load(path: str | Path, weights: str = "last", device: str | torch.device = "cpu") -> Run:
-    """Loads the model of a run folder, in evaluation mode. weights: "last" or "best". Raises UserError if it is not a run."""
+def load(
+    path: str | Path, weights: str = "last", device: str | torch.device = "cpu", similarity: str | None = None
+) -> Run:
+    """Loads the model of a run folder, in evaluation mode. weights: "last" or "best". similarity: the model's similarity, if its method has
+    several; None: the configured one. Raises UserError if it is not a run."""
     folder = Path(path)
     check_device(str(device))
     saved = read_config(folder)
+    if similarity is not None:
+        saved = replace(saved, config=_with_similarity(saved.config, similarity))
     loaded = checkpoint.load(folder / weights)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     if not Path(saved.config.model).exists() and (folder / MODEL).is_file():  # the original model file is gone
@@ -206,6 +214,12 @@ def load(path: str | Path, weights: str = "last", device: str | torch.device = "
     step = (loaded.trainer or {}).get("step")
     label = loaded.path.name + (f", step {step:,}" if step is not None else "")
     return Run(folder, saved.data, saved.config, tokenizer, method.to(device).eval(), label)
+
+
+def _with_similarity(config: TrainConfig, similarity: str) -> TrainConfig:
+    if not hasattr(config.method_config, "similarity"):
+        raise UserError(f"{config.method} has a single similarity; omit --similarity.")
+    return replace(config, method_config=replace(config.method_config, similarity=similarity))
 
 
 def default_vocab_size(model: str) -> int:

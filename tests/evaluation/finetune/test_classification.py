@@ -7,12 +7,12 @@ import open_clip
 import pytest
 import timm
 import torch
+from helpers.metrics import by_name
 from torch import nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.evaluation.finetune.classification import (
-    ALPHAS,
     Classifier,
     FineTuneConfig,
     evaluate_interpolated,
@@ -51,7 +51,7 @@ def images(count, seed):
 @pytest.fixture
 def classifier():
     torch.manual_seed(0)
-    return Classifier(Encoder(), F.normalize(torch.randn(3, 8), dim=1), 10.0, 2)
+    return Classifier(Encoder(), F.normalize(torch.randn(3, 8), dim=1), 3, 10.0, 2)
 
 
 def test_layers_are_by_depth_without_unused_parameters(classifier):
@@ -101,18 +101,25 @@ def test_fine_tuning_learns_and_keeps_the_text_tower_frozen(classifier):
     fine_tune(classifier, lambda epoch: batches, 300, labels, FineTuneConfig(epochs=20, lr=3e-2))
     end = copy.deepcopy(classifier.state_dict())
     assert torch.equal(end["encoder.text.weight"], start["encoder.text.weight"])
-    result = evaluate_interpolated(classifier, start, [(list(range(200)), test, [])], test_labels, 3)
-    assert list(result.by_alpha) == list(ALPHAS)
+    metrics = evaluate_interpolated(classifier, start, [(list(range(200)), test, [])], test_labels, 3)
+    expected = [
+        ("acc1", "Fine-tuning top-1"),
+        ("mean_per_class_recall", "Fine-tuning mean per class"),
+    ]
+    for alpha in ("0.75 of the way", "0.5 of the way", "0.25 of the way", "zero-shot"):
+        expected += [(f"{alpha}.{name}", f"{title}, {alpha}") for name, title in expected[:2]]
+    assert [(metric.name, metric.title) for metric in metrics] == expected
+    assert {(metric.kind, metric.chance, metric.count) for metric in metrics} == {("rate", 1 / 3, 200)}
     for name, value in classifier.state_dict().items():
         assert torch.equal(value, end[name])
-    zero_shot, tuned = result.by_alpha[0.0].top1.value, result.by_alpha[1.0].top1.value
-    assert zero_shot < 0.7 < 0.9 < tuned
-    assert result.to_json()["acc1"] == tuned
+    found = by_name(metrics)
+    assert found["zero-shot.acc1"].value < 0.7 < 0.9 < found["acc1"].value
     # the midpoint, computed directly
-    half = Classifier(Encoder(), torch.zeros(3, 8), 10.0, 2)
+    half = Classifier(Encoder(), torch.zeros(3, 8), 3, 10.0, 2)
     half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
     correct = half(test).argmax(1) == torch.tensor(list(test_labels.values()))
-    assert result.by_alpha[0.5].top1.value == pytest.approx(float(correct.float().mean()))
+    np.testing.assert_array_equal(found["0.5 of the way.acc1"].outcome.values, correct)
+    assert found["0.5 of the way.acc1"].value == pytest.approx(float(correct.float().mean()))
 
 
 def test_learning_rate_decays_with_depth(classifier):
@@ -125,7 +132,7 @@ def test_learning_rate_decays_with_depth(classifier):
     fine_tune(classifier, lambda epoch: batches, 60, labels, config)
     updates = {name: float((value - start[name]).abs().median()) for name, value in classifier.state_dict().items()}
     for shallow, deep in (
-        ("head", "encoder.blocks.1.0.weight"),
+        ("head.class_embeds", "encoder.blocks.1.0.weight"),
         ("encoder.blocks.1.0.weight", "encoder.blocks.0.0.weight"),
     ):
         assert updates[shallow] == pytest.approx(2 * updates[deep], rel=0.2)

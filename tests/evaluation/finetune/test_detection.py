@@ -25,6 +25,7 @@ from coalign.evaluation.finetune.detection import (
 )
 from coalign.networks.detector import build_detector
 from coalign.types import DualEncoder
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.eval_report import print_results
 from coalign.workflows.evaluate.evaluate import evaluate
 
@@ -50,10 +51,15 @@ def test_detector_trains_and_predicts(kind, with_masks):
     assert {"conv1.weight", "layer2.0.conv1.weight", "layer4.0.conv2.weight"} <= changed
     assert not any("running" in name or "tracked" in name for name in changed)
     detector.roi_heads.score_thresh = 0.0
-    result = evaluate_detector(detector, source, np.arange(2), bad)
-    assert (result.masks is not None) == with_masks
-    assert result.images == 2
-    assert set(result.to_json()["intervals"]) >= {"box_ap", "box_ap50", "box_ap75"}
+    found = evaluate_detector(detector, source, np.arange(2), bad)
+    assert [(metric.name, metric.title) for metric in found] == [
+        (f"{what.lower()}_{name.lower()}", f"{what} {name}")
+        for what in (["Box", "Mask"] if with_masks else ["Box"])
+        for name in ("AP", "AP50", "AP75")
+    ]
+    for metric in found:
+        assert (metric.kind, metric.chance, metric.count) == ("rate", None, 2)
+        assert metric.low <= metric.value <= metric.high
 
 
 @pytest.mark.slow
@@ -64,29 +70,22 @@ def test_detection_task_on_voc(tmp_path, capsys):
     (tmp_path / "VOC2007" / "JPEGImages" / "4.jpg").write_bytes(b"")
     encoder = DualEncoder(None, None, 64, "a ResNet", modules=lambda: (trunk(), None))
     task = f"detection-c4:voc:{tmp_path}"
-    result = evaluate(encoder, [task], epochs=1)[task]
-    assert (result["split"], result["samples"], result["images"], result["unreadable"]) == (
-        "test",
-        2,
-        1,
-        {"empty file": 1},
-    )
+    result = evaluate(encoder, [task], EvalConfig(epochs=1))[task]
+    assert (result["split"], result["samples"], result["unreadable"]) == ("test", 2, {"empty file": 1})
+    assert list(result["metrics"]) == ["box_ap", "box_ap50", "box_ap75"]
+    assert result["metrics"]["box_ap50"]["count"] == 1
     print_results({task: result})
-    assert "box AP50" in capsys.readouterr().out
+    assert "Box AP50" in capsys.readouterr().out
     with pytest.raises(UserError, match="segmentation needs masks"):
         evaluate(encoder, [f"segmentation:voc:{tmp_path}"])
     for model, options, message in (
-        (
-            encoder,
-            {"split": "all"},
-            "has no train split, and all of it is evaluated; pass other data with --train-data",
-        ),
+        (encoder, {"split": "all"}, "has nothing to train on: all of its samples are evaluated"),
         (encoder, {"split": "val"}, "has no split named 'val'; choose from train, test, all"),
         (encoder, {"train_data": "scenes:8,size=32"}, "has different classes from"),
-        (replace(encoder, modules=None), {}, "does not expose its image encoder"),
+        (replace(encoder, modules=None), {}, "a ResNet does not expose its encoders, which detection-c4 needs"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluate(model, [task], **options)
+            evaluate(model, [task], EvalConfig(**options))
 
 
 def test_unsupported_towers_raise():

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.metrics import by_name
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,13 +115,24 @@ def test_fine_tuning_learns_and_evaluates_interpolated_weights(retriever):
     assert all(torch.equal(value, end[name]) for name, value in retriever.state_dict().items())
     before, after = (result.by_alpha[alpha].image_to_text.recall[1].value for alpha in (0.0, 1.0))
     assert before < 0.4 < 0.9 < after
-    values = result.to_json()
-    assert values["text_retrieval_recall@1"] == values["intervals"]["image to text R@1, fine-tuned"]["value"] == after
+    tuned = result.by_alpha[1.0].metrics()
+    assert result.metrics()[: len(tuned)] == tuned
+    others = result.metrics()[len(tuned) :]
+    assert [(metric.name, metric.title) for metric in others] == [
+        (f"{alpha}.{side}.r1", f"{title} R@1, {alpha}")
+        for alpha in ("0.75 of the way", "0.5 of the way", "0.25 of the way", "zero-shot")
+        for side, title in (("image_to_text", "Image → text"), ("text_to_image", "Text → image"))
+    ]
+    found = by_name(result.metrics())
+    assert found["image_to_text.r1"].value == after
+    assert found["zero-shot.image_to_text.r1"].value == before
+    assert result.details()["captions"] == 120
     half = Retriever(Image(), Text(), 10.0, 2)  # the midpoint, computed directly
     half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
     encoder = DualEncoder(half.image, half.text, 2)
     expected = retrieve(encoder, embed_images(encoder, test_batches), test_captions.__getitem__).result
-    assert result.by_alpha[0.5].to_json() == expected.to_json()
+    assert result.by_alpha[0.5].metrics() == expected.metrics()
+    assert found["0.5 of the way.text_to_image.r1"].value == expected.text_to_image.recall[1].value
 
 
 def test_schedule_counts_only_batches_with_negatives(retriever, monkeypatch):

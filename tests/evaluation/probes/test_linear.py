@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers.metrics import values
 from sklearn.datasets import load_digits
 
 from coalign.errors import UserError
@@ -62,8 +63,10 @@ def test_search_is_as_good_as_the_exhaustive_sweep(digits):
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     exhaustive = (fit(*both, penalty_at(best)).predict(test[0]) == test[1]).mean()
     error = np.sqrt(exhaustive * (1 - exhaustive) / len(test[1]))
-    assert abs(result.top1.value - exhaustive) <= error
-    assert result.top1.value > 0.9
+    top1 = values(result.metrics)["acc1"]
+    assert abs(top1 - exhaustive) <= error
+    assert top1 > 0.9
+    assert result.scores[result.penalty] == max(result.scores.values())
 
 
 def test_fit_minimizes_the_penalized_objective():
@@ -80,7 +83,12 @@ def test_fit_minimizes_the_penalized_objective():
 
 def test_two_classes_support_warm_starts(digits):
     (features, labels), val, test = ((x[y < 2], y[y < 2]) for x, y in digits)
-    assert linear_probe((features, labels), val, test, 2).top1.value > 0.95
+    metrics = linear_probe((features, labels), val, test, 2).metrics
+    assert [(m.name, m.title, m.kind, m.chance, m.count) for m in metrics] == [
+        ("acc1", "Linear probe top-1", "rate", 1 / 2, len(test[1])),
+        ("mean_per_class_recall", "Linear probe mean per class", "rate", 1 / 2, len(test[1])),
+    ]
+    assert min(metric.value for metric in metrics) > 0.95
 
 
 def test_invalid_splits_raise(digits):

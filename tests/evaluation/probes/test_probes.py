@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.metrics import by_name, values
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from coalign.errors import UserError
@@ -25,17 +27,23 @@ def digits():
 def test_knn_matches_scikit_learn(digits, k):
     train, _, test = digits
     theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
-    expected = theirs.fit(*train).predict(test[0]) == test[1]
-    result = knn(train, test, 10, k)
-    assert (result.correct == expected).mean() > 0.998  # ties of cosines
-    assert result.top1.value == pytest.approx(expected.mean(), abs=0.002)
-    assert result.to_json()["chance"] == 0.1
+    predicted = theirs.fit(*train).predict(test[0])
+    expected = predicted == test[1]
+    top1, per_class = metrics = knn(train, test, 10, k)
+    assert (top1.outcome.values == expected).mean() > 0.998  # ties of cosines
+    assert top1.value == pytest.approx(expected.mean(), abs=0.002)
+    assert per_class.value == pytest.approx(balanced_accuracy_score(test[1], predicted), abs=0.002)
+    np.testing.assert_array_equal(per_class.outcome.groups, test[1])
+    assert [(m.name, m.title, m.kind, m.chance, m.count) for m in metrics] == [
+        ("acc1", "k-NN top-1", "rate", 0.1, len(test[1])),
+        ("mean_per_class_recall", "k-NN mean per class", "rate", 0.1, len(test[1])),
+    ]
 
 
 def test_knn_with_fewer_images_than_neighbors(digits):
     train, _, test = digits
     few = train[0][:5], train[1][:5]
-    assert knn(few, test, 10).top1.value > 0.3
+    assert values(knn(few, test, 10))["acc1"] > 0.3
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -64,20 +72,27 @@ def test_sgd_follows_the_protocols(digits, name):
             optimizer.step()
             schedule.step()
     expected = layer(torch.from_numpy(test[0])).argmax(1).numpy() == test[1]
-    result = sgd_probe(name, lambda epoch: (views[epoch], train[1]), test, 10)
-    assert (result.correct == expected).mean() > 0.995
-    assert result.top1.value > 0.88
+    top1, per_class = sgd_probe(name, lambda epoch: (views[epoch], train[1]), test, 10)
+    assert (top1.outcome.values == expected).mean() > 0.995
+    assert top1.value > 0.88
+    title = f"Linear probe ({name.upper()})"
+    assert (top1.title, per_class.title) == (f"{title} top-1", f"{title} mean per class")
+    assert (top1.chance, per_class.chance, top1.count) == (0.1, 0.1, len(test[1]))
 
 
 def test_few_shot(digits):
     train, val, test = digits
     result = few_shot(train, val, test, 10)
-    values = [metric.value for metric in result.by_shots.values()]
-    assert list(result.by_shots) == [1, 2, 4, 8, 16]
-    assert values == sorted(values)
-    assert 0.3 < values[0] < 0.75 < values[-1]
-    assert result.over_draws[1] > result.over_draws[16] >= 0
-    assert result.to_json()["intervals"]["4-shot"]["n"] == len(test[1])
+    found = [metric.value for metric in result.metrics]
+    assert [(m.name, m.title, m.kind, m.chance, m.count) for m in result.metrics] == [
+        (f"{shots}-shot", f"{shots}-shot linear probe top-1", "rate", 0.1, len(test[1])) for shots in (1, 2, 4, 8, 16)
+    ]
+    assert found == sorted(found)
+    assert 0.3 < found[0] < 0.75 < found[-1]
+    assert list(result.over_draws) == list(by_name(result.metrics))
+    assert result.over_draws["1-shot"] > result.over_draws["16-shot"] >= 0
+    one_shot = result.metrics[0].outcome.values  # means over five draws
+    assert set(np.round(5 * one_shot, 6)) == {0, 1, 2, 3, 4, 5}
 
 
 def test_few_shot_with_all_images_matches_a_single_fit(digits):
@@ -86,10 +101,11 @@ def test_few_shot_with_all_images_matches_a_single_fit(digits):
     rows = np.concatenate([np.flatnonzero(train[1] == label)[:2] for label in range(10)])
     few = train[0][rows], train[1][rows]
     result = few_shot(few, val, test, 10)
-    assert list(result.by_shots) == [1, 2]
-    assert result.over_draws[2] == 0
+    found = values(result.metrics)
+    assert list(found) == ["1-shot", "2-shot"]
+    assert result.over_draws["2-shot"] == 0
     accuracies = [LogisticRegression(C=10.0**-p, max_iter=1000).fit(*few).score(*test) for p in range(-6, 7)]
-    assert min(accuracies) - 0.01 <= result.by_shots[2].value <= max(accuracies) + 0.01
+    assert min(accuracies) - 0.01 <= found["2-shot"] <= max(accuracies) + 0.01
 
 
 def test_invalid_splits_raise(digits):

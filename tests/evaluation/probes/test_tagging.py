@@ -1,7 +1,10 @@
 """Tagging: tag embeddings, IoU, and learning from informative features."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+from helpers.metrics import values
 
 from coalign.errors import UserError
 from coalign.evaluation.probes.tagging import _iou, pmi_embeddings, tagging, vocabulary
@@ -44,12 +47,25 @@ def test_tags_are_learned():
     train, test = groups(400, 0), groups(100, 1)
     result = tagging(train, test)
     assert result.num_tags == 24
+    assert result.untagged == 0
     # three of the top five are correct, which is the maximum
-    assert result.miou[5].value == pytest.approx(3 / 5, abs=0.03)
-    assert result.miou[20].value == pytest.approx(3 / 20, abs=0.02)
-    assert result.frequent[5] < 0.2
+    found = values(result.metrics)
+    assert found["miou5"] == pytest.approx(3 / 5, abs=0.03)
+    assert found["miou20"] == pytest.approx(3 / 20, abs=0.02)
+    # chance: the most frequent training tags, the first of equally frequent ones by name
+    counts = Counter(tag for tags in train[1] for tag in tags)
+    frequent = sorted(counts, key=lambda tag: (-counts[tag], tag))
+    for metric, k in zip(result.metrics, (5, 10, 15, 20), strict=True):
+        labels = (f"miou{k}", f"mIOU@{k}", "rate", 100)
+        assert (metric.name, metric.title, metric.kind, metric.count) == labels
+        ious = [len({*frequent[:k]} & {*tags}) / len({*frequent[:k], *tags}) for tags in test[1]]
+        assert metric.chance == pytest.approx(np.mean(ious))
+    assert result.metrics[0].chance < 0.2
     noise = np.random.default_rng(2).normal(size=(400, 20)).astype(np.float32)
-    assert tagging((noise, train[1]), test).miou[5].value < 0.3
+    assert values(tagging((noise, train[1]), test).metrics)["miou5"] < 0.3
+    features, tags = test
+    partly = tagging(train, (features, [["unknown"], *tags[1:]]))
+    assert (partly.untagged, partly.metrics[0].count) == (1, 99)
 
 
 def test_no_tags_raises():

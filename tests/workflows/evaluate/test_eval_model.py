@@ -21,6 +21,7 @@ from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images
 from coalign.evaluation.encoder_wrappers import cached, in_bfloat16, shard_texts
 from coalign.types import DualEncoder
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.eval_model import open_eval_model
 from coalign.workflows.evaluate.evaluate import evaluate
 from coalign.workflows.models.export import export
@@ -109,10 +110,11 @@ def test_transformers_model_matches_the_library(exported, photos):
 def test_export_has_the_same_metrics_as_the_run(trained, exported, photos, library):
     for preprocess in ("coalign", library):
         tasks = [f"retrieval:{photos}"]
-        ours = evaluate(str(trained), tasks, preprocess=preprocess)
-        theirs = evaluate(str(exported / library), tasks, preprocess=preprocess)
-        assert ours == {task: {**values, "modality_gap": ours[task]["modality_gap"]} for task, values in theirs.items()}
-        assert ours[tasks[0]]["modality_gap"] == pytest.approx(theirs[tasks[0]]["modality_gap"], abs=1e-4)
+        ours = evaluate(str(trained), tasks, EvalConfig(preprocess=preprocess))
+        theirs = evaluate(str(exported / library), tasks, EvalConfig(preprocess=preprocess))
+        gaps = [results[tasks[0]]["metrics"].pop("modality_gap")["value"] for results in (ours, theirs)]
+        assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
+        assert ours == theirs
     one, other = (embed(open_eval_model(str(trained), preprocess=p).encoder, photos) for p in ("coalign", library))
     assert 0 < (one - other).abs().max() < 0.2  # the preprocessing does differ
 
@@ -132,7 +134,7 @@ def test_two_callables(pairs, tmp_path):
     ):
         with pytest.raises(UserError, match=f"does not expose {missing}"):
             evaluate(encoder, [f"{kind}:{tmp_path / 'split'}"])
-    with pytest.raises(UserError, match="is not a coalign run; only runs support joint embeddings of image and text"):
+    with pytest.raises(UserError, match="cannot embed an image and a text jointly, which guided needs"):
         evaluate(encoder, ["guided:scenes:8,size=32"])
     with pytest.raises(UserError, match="is not a coalign run; only runs support localization maps"):
         evaluate(encoder, ["localization:scenes:8,size=32"])
@@ -236,7 +238,7 @@ def only_cached(encoder, failing, folder):
 
 def test_cache_is_keyed_by_content(trained, pairs, tmp_path):
     task, folder = f"retrieval:{pairs}", tmp_path / "cache"
-    first = evaluate(str(trained), [task], cache=folder)
+    first = evaluate(str(trained), [task], EvalConfig(cache=folder))
     assert first == evaluate(str(trained), [task])
 
     files = sorted(folder.iterdir())
@@ -254,7 +256,7 @@ def test_cache_is_keyed_by_content(trained, pairs, tmp_path):
     assert sorted(folder.iterdir()) == files
     for path in files:
         path.write_bytes(path.read_bytes()[:20])  # truncated: computed again
-    assert evaluate(str(trained), [task], cache=folder) == first
+    assert evaluate(str(trained), [task], EvalConfig(cache=folder)) == first
 
 
 def test_cache_depends_on_every_weight_and_input(tmp_path):
@@ -307,9 +309,10 @@ def test_cache_distinguishes_models_of_equal_weights(exported, tmp_path, photos)
 
 def test_bfloat16_is_rejected_if_it_changes_the_embeddings(trained, pairs):
     task = f"retrieval:{pairs}"
-    lower, full = (evaluate(str(trained), [task], precision=p)[task] for p in ("bf16", "fp32"))
-    assert lower["modality_gap"] != full["modality_gap"]
-    assert lower["modality_gap"] == pytest.approx(full["modality_gap"], abs=0.02)
+    lower, full = (evaluate(str(trained), [task], EvalConfig(precision=p))[task] for p in ("bf16", "fp32"))
+    gaps = [results["metrics"]["modality_gap"]["value"] for results in (lower, full)]
+    assert gaps[0] != gaps[1]
+    assert gaps[0] == pytest.approx(gaps[1], abs=0.02)
     weight = torch.randn(12, 4)
 
     def cancels(pixels):  # differences of large numbers are lost in bfloat16
@@ -359,3 +362,32 @@ def test_coca(tmp_path):
     with torch.no_grad():
         theirs = peer.encode_text(open_clip.tokenize(TEXTS, context_length=76), normalize=False)
         torch.testing.assert_close(encoder.encode_text(TEXTS), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_similarity_of_a_run_is_replaced(oner, trained, tmp_path):
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    by_default, by_projector = (open_eval_model(oner, similarity=name) for name in (None, "projector"))
+    assert not by_default.encoder.compares_cosines
+    assert by_projector.encoder.compares_cosines
+    assert by_projector.run.config.method_config.similarity == "projector"
+    with torch.no_grad():
+        assert by_default.encoder.encode_image(pixels)._fields == ("query", "key")
+        embeds = by_projector.encoder.encode_image(pixels)
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
+    with pytest.raises(UserError, match="similarity is 'cosine', but must be trained or projector"):
+        open_eval_model(oner, similarity="cosine")
+    with pytest.raises(UserError, match="already loaded"):
+        open_eval_model(by_default.run, similarity="projector")
+
+
+def test_similarity_needs_a_method_with_several(exported, trained, tmp_path, capsys):
+    message = "clip has a single similarity; omit --similarity."
+    for command in (
+        ["eval", str(trained), "--tasks", "retrieval:photos"],
+        ["export", str(trained), "--to", "onnx", "--out", str(tmp_path / "out")],
+        ["space", str(trained), "--data", "photos", "--out", str(tmp_path / "space.png")],
+    ):
+        assert cli.main([*command, "--similarity", "projector"]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="has a single similarity"):
+        open_eval_model(exported / "open_clip", similarity="projector")

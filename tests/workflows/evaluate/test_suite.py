@@ -16,6 +16,7 @@ from coalign.data.sources.benchmarks.classification import DATASETS, open_datase
 from coalign.errors import UserError
 from coalign.evaluation.prompts import templates
 from coalign.types import DualEncoder
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
 
 
@@ -100,18 +101,20 @@ def oracle(root):
 
 
 def test_zero_shot_suite(root):
-    results = evaluate(oracle(root), ["suite11"], data_root=root)
+    results = evaluate(oracle(root), ["suite11"], EvalConfig(data_root=root))
     assert list(results) == [*(f"zeroshot:{name}" for name in DATASETS), "suite11"]
-    row = results["suite11"]["row"]
-    assert list(row) == list(DATASETS)
+    row = results["suite11"]["metrics"]
+    assert list(row) == [*DATASETS, "average"]
     for name in set(DATASETS) - {"imagenet"}:
         assert row[name]["value"] == 1, name
         assert results[f"zeroshot:{name}"]["split"] == "test"
-        assert results[f"zeroshot:{name}"]["differences"]
+        assert results[f"zeroshot:{name}"]["main_metric"] == DATASETS[name].metric
+        assert results[f"zeroshot:{name}"]["notes"][0].startswith("differs from the papers' data: ")
     # ImageNet's other classes share the colors, and a single embedding
     assert row["imagenet"]["value"] == pytest.approx(3 / 1000)
     assert len(results["zeroshot:imagenet"]["per_class"]) == 1000
-    average = results["suite11"]["average"]
+    assert results["suite11"]["main_metric"] == "average"
+    average = row["average"]
     assert average["value"] == pytest.approx((10 + 3 / 1000) / 11)
     assert average["low"] <= average["value"] <= average["high"]
 
@@ -119,24 +122,23 @@ def test_zero_shot_suite(root):
 def test_dataset_name_may_be_a_folder_in_the_root(root, monkeypatch):
     """The name still refers to the dataset if it is also a folder in the working directory."""
     monkeypatch.chdir(root)
-    result = evaluate(oracle(root), ["zeroshot:dtd"], data_root=Path())["zeroshot:dtd"]
+    result = evaluate(oracle(root), ["zeroshot:dtd"], EvalConfig(data_root=Path()))["zeroshot:dtd"]
     assert (result["split"], result["samples"], result["main_metric"]) == ("test", 6, "acc1")
 
 
 def test_differences_from_the_papers_cover_used_splits_only(root):
-    zero_shot, knn = evaluate(oracle(root), ["zeroshot:imagenet", "knn:dtd"], data_root=root).values()
-    assert zero_shot["differences"] == ["1,000 test instead of 50,000"]
-    assert "12 train instead of 3,760" in knn["differences"]
+    zero_shot, knn = evaluate(oracle(root), ["zeroshot:imagenet", "knn:dtd"], EvalConfig(data_root=root)).values()
+    assert zero_shot["notes"] == ["differs from the papers' data: 1,000 test instead of 50,000"]
+    assert "12 train instead of 3,760" in knn["notes"][0]
 
 
 def test_probe_suite(root):
     """Probes train on the train split, and the val split if there is one. ImageNet's train split has three classes."""
-    results = evaluate(oracle(root), ["suite11-probe"], data_root=root)
-    for name, entry in results["suite11-probe"]["row"].items():
-        if name == "imagenet":
-            assert entry["value"] == pytest.approx(3 / 1000)
-        else:
-            assert entry["value"] == 1, name
+    results = evaluate(oracle(root), ["suite11-probe"], EvalConfig(data_root=root))
+    row = results["suite11-probe"]["metrics"]
+    assert list(row) == [*DATASETS, "average"]
+    for name in DATASETS:
+        assert row[name]["value"] == (pytest.approx(3 / 1000) if name == "imagenet" else 1), name
 
 
 def test_command_prints_results_and_writes_a_page(trained, root, tmp_path, capsys):
@@ -193,7 +195,7 @@ def test_missing_or_damaged_datasets_raise(root, tmp_path, task, damage, message
             shutil.copytree(folder, copy / folder.name)
         damage(copy)
     with pytest.raises(UserError, match=message):
-        evaluate(oracle(root), [task], data_root=copy)
+        evaluate(oracle(root), [task], EvalConfig(data_root=copy))
 
 
 def truncate(path):

@@ -92,11 +92,13 @@ def test_scene_tasks_reject_other_data(oner, trained, tmp_path, capsys):
     tasks = ["localization:scenes:32,size=32", "foils:scenes:32,size=32"]
     assert cli.main(["eval", str(oner), "--tasks", *tasks]) == 0
     printed = capsys.readouterr().out
-    for name in ("pointing center", "iou other text", "accuracy, bigger than"):
+    for name in ("Pointing game, image center", "IoU, other text", "Foils: bigger than"):
         assert name in printed
     values = evaluate(str(oner), tasks[:1])[tasks[0]]
     assert values["maps"] == "patch similarity"
-    assert 0.02 < values["pointing_center"]["value"] < 0.3  # objects lie in nine cells, and fill a part of them
+    assert (
+        0.02 < values["metrics"]["pointing_center"]["value"] < 0.3
+    )  # objects lie in nine cells, and fill a part of them
     tiny.write_pairs(tmp_path / "photos", 16)
     with pytest.raises(UserError, match="which only scenes:… have"):
         evaluate(str(trained), [f"localization:{tmp_path / 'photos'}"])
@@ -119,7 +121,7 @@ def test_guidance_needs_a_one_tower_model(oner, trained, tmp_path, capsys):
     tasks = ["guided:scenes:32,size=32", "bootstrap:scenes:32,size=32"]
     assert cli.main(["eval", str(oner), "--tasks", *tasks]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("guided") >= 2
-    assert "difference" in printed
+    assert printed.count("Image with a text") == 2
+    assert "Difference, percentage points" in printed
     assert cli.main(["eval", str(trained), "--tasks", tasks[0]]) == 2
-    assert "is a two-tower model" in capsys.readouterr().err
+    assert "cannot embed an image and a text jointly, which guided needs" in capsys.readouterr().err

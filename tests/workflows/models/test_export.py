@@ -176,7 +176,7 @@ def test_invalid_output_folders_raise(make, tmp_path):
 def test_card_describes_the_run_and_its_code_runs(make, trained, tmp_path, capsys, monkeypatch):
     text = card(trained)
     assert "Radford et al. 2021" in text
-    assert re.search(r"image → text R@1 \| [\d.]+ % \| [\d.]+–[\d.]+", text)
+    assert re.search(r"Image → text R@1 \| [\d.]+ % \| [\d.]+–[\d.]+", text)
     assert str(Path(trained).parent) not in text
     assert "/" not in re.search(r"A `(.*?)` model", text)[1]
     assert "this model has the best weights" in card(trained, weights="best")
@@ -216,7 +216,9 @@ def test_export_without_transformers_raises(make, tmp_path, monkeypatch):
 def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, method, model):
     """In a subprocess, as the exporter cannot trace the shape checks of these tests."""
     run, out = make(method, model), tmp_path / "out"
-    process = tiny.start(["export", str(run), "--to", "onnx", "--out", str(out)])
+    similarity = "projector" if method == "oner" else None
+    options = ["--similarity", similarity] if similarity else []
+    process = tiny.start(["export", str(run), "--to", "onnx", "--out", str(out), *options])
     assert process.wait(timeout=300) == 0, process.stderr.read()
     assert not process.stderr.read()
     assert {path.name for path in out.iterdir()} == {
@@ -225,7 +227,7 @@ def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, me
     code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1].replace("FOLDER", str(out))
     names = {}
     exec(compile(code, "card", "exec"), names)
-    ours, peer = load(run), open_eval_model(str(out)).encoder
+    ours, peer = load(run, similarity=similarity), open_eval_model(str(out)).encoder
     with torch.no_grad():
         for count in (1, 3):
             expected = ours.encoder().encode_image(PIXELS[:count])
@@ -240,7 +242,7 @@ def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, me
         )
         if method == "oner":
             ids, lengths = ours.tokenizer(TEXTS[:3], 12)
-            joint = session(out / "joint.onnx")(pixels=PIXELS.numpy(), input_ids=ids.numpy())
+            joint = session(out / "joint.onnx")(pixels=PIXELS.numpy(), input_ids=ids.numpy())["embeds"]
             assert_same([ours.method.encode_joint(PIXELS, ids, lengths)], [torch.from_numpy(joint)])
     (out / "image.onnx").write_bytes((out / "image.onnx").read_bytes()[:3000])
     with pytest.raises(UserError, match=r"onnxruntime cannot load .*image.onnx"):

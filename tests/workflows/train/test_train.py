@@ -23,6 +23,7 @@ from coalign.runs.run import build_method, image_size, load
 from coalign.training import checkpoint
 from coalign.training.distributed import World
 from coalign.training.trainer import Trainer
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
 from coalign.workflows.train import batches, run_report, setup
 from coalign.workflows.train import train as train_module
@@ -91,21 +92,22 @@ def test_results_are_consistent(trained):
     assert results["run"]["step"] == len([row for row in tiny.rows(trained / "metrics.jsonl") if "loss" in row])
     assert results["run"]["bad_samples"] == {}
     for side in ("image_to_text", "text_to_image"):
-        recall = [results["retrieval"][side][f"r{k}"] for k in (1, 5, 10)]
+        metrics = results["tasks"]["retrieval"]["metrics"]
+        recall = [metrics[f"{side}.r{k}"] for k in (1, 5, 10)]
         for entry in recall:
             assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1
         assert recall[0]["value"] <= recall[1]["value"] <= recall[2]["value"]
         assert recall[0]["chance"] == pytest.approx(1 / config["num_val"])
-        assert 1 <= results["retrieval"][side]["median_rank"]["value"] <= config["num_val"]
+        assert 1 <= metrics[f"{side}.median_rank"]["value"] <= config["num_val"]
 
 
 def test_validation_rows_and_results_agree(trained):
     """The last validation and the results use the final weights and all held-out pairs."""
     row = [row for row in tiny.rows(trained / "metrics.jsonl") if "val/loss" in row][-1]
-    results = json.loads((trained / "results.json").read_text())["retrieval"]
+    metrics = json.loads((trained / "results.json").read_text())["tasks"]["retrieval"]["metrics"]
     for side in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
-            assert row[f"val/{side}_r{k}"] == pytest.approx(results[side][f"r{k}"]["value"])
+            assert row[f"val/{side}_r{k}"] == pytest.approx(metrics[f"{side}.r{k}"]["value"])
 
 
 def test_a_loaded_run_embeds_like_the_trained_method(tmp_path, pairs, model_file, monkeypatch):
@@ -218,11 +220,13 @@ def test_zero_shot_accuracy_on_classes_is_tracked(tmp_path, pairs, model_file, r
     tracked = [row["val/zero_shot_acc1"] for row in tiny.rows(tmp_path / "run" / "metrics.jsonl") if "val/loss" in row]
     assert len(tracked) == 2
     results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=reject_constant)
-    assert tracked[-1] == pytest.approx(results["zero_shot"]["acc1"])
-    assert results["zero_shot"]["chance"] == pytest.approx(1 / 3)
+    assert list(results["tasks"]) == ["retrieval", "zeroshot", "probe"]
+    accuracy = results["tasks"]["zeroshot"]["metrics"]["acc1"]
+    assert tracked[-1] == pytest.approx(accuracy["value"])
+    assert accuracy["chance"] == pytest.approx(1 / 3)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "zero-shot top-1" in page
-    assert "linear probe top-1" in page
+    assert "Zero-shot top-1" in page
+    assert "Linear probe top-1" in page
 
 
 def test_separate_validation_data(tmp_path, pairs, model_file):
@@ -230,10 +234,8 @@ def test_separate_validation_data(tmp_path, pairs, model_file):
     assert go(pairs, tmp_path / "run", model_file, val_data=other, epochs=1) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["num_train"], config["num_val"]) == (64, 8)
-    assert (
-        json.loads((tmp_path / "run" / "results.json").read_text())["retrieval"]["image_to_text"]["r1"]["chance"]
-        == 1 / 8
-    )
+    tasks = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]
+    assert tasks["retrieval"]["metrics"]["image_to_text.r1"]["chance"] == 1 / 8
 
 
 def test_a_pretrained_tokenizer(tmp_path, pairs, model_file):
@@ -348,7 +350,7 @@ def test_unpaired_captions_of_weighted_sources(tmp_path, pairs):
 def test_no_held_out_pairs(tmp_path, pairs, model_file, real_report):
     assert go(pairs, tmp_path / "run", model_file, val_fraction=0, epochs=1) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_train"] == 64
-    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"run", "parameters"}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["tasks"] == {}
     assert not [row for row in tiny.rows(tmp_path / "run" / "metrics.jsonl") if "val/loss" in row]
 
 
@@ -428,7 +430,7 @@ def test_a_resumed_run_gives_the_same_result(interrupted, pairs, model_file, tra
     one, other = (checkpoint.load(folder / "last") for folder in (trained, interrupted))
     assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
     results = [json.loads((folder / "results.json").read_text()) for folder in (trained, interrupted)]
-    assert results[0]["retrieval"] == results[1]["retrieval"]
+    assert results[0]["tasks"] == results[1]["tasks"]
 
 
 @pytest.mark.parametrize(
@@ -638,14 +640,19 @@ def test_test_splits_are_evaluated_at_the_end(tmp_path, pairs, model_file, capsy
     table = tmp_path / "pairs.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert go(table, tmp_path / "run", model_file, epochs=1, test_splits="test") == 0
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["retrieval_test"]["images"] == sum(row["split"] == "test" for row in rows)
-    evaluated = evaluate(str(tmp_path / "run"), [f"retrieval:{table}"], split="test")[f"retrieval:{table}"]
-    assert evaluated["image_to_text"] == results["retrieval_test"]["image_to_text"]
-    assert evaluated["images"] == results["retrieval_test"]["images"]
+    tested = json.loads((tmp_path / "run/results.json").read_text())["tasks"]["retrieval_test"]
+    assert tested["images"] == sum(row["split"] == "test" for row in rows)
+    evaluated = evaluate(str(tmp_path / "run"), [f"retrieval:{table}"], EvalConfig(split="test"))[f"retrieval:{table}"]
+    assert tested["metrics"]["image_to_text.r1"]["title"] == "Test: image → text R@1"
+    assert evaluated["metrics"]["image_to_text.r1"]["title"] == "Image → text R@1"
+    one, other = (
+        [{**metric, "title": None} for metric in results["metrics"].values()] for results in (tested, evaluated)
+    )
+    assert one == other
+    assert evaluated["images"] == tested["images"]
     _, outcomes = read_outcomes(tmp_path / "run")
     assert outcomes["retrieval_test.image_to_text.r1"].values.mean() == pytest.approx(
-        evaluated["image_to_text"]["r1"]["value"]
+        evaluated["metrics"]["image_to_text.r1"]["value"]
     )
     error = error_of(capsys, table, tmp_path / "other", model_file, test_splits="shifted")
     assert "has no split 'shifted' for --test-splits; available: test." in error

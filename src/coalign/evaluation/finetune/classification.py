@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coalign.config import OptimizerConfig, RoleConfig
+from coalign.embeds import fields
 from coalign.errors import UserError
 from coalign.evaluation.embed import Batches
-from coalign.evaluation.probes.accuracy import AccuracyResult, accuracy
+from coalign.evaluation.probes.accuracy import accuracy
+from coalign.evaluation.zero_shot import class_scores
+from coalign.metric import Metric
 from coalign.optim import build_optimizers
+from coalign.types import Embeds, Similarity, dot_product
 
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # interpolation coefficients: 0 is the zero-shot model, 1 the fine-tuned one
+ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)  # interpolation coefficients: 0 is the zero-shot model, 1 the fine-tuned one
 
 
 @dataclass(frozen=True)
@@ -39,42 +43,57 @@ def recipe(num_images: int, epochs: int) -> FineTuneConfig:
     return FineTuneConfig(epochs=epochs, batch_size=512, weight_decay=0.1, label_smoothing=0.0)
 
 
-@dataclass
-class FineTuneResult:
-    by_alpha: dict[float, AccuracyResult]
-
-    def to_json(self) -> dict[str, Any]:
-        chance = 1 / next(iter(self.by_alpha.values())).num_classes
-        intervals = {alpha_name(alpha): result.top1.to_json() for alpha, result in self.by_alpha.items()}
-        per_class = {alpha_name(alpha): result.mean_per_class.to_json() for alpha, result in self.by_alpha.items()}
-        return {
-            "task": "fine_tuning",
-            "acc1": self.by_alpha[1.0].top1.value,
-            "mean_per_class_recall": self.by_alpha[1.0].mean_per_class.value,
-            "intervals": intervals,
-            "mean_per_class_intervals": per_class,
-            "chance": chance,
-        }
-
-
-def alpha_name(alpha: float) -> str:
-    """Returns the name of an interpolation coefficient in results."""
-    return {0.0: "zero-shot", 1.0: "fine-tuned"}.get(alpha, f"{alpha:g} of the way")
+def of_alpha(metric: Metric, alpha: float) -> Metric:
+    """Returns the metric of weights interpolated by `alpha`, named by it; the fine-tuned model's metrics keep their names."""
+    if alpha == 1:
+        return metric
+    name = "zero-shot" if alpha == 0 else f"{alpha:g} of the way"
+    return replace(metric, name=f"{name}.{metric.name}", title=f"{metric.title}, {name}")
 
 
 class Classifier(nn.Module):
-    """Cosine classifier: uint8 pixels [batch, 3, size, size] -> logits [batch, class], scaled by a fixed factor.
+    """Classifier by similarity to class embeds: uint8 pixels [batch, 3, size, size] -> logits [batch, class], scaled by a fixed factor.
 
-    Parameters that images do not reach, such as a text tower in the same module, stay frozen.
+    class_embeds: of `embed_classes`, trained. Parameters that images do not reach, such as a text tower in the same module, stay frozen.
     """
 
-    def __init__(self, encoder: nn.Module, weights: Tensor, scale: float, size: int) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        class_embeds: Embeds,
+        num_classes: int,
+        scale: float,
+        size: int,
+        similarity: Similarity = dot_product,
+    ) -> None:
         super().__init__()
-        self.encoder, self.head, self.scale = encoder.eval(), nn.Parameter(weights.clone()), scale
-        unfreeze_used_parameters(encoder, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=weights.device))
+        self.encoder, self.head, self.scale = encoder.eval(), _Head(class_embeds), scale
+        self.num_classes, self.similarity = num_classes, similarity
+        device = next(iter(fields(class_embeds).values())).device
+        unfreeze_used_parameters(encoder, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(self.encoder(pixels), dim=-1), self.head)
+        images = self.encoder(pixels)
+        if self.similarity is dot_product:
+            images = F.normalize(images, dim=-1)
+        return self.scale * class_scores(self.similarity, images, self.head(), self.num_classes)
+
+
+class _Head(nn.Module):
+    """Embeds whose floating-point fields are parameters; other fields, such as masks, are buffers."""
+
+    def __init__(self, embeds: Embeds) -> None:
+        super().__init__()
+        self.form, self.names = type(embeds), list(fields(embeds))
+        for name, value in fields(embeds).items():
+            if value.is_floating_point():
+                self.register_parameter(f"class_{name}", nn.Parameter(value.clone()))
+            else:
+                self.register_buffer(f"class_{name}", value.clone())
+
+    def forward(self) -> Any:
+        values = [getattr(self, f"class_{name}") for name in self.names]
+        return values[0] if issubclass(self.form, Tensor) else self.form(*values)
 
 
 def unfreeze_used_parameters(encoder: nn.Module, inputs: Any) -> None:
@@ -82,7 +101,8 @@ def unfreeze_used_parameters(encoder: nn.Module, inputs: Any) -> None:
     parameters = [parameter for parameter in encoder.parameters() if parameter.is_floating_point()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    encoder(inputs).square().sum().backward()
+    outputs = fields(encoder(inputs)).values()
+    torch.stack([output.square().sum() for output in outputs if output.is_floating_point()]).sum().backward()
     for parameter in parameters:
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
@@ -130,7 +150,7 @@ def fine_tune(
                 targets = torch.tensor([labels[index] for index in indices], device=device)
                 yield F.cross_entropy(classifier(pixels.to(device)), targets, label_smoothing=config.label_smoothing)
 
-    minimize(losses, [*layers, [classifier.head]], -(-num_images // config.batch_size), config)
+    minimize(losses, [*layers, list(classifier.head.parameters())], -(-num_images // config.batch_size), config)
 
 
 def minimize(
@@ -177,8 +197,8 @@ def evaluate_interpolated(
     labels: Mapping[int, int],
     num_classes: int,
     device: torch.device | str = "cpu",
-) -> FineTuneResult:
-    """Evaluates the test accuracy of weights interpolated between `start` and the classifier's, which are restored at the end.
+) -> list[Metric]:
+    """Returns the test accuracy of weights interpolated between `start` and the classifier's, which are restored at the end.
 
     Raises UserError if no test image with a class is readable.
     """
@@ -186,11 +206,12 @@ def evaluate_interpolated(
     targets = np.array([labels[index] for indices, _, _ in test_batches for index in indices])
     if not len(targets):
         raise UserError("There is nothing to evaluate: the test split has no readable image with a class.")
-    results = {}
+    found: list[Metric] = []
     for alpha in interpolate_weights(classifier, start):
         predictions = [classifier(pixels.to(device)).argmax(1).cpu() for _, pixels, _ in test_batches if len(pixels)]
-        results[alpha] = accuracy("fine_tuning", torch.cat(predictions).numpy(), targets, num_classes)
-    return FineTuneResult(results)
+        metrics = accuracy("Fine-tuning", torch.cat(predictions).numpy(), targets, num_classes)
+        found += [of_alpha(metric, alpha) for metric in metrics]
+    return found
 
 
 def interpolate_weights(module: nn.Module, start: Mapping[str, Tensor]) -> Iterator[float]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from coalign.data.sources.benchmarks.detection import DetectionSource, Objects
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.metrics import LEVEL, Metric
+from coalign.evaluation.metrics import LEVEL, Estimate
+from coalign.metric import Metric
 
 REPLICATES = 50  # of the bootstrap over images; each one recomputes the average precision
 
@@ -32,20 +33,6 @@ class DetectionConfig:
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     max_grad_norm: float = 10.0
-
-
-@dataclass
-class DetectionResult:
-    """COCO's average precision: over IoU 0.5 to 0.95, at 0.5, and at 0.75."""
-
-    boxes: dict[str, Metric]
-    masks: dict[str, Metric] | None
-    images: int
-
-    def to_json(self) -> dict[str, Any]:
-        intervals = {f"box_{name}": metric.to_json() for name, metric in self.boxes.items()}
-        intervals |= {f"mask_{name}": metric.to_json() for name, metric in (self.masks or {}).items()}
-        return {"task": "detection", "images": self.images, "intervals": intervals}
 
 
 def load_samples(
@@ -144,8 +131,10 @@ def evaluate_detector(
     indices: np.ndarray,
     bad: list[BadSample],
     device: torch.device | str = "cpu",
-) -> DetectionResult:
-    """Returns the average precision on the images of `indices`; unreadable ones are appended to `bad`.
+) -> list[Metric]:
+    """Returns COCO's average precision on the images of `indices`, of boxes and, if there are any, of masks.
+
+    AP is over IoU 0.5 to 0.95, AP50 at 0.5, AP75 at 0.75. Unreadable images are appended to `bad`.
 
     Raises UserError if no image is readable.
     """
@@ -158,9 +147,12 @@ def evaluate_detector(
         with_masks = with_masks and "masks" in output and objects.masks is not None
     if not targets:
         raise UserError("There is nothing to evaluate: no test image can be read.")
-    kinds = ("bbox", "segm") if with_masks else ("bbox",)
-    precision = {kind: average_precision(targets, predictions, len(source.classnames), kind) for kind in kinds}
-    return DetectionResult(precision["bbox"], precision.get("segm"), len(targets))
+    metrics = []
+    for title, kind in (("Box", "bbox"), ("Mask", "segm")) if with_masks else (("Box", "bbox"),):
+        for name, found in average_precision(targets, predictions, len(source.classnames), kind).items():
+            key, heading = f"{title.lower()}_{name}", f"{title} {name.upper()}"
+            metrics.append(Metric(key, heading, "rate", found.value, found.low, found.high, count=found.count))
+    return metrics
 
 
 def average_precision(
@@ -168,7 +160,7 @@ def average_precision(
     predictions: Sequence[tuple[int, dict[str, np.ndarray]]],
     num_classes: int,
     kind: str = "bbox",
-) -> dict[str, Metric]:
+) -> dict[str, Estimate]:
     """Returns pycocotools' AP, AP50 and AP75, with intervals from resampling images.
 
     targets: (index, (height, width), objects). predictions: (index, output of a torchvision detector, with labels from 1).
@@ -216,12 +208,12 @@ def average_precision(
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [100]
         if not detections:
-            return {name: Metric(0.0, 0.0, 0.0, len(targets)) for name in ("ap", "ap50", "ap75")}
+            return {name: Estimate(0.0, 0.0, 0.0, len(targets)) for name in ("ap", "ap50", "ap75")}
         evaluation.evaluate()
         return _with_intervals(evaluation, len(targets))
 
 
-def _with_intervals(evaluation: Any, num_images: int) -> dict[str, Metric]:
+def _with_intervals(evaluation: Any, num_images: int) -> dict[str, Estimate]:
     """Returns the average precision over all images, with bootstrap intervals; an image drawn twice counts twice."""
     by_class = np.array(evaluation.evalImgs, object).reshape(-1, num_images)  # [class, image]
 
@@ -239,4 +231,4 @@ def _with_intervals(evaluation: Any, num_images: int) -> dict[str, Metric]:
     draws = np.array([compute(rng.integers(0, num_images, num_images)) for _ in range(REPLICATES)])
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     names = ("ap", "ap50", "ap75")
-    return {name: Metric(values[i], float(low[i]), float(high[i]), num_images) for i, name in enumerate(names)}
+    return {name: Estimate(values[i], float(low[i]), float(high[i]), num_images) for i, name in enumerate(names)}

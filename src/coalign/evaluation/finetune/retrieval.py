@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from coalign.evaluation.embed import Batches, embed_images
 from coalign.evaluation.finetune.classification import (
     FineTuneConfig,
-    alpha_name,
     interpolate_weights,
     layers_by_depth,
     minimize,
+    of_alpha,
     unfreeze_used_parameters,
 )
 from coalign.evaluation.retrieval import RetrievalResult, retrieve
-from coalign.types import DualEncoder
+from coalign.metric import Metric
+from coalign.types import DualEncoder, Similarity, dot_product
 
 Captions = Callable[[int], Sequence[str]]
 
@@ -35,9 +36,11 @@ class Retriever(nn.Module):
     shared parameters count as the image encoder's.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, logit_scale: float, size: int) -> None:
+    def __init__(
+        self, image: nn.Module, text: nn.Module, logit_scale: float, size: int, similarity: Similarity = dot_product
+    ) -> None:
         super().__init__()
-        self.image, self.text = image.eval(), text.eval()
+        self.image, self.text, self.similarity = image.eval(), text.eval(), similarity
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         device = next(image.parameters(), self.log_scale).device
         unfreeze_used_parameters(image, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
@@ -60,8 +63,10 @@ class Retriever(nn.Module):
         ids = torch.tensor([id_of_text[text] for text in texts], device=pixels.device)
         targets = (ids[:, None] == ids).float()
         targets /= targets.sum(1, keepdim=True)
-        image_embeds, text_embeds = F.normalize(self.image(pixels), dim=-1), F.normalize(self.text(texts), dim=-1)
-        logits = self.log_scale.exp() * image_embeds @ text_embeds.T
+        image_embeds, text_embeds = self.image(pixels), self.text(texts)
+        if self.similarity is dot_product:
+            image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
+        logits = self.log_scale.exp() * self.similarity(image_embeds, text_embeds)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
@@ -69,15 +74,18 @@ class Retriever(nn.Module):
 class RetrievalFineTuneResult:
     by_alpha: dict[float, RetrievalResult]
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the fine-tuned model's metrics as in `retrieval`, and R@1 of both directions for every alpha."""
-        by_name = {alpha_name(alpha): result.to_json() for alpha, result in self.by_alpha.items()}
-        intervals = {
-            f"{side.replace('_', ' ')} R@1, {name}": values[side]["r1"]
-            for side in ("image_to_text", "text_to_image")
-            for name, values in by_name.items()
-        }
-        return {**by_name["fine-tuned"], "task": "fine_tuned_retrieval", "intervals": intervals}
+    def metrics(self) -> list[Metric]:
+        """Returns the fine-tuned model's metrics as in `retrieval`, and R@1 of both directions for every other alpha."""
+        others = [
+            of_alpha(side.recall[1], alpha)
+            for alpha, result in self.by_alpha.items()
+            for side in (result.image_to_text, result.text_to_image)
+            if alpha != 1
+        ]
+        return [*self.by_alpha[1.0].metrics(), *others]
+
+    def details(self) -> dict[str, Any]:
+        return self.by_alpha[1.0].details()
 
 
 def fine_tune_retrieval(
@@ -109,7 +117,11 @@ def evaluate_interpolated_retrieval(
     """
     test_batches, device = list(test), retriever.log_scale.device
     encoder = DualEncoder(
-        lambda pixels: retriever.image(pixels.to(device)), retriever.text, size, "the fine-tuned model"
+        lambda pixels: retriever.image(pixels.to(device)),
+        retriever.text,
+        size,
+        "the fine-tuned model",
+        similarity=retriever.similarity,
     )
     results: dict[float, RetrievalResult] = {}
     bad: list[Any] = []

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from coalign.errors import UserError
-from coalign.evaluation import metrics
-from coalign.evaluation.metrics import Metric
+from coalign.evaluation.metrics import measure
+from coalign.metric import Metric, Outcome
 
 # features [item, dim] and labels int64 [item] of a train, val or test split
 FeatureSplit = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass
-class AccuracyResult:
-    """Rates are fractions of the test items."""
+def accuracy(title: str, predicted: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0) -> list[Metric]:
+    """Returns the accuracy of predicted classes for true classes `labels`, both int64 [item]: over items, and per class.
 
-    task: str
-    top1: Metric
-    mean_per_class: Metric  # over the classes that occur
-    correct: np.ndarray  # float64 [item]
-    labels: np.ndarray  # int64 [item]
-    num_classes: int
-
-    def to_json(self) -> dict[str, Any]:
-        intervals = {"acc1": self.top1.to_json(), "mean_per_class_recall": self.mean_per_class.to_json()}
-        return {
-            "task": self.task,
-            "acc1": self.top1.value,
-            "mean_per_class_recall": self.mean_per_class.value,
-            "chance": 1 / self.num_classes,
-            "intervals": intervals,
-        }
-
-    def outcomes(self) -> dict[str, np.ndarray]:
-        """Returns the per-item values behind the metrics, and the items' classes."""
-        return {"acc1": self.correct, "mean_per_class_recall": self.correct, "classes": self.labels}
-
-
-def accuracy(task: str, predicted: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0) -> AccuracyResult:
-    """Returns the accuracy of predicted classes for true classes `labels`, both int64 [item]."""
+    The mean per class covers the classes that occur. title: of the classifier, such as "Linear probe".
+    """
     correct = (predicted == labels).astype(float)
-    top1, mean_per_class = metrics.mean(correct, seed=seed), metrics.mean_per_class(correct, labels, seed=seed)
-    return AccuracyResult(task, top1, mean_per_class, correct, labels, num_classes)
+    return accuracies(title, correct, labels, num_classes, seed)
+
+
+def accuracies(title: str, correct: np.ndarray, labels: np.ndarray, num_classes: int, seed: int = 0) -> list[Metric]:
+    """Returns the metrics of `accuracy` from `correct`, float64 [item]: 1, 0, or the probability under ties."""
+    by_class = Outcome(correct, labels, "mean per class")
+    return [
+        measure("acc1", f"{title} top-1", Outcome(correct), 1 / num_classes, seed=seed),
+        measure("mean_per_class_recall", f"{title} mean per class", by_class, 1 / num_classes, seed=seed),
+    ]
 
 
 def check_splits(**splits: FeatureSplit) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from coalign.evaluation import metrics
-from coalign.evaluation.metrics import Metric
+from coalign.evaluation.metrics import measure
 from coalign.evaluation.probes.accuracy import FeatureSplit, check_splits
 from coalign.evaluation.probes.linear import best_penalty, fit, score_penalties
+from coalign.metric import Metric, Outcome
 
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5
@@ -20,18 +19,8 @@ DRAWS = 5
 class FewShotResult:
     """Accuracies are fractions of the test items, averaged over the draws. Intervals resample items, each with all its draws."""
 
-    by_shots: dict[int, Metric]
-    over_draws: dict[int, float]  # standard deviation of the accuracy over the draws
-    num_classes: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "task": "few_shot_probe",
-            "intervals": {f"{shots}-shot": metric.to_json() for shots, metric in self.by_shots.items()},
-            "over_draws": {f"{shots}-shot": value for shots, value in self.over_draws.items()},
-            "draws": DRAWS,
-            "chance": 1 / self.num_classes,
-        }
+    metrics: list[Metric]  # "1-shot", "2-shot", …
+    over_draws: dict[str, float]  # by metric name: standard deviation of the accuracy over the draws
 
 
 def few_shot(
@@ -45,12 +34,14 @@ def few_shot(
     check_splits(train=train, validation=val, test=test)
     features, labels = train
     largest_class = int(np.bincount(labels).max())
-    by_shots, over_draws = {}, {}
+    metrics, over_draws = [], {}
     for shots in [n for n in SHOTS if n <= largest_class]:
         correct = np.stack([_correct(features, labels, shots, val, test, seed + draw) for draw in range(DRAWS)])
-        by_shots[shots] = metrics.mean(correct.mean(0), seed=seed)
-        over_draws[shots] = float(correct.mean(1).std(ddof=1))
-    return FewShotResult(by_shots, over_draws, num_classes)
+        name = f"{shots}-shot"
+        outcome = Outcome(correct.mean(0))
+        metrics.append(measure(name, f"{name} linear probe top-1", outcome, 1 / num_classes, seed=seed))
+        over_draws[name] = float(correct.mean(1).std(ddof=1))
+    return FewShotResult(metrics, over_draws)
 
 
 def _correct(

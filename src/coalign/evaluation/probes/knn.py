@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from coalign.evaluation.probes.accuracy import AccuracyResult, FeatureSplit, accuracy, check_splits
+from coalign.evaluation.probes.accuracy import FeatureSplit, accuracy, check_splits
+from coalign.metric import Metric
 
 K, TEMPERATURE = 20, 0.07
 _CHUNK = 8_000_000  # cosines in memory at a time
 
 
-def knn(train: FeatureSplit, test: FeatureSplit, num_classes: int, k: int = K, seed: int = 0) -> AccuracyResult:
+def knn(train: FeatureSplit, test: FeatureSplit, num_classes: int, k: int = K, seed: int = 0) -> list[Metric]:
     """Classifies `test` by its k nearest neighbors in `train`; features [item, dim] need not be normalized.
 
     Raises UserError if a split is empty or `train` has a single class.
@@ -26,4 +27,4 @@ def knn(train: FeatureSplit, test: FeatureSplit, num_classes: int, k: int = K, s
         votes = torch.zeros(len(queries), num_classes, dtype=torch.float64)
         votes.scatter_add_(1, labels[nearest], (cosines.double() / TEMPERATURE).exp())
         predicted.append(votes.argmax(1))
-    return accuracy("knn", torch.cat(predicted).numpy(), test[1], num_classes, seed)
+    return accuracy("k-NN", torch.cat(predicted).numpy(), test[1], num_classes, seed)

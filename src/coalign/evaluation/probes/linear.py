@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from coalign.evaluation.probes.accuracy import AccuracyResult, FeatureSplit, accuracy, check_splits
+from coalign.evaluation.probes.accuracy import FeatureSplit, accuracy, check_splits
+from coalign.metric import Metric
 
 MIN_EXPONENT, STEPS, STEPS_PER_DECADE = -6.0, 96, 8  # grid of λ from 1e-6 to 1e6
 _FIRST_STRIDE = 16  # grid steps between the first candidates: two decades
@@ -20,12 +21,10 @@ Score = tuple[float, float]  # accuracy, and mean log-likelihood
 
 
 @dataclass
-class ProbeResult(AccuracyResult):
-    penalty: float = 0.0  # λ
-    scores: dict[float, Score] = field(default_factory=dict)  # λ -> validation score, for all candidates
-
-    def to_json(self) -> dict[str, Any]:
-        return {**super().to_json(), "penalty": self.penalty}
+class ProbeResult:
+    metrics: list[Metric]
+    penalty: float  # λ
+    scores: dict[float, Score]  # λ -> validation score, for all candidates
 
 
 def penalty_at(step: int) -> float:
@@ -98,8 +97,7 @@ def linear_probe(
     penalty = best_penalty(scores)
     both = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
     predicted = fit(*both, penalty).predict(test[0])
-    result = accuracy("linear_probe", predicted, test[1], num_classes, seed)
-    return ProbeResult(**vars(result), penalty=penalty, scores=scores)
+    return ProbeResult(accuracy("Linear probe", predicted, test[1], num_classes, seed), penalty, scores)
 
 
 def score_penalties(train: FeatureSplit, val: FeatureSplit) -> dict[float, Score]:

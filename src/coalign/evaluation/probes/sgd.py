@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from coalign.evaluation.probes.accuracy import AccuracyResult, FeatureSplit, accuracy, check_splits
+from coalign.evaluation.probes.accuracy import FeatureSplit, accuracy, check_splits
+from coalign.metric import Metric
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ PROTOCOLS = {
 
 def sgd_probe(
     name: str, train: Callable[[int], FeatureSplit], test: FeatureSplit, num_classes: int, seed: int = 0
-) -> AccuracyResult:
+) -> list[Metric]:
     """Trains a zero-initialized linear classifier on `train(epoch)`, the features [item, dim] of each epoch, by one of PROTOCOLS.
 
     Batches hold at most a tenth of the items; the learning rate scales with them. Raises UserError if a split is empty or `train` has a
@@ -67,4 +68,4 @@ def sgd_probe(
             optimizer.step()
     with torch.no_grad():
         predicted = F.linear(torch.from_numpy(test[0]), weight, bias).argmax(1).numpy()
-    return accuracy(f"linear_probe_{name}", predicted, test[1], num_classes, seed)
+    return accuracy(f"Linear probe ({name.upper()})", predicted, test[1], num_classes, seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coalign.errors import UserError
-from coalign.evaluation import metrics
-from coalign.evaluation.metrics import Metric
+from coalign.evaluation.metrics import measure
+from coalign.metric import Metric, Outcome
 
 TOP_K = (5, 10, 15, 20)
 HIDDEN, DIM = 2048, 4096
@@ -23,16 +22,14 @@ EPOCHS, BATCH_SIZE, LR = 30, 256, 1e-3  # not stated in the paper
 
 @dataclass
 class TaggingResult:
-    """mIOU@K: mean over images of the intersection over union of the top K predicted tags and the true tags (MCT, Table 5)."""
+    """mIOU@K: mean over images of the intersection over union of the top K predicted tags and the true tags (MCT, Table 5).
 
-    miou: dict[int, Metric]
-    frequent: dict[int, float]  # baseline: the K most frequent tags for every image
+    Chance is a baseline: the K most frequent tags for every image.
+    """
+
+    metrics: list[Metric]
     num_tags: int
     untagged: int  # test images without any tag of the vocabulary, which are dropped
-
-    def to_json(self) -> dict[str, Any]:
-        by_k = {f"miou{k}": {**metric.to_json(), "chance": self.frequent[k]} for k, metric in self.miou.items()}
-        return {"task": "tagging", "tags": self.num_tags, "untagged": self.untagged, **by_k}
 
 
 def vocabulary(tags: Iterable[Sequence[str]], max_size: int = 18_157) -> list[str]:
@@ -89,12 +86,12 @@ def tagging(
         scores = F.normalize(predicted, dim=1) @ F.normalize(embeddings, dim=1).T  # [image, tag]
     max_k = min(max(TOP_K), len(tags))
     top, frequent = scores.topk(max_k, dim=1).indices.tolist(), list(range(max_k))
-    return TaggingResult(
-        miou={k: metrics.mean(_iou([row[:k] for row in top], test_ids), seed=seed) for k in TOP_K},
-        frequent={k: float(_iou([frequent[:k]] * len(test_ids), test_ids).mean()) for k in TOP_K},
-        num_tags=len(tags),
-        untagged=len(test[1]) - len(test_ids),
-    )
+    metrics = []
+    for k in TOP_K:
+        baseline = float(_iou([frequent[:k]] * len(test_ids), test_ids).mean())
+        outcome = Outcome(_iou([row[:k] for row in top], test_ids))
+        metrics.append(measure(f"miou{k}", f"mIOU@{k}", outcome, baseline, seed=seed))
+    return TaggingResult(metrics, num_tags=len(tags), untagged=len(test[1]) - len(test_ids))
 
 
 def _with_tag_ids(

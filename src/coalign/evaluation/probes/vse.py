@@ -17,6 +17,8 @@ from coalign.evaluation.embed import Evaluation, ImageEmbeds
 from coalign.evaluation.retrieval import retrieve
 from coalign.types import DualEncoder
 
+Captions = Callable[[int], Sequence[str]]
+
 WORD_DIM, EMBED_DIM = 300, 1024
 MARGIN, BATCH_SIZE = 0.2, 128
 LEARNING_RATES = (2e-4, 2e-5)  # of Adam, for half of the epochs each
@@ -65,13 +67,20 @@ def max_hinge_loss(images: Tensor, texts: Tensor, same_image: Tensor) -> Tensor:
 
 
 def vse(
-    train: ImageEmbeds, test: ImageEmbeds, captions: Callable[[int], Sequence[str]], epochs: int = EPOCHS, seed: int = 0
+    train: ImageEmbeds,
+    test: ImageEmbeds,
+    train_captions: Captions,
+    test_captions: Captions,
+    epochs: int = EPOCHS,
+    seed: int = 0,
 ) -> Evaluation:
     """Trains on the features [image, width] and all captions of `train`, and evaluates retrieval on `test`.
 
+    The captions are functions of the sample index.
+
     Raises UserError if fewer than two training images have captions.
     """
-    pairs = [(row, text) for row, index in enumerate(train.indices) for text in captions(index)]
+    pairs = [(row, text) for row, index in enumerate(train.indices) for text in train_captions(index)]
     if len({row for row, _ in pairs}) < 2:
         raise UserError("There is nothing to train on: fewer than two training images have captions.")
     mean, std = train.embeds.mean(0), train.embeds.std(0, unbiased=False).clamp(min=1e-6)
@@ -100,4 +109,4 @@ def vse(
     with torch.no_grad():
         embeds = F.normalize(projector(standardize(test.embeds)), dim=1)
         model = DualEncoder(lambda pixels: pixels, text_encoder, 1, "VSE++")
-        return retrieve(model, ImageEmbeds(embeds, test.indices, test.bad), captions)
+        return retrieve(model, ImageEmbeds(embeds, test.indices, test.bad), test_captions)

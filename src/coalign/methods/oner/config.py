@@ -17,6 +17,7 @@ CHOICES = {
     "head_norm": ("batch", "batch_apart", "layer"),
     "pooling": ("mean", "cls", "balanced"),
     "teacher": ("ema", "none"),
+    "similarity": ("trained", "projector"),
 }
 
 
@@ -48,6 +49,9 @@ class OneRConfig:
     # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
     image_view: AugmentationPolicy = WEAK  # Augmentation of the image view.
+    # What evaluation and search compare. "trained": what the loss compares, a predicted query with a momentum key, in both
+    # directions. "projector": the cosine of the projector's outputs, one vector per input.
+    similarity: Literal["trained", "projector"] = "trained"
 
     @property
     def joint(self) -> bool:

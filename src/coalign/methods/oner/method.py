@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ CONTRASTS = {
     "cmc": ("joint", "mixed"),
 }
 
+Rows = dict[str, Tensor]  # kind of input -> its features or projections, [batch, width]
+
+
+class OneREmbeds(NamedTuple):
+    """Both sides of the loss, normalized, [batch, dim] each. They are equal without predictor and teacher."""
+
+    query: Tensor  # output of the predictor, or of the projector if there is no predictor
+    key: Tensor  # output of the momentum projector, or of the online projector if there is no teacher
+
 
 class OneR(Method):
     """L = L_ITC + L_CMC + L_MLM + L_MIM, with one tower F for images, texts and image-text sequences (Fig. 5)."""
@@ -35,47 +45,37 @@ class OneR(Method):
     def __init__(self, config: OneRConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
-        mask_p = config.mask_p if config.mlm else 0.0
         self.view_plan = ViewPlan(
             images={"image": config.image_view},
-            texts={"caption": TextPolicy(mask_p=mask_p)},
+            texts={"caption": TextPolicy(mask_p=config.mask_p if config.mlm else 0.0)},
             patch_ranks=config.mim,
             imageless=config.mlm,
         )
-        sides = (side for loss in config.losses for side in CONTRASTS[loss])
-        self.kinds = list(dict.fromkeys(sides))  # kinds of input to the head, without repetition
+        self.kinds = list(dict.fromkeys(side for loss in config.losses for side in CONTRASTS[loss]))  # of head inputs
 
-        vocab_size = towers.vocab_size
-        spec = replace(towers, vocab_size=vocab_size + int(config.mlm))  # the last id is the mask token
+        spec = replace(towers, vocab_size=towers.vocab_size + int(config.mlm))  # the last id is the mask token
         self.tower = build_unified_tower(spec, masks_patches=config.mim)
         width, hidden, dim = self.tower.width, config.head_hidden, config.head_dim
         groups = {"all": self.kinds} if config.heads == "one" else {kind: [kind] for kind in self.kinds}
-        self.projectors = nn.ModuleDict(
-            {
-                name: ModalityBlindMLP([width, hidden, hidden, dim], kinds, config.head_norm)
-                for name, kinds in groups.items()
-            }
-        )
-        self.predictor = None
-        if config.heads == "one":
-            self.predictor = ModalityBlindMLP([dim, hidden, dim], self.kinds, config.head_norm)
-        has_teacher = config.teacher == "ema"
-        self.momentum_tower = ema_copy(self.tower) if has_teacher else None
-        self.momentum_projectors = ema_copy(self.projectors) if has_teacher else None
+        widths, norm = [width, hidden, hidden, dim], config.head_norm
+        self.projectors = nn.ModuleDict({name: ModalityBlindMLP(widths, kinds, norm) for name, kinds in groups.items()})
+        self.predictor = ModalityBlindMLP([dim, hidden, dim], self.kinds, norm) if config.heads == "one" else None
+        self.momentum_tower = ema_copy(self.tower) if config.teacher == "ema" else None
+        self.momentum_projectors = ema_copy(self.projectors) if config.teacher == "ema" else None
 
-        self.mlm_head = MaskedLanguageHead(width, vocab_size) if config.mlm else None
+        self.mlm_head = MaskedLanguageHead(width, towers.vocab_size) if config.mlm else None
         self.mim_head = nn.Linear(width, 3 * self.tower.patch_size**2) if config.mim else None
         self.diagnostics: dict[str, Tensor] = {}  # of the last step, for logging only; not in the state_dict
+        if config.similarity == "trained":
+            self.similarity = _trained_similarity
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         """Encodes each of the three inputs once, masked, for both the contrastive and the masked losses. A text without an image (Table 4)
         contributes only to its own masked loss."""
         view, caption = batch.images["image"], batch.texts["caption"]
         paired = batch.has_caption if batch.has_image is None else batch.has_image  # [batch]
-        masked_patches = None
-        if self.config.mim:
-            assert view.patch_ranks is not None
-            masked_patches = view.patch_ranks.flatten(1) < self._mim_ratio(step)  # [batch, patch]
+        ranks = view.patch_ranks
+        masked_patches = None if ranks is None else ranks.flatten(1) < self._mim_ratio(step)  # [batch, patch]
         image = self.tower.embed_image(view.pixels, masked_patches)
         text = self.tower.embed_text(caption.ids, caption.lengths)
         features, states = self._features(self.tower, image, text, self.config.joint)
@@ -102,9 +102,8 @@ class OneR(Method):
         if tower is None:
             return {}
         caption = batch.texts["caption"]
-        ids = caption.ids
-        if caption.labels is not None:
-            ids = torch.where(caption.labels == NOT_MASKED, ids, caption.labels)
+        ids, labels = caption.ids, caption.labels
+        ids = ids if labels is None else torch.where(labels == NOT_MASKED, ids, labels)
         image, text = tower.embed_image(batch.images["image"].pixels), tower.embed_text(ids, caption.lengths)
         return self._features(tower, image, text, "joint" in self.kinds)[0]
 
@@ -156,17 +155,14 @@ class OneR(Method):
         self._update_diagnostics(features, pairs, step)
         return terms
 
-    def _rows(self, features: Features, pairs: Tensor) -> dict[str, Tensor]:
+    def _rows(self, features: Features, pairs: Tensor) -> Rows:
         """Returns the features of every contrasted kind for the rows `pairs`, [pair, width]. Features are mixed before the projection."""
         rows = {kind: features[f"{kind}_features"][pairs] for kind in self.kinds if kind != "mixed"}
         if "mixed" in self.kinds:
-            image, text = (features[f"{kind}_features"][pairs] for kind in ("image", "text"))
-            rows["mixed"] = (image + text) / 2
+            rows["mixed"] = (features["image_features"][pairs] + features["text_features"][pairs]) / 2
         return rows
 
-    def _project(
-        self, projectors: nn.ModuleDict, rows: dict[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
+    def _project(self, projectors: nn.ModuleDict, rows: Rows, sum_over_ranks: Callable[[Tensor], Tensor]) -> Rows:
         if self.config.heads == "one":
             return projectors["all"](rows, sum_over_ranks)
         return {kind: projectors[kind]({kind: x}, sum_over_ranks)[kind] for kind, x in rows.items()}
@@ -199,41 +195,45 @@ class OneR(Method):
         normalized image and text features of this rank's batch."""
         return {"logit_scale": torch.tensor(1 / self.config.temperature), **self.diagnostics}
 
-    # ------------------------------------------------------------ inference with the online network
+    # ------------------------------------------------------------ inference
 
-    def _embed(self, kind: str, tokens: Tokens) -> Tensor:
-        rows = {kind: pool(self.tower(tokens), self.config.pooling)}
-        return F.normalize(self._project(self.projectors, rows, _no_sum)[kind], dim=-1)
+    def _embed(self, kind: str, tokens: Callable[[UnifiedTower], Tokens]) -> Tensor | OneREmbeds:
+        def project(tower: UnifiedTower, projectors: nn.ModuleDict) -> Rows:
+            return self._project(projectors, {kind: pool(tower(tokens(tower)), self.config.pooling)}, _no_sum)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return self._embed("image", self.tower.embed_image(pixels))
+        online = project(self.tower, self.projectors)
+        if self.config.similarity == "projector":
+            return F.normalize(online[kind], dim=-1)
+        query = online if self.predictor is None else self.predictor(online, _no_sum)
+        key = project(self.momentum_tower or self.tower, self.momentum_projectors or self.projectors)
+        return OneREmbeds(*(F.normalize(x[kind], dim=-1) for x in (query, key)))
+
+    def encode_image(self, pixels: Tensor) -> Tensor | OneREmbeds:
+        return self._embed("image", lambda tower: tower.embed_image(pixels))
 
     def image_features(self, pixels: Tensor) -> Tensor:
         return pool(self.tower(self.tower.embed_image(pixels)), self.config.pooling)
 
-    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return self._embed("text", self.tower.embed_text(ids, lengths))
+    def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor | OneREmbeds:
+        return self._embed("text", lambda tower: tower.embed_text(ids, lengths))
 
     @property
     def has_joint(self) -> bool:
         """Whether the head can project image-text sequences, which needs a head that treats all inputs alike."""
         return self.config.heads == "one" and (self.config.head_norm != "batch_apart" or "joint" in self.kinds)
 
-    def encode_joint(self, pixels: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Encodes image and text as one sequence -> normalized embeds [batch, dim]. Raises UserError if the head cannot project it."""
+    def encode_joint(self, pixels: Tensor, ids: Tensor, lengths: Tensor) -> Tensor | OneREmbeds:
+        """Encodes image and text as one sequence -> embeds. Raises UserError if the head cannot project it."""
         if not self.has_joint:
-            raise UserError(
-                "This model cannot embed image and text jointly: its head treats the two modalities separately."
-            )
-        return self._embed("joint", join(self.tower.embed_image(pixels), self.tower.embed_text(ids, lengths)))
+            raise UserError("This model cannot embed image and text jointly: its head treats the two separately.")
+        return self._embed("joint", lambda tower: join(tower.embed_image(pixels), tower.embed_text(ids, lengths)))
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         """Returns the hidden states of the patches, [batch, row, column, width], comparable with the mean of a text's `token_features`."""
         return self.tower(self.tower.embed_image(pixels)).patches.unflatten(1, self.tower.patch_grid)
 
     def token_features(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Returns the hidden states of the tokens, [batch, token, width]; zero at padding and at start and end tokens, which are not
-        encoded."""
+        """Returns the hidden states of the tokens, [batch, token, width]; zero at padding and at start and end tokens."""
         return F.pad(self.tower(self.tower.embed_text(ids, lengths)).words, (0, 0, 1, 1))
 
     def localize(self, pixels: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -244,15 +244,19 @@ class OneR(Method):
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         tower = self.tower
         mask_patch = [] if tower.mask_patch is None else [tower.mask_patch]
-        mim_head, mlm_head, predictor = (
-            [] if head is None else list(head.parameters()) for head in (self.mim_head, self.mlm_head, self.predictor)
-        )
+        heads = self.mim_head, self.mlm_head, self.predictor
+        mim_head, mlm_head, predictor = ([] if head is None else list(head.parameters()) for head in heads)
         return {
             "tower": [tower.cls, *tower.transformer.parameters(), *tower.norm.parameters()],
             "image": [*tower.stem.parameters(), *mask_patch, *mim_head],
             "text": [*tower.word_embedding.parameters(), *tower.word_norm.parameters(), *mlm_head],
             "heads": [*self.projectors.parameters(), *predictor],
         }
+
+
+def _trained_similarity(images: OneREmbeds, texts: OneREmbeds) -> Tensor:
+    """Returns the mean of what both directions of the loss compare. Symmetric, so it compares any two inputs."""
+    return (images.query @ texts.key.T + images.key @ texts.query.T) / 2
 
 
 def _no_sum(tensor: Tensor) -> Tensor:
@@ -290,6 +294,6 @@ def _no_sum(tensor: Tensor) -> Tensor:
 # - Training on additional captions (Table 4): rows without an image, in the same batches as the pairs. They contribute only to MLM, since
 #   there is no image to contrast them with [i].
 # - No strong augmentation [p]: SLIP's base view, a crop of 50-100 % without a flip [i].
-# - Retrieval and zero-shot use the online projector, localization uses hidden states [i]. With ITC alone, the modalities stay apart in
-#   that space although the loss falls: the predictor learns to map each modality's projection to the other's. With XMC and CMC it must
-#   also map mixed features to themselves, which prevents this (tested).
+# - Retrieval and zero-shot compare what the loss compares, in both directions, or the online projections ("projector"); localization
+#   compares hidden states [i]. With ITC alone, projections of images and texts stay apart although the loss falls: the predictor learns to
+#   map one to the other. With XMC and CMC it must also map mixed features to themselves, which prevents this (tested).

@@ -1,116 +1,155 @@
-"""The input of an evaluation task: a model, and samples of a source."""
+"""The input and the result of an evaluation task."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from coalign.data.loading.eval import image_batches
+from coalign.data.loading.eval import image_batches, sample_key
 from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import ClassificationSource
-from coalign.evaluation.embed import ImageEmbeds, embed_images, image_features
+from coalign.embeds import take
+from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features, no_readable_image
 from coalign.evaluation.prompts import templates
+from coalign.metric import Metric
 from coalign.training.distributed import World
 from coalign.types import EVALUATION, AugmentationPolicy
+from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.eval_model import EvalModel
-from coalign.workflows.evaluate.linear_probe import Labeled
-from coalign.workflows.evaluate.samples import Labels, read_labels
+from coalign.workflows.evaluate.samples import Labels, Samples, read_labels
+
+
+@dataclass
+class TaskResult:
+    """The result of a task."""
+
+    metrics: Sequence[Metric]
+    bad: Iterable[Any] = ()  # the loader's entry for each unreadable sample
+    details: Mapping[str, Any] = field(default_factory=dict)  # what else there is to store, as JSON values
+    notes: Sequence[str] = ()  # sentences, such as what was skipped
+    main_metric: str | None = None  # the paper's, for its datasets; None: the first
+    evaluation: Evaluation | None = None  # the embeddings, which a run's report shows
+
+    def to_json(self) -> dict[str, Any]:
+        unreadable = Counter(entry.reason for entry in self.bad)
+        skipped = [f"skipped samples: {count:,} ({reason})" for reason, count in unreadable.items()]
+        return {
+            "main_metric": self.main_metric or self.metrics[0].name,
+            "metrics": {metric.name: metric.to_json() for metric in self.metrics},
+            "unreadable": dict(unreadable),
+            **self.details,
+            "notes": [*skipped, *self.notes],
+        }
 
 
 @dataclass
 class EvalContext:
-    """A model, the samples of a source to evaluate it on, and options of the tasks."""
+    """A model, the samples to evaluate it on, and those that a task may train on."""
 
     model: EvalModel
-    source: Source
-    indices: np.ndarray  # of the samples to evaluate
-    classes: Path | None
-    label: str | None
-    prompts: str | None
-    workers: int
+    data: str  # as given by the user
+    test: Samples  # evaluated
+    train: Samples  # for tasks that learn; may be empty
+    val: Samples  # to select their settings; may be empty
+    config: EvalConfig
     world: World
-    epochs: int = 10  # of fine-tuning
+    _embedded: ImageEmbeds | None = None
+    _labels: Labels | None = None
 
-    def labels(self, indices: np.ndarray | None = None) -> Labels:
-        """Returns the classes of the given samples (default: those to evaluate)."""
-        if indices is None:
-            indices = self.indices
-        if isinstance(self.source, ClassificationSource) and self.is_benchmark:
-            return Labels(self.source.classnames, {i: self.source.labels[i] for i in indices.tolist()}, 0)
-        return read_labels(self.source, indices, self.classes, self.label)
+    @property
+    def source(self) -> Source:
+        return self.test.source
+
+    @property
+    def indices(self) -> np.ndarray:
+        return self.test.indices
 
     @property
     def is_benchmark(self) -> bool:
         """Whether the source is one of the papers' datasets, with its own classes."""
-        return isinstance(self.source, ClassificationSource) and self.classes is None
+        return isinstance(self.source, ClassificationSource) and self.config.classes is None
+
+    def labels(self) -> Labels:
+        """Returns the classes of the samples to evaluate."""
+        if self._labels is None:
+            self._labels = self._read_labels([self.test])[0]
+        return self._labels
+
+    def labeled_splits(self) -> tuple[Labels, Labels | None, Labels]:
+        """Returns the train, val (None if empty) and test samples with their classes, for a task that trains."""
+        test, train, val = self._read_labels([self.test, self.train, self.val])
+        return train, val if len(self.val.indices) else None, test
+
+    def _read_labels(self, parts: Sequence[Samples]) -> list[Labels]:
+        if not self.is_benchmark or not all(isinstance(part.source, ClassificationSource) for part in parts):
+            return read_labels(parts, self.config.classes, self.config.label)
+        return [
+            Labels(part.source, part.source.classnames, {i: part.source.labels[i] for i in part.indices.tolist()})
+            for part in parts
+            if isinstance(part.source, ClassificationSource)
+        ]
 
     def templates(self) -> list[str]:
         default = self.source.prompts if isinstance(self.source, ClassificationSource) else "default"
-        return templates(self.prompts or default)
+        return templates(self.config.prompts or default)
 
-    def benchmark_info(self, uses_train: bool = True) -> dict[str, Any]:
-        """Returns a benchmark dataset's main metric in the papers, and how the data differs from theirs; empty for other sources."""
+    def classification(self, metrics: Sequence[Metric], uses_train: bool = True, **values: Any) -> TaskResult:
+        """Returns the result of a classification. For the papers' datasets, their metric is the main one, and differences are noted."""
         if not isinstance(self.source, ClassificationSource):
-            return {}
-        return {"main_metric": self.source.metric, "differences": self.source.differences(uses_train)}
-
-    def train_indices(self) -> np.ndarray:
-        """Returns the samples to train on: the source's train split, or all samples that are not evaluated."""
-        splits = self.source.splits or {}
-        return np.setdiff1d(splits.get("train", np.arange(len(self.source))), self.indices)
-
-    def val_indices(self) -> np.ndarray:
-        """Returns the source's val split without the samples to evaluate; empty if it has none."""
-        splits = self.source.splits or {}
-        return np.setdiff1d(splits.get("val", np.empty(0, np.int64)), self.indices)
+            return TaskResult(metrics, **values)
+        differences = self.source.differences(uses_train)
+        notes = [f"differs from the papers' data: {'; '.join(differences)}"] if differences else []
+        result = TaskResult(metrics, **values, notes=notes, main_metric=self.source.metric)
+        result.details = {**result.details, "differences": differences}
+        return result
 
     def batches(
         self,
-        source: Source,
-        indices: Iterable[int],
+        samples: Samples,
         policy: AugmentationPolicy | None = None,
         epoch: int = 0,
         batch_size: int = 256,
     ) -> Generator[tuple[list[int], Tensor, list[Any]], None, None]:
         """Returns batches of preprocessed images or, with a `policy`, of augmented views for the given epoch."""
-        encoder, array = self.model.encoder, np.array(list(indices), dtype=np.int64)
-        size, preprocess = encoder.image_size, None if policy else encoder.preprocess
+        encoder, workers = self.model.encoder, self.config.workers
+        preprocess = None if policy else encoder.preprocess
         return image_batches(
-            source, array, size, batch_size, self.workers, preprocess, policy=policy or EVALUATION, epoch=epoch
-        )
+            samples.source, samples.indices, encoder.image_size, batch_size, workers, preprocess,
+            policy=policy or EVALUATION, epoch=epoch,
+        )  # fmt: skip
 
-    def embed_images(self, indices: Iterable[int]) -> ImageEmbeds:
-        """Returns the image embeddings of samples; each process computes its shard of them, and returns all."""
-        shard = sorted(indices)[self.world.rank :: self.world.size]
-        return embed_images(self.model.encoder, self.batches(self.source, shard), self.world.gather_objects)
+    def embed_images(self, indices: Iterable[int] | None = None) -> ImageEmbeds:
+        """Returns the image embeddings of samples to evaluate (default: all, which are embedded once).
 
-    def features(
-        self, source: Source, indices: np.ndarray, policy: AugmentationPolicy | None = None, epoch: int = 0
-    ) -> ImageEmbeds:
+        Each process computes its shard of them, and returns all.
+        """
+        chosen = sorted(self.indices.tolist() if indices is None else indices)
+        if self._embedded is None:
+            batches = self.batches(self._shard(self.source, chosen))
+            images = embed_images(self.model.encoder, batches, self.world.gather_objects)
+            if len(chosen) == len(self.indices):
+                self._embedded = images
+            return images
+        return self._embedded if len(chosen) == len(self.indices) else self._subset(self._embedded, chosen)
+
+    def _subset(self, images: ImageEmbeds, indices: Sequence[int]) -> ImageEmbeds:
+        """Returns the images with the given indices, as if only these had been embedded."""
+        kept, keys = set(indices), {sample_key(self.source, index) for index in indices}
+        rows = [row for row, index in enumerate(images.indices) if index in kept]
+        bad = [entry for entry in images.bad if entry.key in keys]
+        if not rows:
+            raise no_readable_image(len(bad))
+        return ImageEmbeds(take(images.embeds, rows), [images.indices[row] for row in rows], bad)
+
+    def features(self, samples: Samples, policy: AugmentationPolicy | None = None, epoch: int = 0) -> ImageEmbeds:
         """Returns the image encoder's features of samples, before the projection; sharded as in `embed_images`."""
-        shard = sorted(indices.tolist())[self.world.rank :: self.world.size]
-        batches = self.batches(source, shard, policy, epoch)
-        return image_features(self.model.encoder, batches, self.world.gather_objects)
+        shard = self._shard(samples.source, sorted(samples.indices.tolist()))
+        return image_features(self.model.encoder, self.batches(shard, policy, epoch), self.world.gather_objects)
 
-
-def labeled_splits(context: EvalContext) -> tuple[Labeled, Labeled | None, Labeled, list[str]]:
-    """Returns the train, val (None if empty) and test split of a task that trains, and the class names.
-
-    The test split holds the samples to evaluate.
-    """
-    train_indices, val_indices = context.train_indices(), context.val_indices()
-    labels = context.labels(np.concatenate([context.indices, train_indices, val_indices]))
-    labeled = Labeled(context.source, labels.class_of)
-    train, val, test = (labeled.subset(indices) for indices in (train_indices, val_indices, context.indices))
-    return train, val if len(val_indices) else None, test, labels.classnames
-
-
-def count_reasons(bad: Iterable[Any]) -> dict[str, int]:
-    """Returns the number of bad samples by reason."""
-    return dict(Counter(entry.reason for entry in bad))
+    def _shard(self, source: Source, indices: Sequence[int]) -> Samples:
+        return Samples(source, np.array(indices[self.world.rank :: self.world.size], dtype=np.int64))

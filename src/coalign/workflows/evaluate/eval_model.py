@@ -55,15 +55,22 @@ class EvalModel:
 
 
 def open_eval_model(
-    model: str | Path | Run | DualEncoder, weights: str = "last", device: str = "cpu", preprocess: str | None = None
+    model: str | Path | Run | DualEncoder,
+    weights: str = "last",
+    device: str = "cpu",
+    preprocess: str | None = None,
+    similarity: str | None = None,
 ) -> EvalModel:
     """Opens a model for evaluation.
 
     model: a run or its folder, a folder that `coalign export` wrote for open_clip, transformers or as ONNX, `open_clip:…`,
     `transformers:…`, or a DualEncoder. preprocess: how images are resized and cropped, instead of the model's own preprocessing:
-    "coalign", "open_clip" or "transformers". Raises UserError if the model cannot be opened.
+    "coalign", "open_clip" or "transformers". similarity: of a run whose method has several, as in `load`. Raises UserError if the model
+    cannot be opened.
     """
-    eval_model = _open(model, weights, check_device(device) or "cpu")
+    eval_model = _open(model, weights, check_device(device) or "cpu", similarity)
+    if similarity is not None and eval_model.run is None:
+        raise UserError(f"{eval_model.encoder.name} has a single similarity; omit --similarity.")
     if preprocess is not None:
         if preprocess not in PREPROCESSES:
             raise UserError(f"--preprocess is {preprocess!r}, but must be one of {', '.join(PREPROCESSES)}.")
@@ -73,10 +80,12 @@ def open_eval_model(
     return eval_model
 
 
-def _open(model: str | Path | Run | DualEncoder, weights: str, device: str) -> EvalModel:
+def _open(model: str | Path | Run | DualEncoder, weights: str, device: str, similarity: str | None) -> EvalModel:
     if isinstance(model, DualEncoder):
         return EvalModel(model)
     if not isinstance(model, (str, Path)):
+        if similarity is not None:
+            raise UserError(f"{model.path} is already loaded; pass the similarity to load() instead.")
         return EvalModel(model.encoder(), model)
     kind, _, name = str(model).partition(":")
     if kind in LIBRARIES and name:
@@ -90,7 +99,7 @@ def _open(model: str | Path | Run | DualEncoder, weights: str, device: str) -> E
         return EvalModel(from_onnx(folder, load_tokenizer(folder / "tokenizer.json")), library="onnx")
     if not folder.exists():
         raise UserError(f"{model} does not exist; the model must be {FORMS}.")
-    run = load(folder, weights, device)
+    run = load(folder, weights, device, similarity)
     return EvalModel(run.encoder(), run)
 
 

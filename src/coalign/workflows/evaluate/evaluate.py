@@ -1,148 +1,95 @@
-"""evaluate(): evaluates a model on tasks, each `KIND:DATA`."""
+"""evaluate(): evaluates a model on tasks, each `TASK:DATA`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coalign.data.scenes.source import Scenes
+import numpy as np
+
+from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import DATASETS, open_dataset
+from coalign.data.sources.benchmarks.detection import open_detection
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
 from coalign.evaluation.encoder_wrappers import cached, in_bfloat16, shard_texts
-from coalign.evaluation.suite import suite_row
+from coalign.evaluation.suite import suite_metrics
+from coalign.metric import metrics_from_json
 from coalign.runs.folder import check_output
 from coalign.runs.run import Run, check_device
 from coalign.training.distributed import World, join_world
 from coalign.types import DualEncoder
-from coalign.workflows.evaluate.context import EvalContext
-from coalign.workflows.evaluate.detection_tasks import DETECTION_TASKS, open_detection_task
+from coalign.workflows.evaluate.config import EvalConfig
+from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.eval_report import print_results, write_page, write_results
-from coalign.workflows.evaluate.samples import select_split
-from coalign.workflows.evaluate.scene_tasks import SCENE_TASKS
-from coalign.workflows.evaluate.tasks import TASKS, TRAINING_TASKS
+from coalign.workflows.evaluate.needs import check_needs
+from coalign.workflows.evaluate.samples import Samples, select_split
+from coalign.workflows.evaluate.tasks import SUITES, Task, parse_task
 
-KINDS = (*TASKS, *SCENE_TASKS, *DETECTION_TASKS)
-NOT_IN_BFLOAT16 = ("finetune", "finetune-retrieval", "bootstrap", *SCENE_TASKS, *DETECTION_TASKS)
-SUITES = {"suite11": "zeroshot", "suite11-probe": "probe"}  # all of DATASETS by one kind of task
+Results = dict[str, dict[str, Any]]
 
 
 def evaluate(
     model: str | Path | Run | DualEncoder,
     tasks: Sequence[str],
-    *,
-    weights: str = "last",
-    split: str | None = None,
-    classes: Path | None = None,
-    label: str | None = None,
-    prompts: str | None = None,
-    data_root: Path | None = None,
-    preprocess: str | None = None,
-    precision: str = "fp32",
-    cache: Path | None = None,
-    epochs: int = 10,
-    train_data: str | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-    on_result: Callable[[dict[str, dict[str, Any]]], None] = lambda results: None,
-) -> dict[str, dict[str, Any]]:
-    """Evaluates a model on tasks. Returns task -> metrics as plain values, with the split and the numbers of samples and unreadable ones.
+    config: EvalConfig | None = None,
+    on_result: Callable[[Results], None] = lambda results: None,
+) -> Results:
+    """Evaluates a model on tasks. Returns task -> its metrics with intervals and counts, as plain values (`TaskResult.to_json`).
 
-    `model`: see `open_eval_model`. A task is one of:
+    model: see `open_eval_model`. tasks: `TASK:DATA`, where TASK is one of `tasks.TASKS`, or a suite: `suite11` and `suite11-probe` are
+    zero-shot classification and the linear probe on all datasets of DeCLIP's Table 6.
 
-    - `retrieval:DATA`, `retrieval-1k:DATA` (in folds of 1,000 images), `zeroshot:DATA`
-    - probes of frozen image features: `probe:`, `probe-mct:`, `probe-slip:`, `fewshot:`, `knn:`, `tagging:`, `vse:`
-    - `finetune:` and `finetune-retrieval:`
-    - detectors: `detection:`, `detection-c4:`, `segmentation:`, on data for `open_detection`
-    - `bootstrap:` (zero-shot with its own first predictions beside the image), if the model embeds image and text jointly
-    - `foils:` (true or false captions) on scenes and SugarCrepe, and `pairs:` on Winoground
-    - on scenes: `localization:` (maps against the objects' masks), and `guided:` (sizes of the objects that a text names)
-    - `suite11` and `suite11-probe`: zero-shot and probe on all datasets of DeCLIP's Table 6
-
-    DATA is anything that `open_source` accepts, or one of those eleven datasets below `data_root`, with its own classes, prompts and
-    splits. `split`: train, val, test, … or all; by default the run's held-out pairs if DATA is its training data, else DATA's test or val
-    split, else all of it. Classes are the values of the fact `label` (default: the first of label, class, category, folder in the data), or
-    those of the file `classes`. Under torchrun the processes share the embedding work. `on_result` is called with the results so far after
-    each task. Raises UserError for invalid options and data.
+    DATA is anything that `open_source` accepts (for detectors, `open_detection`), or one of those eleven datasets below
+    `config.data_root`, with its own classes, prompts and splits. Under torchrun the processes share the embedding work. `on_result` is
+    called with the results so far after each task. Raises UserError for invalid options and data, before the first task runs.
     """
+    config = config or EvalConfig()
     if not tasks:
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
-    kinds = [_parse_task(task) for task in _expand_suites(tasks)]
-    _check_options(kinds, precision, epochs)
-    _check_dataset_folders([data for _, data in kinds if _is_benchmark(data, data_root)], data_root)
-    world = join_world(check_device(device))
-    eval_model = open_eval_model(model, weights, str(world.device), preprocess)
-    eval_model.encoder = _wrap_encoder(eval_model, precision, cache, world)
-    runner = TaskRunner(eval_model, world, split, classes, label, prompts, data_root, epochs, train_data, workers)
+    parsed = [parse_task(text) for text in _expand_suites(tasks)]
+    _check_precision([task for task, _ in parsed], config)
+    _check_dataset_folders([data for _, data in parsed if _is_benchmark(data, config.data_root)], config.data_root)
+    world = join_world(check_device(config.device))
+    eval_model = open_eval_model(model, config.weights, str(world.device), config.preprocess, config.similarity)
+    eval_model.encoder = _wrap_encoder(eval_model, config, world)
     # open all data before the first task runs, which may take hours
-    opened = {f"{kind}:{data}": runner.open(kind, data) for kind, data in kinds}
-    results: dict[str, dict[str, Any]] = {}
-    for task, run in opened.items():
-        results[task] = run()
+    contexts: dict[tuple[str, bool], tuple[str, EvalContext]] = {}
+    for task, data in parsed:
+        key = (data, "boxes" in task.needs)
+        if key not in contexts:
+            contexts[key] = _open(data, eval_model, config, world, with_boxes=key[1])
+        check_needs(task, contexts[key][1])
+    results: Results = {}
+    for task, data in parsed:
+        split, context = contexts[data, "boxes" in task.needs]
+        counts = {"data": data, "split": split, "samples": len(context.indices)}
+        results[f"{task.name}:{data}"] = {**counts, **task.load()(context).to_json()}
         on_result(results)
-    suites = {task: suite_row(results, SUITES[task], DATASETS) for task in tasks if task in SUITES}
-    return {**results, **suites}
-
-
-@dataclass
-class TaskRunner:
-    """The model and the options of an evaluation."""
-
-    model: EvalModel
-    world: World
-    split: str | None
-    classes: Path | None
-    label: str | None
-    prompts: str | None
-    data_root: Path | None
-    epochs: int
-    train_data: str | None
-    workers: int
-
-    def open(self, kind: str, data: str) -> Callable[[], dict[str, Any]]:
-        """Opens the data of a task. Returns a function that runs the task."""
-        if kind in DETECTION_TASKS:
-            return open_detection_task(
-                self.model, kind, data, self.train_data, self.split, self.epochs, self.world.device
-            )
-        root = self.data_root
-        source = open_dataset(data, root) if root is not None and _is_benchmark(data, root) else open_source(data)
-        name, indices = select_split(source, data, self.model.run, self.split)
-        context = EvalContext(
-            self.model, source, indices, self.classes, self.label, self.prompts, self.workers, self.world, self.epochs
-        )
-        if kind in TRAINING_TASKS and not len(context.train_indices()):
-            raise UserError(
-                f"{kind}:{data} has nothing to train on: all of its samples are evaluated; add a train split, or evaluate another --split."
-            )
-
-        def run() -> dict[str, Any]:
-            result = _run_scene_task(kind, context) if kind in SCENE_TASKS else TASKS[kind](context)
-            return {"data": data, "split": name, "samples": len(indices), **result}
-
-        return run
+    for suite in (text for text in tasks if text in SUITES):
+        results[suite] = _suite(results, suite)
+    return results
 
 
 def evaluate_and_write(
-    model: str, tasks: Sequence[str], *, json: Path | None, report: Path | None, device: str, **options: Any
+    model: str, tasks: Sequence[str], config: EvalConfig, json: Path | None, report: Path | None
 ) -> None:
     """Runs `evaluate`, prints the results, and writes them to the JSON file and the page if given."""
     for path in (json, report):
         if path:
             check_output(path)  # fail before the work
-    is_first = join_world(check_device(device)).is_first
+    is_first = join_world(check_device(config.device)).is_first
 
-    def show(results: dict[str, dict[str, Any]]) -> None:
+    def show(results: Results) -> None:
         """Prints and writes the newest result at once, as a later task may fail or be interrupted."""
         if is_first:
             print_results(dict([list(results.items())[-1]]))
             if json:
                 write_results(results, json)
 
-    results = evaluate(model, tasks, device=device, on_result=show, **options)
+    results = evaluate(model, tasks, config, on_result=show)
     if not is_first:
         return
     suites = {task: values for task, values in results.items() if task in SUITES}
@@ -154,55 +101,43 @@ def evaluate_and_write(
         print(f"Report: {report}")
 
 
-def _wrap_encoder(model: EvalModel, precision: str, cache: Path | None, world: World) -> DualEncoder:
+def _wrap_encoder(model: EvalModel, config: EvalConfig, world: World) -> DualEncoder:
     """Returns the model's encoder with the precision, the cache and the sharding of the evaluation."""
     encoder = model.encoder
-    if precision == "bf16":
+    if config.precision == "bf16":
         if model.library == "onnx":
             raise UserError(f"The precision of {encoder.name} was fixed at its export to ONNX; omit --precision.")
         encoder = in_bfloat16(encoder, world.device.type)
-    if cache is not None:
-        encoder = cached(encoder, cache, precision)
+    if config.cache is not None:
+        encoder = cached(encoder, config.cache, config.precision)
     # outermost, so that all processes take part in every collective, whatever is in their caches
     return shard_texts(encoder, world.rank, world.size, world.gather_objects) if world.size > 1 else encoder
 
 
-def _run_scene_task(kind: str, context: EvalContext) -> dict[str, Any]:
-    if not isinstance(context.source, Scenes):
-        raise UserError(f"{kind} needs the ground truth of every object, which only scenes:… have.")
-    return {"unreadable": {}, **SCENE_TASKS[kind](context.model, context.source, context.indices)}
+# ---------------------------------------------------------------- data
 
 
-# ---------------------------------------------------------------- tasks and options
+def _open(data: str, model: EvalModel, config: EvalConfig, world: World, with_boxes: bool) -> tuple[str, EvalContext]:
+    """Opens the data of a task. Returns the name of the split to evaluate, and the context."""
+    source = _open_source(data, config, with_boxes)
+    name, indices = select_split(source, data, None if with_boxes else model.run, config.split)
+    train_source = source if config.train_data is None else _open_source(config.train_data, config, with_boxes)
+    splits = train_source.splits or {}
+    train = splits.get("train", np.arange(len(train_source)))
+    val = splits.get("val", np.empty(0, np.int64))
+    if train_source is source:
+        train, val = np.setdiff1d(train, indices), np.setdiff1d(val, indices)
+    context = EvalContext(
+        model, data, Samples(source, indices), Samples(train_source, train), Samples(train_source, val), config, world
+    )
+    return name, context
 
 
-def _check_options(kinds: Sequence[tuple[str, str]], precision: str, epochs: int) -> None:
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"--precision is {precision!r}, but must be fp32 or bf16.")
-    in_float32 = [kind for kind, _ in kinds if kind in NOT_IN_BFLOAT16]
-    if precision == "bf16" and in_float32:
-        raise UserError(f"--precision bf16 is not supported by {in_float32[0]}, which needs float32; omit it.")
-    if epochs < 1:
-        raise UserError(f"--epochs is {epochs}, but must be at least 1.")
-
-
-def _expand_suites(tasks: Sequence[str]) -> list[str]:
-    """Returns the tasks with every suite replaced by its tasks."""
-    return [
-        task
-        for name in tasks
-        for task in ([f"{SUITES[name]}:{dataset}" for dataset in DATASETS] if name in SUITES else [name])
-    ]
-
-
-def _parse_task(task: str) -> tuple[str, str]:
-    kind, _, data = task.partition(":")
-    if kind not in KINDS or not data:
-        raise UserError(
-            f"{task!r} is not a task; use {' or '.join(SUITES)}, or KIND:DATA such as retrieval:my-images, where KIND is one of "
-            f"{', '.join(KINDS)}."
-        )
-    return kind, data
+def _open_source(data: str, config: EvalConfig, with_boxes: bool) -> Source:
+    if with_boxes:
+        return open_detection(data)
+    root = config.data_root
+    return open_dataset(data, root) if root is not None and _is_benchmark(data, root) else open_source(data)
 
 
 def _is_benchmark(data: str, root: Path | None) -> bool:
@@ -219,3 +154,31 @@ def _check_dataset_folders(names: Sequence[str], root: Path | None) -> None:
     if missing:
         folders = ", ".join(f"{root / DATASETS[name].folder} ({name})" for name in missing)
         raise UserError(f"Missing below --data-root: {folders}; unpack each as torchvision does.")
+
+
+# ---------------------------------------------------------------- tasks and suites
+
+
+def _check_precision(tasks: Sequence[Task], config: EvalConfig) -> None:
+    in_float32 = [task.name for task in tasks if not task.allows_bf16]
+    if config.precision == "bf16" and in_float32:
+        raise UserError(f"--precision bf16 is not supported by {in_float32[0]}, which needs float32; omit it.")
+
+
+def _expand_suites(tasks: Sequence[str]) -> list[str]:
+    """Returns the tasks with every suite replaced by its tasks."""
+    return [
+        task
+        for name in tasks
+        for task in ([f"{SUITES[name]}:{dataset}" for dataset in DATASETS] if name in SUITES else [name])
+    ]
+
+
+def _suite(results: Results, suite: str) -> dict[str, Any]:
+    """Returns the row of a table: the main metric on each of DATASETS, and their average."""
+    by_dataset = {name: results[f"{SUITES[suite]}:{name}"] for name in DATASETS}
+    main = {
+        name: next(metric for metric in metrics_from_json(result["metrics"]) if metric.name == result["main_metric"])
+        for name, result in by_dataset.items()
+    }
+    return TaskResult(suite_metrics(main), main_metric="average").to_json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,32 @@ from coalign.runs.run import Run
 LABEL_FACTS = ("label", "class", "category", "folder")  # in order of precedence
 
 
-@dataclass
-class Labels:
-    """The classes of a source's samples."""
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a source."""
 
+    source: Source
+    indices: np.ndarray  # int64
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Samples of a source with their classes; those without a class are left out and counted."""
+
+    source: Source
     classnames: list[str]
-    class_of: dict[int, int]  # sample index -> class
-    unlabeled: int  # number of samples without a class
+    class_of: Mapping[int, int]  # sample index -> class
+    unlabeled: int = 0  # number of samples without a class
+
+    def subset(self, indices: np.ndarray) -> Labels:
+        kept = {i: self.class_of[i] for i in indices.tolist() if i in self.class_of}
+        return Labels(self.source, self.classnames, kept)
+
+    def train_val_split(self) -> tuple[Labels, Labels]:
+        """Splits the samples at random into four fifths and one fifth."""
+        shuffled = np.random.default_rng(0).permutation(sorted(self.class_of))
+        val, train = np.split(shuffled, [len(shuffled) // 5])
+        return self.subset(train), self.subset(val)
 
 
 def select_split(source: Source, data: str, run: Run | None, split: str | None) -> tuple[str, np.ndarray]:
@@ -72,42 +91,51 @@ def tags_of(source: Source, index: int) -> Sequence[str]:
         return ()
 
 
-def read_labels(source: Source, indices: np.ndarray, classes: Path | None = None, label: str | None = None) -> Labels:
+def read_labels(parts: Sequence[Samples], classes: Path | None = None, label: str | None = None) -> list[Labels]:
     """Reads the class of every sample that has one, from the fact `label` (default: the first of LABEL_FACTS that it has).
 
-    With a classes file, the label fact or else the first tag that is listed in the file gives the class. Raises UserError if no sample has
-    a class.
+    With a classes file, the label fact or else the first tag that is listed in the file gives the class; otherwise the classes are the
+    values in all parts. Raises UserError if no sample of the first part has a class.
     """
-    values: dict[int, list[str]] = {}
     facts = (label,) if label else LABEL_FACTS
-    for index in indices.tolist():
-        try:
-            record = source.record(index)
-        except BadSample:
-            values[index] = []
-            continue
-        fact = next((str(record.facts[name]) for name in facts if record.facts.get(name) not in (None, "")), None)
-        values[index] = ([fact] if fact is not None else []) + (list(record.tags) if classes else [])
+    values = [_values(part, facts, with_tags=classes is not None) for part in parts]
     if classes:
         entries = read_classes(classes)
         names, number = [entry.name for entry in entries], {entry.label: i for i, entry in enumerate(entries)}
     else:
-        distinct = sorted({value for sample_values in values.values() for value in sample_values})
+        distinct = sorted({value for part in values for sample_values in part.values() for value in sample_values})
         names, number = [value.replace("_", " ") for value in distinct], {value: i for i, value in enumerate(distinct)}
-    class_of = {
-        index: next(number[value] for value in sample_values if value in number)
-        for index, sample_values in values.items()
-        if set(sample_values) & set(number)
-    }
-    if not class_of:
-        fields = f"the samples' {' or '.join(facts)}"
-        if classes:
-            examples = sorted({value for sample_values in values.values() for value in sample_values})[:5]
-            shown = f"there are values such as {', '.join(map(repr, examples))}" if examples else "they are empty"
-            raise UserError(
-                f"No sample of {source.name} has one of the classes in {classes}; they are matched with {fields} and tags: {shown}."
-            )
-        raise UserError(
-            f"No sample of {source.name} has a class in {fields}; set --label to the column or fact that holds it."
-        )
-    return Labels(names, class_of, len(indices) - len(class_of))
+    labels = []
+    for part, part_values in zip(parts, values):
+        class_of = {
+            index: next(number[value] for value in sample_values if value in number)
+            for index, sample_values in part_values.items()
+            if set(sample_values) & set(number)
+        }
+        labels.append(Labels(part.source, names, class_of, len(part.indices) - len(class_of)))
+    if not labels[0].class_of:
+        raise UserError(_no_class(parts[0].source, values[0], facts, classes))
+    return labels
+
+
+def _values(samples: Samples, facts: Sequence[str], with_tags: bool) -> dict[int, list[str]]:
+    """Returns what may be the class of each sample: its label fact and, if they count, its tags."""
+    values: dict[int, list[str]] = {}
+    for index in samples.indices.tolist():
+        try:
+            record = samples.source.record(index)
+        except BadSample:
+            values[index] = []
+            continue
+        fact = next((str(record.facts[name]) for name in facts if record.facts.get(name) not in (None, "")), None)
+        values[index] = ([fact] if fact is not None else []) + (list(record.tags) if with_tags else [])
+    return values
+
+
+def _no_class(source: Source, values: Mapping[int, list[str]], facts: Sequence[str], classes: Path | None) -> str:
+    fields = f"the samples' {' or '.join(facts)}"
+    if not classes:
+        return f"No sample of {source.name} has a class in {fields}; set --label to the column or fact that holds it."
+    examples = sorted({value for sample_values in values.values() for value in sample_values})[:5]
+    shown = f"there are values such as {', '.join(map(repr, examples))}" if examples else "they are empty"
+    return f"No sample of {source.name} has one of the classes in {classes}; they are matched with {fields} and tags: {shown}."

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from coalign.data.loading.eval import image_batches
 from coalign.data.scenes.drawing import masks
 from coalign.data.scenes.layout import SIZES
 from coalign.data.scenes.source import Scenes
 from coalign.evaluation.guidance import GuidedQuery, guided_classification
 from coalign.evaluation.localization import Query, evaluate_localization
-from coalign.workflows.evaluate.eval_model import EvalModel
+from coalign.workflows.evaluate.context import EvalContext, TaskResult
 
 
-def _localization(model: EvalModel, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    views, side = _load_views(model, source, indices)
-    localizer, technique = model.localizer()
-    result = evaluate_localization(localizer, views.__getitem__, scene_queries(source, indices, side))
-    return {**result.to_json(), "maps": technique}
+def localization(context: EvalContext) -> TaskResult:
+    source, views = _load_views(context)
+    localizer, technique = context.model.localizer()
+    queries = scene_queries(source, context.indices, context.model.encoder.image_size)
+    metrics = evaluate_localization(localizer, views.__getitem__, queries)
+    return TaskResult(metrics, details={"queries": len(queries), "maps": technique})
 
 
-def _guided(model: EvalModel, source: Scenes, indices: np.ndarray) -> dict[str, Any]:
-    encode_joint = model.joint_encoder()  # first, as it raises if there is none
-    views, _ = _load_views(model, source, indices)
-    queries = guided_queries(source, indices)
-    return guided_classification(model.encoder, encode_joint, views.__getitem__, queries).to_json()
+def guided(context: EvalContext) -> TaskResult:
+    source, views = _load_views(context)
+    queries = guided_queries(source, context.indices)
+    encode_joint = context.model.joint_encoder()
+    return TaskResult(guided_classification(context.model.encoder, encode_joint, views.__getitem__, queries))
 
 
-SCENE_TASKS: Mapping[str, Callable[[EvalModel, Scenes, np.ndarray], dict[str, Any]]] = {
-    "localization": _localization,
-    "guided": _guided,
-}
-
-
-def _load_views(model: EvalModel, source: Scenes, indices: np.ndarray) -> tuple[dict[int, Tensor], int]:
-    """Returns index -> preprocessed image, uint8 [3, side, side], and the side."""
-    side = model.encoder.image_size
+def _load_views(context: EvalContext) -> tuple[Scenes, dict[int, Tensor]]:
+    """Returns the scenes, and index -> preprocessed image, uint8 [3, side, side]."""
+    assert isinstance(context.source, Scenes)  # the tasks need it
     views: dict[int, Tensor] = {}
-    for batch, pixels, _ in image_batches(source, indices, side, preprocess=model.encoder.preprocess):
+    for batch, pixels, _ in context.batches(context.test):
         views |= dict(zip(batch, pixels))
-    return views, side
+    return context.source, views
 
 
 def scene_queries(source: Scenes, indices: np.ndarray, side: int) -> list[Query]:

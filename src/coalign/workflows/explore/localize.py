@@ -36,7 +36,7 @@ def localizer(run: Run) -> tuple[Localizer, str]:
     def grad_cam_maps(pixels: Tensor, texts: Sequence[str]) -> Tensor:
         with torch.no_grad():
             embeds = method.encode_text(*tokens(texts))
-        return grad_cam(tower, method.encode_image, pixels.to(device), embeds)
+        return grad_cam(tower, method.encode_image, pixels.to(device), embeds, method.similarity)
 
     return grad_cam_maps, "Grad-CAM"
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from coalign.data.loading.eval import image_batches, sample_key
 from coalign.data.sources.open import open_source
+from coalign.embeds import similarities
 from coalign.errors import UserError
-from coalign.evaluation.embed import embed_images, embed_texts
+from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.report.page import GalleryCell, Page
 from coalign.runs.folder import check_output
+from coalign.types import Embeds
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.samples import captions_of, select_split
 from coalign.workflows.image_files import read_image, thumbnail
@@ -26,7 +26,7 @@ class Hit:
 
     index: int  # of the sample in the data
     key: str
-    score: float  # cosine with the query
+    score: float  # similarity to the query; a query of image and text has the mean of both
     captions: tuple[str, ...]
 
 
@@ -38,6 +38,7 @@ class SearchResult:
     num_unreadable: int
 
 
+@torch.no_grad()
 def search(
     path: str | Path,
     data: str,
@@ -52,8 +53,9 @@ def search(
 ) -> SearchResult:
     """Finds the `top` images of `data` nearest to a text, to an image, or to both.
 
-    OneR embeds text and image as one sequence; for two-tower models the query is the sum of both embeddings. With `report`, also writes
-    a page with the images. Raises UserError if the query is empty, or the model, the data or the image cannot be read.
+    OneR embeds text and image as one sequence. For two-tower models the score is the mean of the similarities to both; with cosines, it
+    ranks like the sum of both embeddings. With `report`, also writes a page with the images. Raises UserError if the query is empty, the
+    model, the data or the image cannot be read, or the model cannot compare two images.
     """
     if text is not None and not text.strip():
         raise UserError("The text to search for is empty.")
@@ -64,13 +66,14 @@ def search(
     if report is not None:
         check_output(Path(report))
     model = open_eval_model(path, device=device)
-    query_embed, query = _embed_query(model, text, image)
+    parts, query = _embed_query(model, text, image)
     source = open_source(data)
     indices = select_split(source, data, model.run, split)[1]
     encoder, captions = model.encoder, captions_of(source)
     batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
     images = embed_images(encoder, batches)
-    scores, rows = (images.embeds @ query_embed).topk(min(top, len(images.indices)))
+    to_parts = torch.cat([similarities(encoder.similarity, images.embeds, part) for part in parts], dim=1)
+    scores, rows = to_parts.mean(1).topk(min(top, len(images.indices)))
     nearest = [(images.indices[row], score) for row, score in zip(rows.tolist(), scores.tolist())]
     hits = [Hit(index, sample_key(source, index), score, tuple(captions(index))) for index, score in nearest]
     if report is not None:
@@ -87,17 +90,15 @@ def search(
     return SearchResult(query, hits, len(images.indices), len(images.bad))
 
 
-@torch.no_grad()
-def _embed_query(model: EvalModel, text: str | None, image: str | Path | None) -> tuple[Tensor, str]:
-    """Returns the query's normalized embedding, float32 [dim], and a description of it."""
+def _embed_query(model: EvalModel, text: str | None, image: str | Path | None) -> tuple[list[Embeds], str]:
+    """Returns the embeds of the query's parts, one sample each, and a description of the query."""
     encoder = model.encoder
     if image is None:
-        return embed_texts(encoder, [text or ""])[0], "text"
+        return [embed_texts(encoder, [text or ""])], "text"
     pixels = read_image(image, encoder.image_size, encoder.preprocess)
     if text is not None and model.has_joint:
-        joint_embed = model.joint_encoder()(pixels, [text])[0].float().cpu()
-        return F.normalize(joint_embed, dim=0), "image and text as one sequence"
-    image_embed = embed_images(encoder, [([0], pixels, [])]).embeds[0]
+        return [embed_joint(encoder, model.joint_encoder(), pixels, [text])], "image and text as one sequence"
+    image_embeds = embed_images(encoder, [([0], pixels, [])]).embeds
     if text is None:
-        return image_embed, "image"
-    return F.normalize(image_embed + embed_texts(encoder, [text])[0], dim=0), "sum of image and text embeddings"
+        return [image_embeds], "image"
+    return [image_embeds, embed_texts(encoder, [text])], "mean of the similarities to image and text"

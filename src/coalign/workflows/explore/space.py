@@ -7,27 +7,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
-from coalign.evaluation.embed import embed_images, embed_texts
+from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.runs.run import Run, build_method, load
 from coalign.workflows.evaluate.samples import captions_of, select_split
 from coalign.workflows.image_files import check_figure_path, save_figure
 
 
-def space(path: str | Path, data: str, out: str | Path, pairs: int = 300, device: str = "cpu") -> dict[str, float]:
+def space(
+    path: str | Path,
+    data: str,
+    out: str | Path,
+    pairs: int = 300,
+    device: str = "cpu",
+    similarity: str | None = None,
+) -> dict[str, float]:
     """Plots the embeddings of `pairs` held-out pairs of `data` by the run's model at random initialization and after training.
 
+    similarity: of a run whose method has several, as in `load`; the plot needs one vector per sample, compared by its cosine.
+
     Returns the modality gap of both, the distance between the centroids of images and captions, 0 to 2. Raises UserError if there are
-    fewer than 10 pairs, or the run or the data cannot be read.
+    fewer than 10 pairs, the model does not embed a sample as one vector, or the run or the data cannot be read.
     """
     from coalign.report.embedding_space import space_panels
 
     out = check_figure_path(out)
-    trained = load(path, device=device)
+    trained = load(path, device=device, similarity=similarity)
+    if not trained.encoder().compares_cosines:
+        several = hasattr(trained.config.method_config, "similarity")
+        hint = "; set --similarity projector" if several else ""
+        raise UserError(f"{path} does not compare one vector per sample, which the plot needs{hint}.")
     untrained_method = build_method(replace(trained.config, pretrained=None), trained.tokenizer)
     initial = replace(trained, method=untrained_method.to(device).eval())
     source = open_source(data)
@@ -51,7 +63,6 @@ def space(path: str | Path, data: str, out: str | Path, pairs: int = 300, device
     return gaps
 
 
-@torch.no_grad()
 def _embeds(run: Run, indices: list[int], texts: list[str], batches: list) -> dict[str, np.ndarray]:
     """Returns normalized embeds [pair, dim] of images, captions and, for OneR, both jointly, for the pairs with a readable image."""
     images = embed_images(run.encoder(), batches)
@@ -60,7 +71,7 @@ def _embeds(run: Run, indices: list[int], texts: list[str], batches: list) -> di
     embeds = {"images": images.embeds.numpy(), "captions": embed_texts(run.encoder(), texts).numpy()}
     if run.method.has_joint:
         pixels = torch.cat([pixels for _, pixels, _ in batches])
-        embeds["joint"] = F.normalize(run.joint_encoder()(pixels, texts).float(), dim=-1).cpu().numpy()
+        embeds["joint"] = embed_joint(run.encoder(), run.joint_encoder(), pixels, texts).numpy()
     return embeds
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.data.text.tokenizer import END, START, load_tokenizer
+from coalign.embeds import fields
 from coalign.errors import UserError
 from coalign.files import write_json
-from coalign.interop.onnx import INFO, from_onnx, session, to_onnx
+from coalign.interop.onnx import INFO, from_onnx, session, to_embeds, to_onnx
 from coalign.interop.open_clip.export import to_open_clip
 from coalign.interop.timm import from_timm, to_timm
 from coalign.interop.transformers.export import preprocessor, to_tokenizer, to_transformers
@@ -28,6 +29,7 @@ from coalign.networks.towers.text import TextTower
 from coalign.networks.two_towers import TwoTowers
 from coalign.runs.card import card
 from coalign.runs.run import Run, image_size, load
+from coalign.types import Embeds, Similarity, dot_product
 
 TOLERANCE = 1e-4  # between normalized embeddings, which should differ by rounding only
 PROBE_TEXTS = ("a photo of a dog", "two red apples, on a table!", "", "of " * 200)
@@ -37,19 +39,21 @@ PROBE_TEXTS = ("a photo of a dog", "two red apples, on a table!", "", "of " * 20
 class Peer:
     """The exported model, loaded by the other library."""
 
-    encode_image: Callable[[Tensor], Tensor]  # uint8 pixels [batch, 3, side, side] -> embeds [batch, dim]
-    encode_text: Callable[[list[str]], Tensor]
+    encode_image: Callable[[Tensor], Any]  # uint8 pixels [batch, 3, side, side] -> embeds
+    encode_text: Callable[[list[str]], Any]
+    similarity: Similarity = dot_product
 
 
-def export(path: str | Path, to: str, out: str | Path, weights: str = "last") -> Path:
+def export(path: str | Path, to: str, out: str | Path, weights: str = "last", similarity: str | None = None) -> Path:
     """Writes the run's model to the new folder `out` for open_clip, transformers or ONNX, or its image tower for timm.
 
+    similarity: of a run whose method has several, as in `load`.
     The library loads the written model and must compute the run's embeddings. Otherwise nothing is left on disk, and UserError is raised.
     """
     if to not in FORMATS:
         raise UserError(f"--to is {to!r}, but must be one of {', '.join(FORMATS)}.")
     out = check_new_folder(out)
-    run = load(path, weights)
+    run = load(path, weights, similarity=similarity)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
             folder = Path(temporary) / "export"
@@ -128,9 +132,9 @@ def _timm(run: Run, out: Path) -> None:
 
 
 def _onnx(run: Run, out: Path) -> None:
-    """Writes graphs of both encoders, and of the joint encoder if the model has one."""
+    """Writes graphs of both encoders, and of the joint encoder and the similarity if the model has its own."""
     method: Any = run.method
-    encode: dict[str, Callable[[Any], Callable[..., Tensor]]] = {
+    encode: dict[str, Callable[[Any], Callable[..., Any]]] = {
         "image": lambda dense: dense.encode_image,
         "text": lambda dense: dense.encode_text,
     }
@@ -140,7 +144,9 @@ def _onnx(run: Run, out: Path) -> None:
     inputs: dict[str, tuple[Tensor, ...]] = {"image": (pixels[example],), "text": (ids[example],)}
     if method.has_joint:
         encode["joint"], inputs["joint"] = (lambda dense: dense.encode_joint), (pixels[example], ids[example])
-    _load(lambda: to_onnx(method, encode, inputs, run.tokenizer.end_id, run.config.context_length, out), "ONNX")
+    graphs = _load(
+        lambda: to_onnx(method, encode, inputs, run.tokenizer.end_id, run.config.context_length, out), "ONNX"
+    )
     run.tokenizer.save(out / "tokenizer.json")
     info = {
         "image_size": image_size(run.method),
@@ -148,12 +154,13 @@ def _onnx(run: Run, out: Path) -> None:
         "start_id": run.tokenizer.start_id,
         "end_id": run.tokenizer.end_id,
         "logit_scale": run.encoder().logit_scale,
+        **graphs,
     }
     write_json(out / INFO, info)
     peer = from_onnx(out, load_tokenizer(out / "tokenizer.json"))
-    _compare(run, Peer(peer.encode_image, peer.encode_text), "ONNX")
+    _compare(run, Peer(peer.encode_image, peer.encode_text, peer.similarity), "ONNX")
     if "joint" in inputs:
-        joint = torch.from_numpy(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
+        joint = to_embeds(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
         with torch.no_grad():
             check_close(run.joint_encoder()(pixels, PROBE_TEXTS), joint, "joint embeddings", "ONNX")
 
@@ -171,6 +178,10 @@ FORMATS: dict[str, Callable[[Run, Path], None]] = {
 
 def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
     """Returns the towers and log(1/τ) of a two-tower model; whether its heads are linear shows in the comparison."""
+    if not run.encoder().compares_cosines:
+        raise UserError(
+            f"{library} compares one vector per sample by its cosine, but {run.config.method} has its own similarity; use --to onnx."
+        )
     method, scale = run.method, run.method.scalars().get("logit_scale")
     if not isinstance(method, TwoTowers) or not isinstance(method.text, TextTower) or scale is None:
         raise UserError(
@@ -200,15 +211,22 @@ def _random_pixels(run: Run) -> Tensor:
 
 @torch.no_grad()
 def _compare(run: Run, peer: Peer, library: str) -> None:
-    """Raises UserError unless both models embed random images and PROBE_TEXTS alike."""
+    """Raises UserError unless both models embed and compare random images and PROBE_TEXTS alike."""
     encoder, pixels, texts = run.encoder(), _random_pixels(run), list(PROBE_TEXTS)
-    check_close(encoder.encode_image(pixels), peer.encode_image(pixels), "image embeddings", library)
-    check_close(encoder.encode_text(texts), peer.encode_text(texts), "text embeddings", library)
+    ours, theirs = ((m.encode_image(pixels), m.encode_text(texts)) for m in (encoder, peer))
+    check_close(ours[0], theirs[0], "image embeddings", library)
+    check_close(ours[1], theirs[1], "text embeddings", library)
+    if not encoder.compares_cosines:
+        check_close(encoder.similarity(*ours), peer.similarity(*theirs), "similarities", library)
 
 
-def check_close(expected: Tensor, actual: Tensor, what: str, library: str) -> None:
-    """Raises UserError if the normalized tensors differ by more than rounding."""
-    difference = float((F.normalize(expected, dim=-1) - F.normalize(actual, dim=-1)).abs().max())
+def check_close(expected: Embeds, actual: Embeds, what: str, library: str) -> None:
+    """Raises UserError if the tensors, normalized along their last axis, differ by more than rounding."""
+    pairs = zip(fields(expected).values(), fields(actual).values())
+    difference = max(
+        float((F.normalize(one.float(), dim=-1) - F.normalize(other.float(), dim=-1)).abs().max())
+        for one, other in pairs
+    )
     if not difference <= TOLERANCE:
         raise UserError(
             f"{library} cannot represent this model: its {what} would differ by {difference:.1e}. "

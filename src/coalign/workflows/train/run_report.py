@@ -11,19 +11,21 @@ import torch
 
 from coalign.config import TrainConfig, to_json
 from coalign.data.sources.base import Source
+from coalign.embeds import on_device, pair_similarities, similarities, take
 from coalign.errors import BadSample
 from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
 from coalign.files import read_rows
-from coalign.formatting import duration, foil_kind
+from coalign.formatting import duration
 from coalign.method import Method
-from coalign.report.figures import MetricRow
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
 from coalign.runs.folder import describe_samples
 from coalign.training.trainer import TrainResult
+from coalign.types import Similarity, dot_product
 from coalign.version import __version__
 from coalign.workflows.image_files import thumbnail
+from coalign.workflows.train.validation import HeldOutResult
 
 NUM_QUERIES, TOP_K, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
 
@@ -33,9 +35,8 @@ def write_run_report(
     out: Path,
     config: TrainConfig,
     method: Method,
-    source: Source,
     result: TrainResult,
-    evaluations: Mapping[str, Evaluation],
+    results: Mapping[str, HeldOutResult],
     num_train: int,
 ) -> tuple[str, Path]:
     """Writes out/report.html. Returns its headline and its path."""
@@ -60,64 +61,54 @@ def write_run_report(
         bad_examples=[(row["key"], row["reason"], row["detail"]) for row in bad[:10]],
         samples_seen=min(result.step * config.batch_size, num_train),
     )
-    if "retrieval" in evaluations:
-        _add_retrieval(summary, evaluations["retrieval"], source)
-    for task, evaluation in evaluations.items():
-        if task.startswith("retrieval_"):
-            summary.metrics = [*summary.metrics, *_recalls(evaluation, f"{task.removeprefix('retrieval_')}: ")]
-    if "zero_shot" in evaluations:
-        zero_shot = evaluations["zero_shot"].result
-        metrics = {"zero-shot top-1": zero_shot.top1, "zero-shot mean per class": zero_shot.mean_per_class}
-        summary.metrics = [
-            *summary.metrics,
-            *(_row(name, metric, zero_shot.chance) for name, metric in metrics.items()),
-        ]
+    for held_out in results.values():
+        summary.metrics = [*summary.metrics, *held_out.result.metrics]
+    if "retrieval" in results:
+        similarity = on_device(method.similarity, next(method.parameters()).device)
+        _add_retrieval(summary, results["retrieval"], similarity)
+    if "zeroshot" in results:
+        zero_shot = _evaluation(results["zeroshot"]).result
         summary.confusion, summary.classnames = zero_shot.confusion, zero_shot.classnames
-    if "probe" in evaluations:
-        probe = evaluations["probe"].result
-        summary.metrics = [*summary.metrics, _row("linear probe top-1", probe.top1, 1 / probe.num_classes)]
-    if "foils" in evaluations:
-        foils = evaluations["foils"].result
-        accuracies = {"true or false caption": foils.overall}
-        accuracies |= {f"true or false caption, {foil_kind(kind)}": metric for kind, metric in foils.by_kind.items()}
-        summary.metrics = [*summary.metrics, *(_row(name, metric, 0.5) for name, metric in accuracies.items())]
     path = out / "report.html"
     run_page(summary).write(path)
     return verdict(summary), path
 
 
-def _add_retrieval(summary: RunSummary, evaluation: Evaluation, source: Source) -> None:
+def _evaluation(held_out: HeldOutResult) -> Evaluation:
+    assert held_out.result.evaluation is not None
+    return held_out.result.evaluation
+
+
+def _add_retrieval(summary: RunSummary, held_out: HeldOutResult, similarity: Similarity) -> None:
+    evaluation, source = _evaluation(held_out), held_out.source
     result: RetrievalResult = evaluation.result
     indices, texts = evaluation.images.indices, evaluation.texts
-    sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
-    summary.metrics = [
-        *_recalls(evaluation),
-        *(_row(f"{name} median rank", side.median_rank, side.chance_median_rank, "rank") for name, side in sides),
-    ]
     summary.evaluated_on = f"{result.num_images:,} held-out pairs"
     cells = _Cells(source, indices, texts)
     rng = np.random.default_rng(0)
     summary.image_queries = _rankings(cells, result.image_to_text, rng, image_queries=True)
     summary.text_queries = _rankings(cells, result.text_to_image, rng, image_queries=False)
-    summary.nearest_misses = _nearest_misses(cells, evaluation)
+    summary.nearest_misses = _nearest_misses(cells, evaluation, similarity)
     first_text: dict[int, int] = {}
     for text_row, row in enumerate(cells.image_rows):
         first_text.setdefault(row, text_row)
     pairs = [(row, first_text[row]) for row in rng.permutation(len(indices)).tolist() if row in first_text]
-    rows, text_rows = (torch.tensor(column) for column in zip(*pairs))
+    rows, text_rows = (list(column) for column in zip(*pairs[:PAIRS_IN_SPACE]))
     assert evaluation.text_embeds is not None
-    images, captions = evaluation.images.embeds[rows], evaluation.text_embeds[text_rows]
-    n = min(PAIRS_IN_MATRIX, len(rows))
-    summary.cosines = (captions[:n] @ images[:n].T).numpy()
-    summary.cosine_captions = [texts[row] for row in text_rows[:n].tolist()]
-    summary.cosine_images = [cells.pixels(row) for row in rows[:n].tolist()]
-    summary.image_embeds, summary.text_embeds = images[:PAIRS_IN_SPACE].numpy(), captions[:PAIRS_IN_SPACE].numpy()
-
-
-def _recalls(evaluation: Evaluation, prefix: str = "") -> list[MetricRow]:
-    result = evaluation.result
-    sides = (("image to text", result.image_to_text), ("text to image", result.text_to_image))
-    return [_row(f"{prefix}{name} R@{k}", side.recall[k], side.chance[k]) for name, side in sides for k in side.recall]
+    images: Any = take(evaluation.images.embeds, rows)
+    captions: Any = take(evaluation.text_embeds, text_rows)
+    shown, order = slice(PAIRS_IN_MATRIX), range(len(rows))
+    summary.similarities = similarities(similarity, take(images, shown), take(captions, shown)).T.numpy()
+    summary.similarity_captions = [texts[row] for row in text_rows[shown]]
+    summary.similarity_images = [cells.pixels(row) for row in rows[shown]]
+    summary.matching, summary.others = (
+        pair_similarities(similarity, images, captions, order, other).numpy()
+        for other in (order, [*order[-1:], *order[:-1]])
+    )
+    if similarity is dot_product:
+        summary.image_embeds, summary.text_embeds = images.numpy(), captions.numpy()
+    else:
+        summary.similarity_name = "similarity"
 
 
 def _rankings(cells: _Cells, side: Direction, rng: np.random.Generator, image_queries: bool) -> list[Ranking]:
@@ -162,7 +153,7 @@ def _result_cell(cells: _Cells, side: Direction, query: int, rank: int, is_image
     )
 
 
-def _nearest_misses(cells: _Cells, evaluation: Evaluation, count: int = 4) -> list[Miss]:
+def _nearest_misses(cells: _Cells, evaluation: Evaluation, similarity: Similarity, count: int = 4) -> list[Miss]:
     """Returns the image queries whose correct caption was outranked by the smallest margins."""
     side: Direction = evaluation.result.image_to_text
     image_rows = torch.tensor(cells.image_rows)
@@ -171,7 +162,8 @@ def _nearest_misses(cells: _Cells, evaluation: Evaluation, count: int = 4) -> li
     for i in np.flatnonzero(~side.top_correct[:, 0] & (side.ranks > 1)).tolist():
         row = int(side.queries[i])
         captions = torch.nonzero(image_rows == row).flatten()
-        scores = evaluation.images.embeds[row] @ evaluation.text_embeds[captions].T
+        own = take(evaluation.text_embeds, captions)
+        scores = similarities(similarity, take(evaluation.images.embeds, [row]), own)[0]
         best, margin = float(scores.max()), float(side.top_scores[i, 0] - scores.max())
         missed.append((margin, i, int(captions[scores.argmax()]), best))
     return [
@@ -182,7 +174,3 @@ def _nearest_misses(cells: _Cells, evaluation: Evaluation, count: int = 4) -> li
         )
         for _, i, correct, score in sorted(missed)[:count]
     ]
-
-
-def _row(name: str, metric: Any, chance: float, kind: Any = "rate") -> MetricRow:
-    return MetricRow(name, metric.value, metric.low, metric.high, metric.n, chance, kind)

@@ -32,7 +32,7 @@ from coalign.runs.folder import (
     read_config,
     write_config,
 )
-from coalign.runs.outcomes import write_outcomes
+from coalign.runs.outcomes import item_hashes, write_outcomes
 from coalign.runs.run import check_device
 from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
@@ -219,16 +219,17 @@ def _finish(
     # not at the top: it imports matplotlib, which would slow down the start of training
     from coalign.workflows.train.run_report import write_run_report
 
-    evaluations = evaluate_held_out(method, config, pairs, tokenizer, out.name)
-    verdict, report = write_run_report(
-        data, out, config, method, pairs.val_source, result, evaluations, len(pairs.train)
-    )
-    # "retrieval_NAME" is the task on the test split NAME
-    sources = {task: pairs.source if task.startswith("retrieval_") else pairs.val_source for task in evaluations}
-    write_outcomes(out, evaluations, sources)
-    results = {name: evaluation.result.to_json() for name, evaluation in evaluations.items()}
+    results = evaluate_held_out(method, config, pairs, tokenizer, out.name)
+    verdict, report = write_run_report(data, out, config, method, result, results, len(pairs.train))
+    items = {
+        task: item_hashes(held_out.source, evaluation.images.indices, evaluation.texts)
+        for task, held_out in results.items()
+        if (evaluation := held_out.result.evaluation)
+    }
+    write_outcomes(out, {task: held_out.result.metrics for task, held_out in results.items()}, items)
+    tasks = {task: held_out.result.to_json() for task, held_out in results.items()}
     parameters = {role: sum(p.numel() for p in group) for role, group in method.parameter_groups().items()}
-    values = {"run": asdict(result), "parameters": parameters, **results}
+    values = {"run": asdict(result), "parameters": parameters, "tasks": tasks}
     write_json(out / RESULTS, values, default=_plain)  # last: if it exists, the report is complete
     console.print(verdict)
     console.print(f"Report: {report}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from coalign.config import TrainConfig
 from coalign.data.loading.eval import image_batches
-from coalign.data.scenes.source import Scenes
 from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer
-from coalign.evaluation.compositionality import evaluate_foils
-from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features
+from coalign.evaluation.embed import embed_images
 from coalign.evaluation.prompts import templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
@@ -23,8 +22,12 @@ from coalign.training.distributed import World
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import ValidationResult, autocast_dtype
 from coalign.types import StepInfo
-from coalign.workflows.evaluate.linear_probe import Labeled, probe
-from coalign.workflows.evaluate.samples import captions_of, read_labels
+from coalign.workflows.evaluate.config import EvalConfig
+from coalign.workflows.evaluate.context import EvalContext, TaskResult
+from coalign.workflows.evaluate.eval_model import EvalModel
+from coalign.workflows.evaluate.needs import unmet_need
+from coalign.workflows.evaluate.samples import Samples, captions_of, read_labels
+from coalign.workflows.evaluate.tasks import TASKS
 from coalign.workflows.train.batches import TrainingData, pair_loader
 
 MAX_TRACKED = 2000  # validation pairs used during training; the final evaluation uses all
@@ -51,66 +54,74 @@ def validation(
     encoder = dual_encoder(method, tokenizer, config.context_length, "validation")
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # batches of rank 0, decoded in the first validation
-    labels = read_labels(pairs.val_source, tracked, config.classes) if config.classes else None
+    labels = read_labels([Samples(pairs.val_source, tracked)], config.classes)[0] if config.classes else None
     if config.probe:
-        read_labels(pairs.source, pairs.train, config.classes)  # fails before training if no pair belongs to a class
+        read_labels(
+            [Samples(pairs.source, pairs.train)], config.classes
+        )  # fails before training if no pair belongs to a class
 
     def validate(step: StepInfo) -> ValidationResult:
         total = 0.0
         for loaded in loader.batches(0, loader.steps_per_epoch):
             total += evaluate_loss(method, loaded.batch.to(world.device), step, world, autocast)
         values = {"val/loss": total / loader.steps_per_epoch}
-        recalls: list[float] = []
         if world.is_first:
             if not images:
                 size = encoder.image_size
                 images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
             embeds = embed_images(encoder, images)
             result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
-            for name, side in (("image_to_text", result.image_to_text), ("text_to_image", result.text_to_image)):
-                recalls += [metric.value for metric in side.recall.values()]
-                values |= {f"val/{name}_r{k}": metric.value for k, metric in side.recall.items()}
+            recalls = [
+                metric for side in (result.image_to_text, result.text_to_image) for metric in side.recall.values()
+            ]
+            values |= {f"val/{metric.name.replace('.', '_')}": metric.value for metric in recalls}
+            values["val/mean_recall"] = sum(metric.value for metric in recalls) / len(recalls)
             if labels is not None:
                 zero_shot = classify(encoder, embeds, labels.class_of, labels.classnames, templates("default")).result
-                values |= {"val/zero_shot_acc1": zero_shot.top1.value}
-        score = sum(recalls) / max(1, len(recalls))
-        return ValidationResult(values, world.broadcast(score))
+                values["val/zero_shot_acc1"] = zero_shot.metrics[0].value
+        return ValidationResult(values, world.broadcast(values.get("val/mean_recall", 0.0)))
 
     return validate
 
 
+@dataclass(frozen=True)
+class HeldOutResult:
+    """The result of a task at the end of a run, and the source of its samples."""
+
+    source: Source
+    result: TaskResult
+
+
 def evaluate_held_out(
     method: Method, config: TrainConfig, pairs: TrainingData, tokenizer: Tokenizer, name: str
-) -> dict[str, Evaluation]:
-    """Runs the final evaluation of a run. Returns task -> evaluation.
+) -> dict[str, HeldOutResult]:
+    """Runs the final evaluation of a run, by the tasks of `coalign eval`. Returns task -> result.
 
-    On the validation pairs, if there are at least two: "retrieval"; "foils" on scenes; and, if `config.classes` is set, "zero_shot" and
-    (with `config.probe`) "probe", which is trained on the training pairs. On each test split NAME: "retrieval_NAME".
+    On the validation pairs, if there are at least two: "retrieval"; "foils", if the data has them; and, if `config.classes` is set,
+    "zeroshot" and (with `config.probe`) "probe", which is trained on the training pairs. On each test split NAME: "retrieval_NAME".
     """
-    evaluations: dict[str, Evaluation] = {}
     encoder = dual_encoder(method, tokenizer, config.context_length, name)
-    size, workers = encoder.image_size, config.workers or 0
+    device = next(method.parameters()).device
+    settings = EvalConfig(classes=config.classes, workers=config.workers or 0)
+    none = np.empty(0, dtype=np.int64)
+
+    def context(source: Source, indices: np.ndarray) -> EvalContext:
+        return EvalContext(
+            EvalModel(encoder), source.name, Samples(source, indices), Samples(pairs.source, pairs.train),
+            Samples(pairs.source, none), settings, World(0, 1, device),
+        )  # fmt: skip
+
+    results: dict[str, HeldOutResult] = {}
     if len(pairs.val) >= 2:
-        images = embed_images(encoder, image_batches(pairs.val_source, pairs.val, size, workers=workers))
-        evaluations["retrieval"] = retrieve(encoder, images, captions_of(pairs.val_source))
-        if isinstance(pairs.val_source, Scenes):
-            foils = pairs.val_source.foils(pairs.val)
-            evaluations["foils"] = evaluate_foils(encoder, images, foils)
-        if config.classes:
-            labels = read_labels(pairs.val_source, pairs.val, config.classes)
-            evaluations["zero_shot"] = classify(
-                encoder, images, labels.class_of, labels.classnames, templates("default")
-            )
-            if config.probe:
-                train = read_labels(pairs.source, pairs.train, config.classes)
-                train_labels = Labeled(pairs.source, train.class_of)
-                test_labels = Labeled(pairs.val_source, labels.class_of)
-
-                def features(source: Source, indices: np.ndarray) -> ImageEmbeds:
-                    return image_features(encoder, image_batches(source, indices, size, workers=workers))
-
-                evaluations["probe"] = probe(features, train_labels, None, test_labels, labels.classnames)
+        held_out = context(pairs.val_source, pairs.val)
+        names = ["retrieval", *(["zeroshot"] if config.classes else []), *(["probe"] if config.probe else [])]
+        if unmet_need(TASKS["foils"], held_out) is None:
+            names.insert(1, "foils")
+        for task in (TASKS[name] for name in names):
+            results[task.name] = HeldOutResult(pairs.val_source, task.load()(held_out))
     for split, indices in pairs.test_splits.items():
-        images = embed_images(encoder, image_batches(pairs.source, indices, size, workers=workers))
-        evaluations[f"retrieval_{split}"] = retrieve(encoder, images, captions_of(pairs.source))
-    return evaluations
+        result = TASKS["retrieval"].load()(context(pairs.source, indices))
+        title = split.replace("_", " ").capitalize()
+        result.metrics = [metric.prefixed(title) for metric in result.metrics]
+        results[f"retrieval_{split}"] = HeldOutResult(pairs.source, result)
+    return results

@@ -1,0 +1,91 @@
+"""A metric: one number of an evaluation, and how tables, pages and cards print it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from coalign.formatting import percent
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# rate: a fraction, printed as a percentage. rank: 1 is best. distance: between embeddings. difference: of two rates.
+Kind = Literal["rate", "rank", "distance", "difference"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The per-item values that a metric summarizes, for intervals and paired comparisons of models on the same items.
+
+    values: float64 [item]. groups: int64 [item], or None; for the mean and the median, the clusters that the bootstrap draws as a whole,
+    such as an image with all its captions; for the mean per class, the classes.
+    """
+
+    values: np.ndarray
+    groups: np.ndarray | None = None
+    statistic: Literal["mean", "mean per class", "median"] = "mean"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value with its 95 % interval. Rates and differences are fractions, not percentages."""
+
+    name: str  # key in results, unique within its task, such as "image_to_text.r1"
+    title: str  # such as "Image → text R@1"
+    kind: Kind
+    value: float
+    low: float | None = None  # None: no interval, as for a distance, which is one value for all items
+    high: float | None = None
+    chance: float | None = None  # value of a random guess; None: unknown
+    count: int = 0  # evaluated items
+    outcome: Outcome | None = field(default=None, repr=False, compare=False)
+
+    def prefixed(self, prefix: str) -> Metric:
+        """Returns the metric with the title "Prefix: image → text R@1"."""
+        return replace(self, title=f"{prefix}: {self.title[:1].lower()}{self.title[1:]}")
+
+    def text(self) -> str:
+        return value_text(self.kind, self.value)
+
+    def interval_text(self) -> str:
+        """Returns "35.2–41.0 %", or "" without an interval."""
+        return "" if self.low is None or self.high is None else interval_text(self.kind, self.low, self.high)
+
+    def chance_text(self) -> str:
+        return "" if self.chance is None else value_text(self.kind, self.chance)
+
+    def beats_chance(self) -> bool | None:
+        """Whether the whole interval is better than chance; None if that is unknown."""
+        if self.chance is None or self.low is None or self.high is None:
+            return None
+        return self.high < self.chance if self.kind == "rank" else self.low > self.chance
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("name", "outcome")}
+
+
+def metrics_from_json(metrics: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
+    """Returns the metrics of a mapping from names to `Metric.to_json`."""
+    return [Metric(name, **values) for name, values in metrics.items()]
+
+
+def value_text(kind: Kind, value: float) -> str:
+    if kind == "rate":
+        return percent(value)
+    if kind == "rank":
+        return f"{value:,.1f}".removesuffix(".0")
+    return difference_text("rate", value) if kind == "difference" else f"{value:.2f}"
+
+
+def interval_text(kind: Kind, low: float, high: float) -> str:
+    if kind == "difference":
+        return f"{value_text(kind, low)} to {value_text(kind, high)}"
+    return f"{value_text(kind, low).removesuffix(' %')}–{value_text(kind, high)}"
+
+
+def difference_text(kind: Kind, difference: float) -> str:
+    """Returns a difference with its sign: in percentage points for a rate, else in the metric's own unit."""
+    scale, digits = (100 if kind in ("rate", "difference") else 1), (2 if kind == "distance" else 1)
+    return f"{scale * difference:+.{digits}f}".replace("-", "−")
