@@ -21,6 +21,7 @@ METHODS = {
     "mcd": ("coalign.methods.mcd.method:MCD", "coalign.methods.mcd.config:MCDConfig"),
     "oner": ("coalign.methods.oner.method:OneR", "coalign.methods.oner.config:OneRConfig"),
     "mct": ("coalign.methods.mct.method:MCT", "coalign.methods.mct.config:MCTConfig"),
+    "filip": ("coalign.methods.filip.method:FILIP", "coalign.methods.filip.config:FILIPConfig"),
 }
 
 
