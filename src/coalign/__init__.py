@@ -1,3 +1,61 @@
-"""coalign: data-efficient language-image pre-training."""
+"""coalign: data-efficient language-image pre-training.
 
-from coalign.version import __version__ as __version__
+The functions below are imported when they are first used, so `import coalign` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from coalign.version import __version__
+
+if TYPE_CHECKING:
+    from coalign.data.sources.open import open_source as open_data
+    from coalign.experiments.benchmark import benchmark
+    from coalign.experiments.compare import compare
+    from coalign.methods import recipe
+    from coalign.runs.run import load
+    from coalign.types import DualEncoder
+    from coalign.workflows.evaluate.config import EvalConfig
+    from coalign.workflows.evaluate.evaluate import evaluate
+    from coalign.workflows.train.train import train
+
+__all__ = [
+    "DualEncoder",
+    "EvalConfig",
+    "__version__",
+    "benchmark",
+    "compare",
+    "evaluate",
+    "load",
+    "open_data",
+    "recipe",
+    "train",
+]
+
+# name -> module and name in it
+_PUBLIC = {
+    "DualEncoder": ("coalign.types", "DualEncoder"),
+    "EvalConfig": ("coalign.workflows.evaluate.config", "EvalConfig"),
+    "benchmark": ("coalign.experiments.benchmark", "benchmark"),
+    "compare": ("coalign.experiments.compare", "compare"),
+    "evaluate": ("coalign.workflows.evaluate.evaluate", "evaluate"),
+    "load": ("coalign.runs.run", "load"),
+    "open_data": ("coalign.data.sources.open", "open_source"),
+    "recipe": ("coalign.methods", "recipe"),
+    "train": ("coalign.workflows.train.train", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, original = _PUBLIC[name]
+    value = getattr(import_module(module), original)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -76,7 +76,8 @@ def benchmark(
 
     All trials together take `minutes`, with equal time per method by its measured speed; or each trains for `epochs`. Fractions of the
     pairs are compared at equal samples seen. `jobs` trials run at once (default: one per core). Writes
-    benchmark.html (or `report`) and benchmark.json to `out`. Finished trials are kept, interrupted ones are resumed.
+    benchmark.html (or `report`) and benchmark.json to `out`. Finished trials are kept, interrupted ones are resumed. Raises UserError for
+    invalid settings or unusable data, if the time is too short, or if fewer than two methods finish.
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
     methods = list(dict.fromkeys([BASE, *methods]))
