@@ -314,3 +314,14 @@ def test_a_closed_stdout_is_not_an_error(tmp_path):
         cwd=Path.cwd(),
     )
     assert result.stderr == ""
+
+
+def test_every_command_is_in_one_group_of_the_help(helps):
+    grouped = [name for names in cli.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(cli.COMMANDS)
+    assert len(set(grouped)) == len(grouped)
+    lines = cli._help().splitlines()
+    assert [line[:-1] for line in lines if line.endswith(":") and line[:-1] in cli.GROUPS] == list(cli.GROUPS)
+    data = cli._help("Data")
+    assert "coalign data check" in data
+    assert "  coalign train" not in data

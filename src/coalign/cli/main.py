@@ -14,15 +14,6 @@ from coalign.version import __version__
 INTERRUPTED = train.INTERRUPTED
 
 FUNCTIONS: dict[str, Callable[..., None]] = {
-    "compare": experiments.compare_command,
-    "benchmark": experiments.benchmark_command,
-    "reproduce": experiments.reproduce_command,
-    "search": use.search_command,
-    "localize": use.localize_command,
-    "space": use.space_command,
-    "export": use.export_command,
-    "import": use.import_command,
-    "card": use.card_command,
     "data check": data.check_command,
     "data curate": data.curate_command,
     "data paraphrase": data.paraphrase_command,
@@ -32,12 +23,29 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "data scenes": data.scenes_command,
     "models": train.models_command,
     "recipes": train.recipes_command,
+    "compare": experiments.compare_command,
+    "search": use.search_command,
+    "localize": use.localize_command,
+    "space": use.space_command,
+    "export": use.export_command,
+    "import": use.import_command,
+    "card": use.card_command,
+    "benchmark": experiments.benchmark_command,
+    "reproduce": experiments.reproduce_command,
 }
 COMMANDS: dict[str, Command] = {
     "train": train.TRAIN,
     "profile": train.PROFILE,
     "eval": evaluate.EVAL,
     **{name: command(function, name) for name, function in FUNCTIONS.items()},
+}
+# the groups of `coalign --help`; each command is in one
+GROUPS = {
+    "Data": [name for name in COMMANDS if name.startswith("data ")],
+    "Train": ["train", "profile", "models", "recipes"],
+    "Evaluate": ["eval", "compare"],
+    "Use": ["search", "localize", "space", "export", "import", "card"],
+    "Experiments": ["benchmark", "reproduce"],
 }
 
 
@@ -55,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             if words[0] == "data" and (len(words) == 1 or words[1] in ("-h", "--help")):
-                print(_help("data "), end="")
+                print(_help("Data"), end="")
                 return 0
             raise UserError(_unknown_command(name))
         return COMMANDS[name].run(words[length:]) or 0
@@ -70,11 +78,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _help(group: str = "") -> str:
-    commands = [f"  coalign {name:18} {entry.summary}" for name, entry in COMMANDS.items() if name.startswith(group)]
-    lines = ["coalign: data-efficient language-image pre-training.", "", *commands, ""]
+def _help(only: str | None = None) -> str:
+    """Returns the list of all commands, or of those in one group."""
+    lines = ["coalign: data-efficient language-image pre-training.", ""]
+    for group, names in GROUPS.items():
+        if only in (None, group):
+            lines += [f"{group}:", *(f"  coalign {name:18} {COMMANDS[name].summary}" for name in names), ""]
     lines += ["Run `coalign COMMAND --help` for the options of a command."]
-    if not group:
+    if only is None:
         first = "coalign train --data scenes:4096 --out runs/first --epochs 5"
         lines += ["To train a first model, in a few minutes on a laptop:", "", f"  {first}"]
     return "\n".join([*lines, ""])

@@ -51,7 +51,7 @@ def search_command(
 def localize_command(
     runs: Positional[tuple[str, ...]], image: Path, text: tuple[str, ...], out: Path, device: str = "cpu"
 ) -> None:
-    """Draw heat maps of the image regions that match a text: patch similarity for OneR, Grad-CAM for two-tower models.
+    """Draw heat maps of the image regions that match a text: the method's own (FILIP, OneR), or Grad-CAM.
 
     Example: coalign localize runs/oner runs/clip --image photo.jpg --text "a red apple" "a table" --out map.png
 
