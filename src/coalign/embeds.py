@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
@@ -61,16 +62,22 @@ def _concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def similarities(similarity: Similarity, images: Embeds, texts: Embeds) -> Tensor:
-    """Returns the similarity of every image and text, float32 [image, text], computed in blocks of bounded memory."""
-    vectors = _num_vectors(images) * _num_vectors(texts)
+    """Returns the similarity of every image and text, float32 [image, text], computed in blocks of bounded memory.
+
+    With gradients, it is one call: the similarity itself must bound the memory of what it keeps for backward.
+    """
     num_images, num_texts = num_samples(images), num_samples(texts)
-    text_step = max(1, min(num_texts, _CHUNK // vectors))
-    image_step = max(1, min(num_images, _CHUNK // (vectors * text_step)))
-    if num_images <= image_step and num_texts <= text_step:
+    pairs = max(1, _CHUNK // (_num_vectors(images) * _num_vectors(texts)))
+    tensors = (*fields(images).values(), *fields(texts).values())
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if num_images * num_texts <= pairs or has_gradient:
         return similarity(images, texts).float()
-    device = next(iter(fields(images).values())).device
+    # nearly square blocks, so that neither side is passed more often than needed
+    image_step = min(num_images, isqrt(pairs))
+    text_step = min(num_texts, pairs // image_step)
+    image_step = min(num_images, pairs // text_step)
     # written in place: results kept block by block would fragment the heap, to many times its size
-    scores = torch.empty(num_images, num_texts, device=device)
+    scores = torch.empty(num_images, num_texts, device=tensors[0].device)
     for i in range(0, num_images, image_step):
         for j in range(0, num_texts, text_step):
             rows, columns = slice(i, i + image_step), slice(j, j + text_step)

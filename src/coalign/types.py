@@ -255,7 +255,7 @@ class DualEncoder:
     encode_text: sequence of strings -> embeds, likewise
     image_size: side of the input image in pixels
     logit_scale: factor of the similarities in softmax probabilities
-    similarity: (embeds of images, embeds of texts) -> [image, text]. Where embeds of images and texts have the same form, it compares any
+    similarity: (embeds of images, embeds of texts) -> [image, text]. If embeds of images and texts have the same form, it compares any
         two of them, else it raises UserError. The default compares tensors [batch, dim] by their cosine: evaluation normalizes them.
         Embeds for another similarity are compared as they are.
     image_features: the same pixels -> float [batch, width], image encoder output before the projection; required by probes

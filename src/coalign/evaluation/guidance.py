@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalign.embeds import pair_similarities
+from coalign.embeds import pair_similarities, take
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.evaluation.metrics import measure
@@ -19,6 +19,7 @@ from coalign.metric import Metric, Outcome
 from coalign.types import DualEncoder, Embeds, JointEncoder
 
 _BATCH_SIZE = 256  # inputs per call
+_ROWS = 64  # inputs compared with all prompts at a time
 
 
 def _result(plain_correct: np.ndarray, guided_correct: np.ndarray, clusters: np.ndarray) -> list[Metric]:
@@ -61,10 +62,12 @@ def bootstrapped_guidance(
         top = scores.topk(min(top_k, num_classes), dim=1).indices  # [image, candidate]
         texts = [templates[0].replace("{}", classnames[c]) for candidates in top.tolist() for c in candidates]
         joint = embed_joint(model, encode_joint, pixels[labeled].repeat_interleave(top.shape[1], 0), texts)
-        joint_scores = class_scores(model.similarity, joint, class_embeds, num_classes)  # [image · candidate, class]
-        guided_scores = joint_scores.gather(1, top.view(-1, 1)).view_as(
-            top
-        )  # each candidate's input with its own class
+        # each candidate's input with its own class
+        own_class = [
+            class_scores(model.similarity, take(joint, rows), class_embeds, num_classes).gather(1, classes)
+            for rows, classes in zip(torch.arange(top.numel()).split(_ROWS), top.view(-1, 1).split(_ROWS))
+        ]
+        guided_scores = torch.cat(own_class).view_as(top)  # [image, candidate]
         targets = torch.tensor([labels[index] for index in images.indices])
         plain += (top[:, 0] == targets).tolist()
         guided += (top.gather(1, guided_scores.argmax(1, keepdim=True))[:, 0] == targets).tolist()

@@ -49,23 +49,15 @@ def estimate(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = (), seed: i
     first = outcomes[0]
     values, others = ([outcome.values for outcome in side] for side in (outcomes, minus))
     if first.statistic == "median":
-        return mean_median(values, first.groups, others, seed)
+        groups = (
+            np.arange(len(first.values)) if first.groups is None else first.groups
+        )  # resamples by item can be shared
+        return mean_median(values, groups, others, seed)
     scores = np.mean(values, axis=0) - (np.mean(others, axis=0) if others else 0.0)
     if first.statistic == "mean per class":
         assert first.groups is not None
         return mean_per_class(scores, first.groups, seed)
     return mean(scores, first.groups, seed)
-
-
-def value(outcome: Outcome) -> float:
-    """Returns the outcome's statistic."""
-    if outcome.statistic == "median":
-        return float(np.median(outcome.values))
-    if outcome.statistic == "mean per class":
-        assert outcome.groups is not None
-        num_classes = int(outcome.groups.max()) + 1
-        return float(np.nanmean(per_class(outcome.values, outcome.groups, num_classes)))
-    return float(outcome.values.mean())
 
 
 def mean(scores: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Estimate:

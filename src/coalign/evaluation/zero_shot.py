@@ -29,9 +29,8 @@ _CHUNK = 8_000_000  # scores in memory at a time
 class ZeroShotResult:
     """Rates are fractions. `predictions` takes the first of tied classes; the rates count ties at their expectation."""
 
-    metrics: list[
-        Metric
-    ]  # top-1, top-5 (with six classes or more, else it would be trivial), mean over the classes that occur
+    # top-1, top-5 (with six classes or more, else it would be trivial), mean over the classes that occur
+    metrics: list[Metric]
     per_class: list[float | None]  # None for a class without images
     confusion: np.ndarray  # int64 [true class, predicted class]
     predictions: np.ndarray  # int64 [image]

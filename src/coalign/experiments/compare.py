@@ -18,7 +18,7 @@ from coalign.experiments.compare_terminal import print_comparison
 from coalign.files import read_rows
 from coalign.metric import Metric, Outcome, metrics_from_json
 from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
-from coalign.runs.folder import RESULTS, SavedConfig, check_output, read_config
+from coalign.runs.folder import SavedConfig, check_output, read_config, read_results
 from coalign.runs.outcomes import read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
 
@@ -89,18 +89,12 @@ def compare(
 
 def _read(folder: Path, name: str) -> Finished:
     saved = read_config(folder)
-    if not (folder / RESULTS).exists():
-        raise UserError(f"The run {folder} is not finished; resume it with `coalign train … --resume auto`.")
+    results = read_results(folder)
     items, outcomes = read_outcomes(folder)
     if not outcomes:
         raise UserError(f"The run {folder} held out no pairs, so it has no metrics to compare.")
-    try:
-        results = json.loads((folder / RESULTS).read_text())
-        parameters, ran = sum(results["parameters"].values()), results["run"]
-        metrics = _metrics(results["tasks"], outcomes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(f"{folder / RESULTS} is not a valid results file: {reason}.") from error
+    parameters, ran = sum(results["parameters"].values()), results["run"]
+    metrics = _metrics(results["tasks"], outcomes)
     flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
     for key in ("classes", "pretrained"):
         if flat[key]:

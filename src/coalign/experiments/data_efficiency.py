@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coalign.evaluation.metrics import over_runs
-from coalign.runs.folder import RESULTS
+from coalign.runs.folder import read_results
 
 if TYPE_CHECKING:
     from coalign.experiments.trials import Trial
@@ -37,7 +36,7 @@ def fraction_scores(trials: Sequence[Trial], task: str = "retrieval") -> Scores:
     scores: Scores = {}
     for trial in trials:
         arm = trial.sweep.arms[trial.arm]
-        metrics = json.loads((trial.folder / RESULTS).read_text())["tasks"][task]["metrics"]
+        metrics = read_results(trial.folder)["tasks"][task]["metrics"]
         value = np.mean([metrics[f"{side}.r10"]["value"] for side in ("image_to_text", "text_to_image")])
         scores.setdefault(arm.recipe, {}).setdefault(arm.train_fraction, {})[trial.seed] = float(value)
     return {method: by_fraction for method, by_fraction in scores.items() if len(by_fraction) > 1}

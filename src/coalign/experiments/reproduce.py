@@ -115,8 +115,13 @@ def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console)
     if sweep.paper_metric:
         print_against_paper(comparison, values, console)
     for task, factors in efficiency.items():
-        title = comparison.groups[0].metrics[f"{task}.{R10}"].title
-        console.print(f"By {title}, mean of both directions:", *efficiency_words(factors), sep="\n", markup=False)
+        split = sweep.retrieval_tasks[task]
+        console.print(
+            f"By R@10 on the {split} pairs, mean of both directions:",
+            *efficiency_words(factors),
+            sep="\n",
+            markup=False,
+        )
     return comparison
 
 

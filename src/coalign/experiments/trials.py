@@ -1,4 +1,4 @@
-"""Trials: one arm of a table with one seed, each trained (or evaluated anew) in a process of its own."""
+"""Trials: one arm of a table with one seed, each trained (or re-evaluated) in a process of its own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, 
 from coalign.workflows.train.train import train
 
 CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder.safetensors"
-# Of a finished run, what `train` needs to evaluate it anew; without results and report.
+# Of a finished run, what `train` needs to re-evaluate it; without results and report.
 KEPT = (TOKENIZER, MODEL, "metrics.jsonl", "bad_samples.jsonl", "non_finite.jsonl", "last", "best")
 
 
@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def base(self) -> Trial | None:
-        """The trial whose weights this one evaluates anew; None: it trains its own."""
+        """The trial whose weights this one re-evaluates; None: it trains its own."""
         weights_of = self.sweep.arms[self.arm].weights_of
         return replace(self, arm=weights_of) if weights_of else None
 
@@ -174,7 +174,7 @@ def _copy_weights(trial: Trial, base: Trial) -> None:
 
 
 def _train(trial: Trial, threads: int) -> None:
-    """Trains one trial, or evaluates it anew. Its output goes to a log file beside its folder."""
+    """Trains one trial, or re-evaluates it. Its output goes to a log file beside its folder."""
 
     def config_for(num_pairs: int) -> TrainConfig:
         # with one core per trial, a loader process would only compete with training

@@ -42,7 +42,7 @@ def to_onnx(
 ) -> dict[str, Any]:
     """Writes one graph per entry of `encode` to `folder`, and similarity.onnx if the method does not compare cosines.
 
-    Returns what INFO says of them: the names of their outputs, and the similarity.
+    Returns the entries of INFO that describe them: the names of their outputs, and the similarity.
 
     encode: graph name -> function from a dense copy of the method to its encode function of pixels, of token ids and lengths, or of all
     three. inputs: graph name -> example inputs, uint8 pixels [batch, 3, side, side] and int64 ids [batch, token]. A graph accepts any batch
@@ -110,6 +110,11 @@ def _write_similarity(
             names.append(f"{kind}_{name}")
             lengths = enumerate(zip(tensor.shape, other_tensor.shape))
             shapes.append({axis: torch.export.Dim.DYNAMIC for axis, (one, another) in lengths if one != another})
+    if list(fields(examples[0])) == list(
+        fields(examples[1])
+    ):  # of one form, so any two may be compared, such as two images
+        half = len(shapes) // 2
+        shapes = [{**one, **another} for one, another in zip(shapes[:half], shapes[half:])] * 2
     example = tuple(tensor for embeds in examples for tensor in fields(embeds).values())
     _write(_Comparison(method, *examples).eval(), example, names, ["similarity"], tuple(shapes), path)
 
@@ -158,7 +163,7 @@ class _Graph(nn.Module):
 
 
 class _Comparison(nn.Module):
-    """The fields of images, then of texts -> similarity [image, text]. The examples tell the forms of the embeds."""
+    """The fields of images, then of texts -> similarity [image, text]. The examples determine the forms of the embeds."""
 
     def __init__(self, method: Any, images: Embeds, texts: Embeds) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class Arm:
     train_fraction: float = 1.0  # fraction of the training pairs to train on
     unpaired_captions: bool = False  # also train on the captions of the remaining pairs, without their images
     paper: float | None = None  # the value the paper reports for this row (see `Table.paper_metric`)
-    # name of an arm of the same recipe: with its settings and this arm's `changes`, its weights are evaluated anew; nothing is trained
+    # name of an arm of the same recipe: with its settings and this arm's `changes`, its weights are re-evaluated; nothing is trained
     weights_of: str = ""
 
     @property

@@ -39,7 +39,8 @@ class RunSummary:
     subtitle: str = ""
     configuration: Mapping[str, Any] = field(default_factory=dict)  # nested mappings are flattened with dots
     history: Sequence[Mapping[str, Any]] = ()  # rows of metrics.jsonl
-    metrics: Sequence[Metric] = ()  # the first is the headline
+    metrics: Sequence[Metric] = ()  # the first is in the headline
+    highlights: Sequence[Metric] = ()  # shown large; by default the first four
     evaluated_on: str = "held-out pairs"
     ended: str = "finished"  # or "stopped early", "interrupted"
     image_queries: Sequence[Ranking] = ()
@@ -72,7 +73,9 @@ def run_page(run: RunSummary) -> Page:
     for note in run.notes:
         page.text(note)
     if run.metrics:
-        page.numbers([(metric.title, metric.text(), _small_print(metric)) for metric in run.metrics[:4]])
+        page.numbers(
+            [(metric.title, metric.text(), _small_print(metric)) for metric in run.highlights or run.metrics[:4]]
+        )
         _metrics(page, run)
     _curves(page, run)
     _retrieval(page, run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from coalign.config import TrainConfig, fields_marked, flatten, to_json
 from coalign.methods import method_class
 from coalign.metric import metrics_from_json
-from coalign.runs.folder import RESULTS, SavedConfig, describe_samples, read_config
-from coalign.types import dot_product
+from coalign.runs.folder import RESULTS, SavedConfig, describe_samples, read_config, read_results
 from coalign.version import __version__
 
 _LOAD = {
@@ -59,20 +57,24 @@ and biases of its training data. It has no factual knowledge and does not read t
 to make decisions about them."""
 
 
-def card(path: str | Path, library: str = "coalign", weights: str = "last") -> str:
+def card(
+    path: str | Path,
+    library: str = "coalign",
+    weights: str = "last",
+    similarity: str | None = None,
+    compares_cosines: bool = True,
+) -> str:
     """Returns the model card of a run in Markdown: method, data, settings, results with intervals, limits, how to load it.
 
     library: the library whose loading code to show. weights: the checkpoint that the card is for. The results are always those of the
-    last weights; the card says so if `weights` is another checkpoint. Raises UserError if `path` is not a run.
+    last weights and the configured similarity; the card says so if `weights` or `similarity` differ. compares_cosines: whether an export
+    has one vector per sample. Raises UserError if `path` is not a run.
     """
     folder = Path(path)
     saved = read_config(folder)
     config, data = saved.config, Path(saved.data).name or saved.data
     # the docstring of a method's module starts with the paper's citation
     paper = (sys.modules[method_class(config.method).__module__].__doc__ or "").splitlines()[0]
-    code = _LOAD[library]
-    if library == "onnx" and method_class(config.method).similarity is not dot_product:
-        code = code.replace("})[0]", "})") + "\n" + _COMPARE  # the encoders have several outputs
     lines = [
         f"# {config.method} on {data}",
         "",
@@ -90,11 +92,7 @@ def card(path: str | Path, library: str = "coalign", weights: str = "last") -> s
         "",
         *(_results(folder) or ["Not evaluated: no pairs were held out, or the run is not finished."]),
         "",
-        *(
-            ["", f"These results are those of the last weights; this model has the {weights} weights."]
-            if weights != "last"
-            else []
-        ),
+        *_differences(weights, similarity),
         "",
         "## Limits",
         "",
@@ -103,11 +101,28 @@ def card(path: str | Path, library: str = "coalign", weights: str = "last") -> s
         "## Use",
         "",
         "```python",
-        code,
+        _code(library, compares_cosines),
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _code(library: str, compares_cosines: bool) -> str:
+    """Returns the code that loads the model in the library."""
+    if library == "onnx" and not compares_cosines:  # the encoders have several outputs
+        return _LOAD[library].replace("})[0]", "})") + "\n" + _COMPARE
+    return _LOAD[library]
+
+
+def _differences(weights: str, similarity: str | None) -> list[str]:
+    """Returns what differs between this model and the one whose results are given."""
+    lines = []
+    if weights != "last":
+        lines += ["", f"These results are those of the last weights; this model has the {weights} weights."]
+    if similarity is not None:
+        lines += ["", f"This model compares by the similarity {similarity}; these results are by the configured one."]
+    return lines
 
 
 def _public(value: Any) -> Any:
@@ -127,7 +142,7 @@ def _results(folder: Path) -> list[str]:
     """Returns the lines of a Markdown table of the held-out metrics with their intervals, or [] if there are none."""
     if not (folder / RESULTS).exists():
         return []
-    tasks = json.loads((folder / RESULTS).read_text())["tasks"]
+    tasks = read_results(folder)["tasks"]
     metrics = [metric for result in tasks.values() for metric in metrics_from_json(result["metrics"])]
     if not metrics:
         return []

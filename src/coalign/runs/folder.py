@@ -47,6 +47,28 @@ def write_config(folder: Path, saved: SavedConfig) -> None:
     write_json(folder / CONFIG, fields)
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """Reads results.json: the final state of training, the parameters by role, and the results of each task.
+
+    Raises UserError if it is missing or not in the form of this version.
+    """
+    try:
+        results = json.loads((folder / RESULTS).read_text())
+        sum(results["parameters"].values())
+        if results["run"].keys() >= {"step", "seconds"} and all(
+            "metrics" in task for task in results["tasks"].values()
+        ):
+            return results
+        reason = "it was written by another version"
+    except FileNotFoundError:
+        raise UserError(f"The run {folder} is not finished; resume it with `coalign train … --resume auto`.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    raise UserError(
+        f"{folder / RESULTS} is not a valid results file: {reason}; delete it, and run `coalign train … --resume auto` to write it again."
+    )
+
+
 def check_output(path: Path) -> None:
     """Raises UserError if a report must not be written to `path`: it is a folder, or one of the files of a run."""
     if path.is_dir():

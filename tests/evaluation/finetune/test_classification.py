@@ -106,20 +106,25 @@ def test_fine_tuning_learns_and_keeps_the_text_tower_frozen(classifier):
         ("acc1", "Fine-tuning top-1"),
         ("mean_per_class_recall", "Fine-tuning mean per class"),
     ]
-    for alpha in ("0.75 of the way", "0.5 of the way", "0.25 of the way", "zero-shot"):
-        expected += [(f"{alpha}.{name}", f"{title}, {alpha}") for name, title in expected[:2]]
+    for alpha, words in (
+        ("alpha_0.75", "0.75 of the way"),
+        ("alpha_0.5", "0.5 of the way"),
+        ("alpha_0.25", "0.25 of the way"),
+        ("alpha_0", "zero-shot"),
+    ):
+        expected += [(f"{alpha}.{name}", f"{title}, {words}") for name, title in expected[:2]]
     assert [(metric.name, metric.title) for metric in metrics] == expected
     assert {(metric.kind, metric.chance, metric.count) for metric in metrics} == {("rate", 1 / 3, 200)}
     for name, value in classifier.state_dict().items():
         assert torch.equal(value, end[name])
     found = by_name(metrics)
-    assert found["zero-shot.acc1"].value < 0.7 < 0.9 < found["acc1"].value
+    assert found["alpha_0.acc1"].value < 0.7 < 0.9 < found["acc1"].value
     # the midpoint, computed directly
     half = Classifier(Encoder(), torch.zeros(3, 8), 3, 10.0, 2)
     half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
     correct = half(test).argmax(1) == torch.tensor(list(test_labels.values()))
-    np.testing.assert_array_equal(found["0.5 of the way.acc1"].outcome.values, correct)
-    assert found["0.5 of the way.acc1"].value == pytest.approx(float(correct.float().mean()))
+    np.testing.assert_array_equal(found["alpha_0.5.acc1"].outcome.values, correct)
+    assert found["alpha_0.5.acc1"].value == pytest.approx(float(correct.float().mean()))
 
 
 def test_learning_rate_decays_with_depth(classifier):

@@ -119,20 +119,25 @@ def test_fine_tuning_learns_and_evaluates_interpolated_weights(retriever):
     assert result.metrics()[: len(tuned)] == tuned
     others = result.metrics()[len(tuned) :]
     assert [(metric.name, metric.title) for metric in others] == [
-        (f"{alpha}.{side}.r1", f"{title} R@1, {alpha}")
-        for alpha in ("0.75 of the way", "0.5 of the way", "0.25 of the way", "zero-shot")
+        (f"alpha_{alpha}.{side}.r1", f"{title} R@1, {words}")
+        for alpha, words in (
+            ("0.75", "0.75 of the way"),
+            ("0.5", "0.5 of the way"),
+            ("0.25", "0.25 of the way"),
+            ("0", "zero-shot"),
+        )
         for side, title in (("image_to_text", "Image → text"), ("text_to_image", "Text → image"))
     ]
     found = by_name(result.metrics())
     assert found["image_to_text.r1"].value == after
-    assert found["zero-shot.image_to_text.r1"].value == before
+    assert found["alpha_0.image_to_text.r1"].value == before
     assert result.details()["captions"] == 120
     half = Retriever(Image(), Text(), 10.0, 2)  # the midpoint, computed directly
     half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
     encoder = DualEncoder(half.image, half.text, 2)
     expected = retrieve(encoder, embed_images(encoder, test_batches), test_captions.__getitem__).result
     assert result.by_alpha[0.5].metrics() == expected.metrics()
-    assert found["0.5 of the way.text_to_image.r1"].value == expected.text_to_image.recall[1].value
+    assert found["alpha_0.5.text_to_image.r1"].value == expected.text_to_image.recall[1].value
 
 
 def test_schedule_counts_only_batches_with_negatives(retriever, monkeypatch):

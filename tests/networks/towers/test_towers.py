@@ -245,12 +245,12 @@ def test_patches_of_open_clips_resnet(tmp_path):
 def test_towers_without_patches(tmp_path):
     pooler = {"attentional_pool": True, "attn_pooler_queries": 5}
     tower = build_image_tower(TowerSpec(vit_file(tmp_path, **pooler), vocab_size=100))
-    with pytest.raises(UserError, match="no patch features, as its trunk is a VisionTransformer"):
+    with pytest.raises(UserError, match="no patch features: its trunk, a VisionTransformer"):
         tower(random_pixels(48), with_patches=True)
     with pytest.raises(UserError, match="no patch features"):
         tower.patch_width  # noqa: B018
     tower = build_image_tower(TowerSpec("timm:crossvit_9_240", vocab_size=100, image_size=240))
-    with pytest.raises(UserError, match="no patch features, as its trunk is a CrossVit"):
+    with pytest.raises(UserError, match="no patch features: its trunk, a CrossVit"):
         tower(random_pixels(240), with_patches=True)
 
 

@@ -140,7 +140,7 @@ def test_timm_computes_the_same_features(make, tmp_path, method, model):
         ("clip", CUSTOM_RESNET, {}, "open_clip", "with a custom architecture"),
         ("clip", RESNET, {}, "transformers", "is not a plain ViT"),
         ("clip", VIT, {}, "timm", "is not a timm model"),
-        ("oner", UNIFIED, {}, "timm", "has no separate image tower"),
+        ("oner", UNIFIED, {}, "timm", "needs the pooled features of an image tower"),
         ("clip", VIT, {}, "tflite", "--to is 'tflite'"),
     ],
 )

@@ -138,7 +138,7 @@ class Scenes(Source):
             f"but {num_foils} are requested."
         )
 
-    def foils(self, indices: np.ndarray, per_kind: int = 500) -> list[Foil]:
+    def foils(self, indices: np.ndarray, per_kind: int = 2000) -> list[Foil]:
         """Returns foils of all kinds for samples of one split: those among the first `per_kind` foils of each kind in the split."""
         split, _ = self._locate(int(indices[0]))
         selected = set(indices.tolist())

@@ -48,7 +48,7 @@ def of_alpha(metric: Metric, alpha: float) -> Metric:
     if alpha == 1:
         return metric
     name = "zero-shot" if alpha == 0 else f"{alpha:g} of the way"
-    return replace(metric, name=f"{name}.{metric.name}", title=f"{metric.title}, {name}")
+    return replace(metric, name=f"alpha_{alpha:g}.{metric.name}", title=f"{metric.title}, {name}")
 
 
 class Classifier(nn.Module):
@@ -70,7 +70,8 @@ class Classifier(nn.Module):
         self.encoder, self.head, self.scale = encoder.eval(), _Head(class_embeds), scale
         self.num_classes, self.similarity = num_classes, similarity
         device = next(iter(fields(class_embeds).values())).device
-        unfreeze_used_parameters(encoder, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
+        inputs = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
+        unfreeze_used_parameters(encoder, inputs, frozen_parameters(encoder))
 
     def forward(self, pixels: Tensor) -> Tensor:
         images = self.encoder(pixels)
@@ -96,9 +97,14 @@ class _Head(nn.Module):
         return values[0] if issubclass(self.form, Tensor) else self.form(*values)
 
 
-def unfreeze_used_parameters(encoder: nn.Module, inputs: Any) -> None:
-    """Makes the parameters that affect the output for `inputs` trainable, and freezes all others."""
-    parameters = [parameter for parameter in encoder.parameters() if parameter.is_floating_point()]
+def frozen_parameters(*modules: nn.Module) -> set[int]:
+    """Returns the ids of the parameters that the modules' method does not train, such as those of a momentum encoder."""
+    return {id(p) for module in modules for p in module.parameters() if not p.requires_grad}
+
+
+def unfreeze_used_parameters(encoder: nn.Module, inputs: Any, frozen: set[int]) -> None:
+    """Makes the parameters that affect the output for `inputs` trainable, except those in `frozen`, and freezes all others."""
+    parameters = [p for p in encoder.parameters() if p.is_floating_point() and id(p) not in frozen]
     for parameter in parameters:
         parameter.requires_grad_(True)
     outputs = fields(encoder(inputs)).values()

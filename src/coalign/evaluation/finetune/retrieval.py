@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from coalign.evaluation.embed import Batches, embed_images
 from coalign.evaluation.finetune.classification import (
     FineTuneConfig,
+    frozen_parameters,
     interpolate_weights,
     layers_by_depth,
     minimize,
@@ -43,9 +44,10 @@ class Retriever(nn.Module):
         self.image, self.text, self.similarity = image.eval(), text.eval(), similarity
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         device = next(image.parameters(), self.log_scale).device
-        unfreeze_used_parameters(image, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
+        frozen = frozen_parameters(image, text)
+        unfreeze_used_parameters(image, torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), frozen)
         image_layers = layers_by_depth(image)
-        unfreeze_used_parameters(text, ["a text", "another"])
+        unfreeze_used_parameters(text, ["a text", "another"], frozen)
         text_layers = layers_by_depth(text)
         image_ids = {id(parameter) for layer in image_layers for parameter in layer}
         text_layers = [[parameter for parameter in layer if id(parameter) not in image_ids] for layer in text_layers]

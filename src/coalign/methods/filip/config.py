@@ -29,6 +29,8 @@ class FILIPConfig:
             raise UserError(f"temperature is {self.temperature}, but must be finite and above 0.")
         if not 1 <= self.max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale is {self.max_logit_scale}, but must be finite and at least 1.")
+        if self.text_view not in ("original", "paraphrase"):
+            raise UserError(f"text_view is {self.text_view!r}, but must be original or paraphrase.")
 
 
 def filip(num_pairs: int) -> TrainConfig:
@@ -37,7 +39,7 @@ def filip(num_pairs: int) -> TrainConfig:
 
 
 def filip_yfcc15m(num_pairs: int) -> TrainConfig:
-    """FILIP ViT-B/32 on YFCC15M, 32 epochs, with the settings of Cui et al. 2022 (arXiv 2203.05796; 39.5; lr 5e-4, weight decay 0.5,
+    """FILIP ViT-B/32 on YFCC15M, 32 epochs, with the schedule of Cui et al. 2022 (arXiv 2203.05796; 39.5; lr 5e-4, weight decay 0.5,
     batch 4096). FILIP's own Table 9 has YFCC100M, with batch 8,192, LAMB, base lr 6e-3 and weight decay 0.03."""
     return TrainConfig(
         method="filip",

@@ -83,8 +83,10 @@ class FILIP(Method):
         self.config = config
         self.view_plan = ViewPlan(images={"image": config.image_view}, texts={"caption": TextPolicy(config.text_view)})
         self.image = build_image_tower(towers)
-        self.image.projection = nn.Identity()  # of the pooled features, which are not used
-        self.patch_projection = new_projection(self.image.patch_width, self.image.embed_dim)
+        projection, width = self.image.projection, self.image.patch_width
+        fits = isinstance(projection, nn.Linear) and projection.in_features == width  # of a ViT, it may be pretrained
+        self.patch_projection = projection if fits else new_projection(width, self.image.embed_dim)
+        self.image.projection = nn.Identity()  # the pooled features are not used
         self.text = build_text_tower(towers, attention="causal", pooling="end")
         self.logit_scale = LogitScale(config.temperature)
 
@@ -158,10 +160,11 @@ class FILIP(Method):
 
 # Implementation details and their sources ([p] stated in the paper, [r] read in Cui et al.'s re-implementation (the paper has no released
 # code), [i] inferred):
-# - Similarities are means over all tokens but padding, each direction has its own in the loss, and τ is learned from 0.07 [p]. Start and
-#   end token are not padding, so they are included.
+# - Similarities are means over all tokens but padding, each direction has its own in the loss, and τ is learned from 0.07 [p]. The start
+#   and end tokens are not padding, so they are included.
 # - An image's tokens are its patches, without the class token [r; the paper's linear probe averages the patches, too]. They are taken after
-#   the tower's last norm [i] and projected by one linear layer [p] without bias and with CLIP's initialization [i].
+#   the tower's last norm [i] and projected by one linear layer [p] without bias and with CLIP's initialization [i], or by the
+#   projection of a pretrained ViT (ours).
 # - `image_features`, for probes, is the mean of the patches [p].
 # - The embedding dimension is the model's `embed_dim`, such as 512 of ViT-B-32 [i]. The paper's is 256, to save memory.
 # - Deviation: the paper gathers only the 25 % of each sample's tokens with the largest similarities within the batch of one GPU, in fp16.
@@ -173,6 +176,8 @@ class FILIP(Method):
 # - Deviation: images are augmented with CLIP's random crop, in the recipe of Cui et al. with theirs (`image_view`); the paper uses
 #   AutoAugment. Captions are unchanged; the paper draws the caption or its back-translation via German or Russian. `text_view`
 #   "paraphrase" draws from the stored paraphrases, without the caption itself.
+# - `filip-yfcc15m` has the schedule of Cui et al., but not their dimension of 256, projections with bias, patches before the last norm,
+#   clamp of 1/τ to at least 20, and selection of 16 tokens [r].
 # - Deviation: AdamW instead of LAMB, and CLIP's clamp of the log-scale to [0, ln 100] after the step, which the paper does not mention.
 # - Text: lower-cased BPE, causal Transformer, at most 77 tokens [p].
 # - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators.

@@ -128,7 +128,7 @@ def _timm_patches(trunk: Any, features: Any) -> Tensor:
     if isinstance(features, Tensor) and features.ndim == 3:
         patches = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
         side = math.isqrt(patches.shape[1])
-        if patches.shape[1] == side * side:
+        if patches.shape[1] == side * side > 1:  # a single token stands for the whole image
             return patches.unflatten(1, (side, side))
     raise _no_patches(trunk)
 
@@ -140,8 +140,8 @@ def timm_part(trunk: Any) -> Any:
 
 def _no_patches(trunk: nn.Module) -> UserError:
     return UserError(
-        f"The image tower has no patch features, as its trunk is a {type(trunk).__name__} without a single feature map; "
-        "use a ViT with a class token or a ResNet."
+        f"The image tower has no patch features: its trunk, a {type(trunk).__name__}, has no single feature map, or drops patches in "
+        "training; use a ViT with a class token and no patch dropout, or a ResNet."
     )
 
 

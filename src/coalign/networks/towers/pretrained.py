@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ def linear_from_matrix(matrix: Tensor) -> nn.Linear:
     return projection
 
 
-@lru_cache(maxsize=1)  # both towers load it
 def load_pretrained(spec: TowerSpec) -> Any:
+    """Returns a copy of open_clip's model, as in `_load_pretrained`: the towers remove parts of it."""
+    return copy.deepcopy(_load_pretrained(spec))
+
+
+@lru_cache(maxsize=1)  # both towers load it
+def _load_pretrained(spec: TowerSpec) -> Any:
     """Returns open_clip's model with the weights of `spec.pretrained`: one of its tags, or a safetensors file of one of its models. Raises
     UserError if they do not fit or cannot be loaded."""
     tag, file = spec.pretrained or "", weights_file(spec.pretrained)

@@ -43,7 +43,7 @@ class TextFeatures(NamedTuple):
 
 
 class Tower(nn.Module, ABC):
-    """An encoder of images, texts or both, with what cost estimates, compilation and export need to know of it."""
+    """An encoder of images, texts or both, with the information that cost estimates, compilation and export need."""
 
     image_size: int | None = None  # side of its input images in pixels, if it encodes images
     patch_grid: tuple[int, int] | None = None  # rows and columns of the patches, if it can mask them

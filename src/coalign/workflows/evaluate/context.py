@@ -14,6 +14,7 @@ from coalign.data.loading.eval import image_batches, sample_key
 from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import ClassificationSource
 from coalign.embeds import take
+from coalign.errors import UserError
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features, no_readable_image
 from coalign.evaluation.prompts import templates
 from coalign.metric import Metric
@@ -83,6 +84,10 @@ class EvalContext:
     def labeled_splits(self) -> tuple[Labels, Labels | None, Labels]:
         """Returns the train, val (None if empty) and test samples with their classes, for a task that trains."""
         test, train, val = self._read_labels([self.test, self.train, self.val])
+        if train.classnames != test.classnames or not {*train.class_of.values()} & {*test.class_of.values()}:
+            raise UserError(
+                f"No training sample of {train.source.name} has one of the classes of {test.source.name}; train on data with these classes."
+            )
         return train, val if len(self.val.indices) else None, test
 
     def _read_labels(self, parts: Sequence[Samples]) -> list[Labels]:
@@ -102,9 +107,10 @@ class EvalContext:
         """Returns the result of a classification. For the papers' datasets, their metric is the main one, and differences are noted."""
         if not isinstance(self.source, ClassificationSource):
             return TaskResult(metrics, **values)
-        differences = self.source.differences(uses_train)
+        differences = self.source.differences(uses_train and self.train.source is self.source)
         notes = [f"differs from the papers' data: {'; '.join(differences)}"] if differences else []
-        result = TaskResult(metrics, **values, notes=notes, main_metric=self.source.metric)
+        main_metric = self.source.metric if self.source.metric in {metric.name for metric in metrics} else None
+        result = TaskResult(metrics, **values, notes=notes, main_metric=main_metric)
         result.details = {**result.details, "differences": differences}
         return result
 
@@ -139,7 +145,8 @@ class EvalContext:
 
     def _subset(self, images: ImageEmbeds, indices: Sequence[int]) -> ImageEmbeds:
         """Returns the images with the given indices, as if only these had been embedded."""
-        kept, keys = set(indices), {sample_key(self.source, index) for index in indices}
+        kept = set(indices)
+        keys = {sample_key(self.source, index) for index in indices} if images.bad else set()
         rows = [row for row, index in enumerate(images.indices) if index in kept]
         bad = [entry for entry in images.bad if entry.key in keys]
         if not rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.eval_report import print_results, write_page, write_results
 from coalign.workflows.evaluate.needs import check_needs
-from coalign.workflows.evaluate.samples import Samples, select_split
+from coalign.workflows.evaluate.samples import Samples, same_data, select_split
 from coalign.workflows.evaluate.tasks import SUITES, Task, parse_task
 
 Results = dict[str, dict[str, Any]]
@@ -49,9 +50,10 @@ def evaluate(
     config = config or EvalConfig()
     if not tasks:
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
-    parsed = [parse_task(text) for text in _expand_suites(tasks)]
+    parsed = list(dict.fromkeys(parse_task(text) for text in _expand_suites(tasks)))
     _check_precision([task for task, _ in parsed], config)
-    _check_dataset_folders([data for _, data in parsed if _is_benchmark(data, config.data_root)], config.data_root)
+    specs = [data for _, data in parsed] + ([config.train_data] if config.train_data else [])
+    _check_dataset_folders([data for data in specs if _is_benchmark(data, config.data_root)], config.data_root)
     world = join_world(check_device(config.device))
     eval_model = open_eval_model(model, config.weights, str(world.device), config.preprocess, config.similarity)
     eval_model.encoder = _wrap_encoder(eval_model, config, world)
@@ -63,8 +65,11 @@ def evaluate(
             contexts[key] = _open(data, eval_model, config, world, with_boxes=key[1])
         check_needs(task, contexts[key][1])
     results: Results = {}
+    remaining = Counter((data, "boxes" in task.needs) for task, data in parsed)
     for task, data in parsed:
-        split, context = contexts[data, "boxes" in task.needs]
+        key = data, "boxes" in task.needs
+        remaining[key] -= 1
+        split, context = contexts[key] if remaining[key] else contexts.pop(key)  # frees its embeddings
         counts = {"data": data, "split": split, "samples": len(context.indices)}
         results[f"{task.name}:{data}"] = {**counts, **task.load()(context).to_json()}
         on_result(results)
@@ -121,11 +126,12 @@ def _open(data: str, model: EvalModel, config: EvalConfig, world: World, with_bo
     """Opens the data of a task. Returns the name of the split to evaluate, and the context."""
     source = _open_source(data, config, with_boxes)
     name, indices = select_split(source, data, None if with_boxes else model.run, config.split)
-    train_source = source if config.train_data is None else _open_source(config.train_data, config, with_boxes)
+    own = config.train_data is None or same_data(config.train_data, data)
+    train_source = source if own else _open_source(config.train_data or data, config, with_boxes)
     splits = train_source.splits or {}
     train = splits.get("train", np.arange(len(train_source)))
     val = splits.get("val", np.empty(0, np.int64))
-    if train_source is source:
+    if own:
         train, val = np.setdiff1d(train, indices), np.setdiff1d(val, indices)
     context = EvalContext(
         model, data, Samples(source, indices), Samples(train_source, train), Samples(train_source, val), config, world
@@ -181,4 +187,5 @@ def _suite(results: Results, suite: str) -> dict[str, Any]:
         name: next(metric for metric in metrics_from_json(result["metrics"]) if metric.name == result["main_metric"])
         for name, result in by_dataset.items()
     }
-    return TaskResult(suite_metrics(main), main_metric="average").to_json()
+    names = {name: metric.name for name, metric in main.items()}
+    return TaskResult(suite_metrics(main), details={"metric_of": names}, main_metric="average").to_json()

@@ -11,6 +11,7 @@ from coalign.data.sources.benchmarks.detection import DetectionSource
 from coalign.data.sources.benchmarks.sugarcrepe import SugarCrepe
 from coalign.data.sources.benchmarks.winoground import Winoground
 from coalign.errors import UserError
+from coalign.networks.detector import resnet_trunk
 
 if TYPE_CHECKING:
     from coalign.workflows.evaluate.context import EvalContext
@@ -93,6 +94,15 @@ def _trainable(task: Task, context: EvalContext) -> str | None:
     return None if encoder.modules else f"{encoder.name} does not expose its encoders, which {task.name} needs."
 
 
+def _resnet(task: Task, context: EvalContext) -> str | None:
+    assert context.model.encoder.modules is not None  # the tasks also need trainable encoders
+    try:
+        resnet_trunk(context.model.encoder.modules()[0])
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _joint(task: Task, context: EvalContext) -> str | None:
     if context.model.has_joint:
         return None
@@ -114,6 +124,7 @@ _PROBLEMS: dict[str, Callable[[Task, EvalContext], str | None]] = {
     "masks": _masks,
     "features": _features,
     "trainable encoders": _trainable,
+    "resnet": _resnet,
     "joint embeds": _joint,
     "maps": _maps,
 }

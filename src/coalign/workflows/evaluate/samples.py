@@ -54,7 +54,7 @@ def select_split(source: Source, data: str, run: Run | None, split: str | None) 
     if split == "all":
         return "all", all_indices
     source_splits = source.splits
-    trained_on = run is not None and _same_data(run.data, data)
+    trained_on = run is not None and same_data(run.data, data)
     if trained_on and split in (None, "train", "val") and run is not None and run.config.val_data is None:
         splits = assign_splits(source, run.config.val_fraction, by=run.config.val_by)[0]
         return split or "val", splits[split or "val"]
@@ -67,7 +67,8 @@ def select_split(source: Source, data: str, run: Run | None, split: str | None) 
     return split, source_splits[split]
 
 
-def _same_data(one: str, other: str) -> bool:
+def same_data(one: str, other: str) -> bool:
+    """Returns whether two ways to name data, as given by the user, are of the same data."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 

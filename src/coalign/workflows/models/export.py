@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def export(path: str | Path, to: str, out: str | Path, weights: str = "last", si
             folder = Path(temporary) / "export"
             folder.mkdir()
             FORMATS[to](run, folder)
-            (folder / "README.md").write_text(card(path, to, weights))
+            (folder / "README.md").write_text(card(path, to, weights, similarity, run.encoder().compares_cosines))
             folder.replace(out)
     except (OSError, SafetensorError) as error:  # such as a full disk
         raise UserError(f"The model could not be written to {out}: {error}") from error
@@ -123,7 +123,9 @@ def _transformers(run: Run, out: Path) -> None:
 
 def _timm(run: Run, out: Path) -> None:
     if not isinstance(run.method, TwoTowers):
-        raise UserError(f"timm cannot represent a model of {run.config.method}, which has no separate image tower.")
+        raise UserError(
+            f"A timm export needs the pooled features of an image tower, which {run.config.method} does not train."
+        )
     to_timm(run.config.model, model_config(run.config.model)["vision_cfg"], run.method.image, out)
     model = _load(lambda: from_timm(out), "timm").eval()
     pixels = _random_pixels(run)
@@ -159,10 +161,13 @@ def _onnx(run: Run, out: Path) -> None:
     write_json(out / INFO, info)
     peer = from_onnx(out, load_tokenizer(out / "tokenizer.json"))
     _compare(run, Peer(peer.encode_image, peer.encode_text, peer.similarity), "ONNX")
+    encoder = run.encoder()
     if "joint" in inputs:
         joint = to_embeds(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
         with torch.no_grad():
-            check_close(run.joint_encoder()(pixels, PROBE_TEXTS), joint, "joint embeddings", "ONNX")
+            check_close(
+                run.joint_encoder()(pixels, PROBE_TEXTS), joint, "joint embeddings", "ONNX", encoder.compares_cosines
+            )
 
 
 FORMATS: dict[str, Callable[[Run, Path], None]] = {
@@ -214,19 +219,25 @@ def _compare(run: Run, peer: Peer, library: str) -> None:
     """Raises UserError unless both models embed and compare random images and PROBE_TEXTS alike."""
     encoder, pixels, texts = run.encoder(), _random_pixels(run), list(PROBE_TEXTS)
     ours, theirs = ((m.encode_image(pixels), m.encode_text(texts)) for m in (encoder, peer))
-    check_close(ours[0], theirs[0], "image embeddings", library)
-    check_close(ours[1], theirs[1], "text embeddings", library)
-    if not encoder.compares_cosines:
-        check_close(encoder.similarity(*ours), peer.similarity(*theirs), "similarities", library)
+    cosines = encoder.compares_cosines
+    check_close(ours[0], theirs[0], "image embeddings", library, cosines)
+    check_close(ours[1], theirs[1], "text embeddings", library, cosines)
+    if not cosines:
+        check_close(encoder.similarity(*ours), peer.similarity(*theirs), "similarities", library, False)
 
 
-def check_close(expected: Embeds, actual: Embeds, what: str, library: str) -> None:
-    """Raises UserError if the tensors, normalized along their last axis, differ by more than rounding."""
-    pairs = zip(fields(expected).values(), fields(actual).values())
-    difference = max(
-        float((F.normalize(one.float(), dim=-1) - F.normalize(other.float(), dim=-1)).abs().max())
-        for one, other in pairs
-    )
+def check_close(expected: Embeds, actual: Embeds, what: str, library: str, cosines: bool = True) -> None:
+    """Raises UserError if the tensors differ by more than rounding.
+
+    Vectors that are compared by cosines may differ in length; other tensors differ relative to their largest value.
+    """
+
+    def differences() -> Iterator[float]:
+        for one, other in zip(fields(expected).values(), fields(actual).values()):
+            a, b = (F.normalize(x.float(), dim=-1) if cosines else x.float() for x in (one, other))
+            yield float((a - b).abs().max() / (1.0 if cosines else a.abs().max().clamp(min=1e-6)))
+
+    difference = max(differences())
     if not difference <= TOLERANCE:
         raise UserError(
             f"{library} cannot represent this model: its {what} would differ by {difference:.1e}. "

@@ -84,6 +84,7 @@ def _add_retrieval(summary: RunSummary, held_out: HeldOutResult, similarity: Sim
     result: RetrievalResult = evaluation.result
     indices, texts = evaluation.images.indices, evaluation.texts
     summary.evaluated_on = f"{result.num_images:,} held-out pairs"
+    summary.highlights = [side.recall[k] for side in (result.image_to_text, result.text_to_image) for k in (1, 10)]
     cells = _Cells(source, indices, texts)
     rng = np.random.default_rng(0)
     summary.image_queries = _rankings(cells, result.image_to_text, rng, image_queries=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from coalign.runs.folder import (
     SavedConfig,
     describe_samples,
     read_config,
+    read_results,
     write_config,
 )
 from coalign.runs.outcomes import item_hashes, write_outcomes
@@ -240,8 +240,8 @@ def _is_reported(out: Path, step: int) -> bool:
     if not (out / HELD_OUT).exists():
         return False
     try:
-        return bool(json.loads((out / RESULTS).read_text())["run"]["step"] == step)
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_results(out)["run"]["step"] == step)
+    except UserError:
         return False
 
 

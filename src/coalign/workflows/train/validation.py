@@ -56,9 +56,8 @@ def validation(
     images: list[Any] = []  # batches of rank 0, decoded in the first validation
     labels = read_labels([Samples(pairs.val_source, tracked)], config.classes)[0] if config.classes else None
     if config.probe:
-        read_labels(
-            [Samples(pairs.source, pairs.train)], config.classes
-        )  # fails before training if no pair belongs to a class
+        # fails before training if no pair belongs to a class
+        read_labels([Samples(pairs.source, pairs.train)], config.classes)
 
     def validate(step: StepInfo) -> ValidationResult:
         total = 0.0
