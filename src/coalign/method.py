@@ -72,7 +72,7 @@ class Method(nn.Module, ABC):
     # Optional capabilities; None: the method does not have it.
     # pixels and, for each image, token ids and lengths, as one input -> embeds, as `encode_image`
     encode_joint: Callable[[Tensor, Tensor, Tensor], Any] | None = None
-    # the same inputs -> how well each image region matches the text, [batch, row, column]; None: Grad-CAM is used instead
+    # the same inputs -> how well each image region matches the text, [batch, row, column]; None: Grad-CAM of the tower `image` is used
     localize: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property

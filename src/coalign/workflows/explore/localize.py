@@ -12,7 +12,7 @@ from torch import Tensor
 from coalign.errors import UserError
 from coalign.evaluation.localization import upsample
 from coalign.networks.grad_cam import grad_cam
-from coalign.networks.two_towers import TwoTowers
+from coalign.networks.towers.image import ImageTower
 from coalign.runs.run import Run, image_size, load
 from coalign.types import Localizer
 from coalign.workflows.image_files import check_figure_path, read_image, save_figure
@@ -29,9 +29,9 @@ def localizer(run: Run) -> tuple[Localizer, str]:
     if method.localize is not None:
         compare_patches = torch.no_grad()(method.localize)
         return lambda pixels, texts: compare_patches(pixels.to(device), *tokens(texts)), "patch similarity"
-    if not isinstance(method, TwoTowers):
+    tower = getattr(method, "image", None)
+    if not isinstance(tower, ImageTower):
         raise UserError(f"{run.path} has no image tower for Grad-CAM and no localization maps of its own.")
-    tower = method.image
 
     def grad_cam_maps(pixels: Tensor, texts: Sequence[str]) -> Tensor:
         with torch.no_grad():
