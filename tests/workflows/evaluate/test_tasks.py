@@ -143,6 +143,33 @@ def test_probe_trains_on_other_data(pairs, tmp_path, kind):
     assert model.num_features == num_test + count["red"] + count["green"] + count["blue"]
 
 
+def test_a_probe_never_trains_on_the_samples_it_is_evaluated_on(pairs, tmp_path):
+    """Also if --train-data is the same data, under another name."""
+    write_folders(tmp_path / "own", pairs, ("red", "green"))
+    for spelling in (tmp_path / "own", tmp_path / "own" / ".." / "own"):
+        with pytest.raises(UserError, match="has nothing to train on"):
+            evaluate(
+                Counting().encoder(with_features=True),
+                [f"probe:{tmp_path / 'own'}"],
+                EvalConfig(train_data=str(spelling)),
+            )
+
+
+def test_training_data_without_any_of_the_classes_is_refused(pairs, tmp_path):
+    train = write_folders(tmp_path / "train", pairs, ("red", "green"))
+    test = write_folders(tmp_path / "test", pairs, ("blue", "grey"))
+    with pytest.raises(UserError, match=r"No training sample of .*train has one of the classes of .*test"):
+        evaluate(Counting().encoder(with_features=True), [f"knn:{test}"], EvalConfig(train_data=str(train)))
+
+
+def test_a_task_given_twice_runs_once(pairs):
+    model, shown = Counting(), []
+    tasks = [f"{kind}:{pairs}" for kind in ("retrieval", "zeroshot", "retrieval")]
+    results = evaluate(model.encoder(), tasks, on_result=lambda found: shown.append(list(found)))
+    assert list(results) == tasks[:2]
+    assert shown == [tasks[:1], tasks[:2]]
+
+
 # ---------------------------------------------------------------- shared embeddings
 
 

@@ -19,7 +19,7 @@ from coalign.interop.onnx import session
 from coalign.runs.card import card
 from coalign.runs.run import load
 from coalign.workflows.evaluate.eval_model import open_eval_model
-from coalign.workflows.models.export import export
+from coalign.workflows.models.export import check_close, export
 
 TEXTS = ["a red thing", "Two  BLUE apples,\tstanding!", "", "gray " * 40, "it's 12 o'clock", "café"]
 PIXELS = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -181,6 +181,10 @@ def test_card_describes_the_run_and_its_code_runs(make, trained, tmp_path, capsy
     assert "/" not in re.search(r"A `(.*?)` model", text)[1]
     assert "this model has the best weights" in card(trained, weights="best")
     assert "this model has" not in text
+    several = card(trained, "onnx", similarity="projector", compares_cosines=False)  # as of OneR
+    assert "similarity.onnx" in several
+    assert "compares by the similarity projector" in several
+    assert "similarity.onnx" not in card(trained, "onnx", similarity="projector")
     assert cli.main(["card", str(trained), "--out", str(tmp_path / "card.md")]) == 0
     assert (tmp_path / "card.md").read_text() == text
     monkeypatch.chdir(tmp_path)
@@ -247,3 +251,11 @@ def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, me
     (out / "image.onnx").write_bytes((out / "image.onnx").read_bytes()[:3000])
     with pytest.raises(UserError, match=r"onnxruntime cannot load .*image.onnx"):
         open_eval_model(str(out))
+
+
+def test_exported_values_may_differ_in_length_only_if_compared_by_cosines():
+    values = torch.randn(3, 4)
+    check_close(values, 2 * values, "embeddings", "ONNX")
+    with pytest.raises(UserError, match=r"its embeddings would differ by 1\.0e\+00"):
+        check_close(values, 2 * values, "embeddings", "ONNX", cosines=False)
+    check_close(values, values * (1 + 1e-6), "embeddings", "ONNX", cosines=False)
