@@ -285,7 +285,8 @@ def test_invalid_evaluations(capsys, tmp_path, pairs, trained):
     assert "colour" in error_of(capsys, "eval", trained, "--label", "colour", "--tasks", f"zeroshot:{pairs}")
     assert "is not a run" in error_of(capsys, "eval", pairs, "--tasks", f"retrieval:{pairs}")
     assert "--device" in error_of(capsys, "eval", trained, "--device", "gpu", "--tasks", f"retrieval:{pairs}")
-    json_path = tmp_path / "absent" / "out.json"
+    (tmp_path / "file").touch()
+    json_path = tmp_path / "file" / "out.json"
     assert "out.json" in error_of(capsys, "eval", trained, "--tasks", f"retrieval:{pairs}", "--json", json_path)
 
 

@@ -23,5 +23,5 @@ def percent(fraction: float) -> str:
 
 
 def foil_kind(kind: str) -> str:
-    """A kind of foils for display. As data, the kind "colour" keeps its spelling, because it seeds generators."""
+    """Formats a kind of foils. The stored kind "colour" keeps its spelling: it seeds generators."""
     return kind.replace("_", " ").replace("colour", "color")

@@ -270,6 +270,18 @@ def test_files_of_a_run_are_not_overwritten(two, capsys, option, name):
     assert {path: path.read_bytes() for path in one.iterdir()} == before
 
 
+def test_the_folder_of_a_report_is_created_before_the_work(two, tmp_path, capsys):
+    out = tmp_path / "new" / "folder" / "compare.json"
+    assert cli.main(["compare", *map(str, two), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["groups"]
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    assert cli.main(["compare", *map(str, two), "--json", str(tmp_path / "file" / "compare.json")]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "cannot be created" in printed.err
+
+
 def test_results_are_written_atomically_or_to_a_device(tmp_path, capsys):
     assert cli.main(["compare", "nothing", "else", "--json", str(tmp_path)]) == 2
     assert f"{tmp_path} is a folder; give the path of a file." in capsys.readouterr().err

@@ -41,9 +41,9 @@ def embed_text(text):
 
 def embed_images(pixels):  # uint8 [batch, 3, size, size], size = info["image_size"]: resized bicubically, center-cropped
     return images.run(None, {"pixels": pixels})[0]""",
-    "coalign": """from coalign.runs.run import load
+    "coalign": """import coalign
 
-encoder = load("FOLDER").encoder()""",
+encoder = coalign.load("FOLDER").encoder()""",
 }
 _COMPARE = """
 similarity = onnxruntime.InferenceSession("FOLDER/similarity.onnx")

@@ -70,11 +70,18 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError if a report must not be written to `path`: it is a folder, or one of the files of a run."""
+    """Creates the folder of a report, before the work.
+
+    Raises UserError if it cannot be created, or if `path` is a folder or one of the files of a run.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the path of a file.")
     if path.name in RUN_FILES and (path.parent / CONFIG).exists():
         raise UserError(f"{path} belongs to the run in {path.parent}; choose another file name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder of {path} cannot be created: {error.strerror}; choose another path.") from error
 
 
 def read_config(folder: Path) -> SavedConfig:

@@ -45,7 +45,8 @@ def evaluate(
 
     DATA is anything that `open_source` accepts (for detectors, `open_detection`), or one of those eleven datasets below
     `config.data_root`, with its own classes, prompts and splits. Under torchrun the processes share the embedding work. `on_result` is
-    called with the results so far after each task. Raises UserError for invalid options and data, before the first task runs.
+    called with the results so far after each task. Raises UserError for invalid options and data; whatever a task needs is checked before
+    the first one runs.
     """
     config = config or EvalConfig()
     if not tasks:
@@ -59,15 +60,14 @@ def evaluate(
     eval_model.encoder = _wrap_encoder(eval_model, config, world)
     # open all data before the first task runs, which may take hours
     contexts: dict[tuple[str, bool], tuple[str, EvalContext]] = {}
-    for task, data in parsed:
-        key = (data, "boxes" in task.needs)
+    keys = [(data, "boxes" in task.needs) for task, data in parsed]
+    for (task, data), key in zip(parsed, keys):
         if key not in contexts:
             contexts[key] = _open(data, eval_model, config, world, with_boxes=key[1])
         check_needs(task, contexts[key][1])
     results: Results = {}
-    remaining = Counter((data, "boxes" in task.needs) for task, data in parsed)
-    for task, data in parsed:
-        key = data, "boxes" in task.needs
+    remaining = Counter(keys)
+    for (task, data), key in zip(parsed, keys):
         remaining[key] -= 1
         split, context = contexts[key] if remaining[key] else contexts.pop(key)  # frees its embeddings
         counts = {"data": data, "split": split, "samples": len(context.indices)}

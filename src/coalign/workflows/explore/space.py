@@ -37,9 +37,9 @@ def space(
     out = check_figure_path(out)
     trained = load(path, device=device, similarity=similarity)
     if not trained.encoder().compares_cosines:
-        several = hasattr(trained.config.method_config, "similarity")
-        hint = "; set --similarity projector" if several else ""
-        raise UserError(f"{path} does not compare one vector per sample, which the plot needs{hint}.")
+        raise UserError(
+            f"{path} does not compare one vector per sample, which the plot needs; OneR models do with --similarity projector."
+        )
     untrained_method = build_method(replace(trained.config, pretrained=None), trained.tokenizer)
     initial = replace(trained, method=untrained_method.to(device).eval())
     source = open_source(data)
