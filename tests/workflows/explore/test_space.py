@@ -29,7 +29,7 @@ def test_invalid_arguments_raise(trained, tmp_path):
 
 def test_one_vector_per_sample_is_needed(oner, tmp_path):
     out = tmp_path / "space.png"
-    with pytest.raises(UserError, match="OneR models do with --similarity projector"):
+    with pytest.raises(UserError, match="pass --similarity projector"):
         space(oner, "scenes:32,size=32", out)
     assert not out.exists()
     assert space(oner, "scenes:32,size=32", out, similarity="projector").keys() == {"before training", "after training"}

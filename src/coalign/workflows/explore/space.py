@@ -37,8 +37,10 @@ def space(
     out = check_figure_path(out)
     trained = load(path, device=device, similarity=similarity)
     if not trained.encoder().compares_cosines:
+        several = hasattr(trained.config.method_config, "similarity")
         raise UserError(
-            f"{path} does not compare one vector per sample, which the plot needs; OneR models do with --similarity projector."
+            f"{path} does not compare one vector per sample, which the plot needs"
+            + ("; pass --similarity projector." if several else ".")
         )
     untrained_method = build_method(replace(trained.config, pretrained=None), trained.tokenizer)
     initial = replace(trained, method=untrained_method.to(device).eval())
