@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,16 @@ class EvalCommand(EvalConfig):
     """Write a report to this HTML file."""
 
 
-def eval_command(args: list[str]) -> None:
+def eval_command(args: list[str]) -> Callable[[], None]:
     description = inspect.cleandoc(EvalCommand.__doc__ or "").replace("TASKS\n", f"{help_table()}\n")
     command = parse(EvalCommand, args, "eval", description=description)
-    from coalign.workflows.evaluate.evaluate import evaluate_and_write
 
-    evaluate_and_write(command.model, command.tasks, command, command.json, command.report)
+    def run() -> None:
+        from coalign.workflows.evaluate.evaluate import evaluate_and_write
+
+        evaluate_and_write(command.model, command.tasks, command, command.json, command.report)
+
+    return run
 
 
 EVAL = Command(first_sentence(EvalCommand), eval_command)

@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 print(_help("Data"), end="")
                 return 0
             raise UserError(_unknown_command(name))
-        return COMMANDS[name].run(words[length:]) or 0
+        return COMMANDS[name].parse(words[length:])() or 0
     except UserError as error:
         print(f"coalign: {error}", file=sys.stderr)
         return 2

@@ -38,7 +38,8 @@ class Command:
     """A command of the command line."""
 
     summary: str  # the sentence in `coalign --help`
-    run: Callable[[list[str]], int | None]  # arguments -> exit code; None is 0
+    # Arguments -> the work, which returns an exit code (None is 0). Raises UserError for invalid arguments.
+    parse: Callable[[list[str]], Callable[[], int | None]]
 
 
 def command(function: Callable[..., None], name: str) -> Command:
@@ -49,7 +50,7 @@ def command(function: Callable[..., None], name: str) -> Command:
     def deferred(*args: Any, **options: Any) -> Callable[[], None]:
         return lambda: function(*args, **options)
 
-    return Command(first_sentence(function), lambda args: parse(deferred, args, name)())
+    return Command(first_sentence(function), lambda args: parse(deferred, args, name))
 
 
 def first_sentence(documented: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,35 +64,42 @@ class ProfileCommand:
     """cpu, cuda or cuda:N. None: cuda if available."""
 
 
-def train_command(args: list[str]) -> int:
+def train_command(args: list[str]) -> Callable[[], int]:
     @cache
     def config_for(num_pairs: int) -> tuple[TrainCommand, TrainConfig]:
         return _parse_settings(args, num_pairs, "train", TrainCommand)
 
     options = config_for(NOMINAL_PAIRS)[0]  # rejects invalid options before importing torch and reading data
-    from coalign.workflows.train.train import train
 
-    result = train(
-        options.data, options.out, lambda num_pairs: config_for(num_pairs)[1],
-        resume=options.resume, device=options.device, dry_run=options.dry_run,
-    )  # fmt: skip
-    return INTERRUPTED if result is not None and result.ended == "interrupted" else 0
+    def run() -> int:
+        from coalign.workflows.train.train import train
+
+        result = train(
+            options.data, options.out, lambda num_pairs: config_for(num_pairs)[1],
+            resume=options.resume, device=options.device, dry_run=options.dry_run,
+        )  # fmt: skip
+        return INTERRUPTED if result is not None and result.ended == "interrupted" else 0
+
+    return run
 
 
-def profile_command(args: list[str]) -> int:
+def profile_command(args: list[str]) -> Callable[[], None]:
     @cache
     def config_for(num_pairs: int) -> tuple[ProfileCommand, TrainConfig]:
         return _parse_settings(args, num_pairs, "profile", ProfileCommand)
 
     options = config_for(NOMINAL_PAIRS)[0]
-    from coalign.workflows.train.profile import print_profile, profile
 
-    result = profile(
-        options.data, lambda num_pairs: config_for(num_pairs)[1], steps=options.steps, device=options.device
-    )
-    if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process prints
-        print_profile(result, options.steps)
-    return 0
+    def run() -> None:
+        from coalign.workflows.train.profile import print_profile, profile
+
+        result = profile(
+            options.data, lambda num_pairs: config_for(num_pairs)[1], steps=options.steps, device=options.device
+        )
+        if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process prints
+            print_profile(result, options.steps)
+
+    return run
 
 
 TRAIN = Command(first_sentence(TrainCommand), train_command)
