@@ -121,7 +121,7 @@ TABLES: dict[str, Table] = {
         headline_metrics=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
     "style-shift-openclipart": Table(
-        "All seven methods, trained on two styles of Open Clip Art and evaluated on the same concepts in other styles",
+        "Seven methods, trained on two styles of Open Clip Art and evaluated on the same concepts in other styles",
         {
             **{
                 name: Arm(name, image_lr=TUNED_LR.get(name), paper=_YFCC.get(name))
@@ -137,7 +137,7 @@ TABLES: dict[str, Table] = {
         **STYLE_SHIFT,
     ),
     "fractions-openclipart": Table(
-        "All seven methods on all, half and a quarter of the pairs, in two styles of Open Clip Art, at equal samples seen",
+        "Seven methods on all, half and a quarter of the pairs, in two styles of Open Clip Art, at equal samples seen",
         by_fraction({name: Arm(name, image_lr=TUNED_LR.get(name)) for name in (*TWO_TOWERS, "oner", "mct")}),
         recipe_overrides=SMALL_QUEUE,
         **STYLE_SHIFT,

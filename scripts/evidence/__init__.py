@@ -1,0 +1,1 @@
+"""The pages of docs/evidence, rendered from the files in results/."""
