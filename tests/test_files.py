@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import coalign
-from coalign.files import write_atomically, write_json, write_text
+from coalign.files import save_tensors, write_atomically, write_json, write_text
 
 SWAP_FOLDERS = {
     "data/prepare/openclipart.py",
@@ -104,3 +106,17 @@ def replaces_paths(module):
             case ast.Call(func=ast.Attribute(attr="replace" | "rename"), args=[_], keywords=[]):
                 return True
     return False
+
+
+def test_tensor_files_have_the_usual_permissions(tmp_path):
+    """Colleagues can read checkpoints and exports on a shared disk."""
+    tensors = {"a": torch.arange(3)}
+    save_tensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    (tmp_path / "usual").write_text("")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert load_file(tmp_path / "x.safetensors")["a"].tolist() == [0, 1, 2]
+
+
+def test_only_one_function_writes_tensor_files():
+    sources = Path(coalign.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if "import save_file" in path.read_text()] == ["files.py"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any, *, indent: int = 2, **options: Any) -> None:
     """Writes the values atomically as JSON with a newline at the end. `options` go to `json.dumps`."""
     write_text(path, json.dumps(values, indent=indent, **options) + "\n")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors as a safetensors file with the usual permissions; the library's own are for the owner alone."""
+    from safetensors.torch import save_file  # imports torch
+
+    save_file(dict(tensors), path, metadata=metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from coalign.embeds import concatenate, fields, map_fields, take, to_cpu
 from coalign.errors import UserError
-from coalign.files import write_atomically
+from coalign.files import save_tensors, write_atomically
 from coalign.types import DualEncoder, Embeds
 
 MIN_COSINE = 0.999  # between an embedding in bfloat16 and in float32
@@ -103,7 +103,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 def _save(embeds: Embeds, path: Path) -> None:
     try:
-        write_atomically(path, lambda temporary: save_file(fields(embeds), temporary))
+        write_atomically(path, lambda temporary: save_tensors(temporary, fields(embeds)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"The embeddings could not be cached in {path.parent}: {error}") from error
 

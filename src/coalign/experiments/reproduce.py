@@ -69,8 +69,9 @@ def reproduce(
     bases = [base for arm in chosen if (base := sweep.arms[arm].weights_of) and base not in chosen]
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in dict.fromkeys([*bases, *chosen])]
     missing = [trial for trial in trials if not finished(trial)]
+    if missing:
+        open_source(data)  # reports bad data before the trials start
     if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
-        open_source(data)  # reports bad data before minutes of pretraining
         console.print(f"Pretraining the arms' image encoder on the tags of {sweep.pretraining_scenes:,} other scenes …")
         tag_pretraining.train(sweep.pretraining_scenes, sweep.image_size or 64, out / TAG_ENCODER)
     failures = run_trials(missing, jobs, console)

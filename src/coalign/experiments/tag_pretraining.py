@@ -10,13 +10,12 @@ import timm
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.data.scenes.source import Scenes
 from coalign.errors import UserError
-from coalign.files import write_atomically
+from coalign.files import save_tensors, write_atomically
 from coalign.networks.towers.spec import model_config
 
 MODEL = "tiny"
@@ -49,7 +48,7 @@ def train(number: int, image_size: int, path: Path) -> None:
     network.reset_classifier(0)
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     try:
-        write_atomically(path, lambda temporary: save_file(weights, temporary))
+        write_atomically(path, lambda temporary: save_tensors(temporary, weights))
     except (OSError, SafetensorError) as error:
         raise UserError(f"The image encoder could not be written to {path}: {error}") from error
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
 from torch import nn
 
 from coalign.errors import UserError
-from coalign.files import write_json
+from coalign.files import save_tensors, write_json
 from coalign.networks.towers.image import ImageTower, timm_part
 
 CONFIG, WEIGHTS = "timm_model.json", "model.safetensors"
@@ -29,9 +28,8 @@ def to_timm(name: str, vision_cfg: Mapping[str, Any], image: ImageTower, folder:
         )
     kwargs = {"model_name": vision_cfg["timm_model_name"], "num_classes": 0, **vision_cfg.get("timm_kwargs", {})}
     write_json(folder / CONFIG, kwargs)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in timm_part(image.trunk).state_dict().items()}, folder / WEIGHTS
-    )
+    weights = {name: value.detach().cpu().contiguous() for name, value in timm_part(image.trunk).state_dict().items()}
+    save_tensors(folder / WEIGHTS, weights)
 
 
 def from_timm(folder: Path) -> nn.Module:

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from coalign.errors import UserError
+from coalign.files import save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -109,8 +110,8 @@ def _remove(directory: Path) -> None:
 def _write_files(directory: Path, model: Mapping[str, Tensor], optimizer: Any, trainer: Any, sequence: int) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _to_json({"optimizer": optimizer, "trainer": trainer}, "", tensors)
-    save_file(_unshared(model), directory / "model.safetensors", metadata={"format": "pt"})
-    save_file(_unshared(tensors), directory / "state.safetensors")
+    save_tensors(directory / "model.safetensors", _unshared(model), {"format": "pt"})
+    save_tensors(directory / "state.safetensors", _unshared(tensors))
     (directory / "state.json").write_text(json.dumps(tree))
     files = {}
     for path in sorted(directory.iterdir()):

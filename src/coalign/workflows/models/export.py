@@ -11,14 +11,13 @@ from typing import Any
 import open_clip
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.data.text.tokenizer import END, START, load_tokenizer
 from coalign.embeds import fields
 from coalign.errors import UserError
-from coalign.files import write_json
+from coalign.files import save_tensors, write_json
 from coalign.interop.onnx import INFO, from_onnx, session, to_embeds, to_onnx
 from coalign.interop.open_clip.export import to_open_clip
 from coalign.interop.timm import from_timm, to_timm
@@ -59,7 +58,9 @@ def export(path: str | Path, to: str, out: str | Path, weights: str = "last", si
             folder = Path(temporary) / "export"
             folder.mkdir()
             FORMATS[to](run, folder)
-            (folder / "README.md").write_text(card(path, to, weights, similarity, run.encoder().compares_cosines))
+            (folder / "README.md").write_text(
+                card(path, to, weights, similarity, run.encoder().compares_cosines, out.resolve().name)
+            )
             folder.replace(out)
     except (OSError, SafetensorError) as error:  # such as a full disk
         raise UserError(f"The model could not be written to {out}: {error}") from error
@@ -86,7 +87,7 @@ def _open_clip(run: Run, out: Path) -> None:
         config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "lower"}}
         _tokenizer(run).save_pretrained(out)
     write_json(out / "open_clip_config.json", config)
-    save_file(state, out / "open_clip_model.safetensors")
+    save_tensors(out / "open_clip_model.safetensors", state)
     name = f"local-dir:{out}"
     model = _load(lambda: open_clip.create_model(name, precision="fp32"), "open_clip").eval()
     tokenize = open_clip.get_tokenizer(name)

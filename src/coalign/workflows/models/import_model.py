@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from coalign.data.text.tokenizer import load_tokenizer
 from coalign.errors import UserError
-from coalign.files import write_json
+from coalign.files import save_tensors, write_json
 from coalign.interop.open_clip.load import CONFIG, WEIGHTS, from_open_clip
 from coalign.interop.transformers.export import from_clip_model
 from coalign.interop.transformers.load import from_transformers
@@ -57,7 +56,7 @@ def _write(name: str, original: DualEncoder, out: Path) -> None:
     normalization = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
     preprocess = {**normalization, "interpolation": "bicubic", "resize_mode": "shortest"}
     write_json(out / CONFIG, {"model_cfg": {**model_cfg, "custom_text": True}, "preprocess_cfg": preprocess})
-    save_file(state, out / WEIGHTS[0])
+    save_tensors(out / WEIGHTS[0], state)
     converted = from_open_clip(str(out))
     side, generator = converted.image_size, torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=generator)

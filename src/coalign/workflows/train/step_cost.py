@@ -89,7 +89,10 @@ def step_cost(measured: StepMeasurement, config: TrainConfig, num_processes: int
 
 
 class _CountingGather(RankGather):
-    """A gather of a single process that counts the bytes of its inputs."""
+    """A gather of a single process that counts the bytes of its inputs.
+
+    Sums, of BatchNorm's statistics, are not counted: they do not grow with the batch.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(World(0, 1, device))
@@ -98,10 +101,6 @@ class _CountingGather(RankGather):
     def __call__(self, tensor: Tensor) -> Tensor:
         self.bytes += _num_bytes(tensor)
         return super().__call__(tensor)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        self.bytes += _num_bytes(tensor)
-        return super().sum(tensor)
 
 
 def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> StepMeasurement:
