@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from coalign.types import DualEncoder
     from coalign.workflows.evaluate.config import EvalConfig
     from coalign.workflows.evaluate.evaluate import evaluate
+    from coalign.workflows.image_files import load_images
     from coalign.workflows.train.train import train
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "load_images",
     "open_data",
     "recipe",
     "train",
@@ -42,6 +44,7 @@ _PUBLIC = {
     "compare": ("coalign.experiments.compare", "compare"),
     "evaluate": ("coalign.workflows.evaluate.evaluate", "evaluate"),
     "load": ("coalign.runs.run", "load"),
+    "load_images": ("coalign.workflows.image_files", "load_images"),
     "open_data": ("coalign.data.sources.open", "open_source"),
     "recipe": ("coalign.methods", "recipe"),
     "train": ("coalign.workflows.train.train", "train"),

@@ -19,8 +19,11 @@ Kind = Literal["rate", "rank", "distance", "difference"]
 class Outcome:
     """The per-item values that a metric summarizes, for intervals and paired comparisons of models on the same items.
 
-    values: float64 [item]. groups: int64 [item], or None; for the mean and the median, the clusters that the bootstrap draws as a whole,
-    such as an image with all its captions; for the mean per class, the classes.
+    Attributes:
+        values: float64 [item].
+        groups: int64 [item] or None. For the mean and the median, the clusters that the bootstrap draws as a whole, such as an image with
+            all its captions; for the mean per class, the classes.
+        statistic: What summarizes the values.
     """
 
     values: np.ndarray
@@ -30,16 +33,28 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Metric:
-    """A value with its 95 % interval. Rates and differences are fractions, not percentages."""
+    """A value with its 95 % interval. Rates and differences are fractions, not percentages.
 
-    name: str  # key in results, unique within its task, such as "image_to_text.r1"
-    title: str  # such as "Image → text R@1"
+    Attributes:
+        name: The key in results, unique within its task, such as "image_to_text.r1".
+        title: Such as "Image → text R@1".
+        kind: "rate" (a fraction), "rank" (1 is best), "distance" (between embeddings) or "difference" (of two rates).
+        value: The value.
+        low: Lower end of the 95 % interval. None: no interval, as for a distance, which is one value for all items.
+        high: Upper end of the interval.
+        chance: The value of a random guess. None: unknown.
+        count: The number of evaluated items.
+        outcome: The per-item values, in results of this process only.
+    """
+
+    name: str
+    title: str
     kind: Kind
     value: float
-    low: float | None = None  # None: no interval, as for a distance, which is one value for all items
+    low: float | None = None
     high: float | None = None
-    chance: float | None = None  # value of a random guess; None: unknown
-    count: int = 0  # evaluated items
+    chance: float | None = None
+    count: int = 0
     outcome: Outcome | None = field(default=None, repr=False, compare=False)
 
     def prefixed(self, prefix: str) -> Metric:
@@ -47,6 +62,7 @@ class Metric:
         return replace(self, title=f"{prefix}: {self.title[:1].lower()}{self.title[1:]}")
 
     def text(self) -> str:
+        """Returns the value as tables print it, such as "38.1 %"."""
         return value_text(self.kind, self.value)
 
     def interval_text(self) -> str:
@@ -54,15 +70,17 @@ class Metric:
         return "" if self.low is None or self.high is None else interval_text(self.kind, self.low, self.high)
 
     def chance_text(self) -> str:
+        """Returns the chance level likewise, or "" if it is unknown."""
         return "" if self.chance is None else value_text(self.kind, self.chance)
 
     def beats_chance(self) -> bool | None:
-        """Whether the whole interval is better than chance; None if that is unknown."""
+        """Returns whether the whole interval is better than chance; None if that is unknown."""
         if self.chance is None or self.low is None or self.high is None:
             return None
         return self.high < self.chance if self.kind == "rank" else self.low > self.chance
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all fields except the name and the outcome, as in `results.json`."""
         return {name: value for name, value in vars(self).items() if name not in ("name", "outcome")}
 
 

@@ -107,13 +107,21 @@ NOT_MASKED = -100  # MLM label of a token that is not predicted
 
 @dataclass(frozen=True)
 class Record:
-    """One sample without its pixels."""
+    """One sample without its pixels.
 
-    key: str  # unique and human-readable, such as a path or a row number
-    captions: tuple[str, ...]  # empty: a sample without a caption, which some methods can train on
+    Attributes:
+        key: Unique and human-readable, such as a path or a row number.
+        captions: Empty for a sample without a caption, which some methods can train on.
+        tags: The tags of the image.
+        facts: Ground truth and metadata, such as {"style": "etiquette"}.
+        no_caption: Why there is no caption: reason and detail, as in `BadSample`.
+    """
+
+    key: str
+    captions: tuple[str, ...]
     tags: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)  # ground truth and metadata, such as {"style": "etiquette"}
-    no_caption: tuple[str, str] = ("no caption", "")  # why there is no caption: reason and detail, as in BadSample
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    no_caption: tuple[str, str] = ("no caption", "")
 
 
 @dataclass(frozen=True)
@@ -251,18 +259,29 @@ JointEncoder = Callable[["Tensor", Sequence[str]], Any]
 class DualEncoder:
     """A model that embeds images and texts and compares them, from coalign or another library.
 
-    encode_image: uint8 pixels [batch, 3, size, size] of the evaluation view -> embeds, float [batch, dim] or as in `Embeds`
-    encode_text: sequence of strings -> embeds, likewise
-    image_size: side of the input image in pixels
-    logit_scale: factor of the similarities in softmax probabilities
-    similarity: (embeds of images, embeds of texts) -> [image, text]. If embeds of images and texts have the same form, it compares any
-        two of them, else it raises UserError. The default compares tensors [batch, dim] by their cosine: evaluation normalizes them.
-        Embeds for another similarity are compared as they are.
-    image_features: the same pixels -> float [batch, width], image encoder output before the projection; required by probes
-    preprocess: upright RGB PIL image -> uint8 [3, size, size]; None: the evaluation view
-    weights: all weights by name; their hash is the key of cached embeddings
-    modules: returns trainable copies of the image and the text encoder, with the same inputs, which may share weights; required by
-        fine-tuning and detection
+    `Run.encoder` returns one. For a model of your own, pass two functions; the other fields are needed only by some tasks.
+
+    Attributes:
+        encode_image: uint8 pixels [batch, 3, size, size], as returned by `load_images`, to embeddings: float [batch, dim], or a NamedTuple
+            of tensors with the sample first if the model has its own similarity.
+        encode_text: A sequence of strings to embeddings of the same kind.
+        image_size: Side of the input image in pixels.
+        name: The name in tables and reports.
+        logit_scale: Factor of the similarities in softmax probabilities.
+        image_features: The same pixels to float [batch, width], the image encoder's output before the projection. Needed by probes.
+        preprocess: An upright RGB PIL image to uint8 [3, size, size]. None: the evaluation view, which resizes and center-crops.
+        weights: Returns all weights by name. Their hash is the key of cached embeddings.
+        modules: Returns trainable copies of the image and the text encoder, with the same inputs, which may share weights. Needed by
+            fine-tuning and detection.
+        similarity: Embeddings of images and of texts to float [image, text]. The default compares tensors [batch, dim] by their cosine:
+            evaluation normalizes them. Embeddings for another similarity are compared as they are. If embeddings of images and texts
+            have the same form, it compares any two of them, else it raises UserError.
+
+    Example:
+        ```python
+        encoder = coalign.DualEncoder(my_image_function, my_text_function, image_size=224)
+        results = coalign.evaluate(encoder, ["retrieval:photos"])
+        ```
     """
 
     encode_image: Callable[[Tensor], Any]

@@ -67,7 +67,7 @@ def test_verdict_comes_first_and_numbers_are_there() -> None:
     assert body.index("The first warning. One more warning below.") < body.index("Usable samples")
     for piece in (
         "1,190",
-        "10 broken (0.83 %)",
+        "10 bad (0.83 %)",
         "truncated image",
         "wrong number of columns",
         "1 of 77",

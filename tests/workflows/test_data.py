@@ -42,8 +42,8 @@ def test_check(messy, tmp_path, capsys):
     run("check", messy, "--report", page)
     printed = capsys.readouterr().out
     assert "12 of 14 checked samples are usable" in printed
-    assert "Broken: 1 (empty file)" in printed
-    assert "Broken: 1 (not an image)" in printed
+    assert "Bad samples: 1 (empty file)" in printed
+    assert "Bad samples: 1 (not an image)" in printed
     assert f"Report: {page}" in printed
     text = page.read_text()
     assert "data:image/" in text

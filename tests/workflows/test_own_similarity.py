@@ -152,7 +152,8 @@ def test_onnx_export_has_the_same_similarity(trained, pairs, tmp_path, monkeypat
         tolerance = 1 / 64 if metric["kind"] == "rate" else 1  # a near tie
         assert exported["metrics"][name]["value"] == pytest.approx(metric["value"], abs=tolerance)
     names = {}
-    code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1].replace("FOLDER", str(out))
+    code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "card", "exec"), names)
     score = names["compare"](names["embed_images"](pixels.numpy()), names["embed_text"]("a red apple"))
     with torch.no_grad():

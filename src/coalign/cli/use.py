@@ -22,7 +22,7 @@ def search_command(
 ) -> None:
     """Find the images of a dataset that are nearest to a text, to an image, or to both.
 
-    OneR embeds both as one sequence; for a two-tower model the two embeddings are added.
+    OneR embeds both as one sequence; for a two-tower model the similarities to both are averaged.
 
     Example: coalign search runs/oner --data data/openclipart --image apple.png --text "green" --report found.html
 

@@ -49,12 +49,22 @@ VAL_FRACTION, EVALS, PROFILED = 0.1, 5, 6
 
 @dataclass
 class BenchmarkResult:
+    """The result of a benchmark.
+
+    Attributes:
+        comparison: The trials, with one group per method and fraction.
+        advice: One sentence: which method is best, and whether its lead is significant.
+        efficiency: By method, how many times fewer pairs than CLIP it needs for equal scores. Empty without fractions.
+        by_fraction: Scores by method, fraction of the pairs and seed: R@10, mean of both directions.
+    """
+
     comparison: Comparison
     advice: str
-    efficiency: dict[str, Efficiency]  # by method, if fractions were given
+    efficiency: dict[str, Efficiency]
     by_fraction: Scores = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all values, as in `benchmark.json`."""
         efficiency = {name: asdict(found) for name, found in self.efficiency.items()}
         found = {"efficiency": efficiency, "by_fraction": self.by_fraction}
         return {"version": __version__, "advice": self.advice, **found, **self.comparison.to_json()}
@@ -72,12 +82,32 @@ def benchmark(
     jobs: int | None = None,
     report: Path | None = None,
 ) -> BenchmarkResult:
-    """Trains each method with seeds 0 to seeds - 1 on each fraction of the pairs, and compares them on the same held-out pairs.
+    """Trains several methods on the same pairs, and compares them on the same held-out pairs.
 
-    All trials together take `minutes`, with equal time per method by its measured speed; or each trains for `epochs`. Fractions of the
-    pairs are compared at equal samples seen. `jobs` trials run at once (default: one per core). Writes
-    benchmark.html (or `report`) and benchmark.json to `out`. Finished trials are kept, interrupted ones are resumed. Raises UserError for
-    invalid settings or unusable data, if the time is too short, or if fewer than two methods finish.
+    Writes `benchmark.html` and `benchmark.json` to `out`. If interrupted, run it again to resume: finished trials are kept.
+
+    Args:
+        data: The training data, as in `open_data`.
+        out: The folder of the trials and the results.
+        methods: Names of methods. CLIP is always trained, as the base of the comparison.
+        minutes: Total training time of all trials, equal for every method. The number of epochs follows from its measured speed.
+        epochs: Train every method for this many epochs instead, at equal samples seen.
+        fractions: Fractions of the training pairs to train on, besides all of them, at equal samples seen.
+        seeds: The number of seeds (0 to seeds - 1).
+        jobs: The number of trials that run at once. None: one per core.
+        report: Write the page to this HTML file. None: `benchmark.html` in `out`.
+
+    Returns:
+        The comparison, a sentence of advice and, with `fractions`, each method's data efficiency.
+
+    Raises:
+        UserError: A setting is invalid, the data cannot be used, the time is too short, or fewer than two methods finished.
+
+    Example:
+        ```python
+        result = coalign.benchmark("photos", "runs/benchmark", ["clip", "mcd"], minutes=60, seeds=3)
+        print(result.advice)
+        ```
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
     methods = list(dict.fromkeys([BASE, *methods]))
@@ -257,11 +287,10 @@ def _advice(trials: Sequence[Trial], best: str, others: Sequence[str], scores: M
     lead = f"{start}, {100 * (scores[best] - scores[second]):.1f} percentage points ahead of {second}"
     if not close:
         return f"{lead}; its lead over every other method is significant over held-out pairs and seeds."
-    if second in close:
-        return (
-            f"{lead}, but not significantly ahead of {', '.join(close)}: choose the cheapest of them, or train longer."
-        )
-    return f"{lead}; not significantly ahead of {', '.join(close)}."
+    if second not in close:
+        return f"{lead}; its lead over {', '.join(close)} is not significant."
+    whole = "this lead is" if close == [second] else f"its leads over {', '.join(close)} are"
+    return f"{lead}, but {whole} not significant: choose the cheapest of them, or train longer."
 
 
 def benchmark_and_write(data: str, out: Path, report: Path | None, json_path: Path | None, **options: Any) -> None:

@@ -44,11 +44,28 @@ class Finished:
 def compare(
     runs: Sequence[str | Path], report: str | Path | None = None, groups: Sequence[str] | None = None
 ) -> Comparison:
-    """Compares finished runs by their metrics, with intervals and paired differences from the first run on the same items.
+    """Compares finished runs by their metrics, with intervals and paired differences from the first run on the same held-out items.
 
-    Runs that differ only in their seed form one group, whose metrics are means over seeds; `groups`, one name per run, overrides this
-    grouping. Metrics that some runs lack (such as zero-shot without classes) are omitted. `report`: write a page to this HTML file.
-    Raises UserError for folders without a finished run, for a run given twice, and for runs with different held-out pairs.
+    Runs that differ only in their seed form one group, whose metrics are means over seeds. Metrics that some runs lack (such as zero-shot
+    without classes) are omitted.
+
+    Args:
+        runs: Two or more folders of finished runs.
+        report: Write a page to this HTML file. None: no page.
+        groups: The name of each run's group. None: group by settings.
+
+    Returns:
+        The groups with their metrics, and the settings that they share.
+
+    Raises:
+        UserError: A folder has no finished run, a run is given twice, or the runs have different held-out pairs.
+
+    Example:
+        ```python
+        comparison = coalign.compare(["runs/clip", "runs/mcd"], report="compare.html")
+        metric = comparison.groups[1].metrics["retrieval.image_to_text.r10"]
+        print(metric.difference, metric.difference_over_items)
+        ```
     """
     if report is not None:
         check_output(Path(report))

@@ -20,7 +20,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console.width = max(console.width, 100)
     groups = comparison.groups
     several = any(len(group.runs) > 1 for group in groups)
-    table = _plain_table("run", "method", "seeds", "parameters", "steps", "samples seen", "time")
+    table = _plain_table("run", "method", "seeds", "parameters", "steps", "samples seen", "training time")
     for group in groups:
         numbers = (f"{round(number):,}" for number in (group.parameters, group.steps, group.samples_seen))
         seeds = ", ".join(map(str, group.seeds))
@@ -28,13 +28,13 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(table)
     common, own = compare_page.differing(groups)
     if common:
-        table = _plain_table("what differs", *(escape(group.name) for group in groups))
+        table = _plain_table("setting", *(escape(group.name) for group in groups))
         for name in common:
             words = (escape(compare_page.setting_text(group.settings, name)) for group in groups)
             table.add_row(compare_page.setting_name(name), *words)
         console.print(table)
     if own:
-        console.print(f"{len(own):,} method-specific settings are listed in the report.")
+        console.print(f"{len(own):,} method-specific settings also differ; the page of --report lists them.")
     columns = ["", "value", "over items", *(["over seeds"] if several else [])]
     columns += ["difference", "over items", *(["over seeds"] if several else [])] if len(groups) > 1 else []
     table = _plain_table(*columns)

@@ -20,11 +20,17 @@ BASE = "clip"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """How many times fewer pairs a method needs to reach CLIP's score on all pairs; below 1, it needs more."""
+    """How many times fewer pairs a method needs to reach CLIP's score on all pairs; below 1, it needs more.
+
+    Attributes:
+        factor: The factor.
+        over_seeds: 95 % t-interval, computed for the factor's logarithm. None if a seed is missing.
+        bound: Whether the curves cross at or below the smallest fraction: the factor is this, or farther from 1.
+    """
 
     factor: float
-    over_seeds: tuple[float, float] | None  # 95 % t-interval of the factor's logarithm
-    bound: bool  # the curves cross at or below the smallest fraction tried: the factor is this, or farther from 1
+    over_seeds: tuple[float, float] | None
+    bound: bool
 
 
 # method -> fraction of the pairs -> seed -> R@10, mean of both directions
@@ -92,7 +98,9 @@ def efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
     lines = []
     for name, found in efficiency.items():
         interval = (
-            "" if found.over_seeds is None else f" (over seeds {found.over_seeds[0]:.2f} to {found.over_seeds[1]:.2f})"
+            ""
+            if found.over_seeds is None
+            else f" (95 % interval over seeds {found.over_seeds[0]:.2f} to {found.over_seeds[1]:.2f})"
         )
         least = ("at least " if found.factor > 1 else "at most ") if found.bound else ""
         lines.append(

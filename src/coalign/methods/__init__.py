@@ -60,7 +60,23 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """Returns a recipe by name. Raises UserError for an unknown name."""
+    """Returns a recipe by name.
+
+    Args:
+        name: Such as "clip" or "uniclip-yfcc15m". `coalign recipes` lists all.
+
+    Returns:
+        A function from the number of training pairs to a `TrainConfig`. Change single settings with `dataclasses.replace`.
+
+    Raises:
+        UserError: There is no recipe of this name.
+
+    Example:
+        ```python
+        config = coalign.recipe("clip")(10_000)
+        print(config.model, config.batch_size, config.epochs)
+        ```
+    """
     known = recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)

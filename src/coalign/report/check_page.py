@@ -77,7 +77,7 @@ def _tiles(check: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     words = f"median {check['words']['median']:.0f} words" if check["words"] else ""
     foreign = check["hardly_english"]
     return [
-        ("Usable samples", f"{usable:,}", f"{broken:,} broken ({_share(broken, check['checked'])})"),
+        ("Usable samples", f"{usable:,}", f"{broken:,} bad ({_share(broken, check['checked'])})"),
         ("Captions", f"{captions:,}", words),
         ("Share a caption", f"{shared:,}", f"{_share(shared, usable)} of the samples"),
         ("Duplicate images", f"{twice:,}", f"{_share(twice, usable)} of the samples"),
@@ -145,7 +145,7 @@ def _tags(page: Page, check: Mapping[str, Any]) -> None:
 
 def _broken(page: Page, check: Mapping[str, Any]) -> None:
     if check["broken"]:
-        page.section("Broken samples", "Training replaces broken samples by others, and stops when there are too many.")
+        page.section("Bad samples", "Training replaces bad samples by others, and stops when there are too many.")
         rows = [(row["reason"], row["count"], "\n".join(row["examples"][:3])) for row in check["broken"]]
         page.table(["reason", "samples", "for example"], rows)
     if check["problems"]:

@@ -18,47 +18,80 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class ComparedMetric:
-    """One metric of a group of runs. Intervals are 95 %: over the held-out items (bootstrap) and over seeds (t)."""
+    """One metric of a group of runs. Intervals are 95 % intervals, (low, high).
+
+    Attributes:
+        title: Such as "Image → text R@1".
+        kind: As in `Metric`. Rates and differences are fractions.
+        value: The mean over the group's runs.
+        over_items: Bootstrap interval over the held-out items. None for a distance, which is one value for all items.
+        over_seeds: t-interval over the group's runs. None for a single run.
+        count: The number of held-out items.
+        chance: The value of a random guess. None: unknown.
+        difference: The difference from the first group on the same items. None for the first group itself.
+        difference_over_items: Its paired bootstrap interval.
+        difference_over_seeds: Its t-interval over seeds. None for single runs.
+    """
 
     title: str
     kind: Kind
-    value: float  # mean over the group's runs
-    over_items: Interval | None  # None for a distance, which is one value for all items
-    over_seeds: Interval | None  # None for a single run
-    count: int  # items
+    value: float
+    over_items: Interval | None
+    over_seeds: Interval | None
+    count: int
     chance: float | None
-    difference: float | None = None  # from the first group, on the same items; None for the first group itself
+    difference: float | None = None
     difference_over_items: Interval | None = None
     difference_over_seeds: Interval | None = None
 
 
 @dataclass
 class Group:
-    """Runs that differ only in their seed, or a single run."""
+    """Runs that differ only in their seed, or a single run.
+
+    Attributes:
+        name: The name of a single run, or of the group.
+        runs: The names of its runs.
+        seeds: Their seeds.
+        method: The name of the method.
+        settings: The settings that differ between groups, by dotted name.
+        parameters: The number of trainable parameters.
+        steps: Optimizer steps, mean over the runs.
+        samples_seen: Steps times batch size.
+        seconds: Training time, mean over the runs.
+        metrics: By full name, such as "retrieval.image_to_text.r1".
+        validations: For each run, its validations: step, samples, seconds and values.
+    """
 
     name: str
     runs: list[str]
     seeds: list[int]
     method: str
-    settings: dict[str, Any]  # those that differ between groups, by dotted name
-    parameters: int  # trainable
-    steps: float  # steps, samples and seconds: means over the runs
+    settings: dict[str, Any]
+    parameters: int
+    steps: float
     samples_seen: float
     seconds: float
     metrics: dict[str, ComparedMetric] = field(default_factory=dict)
-    # of each run: step, samples, seconds, values
     validations: list[list[dict[str, float]]] = field(default_factory=list)
 
 
 @dataclass
 class Comparison:
-    """Groups of runs evaluated on the same held-out items. Differences are from the first group."""
+    """Groups of runs evaluated on the same held-out items. Differences are from the first group.
+
+    Attributes:
+        groups: In the order of the runs.
+        settings: The settings that all groups share.
+        held_out: The numbers of held-out images, captions and distinct captions.
+    """
 
     groups: list[Group]
-    settings: dict[str, Any]  # those that all groups share
-    held_out: dict[str, int]  # images, captions, …
+    settings: dict[str, Any]
+    held_out: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all values, as `coalign compare --json` writes them."""
         return asdict(self)
 
 

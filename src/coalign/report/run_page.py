@@ -209,9 +209,9 @@ def _cost(page: Page, run: RunSummary) -> None:
         return
     page.section("Cost")
     rows: list[tuple[str, Any]] = list(run.cost.items())
-    rows += [(f"parameters, {role}", count) for role, count in run.parameters.items()]
+    rows += [(f"trainable parameters, {role}", count) for role, count in run.parameters.items()]
     if len(run.parameters) > 1:
-        rows.append(("total parameters", sum(run.parameters.values())))
+        rows.append(("trainable parameters, total", sum(run.parameters.values())))
     page.table(("", ""), rows)
     waits = [row["data_wait"] for row in run.history if isinstance(row.get("data_wait"), (int, float))]
     if waits and float(np.mean(waits)) > 0.2:

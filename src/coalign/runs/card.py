@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def embed_images(pixels):  # uint8 [batch, 3, size, size], size = info["image_si
     return images.run(None, {"pixels": pixels})[0]""",
     "coalign": """import coalign
 
-encoder = coalign.load("FOLDER").encoder()""",
+encoder = coalign.load("FOLDER").encoder()
+text_embeds = encoder.encode_text(["a photo of a dog"])
+image_embeds = encoder.encode_image(coalign.load_images(["photo.jpg"], encoder))
+similarities = encoder.similarity(image_embeds, text_embeds)  # [image, text]""",
 }
 _COMPARE = """
 similarity = onnxruntime.InferenceSession("FOLDER/similarity.onnx")
@@ -63,12 +67,13 @@ def card(
     weights: str = "last",
     similarity: str | None = None,
     compares_cosines: bool = True,
+    export: str | None = None,
 ) -> str:
     """Returns the model card of a run in Markdown: method, data, settings, results with intervals, limits, how to load it.
 
     library: the library whose loading code to show. weights: the checkpoint that the card is for. The results are always those of the
     last weights and the configured similarity; the card says so if `weights` or `similarity` differ. compares_cosines: whether an export
-    has one vector per sample. Raises UserError if `path` is not a run.
+    has one vector per sample. export: the name of the exported folder; None: the run's. Raises UserError if `path` is not a run.
     """
     folder = Path(path)
     saved = read_config(folder)
@@ -78,20 +83,19 @@ def card(
     lines = [
         f"# {config.method} on {data}",
         "",
-        f"A `{_public(config.model)}` model that embeds images and texts in one space, trained by coalign {__version__} with {paper}",
+        f"A `{_public(config.model)}` model that embeds images and texts in a shared space, trained by coalign {__version__} with {paper}",
         "",
         "## Data",
         "",
-        f"{data}: {describe_samples(saved.config, saved.num_train)} for training, {saved.num_val:,} pairs held out.",
+        f"{data}: {describe_samples(saved.config, saved.num_train)} for training, {saved.num_val:,} held out.",
         "",
         "## Settings",
         "",
-        *(f"- {name}: {value}" for name, value in _settings(saved).items()),
+        *(f"- {name}: {value}" for name, value in _settings(folder, saved).items()),
         "",
         "## Results",
         "",
         *(_results(folder) or ["Not evaluated: no pairs were held out, or the run is not finished."]),
-        "",
         *_differences(weights, similarity),
         "",
         "## Limits",
@@ -101,18 +105,19 @@ def card(
         "## Use",
         "",
         "```python",
-        _code(library, compares_cosines),
+        _code(library, compares_cosines, export or folder.resolve().name),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _code(library: str, compares_cosines: bool) -> str:
-    """Returns the code that loads the model in the library."""
+def _code(library: str, compares_cosines: bool, folder: str) -> str:
+    """Returns the code that loads the model in the library. A folder name that is not valid inside its strings stays a placeholder."""
+    code = _LOAD[library]
     if library == "onnx" and not compares_cosines:  # the encoders have several outputs
-        return _LOAD[library].replace("})[0]", "})") + "\n" + _COMPARE
-    return _LOAD[library]
+        code = code.replace("})[0]", "})") + "\n" + _COMPARE
+    return code.replace("FOLDER", folder) if re.fullmatch(r"[\w .+-]+", folder) else code
 
 
 def _differences(weights: str, similarity: str | None) -> list[str]:
@@ -130,21 +135,25 @@ def _public(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _settings(saved: SavedConfig) -> dict[str, Any]:
+def _settings(folder: Path, saved: SavedConfig) -> dict[str, Any]:
+    """Returns the settings to list by name. The precision of a finished run is the one that "auto" was resolved to."""
     flat, listed = flatten(to_json(saved.config)), fields_marked(TrainConfig, "on_card")
     shared = {name: _public(flat[name]) for name in listed if flat.get(name) is not None}
+    if (folder / RESULTS).exists():
+        shared["precision"] = read_results(folder)["run"].get("precision", shared["precision"])
     return shared | {
         name.removeprefix("method_config."): v for name, v in flat.items() if name.startswith("method_config.")
     }
 
 
 def _results(folder: Path) -> list[str]:
-    """Returns the lines of a Markdown table of the held-out metrics with their intervals, or [] if there are none."""
+    """Returns a sentence and a Markdown table of the held-out metrics with their intervals, or [] if there are none."""
     if not (folder / RESULTS).exists():
         return []
     tasks = read_results(folder)["tasks"]
     metrics = [metric for result in tasks.values() for metric in metrics_from_json(result["metrics"])]
     if not metrics:
         return []
-    table = ["| metric | held out | 95 % interval | chance |", "| --- | --- | --- | --- |"]
+    sentence = f"Evaluated on {tasks['retrieval']['images']:,} held-out pairs; intervals are 95 % bootstrap intervals over items."
+    table = [sentence, "", "| metric | value | 95 % interval | chance |", "| --- | --- | --- | --- |"]
     return table + [f"| {m.title} | {m.text()} | {m.interval_text()} | {m.chance_text()} |" for m in metrics]

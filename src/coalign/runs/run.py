@@ -27,20 +27,36 @@ from coalign.types import DualEncoder, JointEncoder
 
 @dataclass
 class Run:
-    """A trained model with its configuration and tokenizer."""
+    """A trained model with its configuration and tokenizer.
+
+    Attributes:
+        path: The folder of the run.
+        data: The training data, as given to `train`.
+        config: All settings of the run.
+        tokenizer: Called with a list of texts and the context length, returns token ids [batch, token] and lengths [batch].
+        method: The model, a `torch.nn.Module`.
+        checkpoint: The checkpoint of the weights, such as "last, step 940".
+    """
 
     path: Path
-    data: str  # the training data, as given to `coalign train --data`
+    data: str
     config: TrainConfig
     tokenizer: Tokenizer
     method: Method
-    checkpoint: str  # the checkpoint of the weights, e.g. "last, step 940"
+    checkpoint: str
 
     def encoder(self) -> DualEncoder:
+        """Returns the functions that embed images and texts. They run without gradient, on the model's device."""
         return dual_encoder(self.method, self.tokenizer, self.config.context_length, self.path.name)
 
     def joint_encoder(self) -> JointEncoder:
-        """Returns an encoder of image and text as one input. Raises UserError for a two-tower model."""
+        """Returns a function that embeds images with one text each as one input (OneR).
+
+        It takes uint8 pixels [batch, 3, size, size] and as many texts, and runs without gradient.
+
+        Raises:
+            UserError: The model has two towers.
+        """
         method, encode = self.method, self.method.encode_joint
         if encode is None:
             raise UserError(
@@ -48,6 +64,7 @@ class Run:
             )
         device = next(method.parameters()).device
 
+        @torch.no_grad()
         def encode_joint(pixels: Tensor, texts: Sequence[str]) -> Any:
             method.eval()
             ids, lengths = self.tokenizer(list(texts), self.config.context_length)
@@ -57,18 +74,21 @@ class Run:
 
 
 def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name: str) -> DualEncoder:
-    """Wraps a method for evaluation. It encodes and compares on the method's device, in evaluation mode."""
+    """Wraps a method for evaluation. It encodes and compares on the method's device, in evaluation mode and without gradient."""
     device = next(method.parameters()).device
 
+    @torch.no_grad()
     def encode_image(pixels: Tensor) -> Any:
         method.eval()
         return method.encode_image(pixels.to(device))
 
+    @torch.no_grad()
     def encode_text(texts: Sequence[str]) -> Any:
         method.eval()
         ids, lengths = tokenizer(texts, context_length)
         return method.encode_text(ids.to(device), lengths.to(device))
 
+    @torch.no_grad()
     def image_features(pixels: Tensor) -> Tensor:
         method.eval()
         return method.image_features(pixels.to(device))
@@ -192,8 +212,26 @@ def init_from_run(method: Method, config: TrainConfig) -> None:
 def load(
     path: str | Path, weights: str = "last", device: str | torch.device = "cpu", similarity: str | None = None
 ) -> Run:
-    """Loads the model of a run folder, in evaluation mode. weights: "last" or "best". similarity: the model's similarity, if its method has
-    several; None: the configured one. Raises UserError if it is not a run."""
+    """Loads the trained model of a run, in evaluation mode.
+
+    Args:
+        path: The folder of the run.
+        weights: "last", or "best" for the checkpoint with the best validation score.
+        device: The device of the model.
+        similarity: The similarity of the model, if its method has several (OneR: "trained" or "projector"). None: as configured.
+
+    Returns:
+        The model with its configuration and tokenizer. `Run.encoder` embeds images and texts.
+
+    Raises:
+        UserError: `path` is not a run, it has no such checkpoint, or there is no such device.
+
+    Example:
+        ```python
+        encoder = coalign.load("runs/clip").encoder()
+        text_embeds = encoder.encode_text(["a red chair", "a blue boat"])  # [2, dim]
+        ```
+    """
     folder = Path(path)
     check_device(str(device))
     saved = read_config(folder)

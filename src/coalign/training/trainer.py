@@ -58,12 +58,25 @@ class Progress:
 
 @dataclass
 class TrainResult:
+    """How a training run ended.
+
+    Attributes:
+        step: Completed optimizer steps.
+        ended: "finished", "stopped early" (by `config.patience`) or "interrupted" (by a signal; resume it).
+        best_step: The step of the best validation score, whose weights are in `best/`; None without validations.
+        seconds: Training time, validations included, without data preparation and the final evaluation.
+        bad_samples: The number of unreadable samples by reason. They were replaced by others.
+        skipped_steps: Steps without an update, because the loss or the gradient was not finite.
+        precision: "fp32", "bf16" or "fp16": the autocast precision, to which `config.precision` "auto" was resolved.
+    """
+
     step: int
     ended: Literal["finished", "stopped early", "interrupted"]
     best_step: int | None
     seconds: float
     bad_samples: dict[str, int]
     skipped_steps: int
+    precision: str
 
 
 class Trainer:
@@ -149,7 +162,13 @@ class Trainer:
                     break
             bad = dict(self._bad.counts) if self._bad else {}
         return TrainResult(
-            self.progress.step, ended, self.progress.best_step, time.monotonic() - self._began, bad, self._guard.total
+            step=self.progress.step,
+            ended=ended,
+            best_step=self.progress.best_step,
+            seconds=time.monotonic() - self._began,
+            bad_samples=bad,
+            skipped_steps=self._guard.total,
+            precision=precision_name(self.autocast),
         )
 
     def _one_step(self, step: int, loader: Iterator[Loaded], signal: StopSignal) -> bool:
@@ -276,6 +295,11 @@ class Trainer:
     def _slices(self, size: int) -> list[slice]:
         micro = self.config.micro_batch or size
         return [slice(first, min(first + micro, size)) for first in range(0, size, micro)]
+
+
+def precision_name(autocast: torch.dtype | None) -> str:
+    """Returns the name of an autocast dtype, as in `--precision`."""
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[autocast]
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

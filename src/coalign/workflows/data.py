@@ -73,7 +73,7 @@ def check_data(data: str, report: Path | None, limit: int | None) -> None:
     page = check_page(asdict(result), gallery_images(source, result))
     console.print(f"{source.name}: {result.usable:,} of {result.checked:,} checked samples are usable")
     for broken in result.broken:
-        console.print(f"Broken: {broken.count:,} ({broken.reason})")
+        console.print(f"Bad samples: {broken.count:,} ({broken.reason})")
     if report:
         page.write(report)
         console.print(f"Report: {report}")

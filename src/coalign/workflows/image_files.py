@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -15,13 +16,41 @@ from coalign.data.images.views import make_views
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
 from coalign.randomness import generator
-from coalign.types import EVALUATION
+from coalign.types import EVALUATION, DualEncoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 _THUMBNAIL = 128  # pixels
+
+
+def load_images(paths: str | Path | Sequence[str | Path], encoder: DualEncoder) -> Tensor:
+    """Reads image files as the pixels that an encoder takes, the same that evaluation feeds it.
+
+    Images are rotated upright (EXIF), transparency is put on white, and all modes are converted to RGB. Then they are resized and
+    center-cropped to `encoder.image_size`, or preprocessed by `encoder.preprocess` if it is set.
+
+    Args:
+        paths: One or more image files: JPEG, PNG, GIF, WebP, BMP, TIFF and others that Pillow decodes.
+        encoder: The encoder whose input is needed, such as `Run.encoder` returns.
+
+    Returns:
+        uint8 pixels [image, 3, size, size].
+
+    Raises:
+        UserError: A file cannot be read or is not an image, or there is none.
+
+    Example:
+        ```python
+        encoder = coalign.load("runs/clip").encoder()
+        image_embeds = encoder.encode_image(coalign.load_images(["cat.jpg", "dog.jpg"], encoder))  # [2, dim]
+        ```
+    """
+    chosen = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not chosen:
+        raise UserError("There are no images to load; give one path or more.")
+    return torch.cat([read_image(path, encoder.image_size, encoder.preprocess) for path in chosen])
 
 
 def read_image(path: str | Path, side: int, preprocess: Callable[[Any], Tensor] | None = None) -> Tensor:

@@ -229,10 +229,10 @@ def test_warnings_are_ordered_by_severity() -> None:
     fine = DataCheck("d", samples=100_000, checked=100_000, usable=100_000, captions=100_000)
     assert warnings(fine) == []
     fine.usable = 99_500
-    assert warnings(fine) == ["500 of 100,000 samples (0.5 %) are broken; training replaces them."]
+    assert warnings(fine) == ["500 of 100,000 samples (0.5 %) cannot be used; training replaces them."]
     fine.usable, fine.blank = 80_000, 200
     first, second = warnings(fine)
-    assert first == "20,000 of 100,000 samples (20.0 %) are broken; training stops at 1 %."
+    assert first == "20,000 of 100,000 samples (20.0 %) cannot be used; training stops at 1 %."
     assert second.startswith("200 of 80,000 images (0.25 %) are blank")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from coalign.cli import main as cli
 from coalign.errors import UserError
 from coalign.interop.onnx import session
 from coalign.runs.card import card
+from coalign.runs.folder import read_results
 from coalign.runs.run import load
 from coalign.workflows.evaluate.eval_model import open_eval_model
 from coalign.workflows.models.export import check_close, export
@@ -179,6 +181,11 @@ def test_card_describes_the_run_and_its_code_runs(make, trained, tmp_path, capsy
     assert re.search(r"Image → text R@1 \| [\d.]+ % \| [\d.]+–[\d.]+", text)
     assert str(Path(trained).parent) not in text
     assert "/" not in re.search(r"A `(.*?)` model", text)[1]
+    precision = read_results(Path(trained))["run"]["precision"]
+    assert precision in ("fp32", "bf16")
+    assert f"- precision: {precision}\n" in text
+    assert f'coalign.load("{Path(trained).name}")' in text
+    assert "FOLDER" not in text
     assert "this model has the best weights" in card(trained, weights="best")
     assert "this model has" not in text
     several = card(trained, "onnx", similarity="projector", compares_cosines=False)  # as of OneR
@@ -191,10 +198,21 @@ def test_card_describes_the_run_and_its_code_runs(make, trained, tmp_path, capsy
     for library in ("open_clip", "transformers"):
         assert cli.main(["export", str(make()), "--to", library, "--out", library]) == 0
         written = (tmp_path / library / "README.md").read_text()
-        code = re.search(r"```python\n(.*?)```", written, re.DOTALL)[1].replace("FOLDER", library)
+        code = re.search(r"```python\n(.*?)```", written, re.DOTALL)[1]
         exec(compile(code, library, "exec"), {})
     with pytest.raises(UserError, match="is not a run"):
         card(tmp_path)
+
+
+def test_the_code_of_a_runs_card_embeds(trained, pairs, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "my run")
+    shutil.copy(next(Path(pairs).rglob("*.png")), tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card("my run"), re.DOTALL)[1], names)
+    assert names["similarities"].shape == (1, 1)
+    shutil.move("my run", 'my "run"')
+    assert 'load("FOLDER")' in card('my "run"')
 
 
 def test_export_without_transformers_raises(make, tmp_path, monkeypatch):
@@ -217,7 +235,7 @@ def test_export_without_transformers_raises(make, tmp_path, monkeypatch):
         ("mct", RESNET),
     ],
 )
-def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, method, model):
+def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, monkeypatch, method, model):
     """In a subprocess, as the exporter cannot trace the shape checks of these tests."""
     run, out = make(method, model), tmp_path / "out"
     similarity = "projector" if method == "oner" else None
@@ -228,7 +246,8 @@ def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, me
     assert {path.name for path in out.iterdir()} == {
         "image.onnx", "text.onnx", "onnx_model.json", "tokenizer.json", "README.md", *(["joint.onnx"] if method == "oner" else []),
     }  # fmt: skip
-    code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1].replace("FOLDER", str(out))
+    code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(code, "card", "exec"), names)
     ours, peer = load(run, similarity=similarity), open_eval_model(str(out)).encoder

@@ -98,7 +98,7 @@ def warnings(result: DataCheck) -> list[str]:
     consequence = "training stops at 1 %" if broken > 0.01 * result.checked else "training replaces them"
     single_part = sum(result.single_part_of_speech.values())
     rates = [  # (count, total, items, threshold of the rate, message)
-        (broken, result.checked, "samples", 0.0, f"are broken; {consequence}."),
+        (broken, result.checked, "samples", 0.0, f"cannot be used; {consequence}."),
         (
             same_caption, result.usable, "samples", 0.05,
             "share a caption with another sample; they are false negatives of each other without --multi-positive.",

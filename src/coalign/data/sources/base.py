@@ -43,34 +43,41 @@ class Fingerprints:
 class Source(ABC):
     """A dataset of image-text pairs with random access.
 
-    `record` and `image` raise BadSample for a sample that cannot be used; a sample without a caption has a record without any. Functions
-    that open a source raise UserError. Members with a default are optional: the default says that the source does not have them.
+    `record` and `image` raise `BadSample` for a sample that cannot be used; a sample without a caption has a record without any. Functions
+    that open a source raise `UserError`. Members with a default are optional: the default says that the source does not have them.
+
+    Attributes:
+        name: The name of the data in tables and reports.
+        splits: The data's own splits: name to int64 indices, ascending. None: it has none.
+        problems: What opening the data found and skipped: pairs of where and why.
     """
 
     name: str
-    splits: Splits | None = None  # the source's own splits
+    splits: Splits | None = None
     problems: Sequence[Problem] = ()
 
     @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Returns the number of samples, unusable ones included."""
 
     @abstractmethod
-    def record(self, index: int) -> Record: ...
+    def record(self, index: int) -> Record:
+        """Returns the captions, the tags and the key of a sample. Raises `BadSample` if it cannot be used."""
 
     @abstractmethod
     def image(self, index: int) -> bytes | np.ndarray:
-        """The bytes of the encoded file, or decoded RGB pixels, uint8 [height, width, 3]."""
+        """Returns the bytes of the encoded file, or decoded RGB pixels, uint8 [height, width, 3]. Raises `BadSample` like `record`."""
 
     def image_path(self, index: int) -> str | None:
-        """Path of the sample's image file; None if the image is not a file of its own. Raises BadSample like `record`."""
+        """Returns the path of the sample's image file; None if the image is not a file of its own. Raises `BadSample` like `record`."""
         return None
 
     def fingerprints(self) -> Fingerprints | None:
-        """Fingerprints that are known without reading all samples. `splits.fingerprints` computes those of any source."""
+        """Returns fingerprints that are known without reading all samples. `splits.fingerprints` computes those of any source."""
         return None
 
     def stamp(self) -> int | None:
-        """Hash that changes whenever the data does, used as a cache key; None if there is no fast one."""
+        """Returns a hash that changes whenever the data does, used as a cache key; None if there is no fast one."""
         return None
 
 

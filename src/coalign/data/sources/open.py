@@ -38,11 +38,29 @@ def open_source(
     caption_columns: Sequence[str] | None = None,
     tags_column: str | None = None,
 ) -> Source:
-    """Opens a data source.
+    """Opens image-text pairs of any supported kind, without reading all of them.
 
-    `spec` is a path, a shard pattern, "scenes…", "hf:…", "coco:…", or a mixture such as "photos + 0.5*web/{00..10}.tar".
-    `split` selects one of the source's own splits, or of those from `assign_splits`. The columns apply to tables only.
-    Raises UserError if the data is missing, empty or of an unsupported kind.
+    Args:
+        spec: A folder, a table, a shard pattern, `scenes:8192`, `hf:owner/name`, `coco:captions.json:images`, or a mixture such as
+            `2*photos + 0.5*web/{00..10}.tar`.
+        split: "train", "val", "test" or another split of the data. If the data has no validation split, "val" are the 5 % that `train`
+            holds out by default. None: all samples.
+        image_column: The column of a table with image paths. None: detected automatically. The columns apply to tables only.
+        caption_columns: The columns with captions. None: detected automatically.
+        tags_column: The column with tags. None: `tags`, if there is one.
+
+    Returns:
+        A sequence of samples with random access.
+
+    Raises:
+        UserError: The data is missing, empty or of an unsupported kind, or has no such split.
+
+    Example:
+        ```python
+        pairs = coalign.open_data("photos", split="val")
+        record = pairs.record(0)
+        print(record.key, record.captions)
+        ```
     """
     if SEPARATOR in spec and not os.path.exists(spec):
         mixture = open_mixture(spec, open_source)

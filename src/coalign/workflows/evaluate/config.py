@@ -10,7 +10,11 @@ from coalign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How `coalign eval` opens a model and selects samples, and what its tasks train."""
+    """How `evaluate` opens a model and selects samples, and what its tasks train. The fields are the options of `coalign eval`.
+
+    Raises:
+        UserError: A value is invalid.
+    """
 
     weights: str = "last"
     """Checkpoint of the run: last or best."""
@@ -20,9 +24,9 @@ class EvalConfig:
     """Text file with your classes, one per line: `name`, or `label = name`."""
     label: str | None = None
     """Column that holds an image's class. None: label, class, category or folder."""
-    # Prompt templates: default, imagenet, a dataset's name (cifar10, food101, …), or a text file with {} for the class. None: the
-    # named dataset's own, else default.
     prompts: str | None = None
+    """Prompt templates: default, imagenet, a dataset's name (cifar10, food101, …), or a text file with {} for the class. None: the
+    named dataset's own, else default."""
     data_root: Path | None = None
     """Folder with the named datasets, each as torchvision unpacks it."""
     preprocess: str | None = None

@@ -36,17 +36,34 @@ def evaluate(
     model: str | Path | Run | DualEncoder,
     tasks: Sequence[str],
     config: EvalConfig | None = None,
-    on_result: Callable[[Results], None] = lambda results: None,
+    on_result: Callable[[Results], None] | None = None,
 ) -> Results:
-    """Evaluates a model on tasks. Returns task -> its metrics with intervals and counts, as plain values (`TaskResult.to_json`).
+    """Evaluates a model on tasks. Whatever the tasks need is checked before the first one runs.
 
-    model: see `open_eval_model`. tasks: `TASK:DATA`, where TASK is one of `tasks.TASKS`, or a suite: `suite11` and `suite11-probe` are
-    zero-shot classification and the linear probe on all datasets of DeCLIP's Table 6.
+    Under `torchrun`, the processes share the embedding work.
 
-    DATA is anything that `open_source` accepts (for detectors, `open_detection`), or one of those eleven datasets below
-    `config.data_root`, with its own classes, prompts and splits. Under torchrun the processes share the embedding work. `on_result` is
-    called with the results so far after each task. Raises UserError for invalid options and data; whatever a task needs is checked before
-    the first one runs.
+    Args:
+        model: A run or its folder; a folder that `coalign export` wrote for open_clip, transformers or ONNX;
+            `open_clip:ViT-B-32:laion2b_s34b_b79k`; `transformers:openai/clip-vit-base-patch32`; or a `DualEncoder`.
+        tasks: Each `TASK:DATA`, such as "retrieval:photos" or "zeroshot:photos"; `coalign eval --help` lists the tasks. DATA is as in
+            `open_data` (for detectors, as in that help), or the name of one of the eleven datasets of DeCLIP's Table 6 below
+            `config.data_root`. The suites "suite11" and "suite11-probe" are zero-shot classification and the linear probe on all eleven.
+        config: How to open the model and to select samples. None: the defaults of `EvalConfig`.
+        on_result: Called after each task with the results so far.
+
+    Returns:
+        For each task its results as plain values: `metrics` (name to the fields of a `Metric`), `main_metric` (a name), `split`, `samples`
+            (the number), `unreadable` (reason to number), `notes` (sentences), and values of the task's own.
+
+    Raises:
+        UserError: The model cannot be opened, an option or the data is invalid, or a task needs what the model or the data does not have.
+
+    Example:
+        ```python
+        results = coalign.evaluate("runs/clip", ["retrieval:photos"])
+        metric = results["retrieval:photos"]["metrics"]["image_to_text.r1"]
+        print(metric["value"], metric["low"], metric["high"], metric["chance"])
+        ```
     """
     config = config or EvalConfig()
     if not tasks:
@@ -72,7 +89,8 @@ def evaluate(
         split, context = contexts[key] if remaining[key] else contexts.pop(key)  # frees its embeddings
         counts = {"data": data, "split": split, "samples": len(context.indices)}
         results[f"{task.name}:{data}"] = {**counts, **task.load()(context).to_json()}
-        on_result(results)
+        if on_result is not None:
+            on_result(results)
     for suite in (text for text in tasks if text in SUITES):
         results[suite] = _suite(results, suite)
     return results

@@ -21,7 +21,7 @@ from coalign.method import Method
 from coalign.optim import build_optimizers
 from coalign.runs.folder import describe_samples
 from coalign.training.distributed import World
-from coalign.training.trainer import autocast_dtype
+from coalign.training.trainer import autocast_dtype, precision_name
 from coalign.types import Batch
 from coalign.workflows.train.batches import TrainingData, pair_loader
 from coalign.workflows.train.gpu_plan import DECLIP_MFU, GOOD_MFU, Plan, plans
@@ -53,7 +53,7 @@ def print_dry_run(
         table.add_row(name, str(value))
     console.print(table)
     counts = {role: sum(p.numel() for p in parameters) for role, parameters in method.parameter_groups().items()}
-    table = Table("role", "trained parameters", title="Model", title_justify="left")
+    table = Table("role", "trainable parameters", title="Model", title_justify="left")
     for role, count in {**counts, "total": sum(counts.values())}.items():
         table.add_row(role, f"{count:,}")
     console.print(table)
@@ -113,7 +113,7 @@ def _print_cost(
     console.print(f"Encoder passes per pair: {passes}; teacher passes: {teachers or 'none'}.")
     local = f"{config.batch_size // world.size:,} pairs"
     processes = f"each of {world.size} processes" if world.size > 1 else "one process"
-    precision = "fp32" if autocast is None else str(autocast).removeprefix("torch.")
+    precision = precision_name(autocast)
     tables = (
         (
             f"Compute per step ({local}, {processes})",
@@ -161,7 +161,7 @@ def _print_plans(console: Console, options: Sequence[Plan], load_seconds: float)
         f"MFU is the fraction of the half-precision peak: {GOOD_MFU:.0%} is typical of well-optimized training, {DECLIP_MFU:.0%} matches "
         f"the times that DeCLIP's authors report. Comm. is the share of communication in a step, without overlap. Cores are CPU cores "
         f"per GPU for data loading, at {1000 * load_seconds:.1f} ms per pair as measured here; both are at {GOOD_MFU:.0%} MFU. "
-        "See docs/scaling.md."
+        'The documentation\'s page "Predicted cost" has the recipes of the papers.'
     )
 
 

@@ -53,6 +53,7 @@ def write_run_report(
         cost={
             "training time": duration(result.seconds),
             "steps": f"{result.step:,}, batch size {config.batch_size:,}",
+            "precision": result.precision,
             "pairs per second (median)": f"{np.median(speeds):,.0f}" if speeds else "-",
             "steps skipped for a non-finite loss or gradient": f"{result.skipped_steps:,}",
         },

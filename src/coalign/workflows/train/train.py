@@ -61,11 +61,31 @@ def train(
     device: str | None = None,
     dry_run: bool = False,
 ) -> TrainResult | None:
-    """Trains a model, evaluates it, and writes checkpoints (last/, best/), metrics.jsonl, results.json and report.html to the folder `out`.
+    """Trains a model, evaluates it on held-out pairs, and writes a report.
 
-    config: the name of a recipe, a configuration, or a function from the number of training pairs to a configuration.
-    resume: "auto" continues from the newest checkpoint in `out`. dry_run: only prints settings and cost, and returns None.
-    Under torchrun, call it in every process. Raises UserError for invalid settings or unusable data.
+    The folder `out` receives the checkpoints (`last/`, `best/`), `metrics.jsonl`, `results.json` and `report.html`. Ctrl-C saves a
+    checkpoint and stops. Under `torchrun`, call this function in every process.
+
+    Args:
+        data: The training data, as in `open_data`. Without a validation split of its own, `config.val_fraction` of it is held out.
+        out: The folder of the run. It is created, and must not contain a run unless `resume` is "auto".
+        config: The name of a recipe; a function from the number of training pairs to a `TrainConfig`, such as `recipe` returns; or a
+            `TrainConfig`.
+        resume: "auto" resumes from the newest checkpoint in `out`, or starts if there is none. "no" always starts.
+        device: "cpu", "cuda" or "cuda:N". None: a GPU if there is one.
+        dry_run: Only print the settings, the model, its cost and the first batch. Writes nothing.
+
+    Returns:
+        How the training ended, or None for a dry run. The metrics are in `results.json` and the report.
+
+    Raises:
+        UserError: A setting is invalid, the data cannot be used, or `out` contains another run.
+
+    Example:
+        ```python
+        coalign.train("photos", "runs/clip")
+        coalign.train("photos", "runs/mcd", "mcd", resume="auto")
+        ```
     """
     config_for = _config_fn(config)
     console, out = Console(highlight=False, soft_wrap=True), Path(out)
