@@ -6,13 +6,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow lint bench
+.PHONY: help install demo test test-slow lint docs bench
 
 help:
 	@echo "make demo       train CLIP and MCD on synthetic images, and compare them (about 10 minutes on two cores)"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style, types, the import rules and the wording"
+	@echo "make docs       build the documentation site into site/"
 	@echo "make bench      run the benchmarks, one after another; DATA=folder adds the start-up benchmark"
 	@echo "make install    set up .venv; all other targets do so if needed"
 
@@ -44,6 +45,10 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 	@output=$$($(BIN)/lint-imports) || { echo "$$output"; exit 1; }
 	@$(BIN)/python scripts/lint_words.py
+
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html is the documentation; $(BIN)/python -m http.server -d site also serves its search."
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/all.py

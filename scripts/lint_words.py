@@ -18,7 +18,7 @@ PLACES = (
     "CONTRIBUTING.md",
     "benchmarks/*.py",
     "benchmarks/*.md",
-    "scripts/*.py",
+    "scripts/**/*.py",
 )
 
 # pattern -> what to write instead

@@ -1,151 +1,61 @@
-"""README.md's Python code runs; its commands, make targets and --data examples are valid."""
+"""README.md is one page, and its table of results has the values of results/."""
 
+import json
 import re
-import shlex
-from dataclasses import replace
-from pathlib import Path
 
-import pytest
-from helpers import tiny
+from helpers.pages import ROOT
 
-from coalign.cli import main as cli
-from coalign.experiments import benchmark, compare, compare_terminal, reproduce
-from coalign.experiments.benchmark import BenchmarkResult
-from coalign.methods.clip import config as clip
-from coalign.report.compare_page import Comparison
-from coalign.runs import card
-from coalign.types import DualEncoder
-from coalign.workflows import data
-from coalign.workflows.evaluate import evaluate
-from coalign.workflows.explore import localize, search, space
-from coalign.workflows.explore.search import SearchResult
-from coalign.workflows.models import export, import_model
-from coalign.workflows.train import profile, train
+from coalign.experiments.tables import STEP_COST
+from coalign.methods import recipes
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-BASH = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)).splitlines()
-COMMANDS = [line for line in BASH if re.match(r"coalign |torchrun .* -m coalign ", line)]
-DATA = re.findall(r"\| `(--data .*?)` \|", TEXT)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the README's `photos`."""
-    root = tmp_path_factory.mktemp("readme")
-    tiny.write_pairs(root / "photos", 64)
-    return root
+def rows(header):
+    """The cells of the table below a header line, by the first cell."""
+    lines = TEXT[TEXT.index(header) :].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
 
 
-@pytest.fixture
-def small(monkeypatch, folder):
-    """CLIP's recipe with a tiny model and one epoch."""
-    model = str(tiny.write_model(folder / "model"))
-    original = clip.default_config
-
-    def default_config(*args):
-        return replace(original(*args), model=model, context_length=12, batch_size=16, epochs=1, workers=0, evals=1)
-
-    monkeypatch.setattr(clip, "default_config", default_config)
-    monkeypatch.chdir(folder)
+def mark(metric):
+    """▲ or ▼ if the difference from the first group excludes zero over items and over seeds."""
+    spans = [metric["difference_over_items"], metric["difference_over_seeds"]]
+    if not all(spans):
+        return ""
+    return " ▲" if all(low > 0 for low, _ in spans) else " ▼" if all(high < 0 for _, high in spans) else ""
 
 
-@pytest.mark.slow
-def test_python(small, folder, capsys):
-    assert len(PYTHON) == 3
-    namespaces = [{"__name__": "readme"} for _ in PYTHON]
-    for code, names in zip(PYTHON, namespaces):
-        exec(compile(code, "README.md", "exec"), names)
-    first, _, last = namespaces
-    assert first["embeds"].shape == (2, 16)
-    assert isinstance(first["encoder"], DualEncoder)
-    assert first["results"]["retrieval:photos"]["split"] == "val"
-    assert (folder / "runs/short/report.html").exists()
-    assert last["results"]["retrieval:photos"]["images"] == 64
-    assert "'chance':" in capsys.readouterr().out
+def test_results_are_those_of_the_table():
+    results = json.loads((ROOT / "results/style-shift-openclipart.json").read_text())
+    groups = {group["name"]: group for group in results["groups"]}
+    table = rows("| | Same styles, image → text |")
+    columns = ["retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10", "retrieval_test.text_to_image.r10"]
+    chance = [groups["clip"]["metrics"][name]["chance"] for name in columns]
+    assert table.pop("Chance")[:3] == [f"{100 * value:.1f}" for value in chance]
+    names = {"CLIP, strong views": "clip, DeCLIP's views"}
+    assert {names.get(name, name.lower()) for name in table} == set(groups)
+    for name, (*values, seeds, cost) in table.items():
+        group = groups[names.get(name, name.lower())]
+        for text, column in zip(values, columns, strict=True):
+            metric = group["metrics"][column]
+            low, high = metric["over_seeds"]
+            assert text == f"{100 * metric['value']:.1f} ± {50 * (high - low):.1f}{mark(metric)}", name
+        assert int(seeds) == len(group["seeds"])
+        assert cost == ("1" if name == "CLIP" else str(STEP_COST["openclipart"].get(name.lower(), ""))), name
+    longer = json.loads((ROOT / "results/declip-openclipart.json").read_text())["groups"]
+    (metric,) = [group["metrics"][columns[1]] for group in longer if group["name"] == "CLIP, twice the epochs"]
+    low, high = metric["over_seeds"]
+    assert f"{100 * metric['value']:.1f} ± {50 * (high - low):.1f}" in TEXT
+    settings = results["settings"]
+    assert f"Trained on {settings['num_train']:,} drawings" in TEXT
+    assert f"{settings['epochs']:.0f} epochs at {settings['image_size']} pixels" in TEXT
 
 
-@pytest.fixture
-def calls(monkeypatch, tmp_path):
-    """Records the calls of the commands' functions instead of running them."""
-    monkeypatch.chdir(tmp_path)  # commands may write here
-    calls = []
-
-    def record(*args, **options):
-        calls.append(args)
-
-    for name in (
-        "write_scenes",
-        "prepare_openclipart",
-        "check_data",
-        "curate_data",
-        "build_query_list",
-        "write_paraphrases",
-        "train_tokenizer",
-    ):
-        monkeypatch.setattr(data, name, record)
-    monkeypatch.setattr(compare, "compare", lambda *args: calls.append(args) or Comparison([], {}, {}))
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **options: calls.append(args) or {})
-    for module, name in (
-        (evaluate, "write_results"),
-        (evaluate, "print_results"),
-        (evaluate, "write_page"),
-        (benchmark, "print_comparison"),
-        (benchmark, "write_results"),
-        (compare, "print_comparison"),
-        (compare, "write_results"),
-        (compare_terminal, "print_comparison"),
-        (reproduce, "reproduce"),
-        (localize, "localize"),
-        (export, "export"),
-    ):
-        monkeypatch.setattr(module, name, record)
-    monkeypatch.setattr(import_model, "import_model", record)
-    monkeypatch.setattr(card, "card", lambda *args: calls.append(args) or "")
-    monkeypatch.setattr(space, "space", lambda *args: calls.append(args) or {})
-    monkeypatch.setattr(
-        search, "search", lambda *args, **options: calls.append((args, options)) or SearchResult("text", [], 0, 0)
-    )
-    monkeypatch.setattr(train, "train", lambda data, out, config_for, **_: calls.append(config_for(5000)))
-    empty = BenchmarkResult(Comparison([], {}, {}), "", {})
-    monkeypatch.setattr(benchmark, "benchmark", lambda *args, **_: calls.append(args) or empty)
-    monkeypatch.setattr(profile, "profile", lambda data, config_for, **_: calls.append(config_for(5000)))
-    monkeypatch.setattr(profile, "print_profile", record)
-    return calls
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_parse(calls, line, capsys):
-    words = shlex.split(line, comments=True)
-    words = words[words.index("coalign") + 1 :]
-    assert cli.main(words) == 0, capsys.readouterr().err
-    assert calls
-
-
-def test_every_command_is_shown():
-    shown = [words for line in COMMANDS if (words := shlex.split(line, comments=True)[1:])]
-    shown += [text.split()[1:] for text in re.findall(r"`(coalign [^`]*)`", TEXT)]
-    for name in cli.COMMANDS:
-        assert any(words[: len(name.split())] == name.split() for words in shown), name
-
-
-@pytest.mark.parametrize("option", DATA)
-def test_data_options_parse(calls, option):
-    assert cli.main(["train", *shlex.split(option), "--out", "run"]) == 0
-
-
-def test_make_targets_exist():
-    targets = set(re.findall(r"^make ([\w-]+)", "\n".join(BASH), re.MULTILINE))
-    assert {"demo", "test", "test-slow", "lint", "bench"} <= targets
-    makefile = (ROOT / "Makefile").read_text()
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_listed_run_files_are_those_written(small, folder):
-    train.train("photos", "runs/files")
-    table = TEXT[TEXT.index("A run's folder holds") : TEXT.index("## Evaluate")]
-    listed = {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", table) if "." in name or "/" in name}
-    written = {path.name for path in (folder / "runs/files").iterdir()} - {"run.lock"}
-    assert written == listed
+def test_every_method_is_listed_with_its_page():
+    table = rows("| `--recipe` | Paper |")
+    listed = {re.search(r"\[`(\w+)`\]\((.*?)\)", cell).groups() for cell in table}
+    methods = {name for name in recipes() if "-" not in name}
+    assert {name for name, _ in listed} == methods
+    for name, page in listed:
+        assert (ROOT / page).is_file() or page == f"docs/methods/{name}.md"

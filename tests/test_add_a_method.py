@@ -1,5 +1,6 @@
-"""CONTRIBUTING.md's example, created word for word in a copy of the package."""
+"""The example of docs/add-a-method.md, created word for word in a copy of the package."""
 
+import inspect
 import os
 import re
 import shlex
@@ -13,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from coalign.method import Method
+
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+TEXT = (ROOT / "docs/add-a-method.md").read_text()
 BLOCKS = re.findall(r"^(?:`([\w/]+\.py)`\n\n)?```(python|bash)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(line) for _, kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 FILES = {path: code for path, kind, code in BLOCKS if kind == "python" and path}
-REGISTRY_LINE, SIMILARITY = [code for path, kind, code in BLOCKS if kind == "python" and not path]
+INTERFACE, REGISTRY_LINE, SIMILARITY = [code for path, kind, code in BLOCKS if kind == "python" and not path]
 IMPORTS = """from typing import NamedTuple
 
 import torch
@@ -69,6 +72,13 @@ def run_tests(root, selected):
     output = run(root, *command, "-k", selected, "-p", "no:cacheprovider")
     assert "skipped" not in output
     return int(re.search(r"(\d+) passed", output)[1])
+
+
+def test_the_interface_is_that_of_the_code():
+    signatures = re.findall(r"^def (\w+)(\(.*) \.\.\.$", INTERFACE, re.MULTILINE)
+    assert [name for name, _ in signatures] == ["encode", "objective", "after_step"]
+    for name, signature in signatures:
+        assert signature == f"{inspect.signature(getattr(Method, name))}:".replace("'", "")
 
 
 @pytest.mark.slow
