@@ -21,7 +21,7 @@ RUNS = {
     "runs/mcd": ["--recipe", "mcd", "--data", "photos"],
     "runs/oner": ["--recipe", "oner", "--data", "photos"],
     "runs/filip": ["--recipe", "filip", "--data", "photos"],
-    "runs/vit": ["--recipe", "clip", "--data", "photos", "--model", "ViT-B-32"],
+    "runs/vit": ["--recipe", "clip", "--data", "photos", "--model", "small-vit.json"],  # the file in export.md
 }
 # programs that set up the environment or run the tests; their lines are checked in test_pages.py
 NOT_RUN = {"make", "pip", "python3", "source", "git"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helpers import tiny
 from helpers.data_files import write_tar
+from helpers.pages import ROOT
 from PIL import Image
 
 VIT = "vit.json"  # a small Vision Transformer that open_clip and transformers can hold
@@ -36,6 +37,8 @@ def write_folder(root: Path) -> Path:
     _write_shards(root / "cc3m", root, rows)
     _write_coco(root / "coco", root, rows)
     (root / VIT).write_text(json.dumps(tiny.MODEL))
+    (shown,) = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs/export.md").read_text(), re.MULTILINE | re.DOTALL)
+    (root / "small-vit.json").write_text(shown)
     return root
 
 

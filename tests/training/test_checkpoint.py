@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coalign.errors import UserError
 from coalign.training import checkpoint
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_never_replaces_an_intact_one(tmp_path: Path, monke
     checkpoint._written.clear()
     truncate(tmp_path / "last" / "model.safetensors")
     assert check_number(load_latest(tmp_path)) == 1
-    monkeypatch.setattr(checkpoint, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(Crash))
+    monkeypatch.setattr(checkpoint, "save_tensors", lambda *args, **kwargs: (_ for _ in ()).throw(Crash))
     with pytest.raises(Crash):
         save_number(tmp_path, 3)
     assert check_number(load_latest(tmp_path)) == 1
@@ -223,7 +223,7 @@ class CrashAt:
         for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
             monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
         monkeypatch.setattr(os, "fsync", self.wrap(lambda descriptor: None))  # the real one is slow
-        monkeypatch.setattr(checkpoint, "save_file", self.wrap(checkpoint.save_file, self.write_partial_tensors))
+        monkeypatch.setattr(checkpoint, "save_tensors", self.wrap(checkpoint.save_tensors, self.write_partial_tensors))
         monkeypatch.setattr(Path, "write_text", self.wrap(Path.write_text, self.write_partial_text))
 
     def wrap(self, operation: Callable, write_partial: Callable | None = None) -> Callable:
@@ -239,7 +239,7 @@ class CrashAt:
         return call
 
     @staticmethod
-    def write_partial_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    def write_partial_tensors(path: Path, *_: object) -> None:
         path.write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{")
 
     @staticmethod
@@ -322,7 +322,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     save_number(tmp_path, 1)
-    for operation in ((os, "mkdir"), (checkpoint, "save_file"), (Path, "write_text"), (os, "fsync"), (os, "replace")):
+    for operation in (
+        (os, "mkdir"),
+        (checkpoint, "save_tensors"),
+        (Path, "write_text"),
+        (os, "fsync"),
+        (os, "replace"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(*operation, no_space)
             with pytest.raises(
