@@ -82,6 +82,7 @@ def test_the_examples_of_docstrings_run(monkeypatch, tmp_path):
                 coalign, name, lambda *args, **options: SimpleNamespace(advice=signature.bind(*args, **options))
             )
         exec(compile(dedent(example), name, "exec"), {"coalign": coalign, **names})
+    assert list(tmp_path.rglob("report.html"))  # of the run that the others load
 
 
 def small(original, folder, *args):

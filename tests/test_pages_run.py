@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from helpers.page_folder import small, with_options, write_folder
@@ -66,10 +67,10 @@ def folder(template, tmp_path, request, monkeypatch):
     trained = {run for block in blocks(page) if runs_here(block) for run in trained_in(block)}
     text = "\n".join(block.code for block in blocks(page))
     root = tmp_path / "work"
-    unused = {run for run in RUNS if run in trained or (run not in text)}
-    shutil.copytree(
-        template, root, ignore=lambda at, names: {n for n in names if f"runs/{n}" in unused and at.endswith("runs")}
-    )
+    shutil.copytree(template, root, ignore=shutil.ignore_patterns("runs"))
+    for name in RUNS:
+        if name in text and name not in trained:
+            shutil.copytree(template / name, root / name)
     monkeypatch.chdir(root)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return root
@@ -84,17 +85,27 @@ def test_page_runs(folder, page, capsys):
             exec(compile(block.code, block.name, "exec"), names)
             continue
         for words in block.commands():
-            run(block, words, capsys)
+            where = f"{block.name}: {' '.join(words)}"
+            assert run(words) == 0, f"{where}\n{capsys.readouterr().err}"
+            missing = [path for path in outputs(words) if not (folder / path).exists()]
+            assert not missing, where
 
 
-def run(block, words, capsys):
+def outputs(words):
+    """The files and folders that a command is told to write."""
+    if coalign_words(words) is None or "--dry-run" in words:
+        return []
+    return [path for option, path in pairwise(words) if option in ("--out", "--report", "--json")]
+
+
+def run(words):
+    """Runs a command and returns its exit code."""
     program = words[0].rpartition("/")[2]
     if program in NOT_RUN:
-        return
+        return 0
     arguments = coalign_words(words)
     if arguments is None:
-        subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=True)
-        return
+        return subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=False).returncode
     if program == "torchrun":
         # the small model's BatchNorm has groups of 16, in each of two processes
         arguments = with_options(small(arguments), {"--batch-size": "32"})
@@ -108,10 +119,8 @@ def run(block, words, capsys):
             "-m",
             "coalign",
         ]
-        subprocess.run([*launcher, *arguments], check=True)
-        return
+        return subprocess.run([*launcher, *arguments], check=False).returncode
     try:
-        code = main(small(arguments))
+        return main(small(arguments))
     except SystemExit as error:  # --help
-        code = error.code or 0
-    assert code == 0, f"{block.name}: {' '.join(words)}\n{capsys.readouterr().err}"
+        return error.code or 0

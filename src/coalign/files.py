@@ -45,10 +45,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str
     """Writes tensors as a safetensors file with the usual permissions; the library's own are for the owner alone."""
     from safetensors.torch import save_file  # imports torch
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=metadata)
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(mode)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
