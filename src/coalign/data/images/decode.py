@@ -5,26 +5,15 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,  # noqa: F401  importing a plugin registers its format
-    GifImagePlugin,  # noqa: F401
-    Image,
-    Jpeg2KImagePlugin,  # noqa: F401
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    PpmImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    WebPImagePlugin,  # noqa: F401
-)
+from PIL import Image, ImageCms
 
+from coalign.data.images.formats import DISTINCTIVE, FORMATS, accepts
+from coalign.data.images.metadata import split_metadata
 from coalign.errors import BadSample
-
-with suppress(ImportError):
-    from PIL import AvifImagePlugin  # noqa: F401  newer Pillow only
 
 # Pillow warns about malformed files. They either decode or raise BadSample, and a warning per file would flood the progress display.
 for _category in (UserWarning, Image.DecompressionBombWarning):
@@ -34,14 +23,14 @@ MAX_BYTES = 1 << 30  # approximate memory limit for decoding one image; above it
 REDUCTIONS = (1, 2, 4, 8)  # factors by which JPEG decoders can reduce the resolution, which also saves time
 TILE = 4096  # larger images (more than TILE² pixels) are converted in tiles, to avoid a second full-size copy
 
-# Supported formats (none that runs a program, as EPS does), with the bytes per pixel that their decoders hold besides Pillow's raster:
-# libjpeg the coefficients of a progressive file, libwebp and libavif two canvases, openjpeg 32 bits per channel, libtiff a strip.
-_FORMATS = {"JPEG": 6, "PNG": 0, "GIF": 1, "WEBP": 12, "BMP": 0, "TIFF": 4, "PPM": 0, "JPEG2000": 16, "AVIF": 12}
+# Bytes per pixel that decoders hold besides Pillow's raster: libjpeg the coefficients of a progressive file, libwebp, libavif and libheif
+# two canvases, openjpeg 32 bits per channel, libtiff a strip. For other formats it is not known.
+_DECODER_BYTES = {"JPEG": 6, "PNG": 0, "GIF": 1, "WEBP": 12, "BMP": 0, "TIFF": 4, "PPM": 0, "JPEG2000": 16, "AVIF": 12}
+_OTHER_DECODER_BYTES = 12
 # Bytes per pixel by mode; 4 for all others.
 _RASTER_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2, "I": 12, "F": 12}
 _RESULT_BYTES = 7  # per pixel of the result: 4 in Pillow's RGB raster, 3 in the array
 _DEEP_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-_MODES = (*_DEEP_GRAY, "1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 _UPRIGHT = {  # EXIF orientation -> operation that makes the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -76,7 +65,8 @@ def jpeg_reduction(min_scale: float) -> int:
 class OpenedImage:
     """An image of which only the header has been read.
 
-    size: (width, height) after EXIF rotation. reducible: whether the decoder can reduce the resolution, which saves time.
+    size: (width, height) after EXIF rotation. reducible: whether the decoder can reduce the resolution, which saves time. format, mode:
+    Pillow's names of the file format and the color mode.
     """
 
     def __init__(self, data: bytes | np.ndarray) -> None:
@@ -85,14 +75,16 @@ class OpenedImage:
                 raise BadSample(
                     "unsupported mode", f"{data.dtype} array of shape {data.shape}, not uint8 [height, width, 3]"
                 )
-            self.size, self.reducible = (data.shape[1], data.shape[0]), False
+            self.size, self.reducible, self.format, self.mode = (data.shape[1], data.shape[0]), False, "pixels", "RGB"
         else:
-            self._image: Image.Image | None = _open(data)
+            image, exif = _open(data)
+            self._image: Image.Image | None = image
             # Pillow already applies the orientation of TIFF files.
-            self._orientation = 1 if self._image.format == "TIFF" else _orientation(_exif(self._image, data))
-            width, height = self._image.size
+            self._orientation = 1 if image.format == "TIFF" else _orientation(exif)
+            width, height = image.size
             self.size = (height, width) if self._orientation >= 5 else (width, height)
-            self.reducible = _is_jpeg(self._image)
+            self.reducible = image.format == "JPEG"
+            self.format, self.mode = image.format or "unknown", image.mode
         self._data = data
 
     def decode(self, min_scale: float = 1.0) -> np.ndarray:
@@ -105,7 +97,7 @@ class OpenedImage:
         """
         if isinstance(self._data, np.ndarray):
             return self._data
-        image = self._image or _open(self._data)
+        image = self._image or _open(self._data)[0]
         self._image = None  # a Pillow image can be decoded only once
         factor = int(1 / min_scale + 1e-9)
         reduction = jpeg_reduction(min_scale) if self.reducible else 1
@@ -131,30 +123,36 @@ def open_image(data: bytes | np.ndarray) -> OpenedImage:
     return OpenedImage(data)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> tuple[Image.Image, bytes]:
+    """Returns an image of which only the header has been read, and its EXIF data."""
     if not data:
         raise BadSample("empty file", "zero bytes")
-    image = None
-    for name in _FORMATS:
-        # Not Image.open, whose pixel limit does not account for reduced decoding.
-        factory, accepts = Image.OPEN.get(name, (None, None))
-        if factory and accepts and accepts(data[:16]) is True:
-            with _bad_samples(name, data):
-                image = factory(BytesIO(data), "")
-            break
-    if image is None:
-        raise BadSample("not an image", _describe(data))
-    if image.mode not in _MODES:
-        raise BadSample("unsupported mode", f"{image.format} of mode {image.mode}")
+    plain, exif = split_metadata(data)
+    image = _identify(plain, data)
     if 0 in image.size:
         raise BadSample("corrupt image", f"{image.width} × {image.height} pixels")
-    smallest = 8 if _is_jpeg(image) else 1
+    smallest = 8 if image.format == "JPEG" else 1
     _check_memory(image, smallest, max(smallest, *image.size))
-    return image
+    if not exif and isinstance(image.info.get("exif"), bytes):  # of other formats
+        exif = image.info["exif"]
+    return image, exif
 
 
-def _is_jpeg(image: Image.Image) -> bool:
-    return image.format in ("JPEG", "MPO")
+def _identify(plain: bytes, data: bytes) -> Image.Image:
+    """Opens a file with the plugin of its format. `data` is the file with its metadata."""
+    failure: BadSample | None = None
+    # Formats that start with common bytes come last.
+    for name in sorted(Image.ID, key=lambda name: name not in DISTINCTIVE):
+        if name not in FORMATS or not accepts(name, plain):
+            continue
+        try:
+            with _bad_samples(name, data):
+                # not Image.open, whose pixel limit does not account for reduced decoding
+                return Image.OPEN[name][0](BytesIO(plain), "")
+        except BadSample as bad:
+            if name in DISTINCTIVE:
+                failure = failure or bad
+    raise failure or BadSample("not an image", _describe(data))
 
 
 def _num_pixels(image: Image.Image, factor: int) -> int:
@@ -164,7 +162,7 @@ def _num_pixels(image: Image.Image, factor: int) -> int:
 
 def _check_memory(image: Image.Image, reduction: int, factor: int) -> None:
     """Raises BadSample if decoding takes too much memory. The decoder reduces by `reduction`; the result is reduced by `factor`."""
-    needed = _num_pixels(image, 1) * _FORMATS.get(image.format or "", 6)  # 6 as for JPEG, since MPO files are JPEGs
+    needed = _num_pixels(image, 1) * _DECODER_BYTES.get(image.format or "", _OTHER_DECODER_BYTES)
     needed += _num_pixels(image, reduction) * _RASTER_BYTES.get(image.mode, 4)
     needed += _num_pixels(image, factor) * _RESULT_BYTES
     if needed > MAX_BYTES:
@@ -189,7 +187,7 @@ def _is_truncated(name: str, data: bytes, error: Exception) -> bool:
         return True
     if name == "WEBP":
         return len(data) < 12 or len(data) < int.from_bytes(data[4:8], "little") + 8
-    end = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}.get(name)
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}.get(name)
     return end is not None and end not in data[-16:]
 
 
@@ -200,15 +198,6 @@ def _describe(data: bytes) -> str:
 
 
 # ---------------------------------------------------------------- orientation
-
-
-def _exif(image: Image.Image, data: bytes) -> bytes:
-    exif = image.info.get("exif", b"")
-    # The chunk may come after the pixels. Pillow would find it there only by decoding them.
-    if not exif and image.format == "PNG":
-        at = data.find(b"eXIf")
-        exif = data[at + 4 : at + 65540] if at >= 0 else b""
-    return exif if isinstance(exif, bytes) else b""
 
 
 def _orientation(exif: bytes) -> int:
@@ -258,6 +247,9 @@ def _tile_rgb(image: Image.Image, gray_range: tuple[float, float] | None) -> Ima
         white = Image.new("RGB", image.size, "white")
         white.paste(image.convert("RGB"), mask=image.getchannel("A"))
         return white
+    if image.mode == "LAB":
+        to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        image = ImageCms.applyTransform(image, to_rgb) or image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
