@@ -77,7 +77,14 @@ class Metric:
         """Returns whether the whole interval is better than chance; None if that is unknown."""
         if self.chance is None or self.low is None or self.high is None:
             return None
-        return self.high < self.chance if self.kind == "rank" else self.low > self.chance
+        margin = 1e-9 * abs(self.chance)  # of rounding: a model with constant embeddings has exactly the chance level
+        return self.high < self.chance - margin if self.kind == "rank" else self.low > self.chance + margin
+
+    def can_beat_chance(self) -> bool:
+        """Whether any model can be better than chance. No model can for R@10 among ten captions: it is 100 %, whatever their order."""
+        if self.chance is None:
+            return True
+        return self.chance > 1 if self.kind == "rank" else self.chance < 1 - 1e-9
 
     def to_json(self) -> dict[str, Any]:
         """Returns all fields except the name and the outcome, as in `results.json`."""

@@ -111,15 +111,30 @@ def test_hit_probability_averages_over_all_orders_of_ties():
                     assert metrics.hit_probability(*counts, k)[0] == pytest.approx(hits)
 
 
-def test_chance_median_rank_matches_random_orders():
-    correct = np.array([1, 1, 1, 5, 5, 20])
-    incorrect = 100 - correct
+@pytest.mark.parametrize("num_queries", [2001, 2002])
+def test_drawn_ranks_are_distributed_as_random_orders(num_queries):
+    """Ranks of queries with the same ties are distributed as in shuffled lists, whatever the other queries are."""
     generator = np.random.default_rng(0)
-    # rank of the best of r correct candidates among 100 in random order, all queries pooled
-    ranks = [1 + generator.permutation(100)[:r].min() for r in correct for _ in range(4000)]
-    assert metrics.chance_median_rank(incorrect, correct) == pytest.approx(np.median(ranks), abs=1.0)
-    assert metrics.chance_median_rank(np.array([0]), np.array([1])) == 1
-    assert metrics.chance_median_rank(np.array([999_999]), np.array([1])) == 500_000
+    kinds = [(0, 24, 1), (3, 10, 4), (7, 0, 2), (1, 1, 1), (0, 99, 5)]  # better, tied incorrect, tied correct
+    chosen = generator.integers(len(kinds), size=num_queries)
+    ranks = metrics.drawn_ranks(*np.array(kinds)[chosen].T)
+    for number, (better, incorrect, correct) in enumerate(kinds):
+        is_correct = np.arange(incorrect + correct) < correct
+        shuffled = [better + 1 + generator.permutation(is_correct).argmax() for _ in range(4000)]
+        drawn = ranks[chosen == number]
+        assert stats.ks_2samp(drawn, shuffled).statistic < 0.05
+        assert drawn.min() >= better + 1
+        assert drawn.max() <= better + 1 + incorrect
+
+
+@pytest.mark.parametrize(("candidates", "correct"), [(25, 1), (24, 1), (1000, 1), (25, 5), (1_000_000, 1), (5, 5)])
+def test_median_of_drawn_ranks(candidates, correct):
+    """The median of equal queries is that of the distribution of the smallest of `correct` numbers out of `candidates`."""
+    ranks = np.arange(1, candidates + 1)
+    queries = np.ones(1001, int)
+    drawn = metrics.drawn_ranks(0 * queries, (candidates - correct) * queries, correct * queries)
+    survival = stats.hypergeom(candidates, correct, ranks).pmf(0)  # P(rank > r)
+    assert np.median(drawn) == ranks[survival <= 0.5 + 1e-9][0]
 
 
 # ---------------------------------------------------------------- several runs

@@ -31,12 +31,12 @@ def problem(images: int = 60, texts: int = 150, ids: int = 150, dim: int = 12, s
 
 
 def naive_ranks(image: Tensor, text: Tensor, owner: Tensor, text_ids: Tensor) -> tuple[list[int], list[int]]:
-    """Returns the rank of every query's best correct result, from the definition in double loops."""
+    """Returns the rank of every query's best correct result, from the definition in double loops. Equal captions are one candidate."""
     scores = (image.double() @ text.double().T).tolist()
     captions = [{int(t) for t, o in zip(text_ids, owner) if o == i} for i in range(len(image))]
     by_image, by_text = [], []
     for i in range(len(image)):
-        order = sorted(range(len(text)), key=lambda j: -scores[i][j])
+        order = sorted((text_ids.tolist().index(t) for t in set(text_ids.tolist())), key=lambda j: -scores[i][j])
         by_image.append(1 + next(rank for rank, j in enumerate(order) if int(text_ids[j]) in captions[i]))
     for j in range(len(text)):
         order = sorted(range(len(image)), key=lambda i: -scores[i][j])
@@ -89,6 +89,23 @@ def test_chance_matches_random_embeddings():
         words = F.normalize(torch.randn(int(text_ids.max()) + 1, 64, generator=generator), dim=1)
         text = F.normalize(words[torch.randperm(len(words), generator=generator)[:150]], dim=1)
         runs.append(retrieval(image, text, owner, text_ids))
+    _compare_with_chance(runs)
+
+
+@pytest.mark.parametrize("num_ids", [8, 40])
+def test_chance_matches_random_embeddings_that_are_equal_for_equal_captions(num_ids):
+    generator = torch.Generator().manual_seed(1)
+    owner, text_ids = torch.arange(120), torch.arange(120) % num_ids
+    runs = []
+    for _ in range(200):
+        image, words = (F.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (120, num_ids))
+        runs.append(retrieval(image, words[text_ids], owner, text_ids))
+    _compare_with_chance(runs)
+    assert runs[0].image_to_text.recall[5].chance == pytest.approx(5 / num_ids)
+    assert set(runs[0].image_to_text.top.ravel()) <= set(range(num_ids))  # a row of each caption
+
+
+def _compare_with_chance(runs):
     for name in ("image_to_text", "text_to_image"):
         sides = [getattr(run, name) for run in runs]
         for k in (1, 5, 10):
@@ -96,8 +113,30 @@ def test_chance_matches_random_embeddings():
             error = np.std(recalls) / len(recalls) ** 0.5
             assert abs(np.mean(recalls) - sides[0].recall[k].chance) < 4 * error + 1e-3
         assert np.mean([side.median_rank.value for side in sides]) == pytest.approx(
-            sides[0].median_rank.chance, rel=0.15
+            sides[0].median_rank.chance, rel=0.1
         )
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 7, 25, 60])
+@pytest.mark.parametrize("captions", ["one", "five", "ragged", "shared", "labels"])
+def test_collapsed_models_score_exactly_chance(num_images, captions):
+    """Whatever the numbers of captions, whether all embeddings are equal, or only those of images or of texts."""
+    generator = torch.Generator().manual_seed(num_images)
+    counts = torch.randint(1, 6, (num_images,), generator=generator) if captions in ("ragged", "shared") else None
+    numbers = counts if counts is not None else torch.full((num_images,), 5 if captions == "five" else 1)
+    owner = torch.repeat_interleave(torch.arange(num_images), numbers)
+    num_ids = {"shared": 12, "labels": 4}.get(captions)
+    ids = None if num_ids is None else torch.randint(num_ids, (len(owner),), generator=generator)
+    point, texts = F.normalize(torch.ones(1, 8), dim=1), len(owner)
+    varied = F.normalize(torch.randn(max(texts, 12), 8, generator=generator), dim=1)
+    varied = varied[:texts] if ids is None else varied[ids]
+    for image, text in ((point.repeat(num_images, 1), point.repeat(texts, 1)), (point.repeat(num_images, 1), varied)):
+        result = retrieval(image, text, owner, ids)
+        sides = [result.text_to_image] + ([result.image_to_text] if text is not varied else [])
+        for side in sides:
+            for metric in side.metrics():
+                assert metric.value == pytest.approx(metric.chance, rel=1e-12), metric.name
+                assert not metric.beats_chance()
 
 
 def test_collapsed_model_scores_exactly_chance():
@@ -108,6 +147,7 @@ def test_collapsed_model_scores_exactly_chance():
     for side in (result.image_to_text, result.text_to_image):
         for k in (1, 5, 10):
             assert side.recall[k].value == pytest.approx(side.recall[k].chance)
+        assert side.median_rank.value == side.median_rank.chance
     # the expected rank of the best of r correct candidates among n in random order is (n + 1) / (r + 1)
     num_correct = np.array([len(set(owner[text_ids == i].tolist())) for i in text_ids])
     np.testing.assert_allclose(result.text_to_image.ranks, 61 / (num_correct + 1))
@@ -163,7 +203,7 @@ def test_metrics_have_names_titles_and_closed_form_chances():
     gap = found.pop()
     for metric, (*labels, chance, count) in zip(found, expected, strict=True):
         assert [metric.name, metric.title, metric.kind, metric.count] == [*labels, count]
-        assert metric.chance == pytest.approx(chance)
+        assert metric.chance == pytest.approx(chance, rel=0.05 if metric.kind == "rank" else 1e-9)
     distance = float(np.linalg.norm(image.numpy().mean(0) - text.numpy().mean(0)))
     assert gap == Metric("modality_gap", "Modality gap", "distance", pytest.approx(distance), count=60)
     assert gap.outcome.values.tolist() == [gap.value]
@@ -306,3 +346,32 @@ print(result.image_to_text.recall[1].value, resource.getrusage(resource.RUSAGE_S
     recall, kilobytes = map(float, process.stdout.split())
     assert recall == 1
     assert kilobytes < 1e6
+
+
+@pytest.mark.parametrize(
+    ("captions", "images"),
+    [
+        ([0, 0, 0, 0], [0, 1, 2, 3]),  # all captions are equal
+        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]),
+        ([0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5]),
+        ([*range(12)], [*range(12)]),
+        ([*([0] * 8), *range(1, 5)], [*range(12)]),
+        ([*range(3)] * 10, [*range(30)]),
+    ],
+)
+def test_metrics_that_equal_chance_by_construction_are_known(captions, images):
+    """Over many random models, such a rate never varies; every other one does."""
+    values: dict[str, set[float]] = {}
+    known = {}
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        image, text = (F.normalize(torch.randn(len(images), 6, generator=generator), dim=1) for _ in range(2))
+        for metric in retrieval(image, text, torch.tensor(images), torch.tensor(captions)).metrics():
+            values.setdefault(metric.name, set()).add(round(metric.value, 9))
+            known[metric.name] = metric
+    for name, metric in known.items():
+        if metric.kind == "rate":
+            assert metric.can_beat_chance() == (len(values[name]) > 1), name
+            assert metric.can_beat_chance() or values[name] == {1.0}
+        elif metric.kind == "rank":
+            assert metric.can_beat_chance() == (metric.chance > 1)

@@ -1,8 +1,9 @@
 """Bootstrap intervals of metrics: mean, mean per class, median; of one model, of runs, and of paired differences.
 
 An interval is the bootstrap percentile interval over the evaluated items. It covers the choice of items, not the training run;
-`over_runs` covers the latter. Its width is zero for a single item, and when all items agree. Ties are not broken by position: a metric
-is its expected value under a random order of the tied candidates, so a collapsed model scores exactly chance.
+`over_runs` covers the latter. Its width is zero for a single item, and when all items agree. Ties are not broken by position: a rate is
+its expected value under a random order of the tied candidates, and a median rank takes such an order for each query (see `drawn_ranks`).
+So a collapsed model scores exactly chance.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from coalign.metric import Kind, Metric, Outcome
 REPLICATES = 1000
 LEVEL = 0.95
 TIE = 1e-6  # float32 cosines closer than this are equal: their last digits depend on the order of summation
+_GOLDEN = (5**0.5 - 1) / 2  # the multiples of the golden ratio are evenly scattered over [0, 1)
 _CHUNK = 4_000_000  # numbers in memory at a time
 
 
@@ -49,9 +51,8 @@ def estimate(outcomes: Sequence[Outcome], minus: Sequence[Outcome] = (), seed: i
     first = outcomes[0]
     values, others = ([outcome.values for outcome in side] for side in (outcomes, minus))
     if first.statistic == "median":
-        groups = (
-            np.arange(len(first.values)) if first.groups is None else first.groups
-        )  # resamples by item can be shared
+        # resamples by item can be shared
+        groups = np.arange(len(first.values)) if first.groups is None else first.groups
         return mean_median(values, groups, others, seed)
     scores = np.mean(values, axis=0) - (np.mean(others, axis=0) if others else 0.0)
     if first.statistic == "mean per class":
@@ -167,22 +168,34 @@ def hit_probability(better: np.ndarray, tied_incorrect: np.ndarray, tied_correct
     return 1 - miss
 
 
-def chance_median_rank(incorrect: np.ndarray, correct: np.ndarray) -> float:
-    """Returns the median rank under a random order, for queries with `incorrect` and `correct` candidates each (int [query])."""
-    kinds, weights = np.unique(np.stack([incorrect, correct], 1), axis=0, return_counts=True)
-    num_incorrect, total = torch.from_numpy(kinds[:, 0]).double(), torch.from_numpy(kinds.sum(1)).double()
+def drawn_ranks(better: np.ndarray, tied_incorrect: np.ndarray, tied_correct: np.ndarray) -> np.ndarray:
+    """Returns each query's rank of the best correct candidate in one random order of its tied candidates (int64 [query]).
 
-    def hit_rate(rank: int) -> float:  # fraction of queries with a correct candidate among the first `rank`
-        log_miss = num_incorrect.add(1).lgamma() - (num_incorrect - rank).clamp(min=0).add(1).lgamma()
+    The arguments are those of `hit_probability`. The draws are fixed and stratified: the queries take different, evenly
+    distributed quantiles of their distributions. If all candidates are tied, the ranks are those of a random order, so their median is the
+    chance level, which models with random, distinct similarities have too.
+    """
+    incorrect = torch.from_numpy(tied_incorrect).double()
+    total = torch.from_numpy(tied_incorrect + tied_correct).double()
+    scattered = torch.arange(len(better)).double().mul(_GOLDEN).frac()
+    # Queries take their quantiles in the order of their ties, so that those of queries with similar ties are evenly distributed.
+    in_order = torch.from_numpy(np.lexsort((better, tied_incorrect, tied_correct)))
+    quantile = torch.empty_like(scattered)
+    quantile[in_order] = scattered.argsort().argsort().double().add(0.5) / len(better)
+
+    def is_hit(rank: torch.Tensor) -> torch.Tensor:
+        """Whether the best correct candidate is among the first `rank` tied ones at the query's quantile."""
+        log_miss = incorrect.add(1).lgamma() - (incorrect - rank).clamp(min=0).add(1).lgamma()
         log_miss = log_miss - total.add(1).lgamma() + (total - rank).clamp(min=0).add(1).lgamma()
-        miss = torch.where(num_incorrect >= rank, log_miss.exp(), 0.0).numpy()
-        return float(1 - (miss * weights).sum() / weights.sum())
+        miss = torch.where(incorrect >= rank, log_miss.exp(), 0.0)
+        return 1 - miss >= quantile - 1e-9
 
-    low, high = 1, int(total.max())
-    while low < high:
+    low, high = torch.ones(len(better), dtype=torch.int64), torch.from_numpy(tied_incorrect).long() + 1
+    while bool((low < high).any()):
         middle = (low + high) // 2
-        low, high = (low, middle) if hit_rate(middle) >= 0.5 - 1e-9 else (middle + 1, high)
-    return float(low)
+        hit = is_hit(middle)
+        low, high = torch.where(hit, low, middle + 1).minimum(high), torch.where(hit, middle, high)
+    return np.asarray(better) + low.numpy()
 
 
 def _resamples(multiplicity: np.ndarray, width: int, seed: int) -> Iterator[np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Direction:
     median_rank: Metric  # of each query's best correct result; 1 is the best
     queries: np.ndarray  # int64 [query]: row of the query; images without a caption are not queries
     ranks: np.ndarray  # float64 [query]: rank of the best correct result (expected rank if tied with incorrect ones)
+    chance_ranks: np.ndarray  # int64 [query]: ranks in a random order of all candidates
     top: np.ndarray  # int64 [query, 10 or fewer]: rows of the top results
     top_scores: np.ndarray  # float32, their similarities
     top_correct: np.ndarray  # bool, whether each is correct
@@ -37,7 +38,7 @@ class Direction:
     def metrics(self) -> list[Metric]:
         """Returns the recalls and the median rank. The bootstrap draws images with all their captions.
 
-        Chance is exact: the value of a random order, given each query's number of correct candidates.
+        Chance is the value of a random order, given each query's number of correct candidates.
         """
         return [*self.recall.values(), self.median_rank]
 
@@ -48,7 +49,7 @@ class RetrievalResult:
     text_to_image: Direction
     num_images: int
     num_texts: int
-    num_distinct_texts: int  # equal captions are one: each is correct for every image that has it
+    num_distinct_texts: int  # equal captions are one candidate, which is correct for every image that has it
     num_captionless: int  # images that are candidates but not queries
     # distance between the centroids of images and captions, 0 to 2 (Liang et al. 2022); None if a sample is not one vector
     modality_gap: float | None
@@ -107,38 +108,37 @@ def retrieval(
     """Evaluates retrieval between images and texts by their similarity; the default takes normalized vectors [image, dim] and [text, dim].
 
     image_of_text: int64 [text], the row of each text's image. text_ids: int64 [text], equal if and only if the captions are equal: a
-    caption is correct for every image that has it. The full similarity matrix is never in memory. Intervals resample images, each with
-    all of its captions.
+    caption is correct for every image that has it, and is one candidate: if it were several, with equal similarities, even a random model
+    would be below the chance level. The full similarity matrix is never in memory. Intervals resample images, each with all of its
+    captions.
     """
-    num_images, num_texts = num_samples(image_embeds), num_samples(text_embeds)
-    if not num_images or not num_texts:
-        raise UserError(f"There is nothing to retrieve: the data has {num_images} images and {num_texts} captions.")
-    image_rows = image_of_text.numpy()
-    if len(image_rows) != num_texts or image_rows.min() < 0 or image_rows.max() >= num_images:
-        raise ValueError(f"image_of_text must hold one of {num_images} image rows for each of {num_texts} texts")
+    num_images, num_texts, image_rows = num_samples(image_embeds), num_samples(text_embeds), image_of_text.numpy()
+    _check_inputs(num_images, num_texts, image_rows)
     require_finite(image_embeds, "Image")
     require_finite(text_embeds, "Text")
     modality_gap = _modality_gap(image_embeds, text_embeds) if similarity is dot_product else None
 
-    ids = np.arange(num_texts) if text_ids is None else np.unique(text_ids.numpy(), return_inverse=True)[1]
-    num_ids = int(ids.max()) + 1
+    distinct = np.arange(num_texts) if text_ids is None else text_ids.numpy()
+    _, first, ids = np.unique(distinct, return_index=True, return_inverse=True)  # first: row of a text with each id
+    num_ids = len(first)
     pairs = np.unique(np.stack([image_rows, ids], 1), axis=0)  # distinct (image, caption id)
     ids_of_image = _RaggedLists.group(pairs[:, 0], pairs[:, 1], num_images)
     images_of_id = _RaggedLists.group(pairs[:, 1], pairs[:, 0], num_ids)
 
     captioned = np.flatnonzero(ids_of_image.lengths())
     texts = np.arange(num_texts)
+    image_to_text = _search(
+        ("image_to_text", "Image → text"),
+        similarity,
+        image_embeds,
+        take(text_embeds, torch.from_numpy(first)),
+        captioned,
+        captioned,
+        lambda rows: ids_of_image.mask(rows, num_ids),
+        seed,
+    )
     return RetrievalResult(
-        image_to_text=_search(
-            ("image_to_text", "Image → text"),
-            similarity,
-            image_embeds,
-            text_embeds,
-            captioned,
-            captioned,
-            lambda rows: ids_of_image.mask(rows, num_ids)[:, ids],
-            seed,
-        ),
+        image_to_text=replace(image_to_text, top=first[image_to_text.top]),
         text_to_image=_search(
             ("text_to_image", "Text → image"),
             transposed(similarity),
@@ -157,6 +157,13 @@ def retrieval(
     )
 
 
+def _check_inputs(num_images: int, num_texts: int, image_rows: np.ndarray) -> None:
+    if not num_images or not num_texts:
+        raise UserError(f"There is nothing to retrieve: the data has {num_images} images and {num_texts} captions.")
+    if len(image_rows) != num_texts or image_rows.min() < 0 or image_rows.max() >= num_images:
+        raise ValueError(f"image_of_text must hold one of {num_images} image rows for each of {num_texts} texts")
+
+
 def _modality_gap(image_embeds: Any, text_embeds: Any) -> float:
     if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(f"images have {image_embeds.shape[1]} dimensions and texts {text_embeds.shape[1]}")
@@ -168,7 +175,7 @@ def retrieve(
 ) -> Evaluation:
     """Evaluates retrieval between the images of `embed_images` and all captions of their indices.
 
-    A caption is correct for every image that has it.
+    Equal captions are one candidate, which is correct for every image that has it.
     """
     texts: list[str] = []
     image_of_text: list[int] = []
@@ -223,17 +230,24 @@ def retrieve_in_folds(
 
 
 def _pool(folds: Sequence[RetrievalResult], fold: int) -> list[Metric]:
-    """Returns the metrics over all folds; chance is weighted by the folds' numbers of queries."""
+    """Returns the metrics over the queries of all folds."""
+    sides = zip(*((result.image_to_text, result.text_to_image) for result in folds))
+    return [metric for side in sides for metric in _pool_direction(side, fold)]
+
+
+def _pool_direction(folds: Sequence[Direction], fold: int) -> list[Metric]:
     pooled = []
-    sides = (result.image_to_text.metrics() + result.text_to_image.metrics() for result in folds)
-    for parts in zip(*sides):
+    for parts in zip(*(each.metrics() for each in folds)):
         outcomes = [part.outcome for part in parts if part.outcome is not None]
         groups = [
             outcome.groups + number * fold for number, outcome in enumerate(outcomes) if outcome.groups is not None
         ]
         values = np.concatenate([outcome.values for outcome in outcomes])
         outcome = Outcome(values, np.concatenate(groups), outcomes[0].statistic)
-        chance = float(np.average([part.chance or 0.0 for part in parts], weights=[part.count for part in parts]))
+        if outcome.statistic == "median":
+            chance = float(np.median(np.concatenate([each.chance_ranks for each in folds])))
+        else:
+            chance = float(np.average([part.chance or 0.0 for part in parts], weights=[part.count for part in parts]))
         pooled.append(measure(parts[0].name, parts[0].title, outcome, chance))
     return pooled
 
@@ -281,13 +295,15 @@ def _search(
         hits = metrics.hit_probability(better_n, tied_incorrect_n, tied_correct_n, k)
         chance = float(metrics.hit_probability(zeros, num_incorrect, num_correct, k).mean())
         recall[k] = measure(f"{side}.r{k}", f"{title} R@{k}", Outcome(hits, clusters), chance, seed=seed)
-    chance = metrics.chance_median_rank(num_incorrect, num_correct)
-    outcome = Outcome(ranks, clusters, "median")
+    drawn = metrics.drawn_ranks(better_n, tied_incorrect_n, tied_correct_n)
+    chance_ranks = metrics.drawn_ranks(zeros, num_incorrect, num_correct)
+    outcome, chance = Outcome(drawn, clusters, "median"), float(np.median(chance_ranks))
     return Direction(
         recall=recall,
         median_rank=measure(f"{side}.median_rank", f"{title} median rank", outcome, chance, seed=seed),
         queries=rows,
         ranks=ranks,
+        chance_ranks=chance_ranks,
         top=top_n,
         top_scores=scores_n,
         top_correct=top_correct_n,
