@@ -123,6 +123,13 @@ class Record:
     facts: Mapping[str, Any] = field(default_factory=dict)
     no_caption: tuple[str, str] = ("no caption", "")
 
+    def fact(self, name: str) -> str:
+        """Returns a fact as text, "" if it is missing or empty. The name matches exactly, else ignoring case."""
+        if name not in self.facts:
+            name = next((each for each in self.facts if each.lower() == name.lower()), name)
+        value = self.facts.get(name)
+        return "" if value is None or value != value else str(value).strip()  # NaN: an empty cell of a Parquet table
+
 
 @dataclass(frozen=True)
 class Foil:
@@ -171,10 +178,12 @@ class Batch:
     indices: Tensor  # int64 [batch], sample indices in the source
     images: dict[str, ImageView]
     texts: dict[str, TextView]
-    caption_ids: Tensor  # int64 [batch], 63-bit hash of the caption, equal for equal captions
+    caption_ids: Tensor  # int64 [batch], 63-bit hash of the caption
     has_caption: Tensor  # bool [batch]
     tags: Tensor | None = None  # int64 [batch, max_tags], tag ids, padded with -1 to the longest, as captions are
     has_image: Tensor | None = None  # bool [batch]; None: all samples have an image
+    # int64 [batch], in data with groups: 63-bit hash of the group, or the index of a sample without one
+    group_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -184,6 +193,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def ids(self) -> Features:
+        """Returns "caption_ids" and, in data with groups, "group_ids": pairs that share one are not negatives of each other."""
+        groups = {} if self.group_ids is None else {"group_ids": self.group_ids}
+        return {"caption_ids": self.caption_ids, **groups}
+
+    @property
+    def queue_ids(self) -> Tensor:
+        """Ids to store in a queue: groups in data with groups, else the indices of the samples."""
+        return self.indices if self.group_ids is None else self.group_ids
 
 
 # ---------------------------------------------------------------- what a method returns to the trainer
@@ -271,6 +290,8 @@ class DualEncoder:
         image_features: The same pixels to float [batch, width], the image encoder's output before the projection. Needed by probes.
         preprocess: An upright RGB PIL image to uint8 [3, size, size]. None: the evaluation view, which resizes and center-crops.
         weights: Returns all weights by name. Their hash is the key of cached embeddings.
+        num_tokens: The number of tokens of a text. With `context_length`, texts that are cut are reported.
+        context_length: How many tokens of a text are kept.
         modules: Returns trainable copies of the image and the text encoder, with the same inputs, which may share weights. Needed by
             fine-tuning and detection.
         similarity: Embeddings of images and of texts to float [image, text]. The default compares tensors [batch, dim] by their cosine:
@@ -294,6 +315,8 @@ class DualEncoder:
     weights: Callable[[], Mapping[str, Tensor]] | None = None
     modules: Callable[[], tuple[nn.Module, nn.Module]] | None = None
     similarity: Similarity = dot_product
+    num_tokens: Callable[[str], int] | None = None
+    context_length: int | None = None
 
     @property
     def compares_cosines(self) -> bool:

@@ -38,6 +38,21 @@ def test_equals_released_code_on_two_processes(oracles):
     torch.testing.assert_close(second.grad, oracle["slip_simclr_world2.out.grad_aug2"])
 
 
+def test_views_that_share_a_label_are_not_contrasted():
+    first, second = F.normalize(torch.randn(2, 6, 8, dtype=torch.float64), dim=-1)
+    groups = [0, 1, 0, 2, 1, 0]
+    views, owner = torch.cat([first, second]), [*range(6), *range(6)]
+    expected = 0.0
+    for i in range(12):
+        positive = (i + 6) % 12
+        kept = [j for j in range(12) if j == positive or groups[owner[j]] != groups[owner[i]]]
+        scores = views @ views[i] / 0.1
+        expected += scores[kept].logsumexp(0) - scores[positive]
+    labels = torch.tensor(groups)
+    ours = nt_xent(first, second, first, second, torch.arange(6), 0.1, (labels, labels))
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["identical", "zero", "one pair", "large"])
 def test_degenerate_inputs_are_finite(kind, dtype):

@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.builders import build_method, make_batch
+from helpers.pairs import Pairs, make_loader
 
 from coalign.training.distributed import RankGather, World
 from coalign.types import StepInfo
@@ -41,6 +43,37 @@ def test_multi_positive_excludes_pairs_with_the_same_caption(tmp_path):
     assert loss(multi, features) < loss(plain, features)  # make_batch repeats captions
     equal = {**features, "caption_ids": torch.zeros(6, dtype=torch.long)}
     assert loss(multi, equal).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("multi_positive", [False, True])
+def test_pairs_of_a_group_are_not_negatives_of_each_other(tmp_path, multi_positive):
+    """The loss of batches that the loader makes with groups equals the loss written as loops."""
+
+    class Products(Pairs):
+        def record(self, index):
+            return replace(super().record(index), captions=(captions[index],), facts={"product": product[index]})
+
+    # samples 0 and 6 share a caption, but no product
+    captions, product = [*"abcdefa", "h"], ["x", "x", "x", "y", None, "y", "", "y"]
+    method = build_method("clip", tmp_path, multi_positive=multi_positive).double()
+    loader = make_loader(
+        Products(8), plan=method.view_plan, batch_size=8, image_size=32, context_length=12, group_column="product"
+    )
+    batch = next(loader.batches(0, 1)).batch
+    batch.texts["caption"].ids %= 50  # the model's vocabulary
+    features = method.encode(batch, STEP)
+    order = batch.indices.tolist()
+
+    def apart(i, j):
+        same_product = product[i] and product[i] == product[j]
+        return not same_product and not (multi_positive and captions[i] == captions[j])
+
+    scores = method.logit_scale() * features["image_embeds"] @ features["text_embeds"].T
+    expected = 0.0
+    for i in range(8):
+        others = [j for j in range(8) if j == i or apart(order[i], order[j])]
+        expected += (scores[i, others].logsumexp(0) + scores[others, i].logsumexp(0) - 2 * scores[i, i]).item() / 16
+    assert loss(method, features).item() == pytest.approx(expected)
 
 
 def test_logit_scale_initialization_and_clamp(clip):

@@ -293,6 +293,41 @@ def test_neighbor_pairs(declip):
         torch.testing.assert_close(mean(objective(method, features)["nns"]), torch.stack(losses).mean())
 
 
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("multi_positive", [False, True])
+def test_neighbors_of_a_group_are_not_negatives_in_it(declip, multi_positive, both_ways):
+    """L_NNS equals loops: a neighbor is no negative of an image of its own group, nor of one whose text or neighbor shares a group."""
+    size, groups = 6, [20, 20, 21, 22, 5, 6]
+    settings = {"neighbor_not_own": False, "neighbor_both_ways": both_ways, "multi_positive": multi_positive}
+    method = declip(**ONLY_NEIGHBORS, **settings)
+    features = random_features(size) | {"indices": torch.tensor(groups), "group_ids": torch.tensor(groups)}
+    features["caption_ids"] = torch.tensor([0, 1, 2, 1, 3, 4])
+    queued = F.normalize(torch.randn(16, 16, dtype=torch.float64), dim=-1)
+    queued_groups, queued_captions = torch.arange(16) % 4 + 20, torch.arange(16) % 5 + 1
+    push(method, queued, queued_groups, queued_captions)
+    images, texts = F.normalize(features["image_projected"], dim=-1), features["text_embeds"]
+    slots = (texts[:, 0] @ queued.T).argmax(1)
+    found = queued_groups[slots].tolist()
+    captions, found_captions = features["caption_ids"].tolist(), queued_captions[slots].tolist()
+
+    def is_negative(image, neighbor):
+        same_group = {groups[image], found[image]} & {found[neighbor]} or groups[image] == groups[neighbor]
+        caption = captions[image] == captions[neighbor] or found_captions[image] == found_captions[neighbor]
+        return not same_group and not (multi_positive and caption)
+
+    losses = []
+    for view in (0, 1):
+        scores = method.logit_scale() * images[:, view] @ queued[slots].T  # [image, neighbor]
+        for i in range(size):
+            row = [i, *(j for j in range(size) if j != i and is_negative(i, j))]
+            losses.append(scores[i, row].logsumexp(0) - scores[i, i])
+            if both_ways:
+                column = [i, *(j for j in range(size) if j != i and is_negative(j, i))]
+                losses.append(scores[column, i].logsumexp(0) - scores[i, i])
+    assert 0 < sum(is_negative(i, j) for i in range(size) for j in range(size)) < size * (size - 1)
+    torch.testing.assert_close(mean(objective(method, features)["nns"]), torch.stack(losses).mean())
+
+
 def test_neighbor_not_own_excludes_same_sample_and_caption(declip):
     """Skips queue entries of the same sample and of an equal caption; without the option, a sample is its own neighbor."""
     features = random_features(4)

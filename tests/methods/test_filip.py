@@ -41,14 +41,14 @@ def similarities_by_loops(queries, keys):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def loss_by_loops(images, texts, scale, captions):
-    """Eqs. 1 and 2, halved. Pairs with the caption of another one are not its negatives."""
+def loss_by_loops(images, texts, scale, *labels):
+    """Eqs. 1 and 2, halved. Pairs that share a caption or a group are not negatives of each other."""
     total = 0.0
     for similarities in (similarities_by_loops(images, texts), similarities_by_loops(texts, images)):
         for i, row in enumerate(similarities.tolist()):
-            terms = [math.exp(scale * s) for j, s in enumerate(row) if j == i or captions[j] != captions[i]]
+            terms = [math.exp(scale * s) for j, s in enumerate(row) if j == i or all(x[j] != x[i] for x in labels)]
             total -= math.log(math.exp(scale * row[i]) / sum(terms))
-    return total / (2 * len(captions))
+    return total / (2 * len(images.vectors))
 
 
 def loss(method, features):
@@ -173,16 +173,18 @@ def test_embeds_are_the_projected_patches_and_tokens(filip):
         torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
+@pytest.mark.parametrize("groups", [None, [0, 0, 1, 2, 1, 3]])
 @pytest.mark.parametrize("multi_positive", [False, True])
-def test_step_loss_equals_the_equations_written_as_loops(tmp_path, multi_positive):
+def test_step_loss_equals_the_equations_written_as_loops(tmp_path, multi_positive, groups):
     method = build_method("filip", tmp_path, multi_positive=multi_positive)
     batch = make_batch(method.view_plan, 6)
+    batch.group_ids = None if groups is None else torch.tensor(groups)
     result = forward_backward(method, batch, STEP, WORLD)
     images = TokenEmbeds(result.features["patch_embeds"], torch.ones(6, 4))
     texts = TokenEmbeds(result.features["token_embeds"], result.features["token_valid"])
     captions = batch.caption_ids.tolist() if multi_positive else range(6)
     assert len(set(captions)) < 6 or not multi_positive
-    assert result.loss == pytest.approx(loss_by_loops(images, texts, 1 / 0.07, captions), rel=1e-6)
+    assert result.loss == pytest.approx(loss_by_loops(images, texts, 1 / 0.07, captions, groups or range(6)), rel=1e-6)
 
 
 def test_pairs_with_one_caption_have_no_loss(tmp_path):

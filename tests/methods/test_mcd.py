@@ -58,7 +58,7 @@ def loss_of(terms):
     return sum(term.weight * term.total / term.count for term in terms)
 
 
-def naive_contrast(method, embeds, views, weights, same=None):
+def naive_contrast(method, embeds, views, weights, labels=()):
     """Computes UniCLIP's Eq. 12 without augmentation encoding with loops over embeddings, times (V + U)²/3."""
     terms = []
     members = list(itertools.product(range(len(embeds)), views))
@@ -69,7 +69,7 @@ def naive_contrast(method, embeds, views, weights, same=None):
         return (embeds[i] @ embeds[j] - offset) * method.domain_similarity.log_logit_scales[number].exp()
 
     for i in members:
-        negatives = [n for n in members if n[0] != i[0] and not (same and same[n[0]] == same[i[0]])]
+        negatives = [n for n in members if n[0] != i[0] and all(x[n[0]] != x[i[0]] for x in labels)]
         negative_sum = sum(torch.exp(x(i, n)) for n in negatives)
         for p in members:
             if p[0] == i[0]:
@@ -110,10 +110,11 @@ def naive_distillation(config, embeds, teacher):
 def naive_loss(method, features, teacher, step):
     """Computes Eq. 13."""
     config, embeds = method.config, features["embeds"]
-    same = features["caption_ids"].tolist() if config.multi_positive else None
+    labels = [features["caption_ids"]] * config.multi_positive
+    labels += [features["group_ids"]] if "group_ids" in features else []
     weight = 0.5 - 0.5 * math.cos(math.pi * step.step / step.total_steps)
-    all_views = naive_contrast(method, embeds, (0, 1, 2), (1 / 4, 1 / 4, 1), same)
-    original = naive_contrast(method, embeds, (1, 2), (1, 1 / 2, 1), same)
+    all_views = naive_contrast(method, embeds, (0, 1, 2), (1 / 4, 1 / 4, 1), labels)
+    original = naive_contrast(method, embeds, (1, 2), (1, 1 / 2, 1), labels)
     distillation = naive_distillation(config, embeds, teacher["teacher_embeds"]) if config.distills else 0.0
     mlm = 0.2 * (8 / 7) if config.mlm else 0.0
     if not config.progressive:
@@ -136,10 +137,13 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("step", [START, HALF, END], ids=["start", "half", "end"])
+@pytest.mark.parametrize("groups", [None, [7, 7, 8, 9, 8]])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
-def test_objective_equals_naive_loops(tmp_path, features, changes, step):
+def test_objective_equals_naive_loops(tmp_path, features, changes, groups, step):
     method = with_random_scales(build_method("mcd", tmp_path, **changes))
     teacher = random_teacher(method)
+    if groups is not None:
+        features["group_ids"] = torch.tensor(groups)
     ours = loss_of(method.objective(features, teacher, GATHER, step))
     theirs = naive_loss(method, features, teacher, step)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

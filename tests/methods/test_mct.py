@@ -109,9 +109,12 @@ def naive_loss(method, features, targets):
     config = method.config
 
     def negatives(name, i, queue):
-        captions = features["caption_ids"][i] == queue["caption_ids"] if name not in ("j_ii", "j_tag") else False
-        same = (features["indices"][i] == queue["indices"]) | captions
-        return [j for j in range(int(queue.num_pushed)) if not (config.multi_positive and same[j])]
+        same = [torch.zeros(queue.size, dtype=torch.bool)]
+        if config.multi_positive or "group_ids" in features:
+            same.append(features["indices"][i] == queue["indices"])
+        if config.multi_positive and name not in ("j_ii", "j_tag"):
+            same.append(features["caption_ids"][i] == queue["caption_ids"])
+        return [j for j in range(int(queue.num_pushed)) if not torch.stack(same)[:, j].any()]
 
     def info_nce(name, i, positives=()):
         query, key = method.terms[name]
@@ -171,11 +174,14 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("rows", [QUEUE, 7])
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
-def test_objective_equals_naive_loops(new, changes, rows):
+def test_objective_equals_naive_loops(new, changes, rows, grouped):
     method = fill_queues(new(**changes, text_weight=0.7, inter_weight=0.01), rows)
     features, targets = random_inputs(method)
+    if grouped:  # groups 3 to 8 are in the queue
+        features["indices"] = features["group_ids"] = torch.tensor([3, 3, 1, 5, 20, 8])
     ours, theirs = loss_of(objective(method, features, targets)), naive_loss(method, features, targets)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     queries = [features[head] for head in method.query_heads]
@@ -245,6 +251,17 @@ def test_keys_pushed_to_the_queues(new):
     assert torch.equal(method.queues["image_intra"]["tags"][:7, :3], batch.tags[:7])
     assert (method.queues["image_intra"]["tags"][:7, 3] == -1).all()
     assert {name for name in method.state_dict() if name.endswith("tags")} == {"queues.image_intra.tags"}
+
+
+def test_queues_store_the_groups_of_data_with_groups(new):
+    method = new()
+    batch = replace(make_batch(method.view_plan, 8), group_ids=torch.tensor([70, 70, 2, 3, 71, 71, 71, 7]))
+    with torch.no_grad():
+        features, targets = method.encode(batch, STEP), method.encode_targets(batch, STEP)
+    method.after_step(features, targets, GATHER, STEP)
+    for queue in method.queues.values():
+        assert torch.equal(queue["indices"][:8], batch.group_ids)
+        assert torch.equal(queue["caption_ids"][:8], batch.caption_ids)
 
 
 def test_queue_larger_than_the_dataset(new):

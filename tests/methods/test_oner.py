@@ -54,13 +54,13 @@ def with_mask_tokens(batch):
 # ---------------------------------------------------------------- the equations
 
 
-def naive_ctr(queries, keys, tau, same=None):
+def naive_ctr(queries, keys, tau, labels=()):
     """Computes ctr of Eq. 1 with loops; queries and keys are both sides, (A, B)."""
 
     def nce(left, right):
         total = 0.0
         for i, q in enumerate(left):
-            others = [j for j in range(len(right)) if j == i or not (same and same[i] == same[j])]
+            others = [j for j in range(len(right)) if j == i or all(x[i] != x[j] for x in labels)]
             total = total - torch.log(
                 torch.exp(q @ right[i] / tau) / sum(torch.exp(q @ right[j] / tau) for j in others)
             )
@@ -99,7 +99,7 @@ def random_features(seed):
     return {**values, "caption_ids": torch.tensor([1, 2, 3, 2, 4]), "paired": torch.ones(PAIRS, dtype=torch.bool)}
 
 
-def naive_losses(method, features, targets, same=None):
+def naive_losses(method, features, targets, labels=()):
     """Computes every loss of Table 2."""
     online, predict, momentum = (method.maps[name] for name in ("online", "predict", "momentum"))
 
@@ -113,9 +113,10 @@ def naive_losses(method, features, targets, same=None):
         keys = {name: [x.detach() @ momentum for x in pair] for name, pair in sides(targets).items()}
     else:
         keys = {name: [x @ online for x in pair] for name, pair in sides(features).items()}
-    return {n: naive_ctr(queries[n], keys[n], method.config.temperature, same) for n in method.config.losses}
+    return {n: naive_ctr(queries[n], keys[n], method.config.temperature, labels) for n in method.config.losses}
 
 
+@pytest.mark.parametrize("groups", [None, [7, 7, 8, 9, 8]])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -126,12 +127,15 @@ def naive_losses(method, features, targets, same=None):
         {**EVERY_LOSS, "teacher": "none"},
     ],
 )
-def test_objective_equals_naive_loops(tmp_path, changes):
+def test_objective_equals_naive_loops(tmp_path, changes, groups):
     method = build(tmp_path, cls=LinearHeads, **PLAIN, **changes).mapped()
     features, targets = random_features(1), random_features(2)
-    same = features["caption_ids"].tolist() if method.config.multi_positive else None
+    labels = [features["caption_ids"]] * method.config.multi_positive
+    if groups is not None:
+        features["group_ids"] = torch.tensor(groups)
+        labels.append(features["group_ids"])
     terms = method.objective(features, targets, GATHER, START)
-    expected = naive_losses(method, features, targets, same)
+    expected = naive_losses(method, features, targets, labels)
     for term in terms:
         torch.testing.assert_close(term.total / term.count, expected[term.name], rtol=1e-9, atol=0)
     inputs = [x for x in features.values() if x.is_floating_point()]

@@ -34,7 +34,8 @@ def mean(values):
 
 def naive(method, features):
     """Computes the batch's loss with loops over the paper's sets: members (pair, view), D(i, j), P_i, N_i."""
-    config, z, ids = method.config, features["embeds"], features["caption_ids"].tolist()
+    config, z = method.config, features["embeds"]
+    labels = ["caption_ids"] * config.multi_positive + ["group_ids"] * ("group_ids" in features)
     num_images, size = len(config.views), len(config.views) + config.text_views
     members = [(pair, view) for pair in range(len(z)) for view in range(size)]
     weights = [1 / num_images**2, 1 / (2 * num_images * config.text_views), 1 / config.text_views**2]
@@ -54,7 +55,7 @@ def naive(method, features):
             n_i = sum(
                 s(i, j)
                 for j in members
-                if j[0] != i[0] and kind(i, j) in kinds and not (config.multi_positive and ids[j[0]] == ids[i[0]])
+                if j[0] != i[0] and kind(i, j) in kinds and all(features[x][j[0]] != features[x][i[0]] for x in labels)
             )
             if config.loss in ("mp-nce", "mp-nce-unweighted") and kind(i, i) in kinds:
                 p_i.append(i)
@@ -71,10 +72,10 @@ def naive(method, features):
     return mean(losses)
 
 
-@pytest.mark.parametrize("views", [(3, 1), (2, 2)])
+@pytest.mark.parametrize(("views", "groups"), [((3, 1), None), ((2, 2), None), ((2, 1), [4, 4, 5, 5])])
 @pytest.mark.parametrize(("own_similarity", "unified"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("name", ["mp-nce", "mp-nce-unweighted", "mp-nce-no-trivial", "supcon", "mil-nce"])
-def test_objective_equals_naive_loops(tmp_path, name, own_similarity, unified, views):
+def test_objective_equals_naive_loops(tmp_path, name, own_similarity, unified, views, groups):
     method = build_method(
         "uniclip", tmp_path, views=("weak", "strong", "strong")[: views[0]], text_views=views[1], loss=name,
         domain_similarity=own_similarity, unified_supervision=unified, multi_positive=unified,
@@ -83,6 +84,8 @@ def test_objective_equals_naive_loops(tmp_path, name, own_similarity, unified, v
     for value in values:
         torch.nn.init.uniform_(value, 0.5, 2.0)
     features = random_features(method)
+    if groups is not None:
+        features["group_ids"] = torch.tensor(groups)
     ours, expected = loss(method, features), naive(method, features)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(x, [features["embeds"], *values]) for x in (ours, expected))):

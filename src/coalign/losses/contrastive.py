@@ -64,16 +64,18 @@ def nt_xent(
     gathered_second: Float[Tensor, "global_batch dim"],
     positives: Int[Tensor, " batch"],
     temperature: float,
+    labels: Labels | None = None,
 ) -> Float[Tensor, ""]:
     """Returns NT-Xent between two views (Chen et al. 2020, Eq. 1), summed over both views of the local rows.
 
-    Each view is contrasted with the other view of its sample against both views of all other samples. `positives` holds the global index of
-    each row. Inputs must be normalized. Computed in at least float32, without materializing the similarity matrix.
+    Each view is contrasted with the other view of its sample against both views of all other samples, except those that share a label with
+    it. `positives` holds the global index of each row. Inputs must be normalized. Computed in at least float32,
+    without materializing the similarity matrix.
     """
     embeds, gathered = torch.stack([first, second], 1), torch.stack([gathered_first, gathered_second], 1)
     scales = torch.full([2, 2], 1 / temperature, dtype=at_least_float32(first).dtype, device=first.device)
-    indices = torch.arange(len(gathered), device=positives.device)
-    scores = compare_views(embeds, gathered, scales, torch.zeros_like(scales), (positives, indices))
+    labels = labels or (positives, torch.arange(len(gathered), device=positives.device))
+    scores = compare_views(embeds, gathered, scales, torch.zeros_like(scales), labels)
     return mp_nce(scores, 1 - torch.eye(2, device=first.device))
 
 

@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
@@ -62,6 +62,21 @@ def negatives_logsumexp_within(
 ) -> Float[Tensor, " row"]:
     """Returns `negatives_logsumexp` of a set with itself, from half of the products. A row is not its own negative."""
     return _LogSumExp.apply(embeds, embeds, logit_scale, labels, labels, "within")
+
+
+def contrast_labels(
+    features: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor], captions: bool
+) -> Labels | None:
+    """Returns the labels of the local and of all pairs, int64 [pair, label]: caption ids if `captions`, and groups in data with groups.
+
+    None if there are neither.
+    """
+    names = ["caption_ids"] if captions else []
+    names += ["group_ids"] if "group_ids" in features else []
+    if not names:
+        return None
+    labels = torch.stack([features[name] for name in names], dim=1)
+    return labels, gather(labels)
 
 
 def labels_2d(labels: Labels) -> Labels:

@@ -447,3 +447,28 @@ def test_captions_without_an_image_are_used_if_the_plan_allows(tmp_path):
     [loaded] = make_loader(source, plan=CLIP_PLAN, indices=np.arange(3), batch_size=3).batches(0, 1)
     assert {entry.reason for entry in loaded.bad} == {"no image path"}
     assert loaded.batch.has_image is None
+
+
+def test_group_ids_stand_for_the_values_of_a_column():
+    class Products(Pairs):
+        def record(self, index: int) -> Record:
+            product = [0, 0.0, "7", None, "", float("nan")][index % 6]
+            return Record(str(index), (f"caption {index // 12}",), facts={"product": product})
+
+    source = Products(24)
+    [loaded] = make_loader(source, plan=CLIP_PLAN, batch_size=24, group_column="product").batches(0, 1)
+    indices = loaded.batch.indices.tolist()
+    # a sample without a value is its own group
+    groups = [{0: "0", 1: "0.0", 2: "7"}.get(index % 6, f"sample {index}") for index in indices]
+    same = torch.tensor([[left == right for left in groups] for right in groups])
+    ids = loaded.batch.group_ids
+    assert torch.equal(ids[:, None] == ids, same)
+    [plain] = make_loader(source, plan=CLIP_PLAN, batch_size=24).batches(0, 1)
+    assert plain.batch.group_ids is None
+    assert torch.equal(plain.batch.caption_ids, loaded.batch.caption_ids)
+    parts = [
+        make_loader(source, plan=CLIP_PLAN, batch_size=24, group_column="product", rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    of_ranks = [next(part.batches(0, 1)).batch.group_ids for part in parts]
+    assert torch.equal(torch.cat(of_ranks), ids)

@@ -84,7 +84,8 @@ class PairLoader:
 
     An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
     view from text/NAME. All text views of a sample show the same caption, drawn from "caption". `caption_ids` are equal
-    exactly where captions are equal; a sample without captions has a unique id.
+    exactly where captions are equal; a sample without captions has a unique id. With a `group_column`, `group_ids` are equal exactly where
+    the values in this column are; a sample without a value is its own group.
 
     Paraphrases are stored in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}. Views of kind "paraphrase"
     get distinct ones, assigned by a draw from "paraphrases"; the caption itself is added if there are too few.
@@ -107,6 +108,7 @@ class PairLoader:
         tag_vocabulary: Mapping[str, int] | None = None,
         patch_grid: tuple[int, int] | None = None,
         cache: ImageCache | None = None,
+        group_column: str | None = None,
         finish_on: torch.device | None = None,
     ) -> None:
         _check_sizes(len(indices), batch_size, world_size)
@@ -117,6 +119,7 @@ class PairLoader:
         self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices), plan, tokenizer
         self.image_size, self.context_length, self.batch_size, self.seed = image_size, context_length, batch_size, seed
         self.workers, self.rank, self.cache, self.finish_on = workers, rank, cache, finish_on
+        self._group_column = group_column
         self.steps_per_epoch = len(indices) // batch_size
         self._vocabulary = tag_vocabulary or {}
         self._local = batch_size // world_size
@@ -212,6 +215,9 @@ class PairLoader:
         image = self._image_or_none(index)
 
         row["index"], row["caption_id"], row["has_caption"] = index, caption_id, bool(record.captions)
+        if self._group_column:
+            group = record.fact(self._group_column)
+            row["group_id"] = stable_hash("group", group) if group else index
         row["has_image"], row["params"] = image is not None, 0
         if image is None and self.plan.images:
             image = self._substitute_image(index, epoch)
@@ -292,6 +298,7 @@ class PairLoader:
             has_caption=_tensor(rows["has_caption"], np.bool_),
             tags=_pad(tags) if self.plan.tags else None,
             has_image=_tensor(rows["has_image"], np.bool_) if self.plan.imageless else None,
+            group_ids=_tensor(rows["group_id"]) if self._group_column else None,
         )
 
 
@@ -308,6 +315,7 @@ def _row_type(plan: ViewPlan, context_length: int, patch_grid: tuple[int, int] |
     fields: list[Any] = [
         ("index", np.int64),
         ("caption_id", np.int64),
+        ("group_id", np.int64),
         ("has_caption", np.bool_),
         ("has_image", np.bool_),
         ("params", np.float32, (images, _PARAMS)),
@@ -347,7 +355,10 @@ def _check_sizes(pairs: int, batch_size: int, world_size: int) -> None:
 def check_batch_size(batch_size: int, world_size: int) -> None:
     """Raises UserError if the global batch has fewer than two samples or is not divisible by the number of processes."""
     if batch_size < 2:
-        raise UserError(f"Batch size {batch_size} is too small: contrastive training requires --batch-size 2 or more.")
+        raise UserError(
+            f"Batch size {batch_size} is too small: contrastive training requires --batch-size 2 or more, and encoders with BatchNorm, "
+            "such as ResNets, a multiple of --batch-norm-group."
+        )
     if batch_size % world_size:
         larger = -(-batch_size // world_size) * world_size
         raise UserError(

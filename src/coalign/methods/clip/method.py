@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coalign.losses.contrastive import clip_loss
+from coalign.losses.tiled import contrast_labels
 from coalign.methods.clip.config import CLIPConfig
 from coalign.networks.logit_scale import LogitScale
 from coalign.networks.towers.image import build_image_tower
@@ -33,13 +34,13 @@ class CLIP(TwoTowers):
         return {
             "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
             "text_embeds": self.encode_text(caption.ids, caption.lengths),  # [batch, dim]
-            "caption_ids": batch.caption_ids,  # [batch]
+            **batch.ids(),  # [batch] each
         }
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         image_embeds, text_embeds = features["image_embeds"], features["text_embeds"]
         positives = gather.global_indices(image_embeds)
-        labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
+        labels = contrast_labels(features, gather, self.config.multi_positive)
         all_images, all_texts = gather(image_embeds), gather(text_embeds)  # [global_batch, dim]
         loss = clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, self.logit_scale(), labels)
         return [LossTerm("clip", loss, count=len(image_embeds))]
@@ -62,5 +63,6 @@ class CLIP(TwoTowers):
 #   crop" [p].
 # - Text: lower-cased BPE, causal Transformer, feature of the end token [p]. Captions are packed without padding, which does not change
 #   the outputs.
-# - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators.
+# - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators, the groups of
+#   `--group-column` those of the same group.
 # - Logits are computed in float32 under bf16 and fp16 autocast [i].

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from coalign.losses.alignment import simsiam_loss
 from coalign.losses.contrastive import clip_loss, info_nce
 from coalign.losses.masked import masked_language_loss
+from coalign.losses.tiled import contrast_labels
 from coalign.methods.declip.config import DeCLIPConfig
 from coalign.networks.heads import MLP, MaskedLanguageHead, spread
 from coalign.networks.logit_scale import LogitScale
@@ -71,8 +72,8 @@ class DeCLIP(TwoTowers):
         return {
             "image_projected": torch.stack(images, 1),  # [batch, view, dim], not normalized, as SimSiam needs it
             "text_embeds": torch.stack(texts, 1),  # [batch, view, dim]
-            "caption_ids": batch.caption_ids,  # [batch]
-            "indices": batch.indices,  # [batch]
+            **batch.ids(),  # [batch] each
+            "indices": batch.queue_ids,  # [batch]
             **masked,
         }
 
@@ -103,7 +104,7 @@ class DeCLIP(TwoTowers):
         images, texts = embeds["image_embeds"], embeds["text_embeds"]  # [batch, view, dim]
         all_images, all_texts = gather(images), gather(texts)  # [global_batch, view, dim]
         positives, scale = gather.global_indices(images), self.logit_scale()
-        labels = (embeds["caption_ids"], gather(embeds["caption_ids"])) if self.config.multi_positive else None
+        labels = contrast_labels(embeds, gather, self.config.multi_positive)
 
         def pair(image: int, text: int) -> Tensor:
             local = images[:, image], texts[:, text]
@@ -141,21 +142,38 @@ class DeCLIP(TwoTowers):
             rows, keys = valid.nonzero().squeeze(1), gather(neighbors.embeds)[all_valid]
             columns = positives[rows]
             key_columns = all_valid.cumsum(0)[columns] - 1  # each row's column among the valid neighbors
-            ids = positives[:, None]
-            if config.multi_positive:
-                neighbor_captions = torch.where(valid, self.queue["caption_ids"][neighbors.slots], -1)
-                ids = torch.stack([embeds["caption_ids"], neighbor_captions], dim=1)
-            row_ids, all_ids = ids[rows], gather(ids)
+            labels, key_labels = self._neighbor_labels(embeds, neighbors.slots, positives)
             for image in (SECOND,) if config.neighbor_pairs == "algorithm_1" else (FIRST, SECOND):
-                loss = info_nce(images[rows, image], keys, key_columns, scale, (row_ids, all_ids[all_valid]))
+                loss = info_nce(
+                    images[rows, image], keys, key_columns, scale, (labels[rows], gather(key_labels)[all_valid])
+                )
                 if config.neighbor_both_ways:
                     all_images = gather(images[:, image])  # [global_batch, dim]
-                    reverse = info_nce(neighbors.embeds[rows], all_images, columns, scale, (row_ids, all_ids))
+                    reverse = info_nce(
+                        neighbors.embeds[rows], all_images, columns, scale, (key_labels[rows], gather(labels))
+                    )
                     loss = (loss + reverse) / 2
                 total, count = total + loss, count + len(rows)
             if text == FIRST:
                 self.diagnostics["neighbor_similarity"] = neighbors.similarity.sum() / max(1, len(rows))
         return total, count
+
+    def _neighbor_labels(self, embeds: Features, slots: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns labels of the images and of the neighbors in `slots`, int64 [batch, label].
+
+        An image and a neighbor with an equal label at some position are not negatives of each other.
+        """
+
+        def of_neighbors(column: str) -> Tensor:
+            return torch.where(slots >= 0, self.queue[column][slots], -1)
+
+        shared = [embeds["caption_ids"], of_neighbors("caption_ids")] if self.config.multi_positive else []
+        if "group_ids" not in embeds:
+            labels = torch.stack(shared or [positives], dim=1)
+            return labels, labels
+        own, found = embeds["group_ids"], of_neighbors("indices")
+        shared += [own, found]
+        return torch.stack([*shared, own], dim=1), torch.stack([*shared, found], dim=1)
 
     @torch.no_grad()
     def after_step(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> None:
@@ -224,5 +242,5 @@ def _view_plan(config: DeCLIPConfig) -> ViewPlan:
 # - The text tower of RegNetY-64GF has BERT-base's shape and attention, pooled at the start token [c], but CLIP's vocabulary, pre-norm
 #   blocks and random initialization [i]. The paper gives no optimizer for it.
 # - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators; in L_NNS, also pairs whose
-#   neighbors have the same caption.
+#   neighbors have the same caption. The groups of `--group-column` do the same; in L_NNS, they also remove neighbors of an image's group.
 # - In the R50 rows, the scale's learning rate is a tenth of the others' and momentum is 0.9 [c]. AdamW's betas are (.9, .98) [c].

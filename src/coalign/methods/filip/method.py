@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coalign.losses.tiled import Labels, at_least_float32, masked_logit, over_row_chunks
+from coalign.losses.tiled import (
+    Labels,
+    at_least_float32,
+    contrast_labels,
+    labels_2d,
+    masked_logit,
+    over_row_chunks,
+)
 from coalign.method import Method
 from coalign.methods.filip.config import FILIPConfig
 from coalign.networks.logit_scale import LogitScale
@@ -69,8 +76,8 @@ def logits_info_nce(logits: Tensor, positives: Tensor, labels: Labels | None = N
     label, except for its positive.
     """
     if labels is not None:
-        rows, columns = labels
-        omitted = (rows[:, None] == columns).scatter(1, positives[:, None], False)
+        rows, columns = labels_2d(labels)
+        omitted = (rows[:, None] == columns).any(2).scatter(1, positives[:, None], False)
         logits = logits.masked_fill(omitted, masked_logit(logits.dtype))
     return F.cross_entropy(logits, positives, reduction="sum")
 
@@ -97,7 +104,7 @@ class FILIP(Method):
             "patch_embeds": self.encode_image(batch.images["image"].pixels).vectors,  # [batch, patch, dim]
             "token_embeds": texts.vectors,  # [batch, token, dim]
             "token_valid": texts.valid,  # [batch, token]
-            "caption_ids": batch.caption_ids,  # [batch]
+            **batch.ids(),  # [batch] each
         }
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
@@ -107,7 +114,7 @@ class FILIP(Method):
         positives = gather.global_indices(image_to_text)
         # own texts against all images: each rank has computed s^T of its images and all texts
         text_to_image = gather(text_to_image)[:, positives].T  # [batch, global_batch]
-        labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
+        labels = contrast_labels(features, gather, self.config.multi_positive)
         scale = at_least_float32(self.logit_scale())
         losses = [logits_info_nce(scale * logits, positives, labels) for logits in (image_to_text, text_to_image)]
         return [LossTerm("filip", (losses[0] + losses[1]) / 2, count=len(positives))]
@@ -180,4 +187,5 @@ class FILIP(Method):
 #   clamp of 1/τ to at least 20, and selection of 16 tokens [r].
 # - Deviation: AdamW instead of LAMB, and CLIP's clamp of the log-scale to [0, ln 100] after the step, which the paper does not mention.
 # - Text: lower-cased BPE, causal Transformer, at most 77 tokens [p].
-# - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators.
+# - `multi_positive` (ours, off by default) removes pairs with the same caption from each other's denominators, the groups of
+#   `--group-column` those of the same group.

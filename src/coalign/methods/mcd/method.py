@@ -19,7 +19,7 @@ from coalign.losses.log_ratio import (
 )
 from coalign.losses.masked import masked_language_loss
 from coalign.losses.multi_positive import balancing_weights, compare_views, domain_combinations, mp_nce
-from coalign.losses.tiled import Labels
+from coalign.losses.tiled import Labels, contrast_labels
 from coalign.methods.mcd.config import MCDConfig
 from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.ema import cosine_momentum, ema_copy, momentum_for, update_ema
@@ -70,7 +70,7 @@ class MCD(TwoTowers):
         text_embeds = F.normalize(self.text.projection(text.pooled), dim=-1)
         features = {
             "embeds": torch.stack([augmented, original, text_embeds], dim=1),  # [batch, view, dim]
-            "caption_ids": batch.caption_ids,  # [batch]
+            **batch.ids(),  # [batch] each
         }
         if self.mlm_head is not None:
             masked, tokens = batch.texts[self.masked_view], text.tokens
@@ -95,11 +95,11 @@ class MCD(TwoTowers):
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         embeds, gathered = features["embeds"], gather(features["embeds"])
         positives = gather.global_indices(embeds)
-        labels = features["caption_ids"] if self.config.multi_positive else positives
+        labels = contrast_labels(features, gather, self.config.multi_positive) or (positives, gather(positives))
         progress = (1 - math.cos(math.pi * step.fraction)) / 2  # λ
         self.diagnostics = {"lambda": torch.tensor(progress)} if self.config.progressive else {}
 
-        terms = self._contrast(embeds, gathered, (labels, gather(labels)), progress)
+        terms = self._contrast(embeds, gathered, labels, progress)
         if self.teacher is not None:
             terms += self._distill(embeds, targets["teacher_embeds"], gathered, positives, gather, progress)
             self.diagnostics["teacher_momentum"] = torch.tensor(self._momentum(step))
@@ -209,4 +209,6 @@ def _residuals(student: Tensor, teacher: Tensor, texts: Tensor) -> Tensor:
 # - MLM masks 15 % of the tokens; 80 % of these become the mask token, 10 % a random token [p]. The head is one linear layer on the tower's
 #   token features [c, DeCLIP]. The masked caption is also contrasted, as in DeCLIP, which saves a text pass [i]. Section 4.4 trains MLM,
 #   while section 5.2 says that MCD does not: an option.
+# - `multi_positive` (ours, off by default) and groups (`--group-column`) remove pairs from each other's denominators in L_con. L_distill
+#   compares the distances of student and teacher for all pairs: it has no negatives.
 # - The student is evaluated (§4.5) [p].

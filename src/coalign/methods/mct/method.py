@@ -84,8 +84,7 @@ class MCT(TwoTowers):
         """Encodes the queries q (Eqs. 1, 6, 9 and 12), [batch, dim] per head."""
         features = _embed(batch, "query", self.query_heads, self.towers, self.heads)
         has_image = torch.ones_like(batch.has_caption) if batch.has_image is None else batch.has_image
-        features |= {name: getattr(batch, name) for name in ("indices", "caption_ids", "has_caption")}  # [batch]
-        features["has_image"] = has_image
+        features |= {"indices": batch.queue_ids, "has_image": has_image, "has_caption": batch.has_caption} | batch.ids()
         if self.config.j_tag:
             assert batch.tags is not None
             tags = batch.tags[:, : self.config.max_tags]
@@ -135,14 +134,14 @@ class MCT(TwoTowers):
         self, name: str, rows: Tensor, features: Features, targets: Features
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns the operands of a term for some rows of the batch: queries and keys [row, dim], queued keys [queue, dim], and a mask of
-        queued keys that are not negatives, bool [row, queue]: empty slots and, with `multi_positive`, duplicates of the row."""
+        queued keys that are not negatives, bool [row, queue]: empty slots, the row's group and, with `multi_positive`, its duplicates."""
         query, key = self.terms[name]
         queue = self._queue(key)
         ignored = ~queue.filled.expand(len(rows), -1)
-        if self.config.multi_positive:
+        if self.config.multi_positive or "group_ids" in features:
             ignored = ignored | (features["indices"][rows, None] == queue["indices"])
-            if name not in ("j_ii", "j_tag"):
-                ignored = ignored | (features["caption_ids"][rows, None] == queue["caption_ids"])
+        if self.config.multi_positive and name not in ("j_ii", "j_tag"):
+            ignored = ignored | (features["caption_ids"][rows, None] == queue["caption_ids"])
         if len(rows):
             self.diagnostics[f"{query}_spread"] = spread(features[query].detach()[rows])
         return features[query][rows], targets[key][rows], queue["embeds"], ignored
@@ -292,6 +291,7 @@ def _embed(
 # - Images: MoCo-v2's augmentations [p; rates c]. The learning rates decay to 0 on a cosine, without warm-up [p, c].
 # - Retrieval and zero-shot use the online towers and inter heads. Parts that no term trains, such as all of the text with J_ii alone, stay
 #   at their random initialization.
-# - `multi_positive` (ours, off by default): keys of the same sample from an earlier epoch are not negatives, and in J_cc, J_ic and J_ci
-#   neither are keys with the same caption. Without it, a sample is its own negative if the queue is larger than the dataset.
+# - `multi_positive` (ours, off by default): earlier keys of the same sample are not negatives, and in J_cc, J_ic and J_ci neither are keys
+#   with the same caption. Without it, a sample is its own negative in a queue larger than the dataset. Keys of the same group
+#   (`--group-column`) are never negatives.
 # - At most `max_tags` tags per sample are kept, dropping the rarest. COCO has fewer, and stock agencies allow about 50.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from coalign.errors import UserError
 from coalign.losses.contrastive import info_nce
 from coalign.losses.masked import masked_image_loss, masked_language_loss
+from coalign.losses.tiled import contrast_labels
 from coalign.method import Method
 from coalign.methods.oner.config import OneRConfig
 from coalign.networks.ema import ema_copy, momentum_for, update_ema
@@ -93,8 +94,7 @@ class OneR(Method):
             for kind in ("image", "joint"):
                 total, count = masked_image_loss(states[kind].patches, masked_patches, pixels, self.mim_head)
                 features[f"mim_{kind}_total"], features[f"mim_{kind}_count"] = total * paired, count * paired
-        features["caption_ids"], features["paired"] = batch.caption_ids, paired
-        return features
+        return {**features, **batch.ids(), "paired": paired}
 
     def encode_targets(self, batch: Batch, step: StepInfo) -> Features:
         """Encodes the unmasked inputs with the EMA copy; only the online network is trained on masked inputs (App. C)."""
@@ -123,10 +123,10 @@ class OneR(Method):
         return {f"{kind}_features": value for kind, value in pooled.items()}, states
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
-        config, paired, ids = self.config, features["paired"], features["caption_ids"]
+        config, paired = self.config, features["paired"]
         pairs = paired.nonzero().squeeze(1)  # rows with both image and text; others have no keys
         all_paired = gather(paired)
-        positives = (all_paired.cumsum(0) - 1)[gather.global_indices(ids)[pairs]]  # indices among all pairs
+        positives = (all_paired.cumsum(0) - 1)[gather.global_indices(paired)[pairs]]  # indices among all pairs
         projected = self._project(self.projectors, self._rows(features, pairs), gather.sum)
         predicted = projected if self.predictor is None else self.predictor(projected, gather.sum)
         queries = {kind: F.normalize(x, dim=-1) for kind, x in predicted.items()}
@@ -137,7 +137,8 @@ class OneR(Method):
         for kind, x in projected.items():
             key = F.normalize(x, dim=-1)
             keys[kind] = gather(key.new_zeros(len(paired), key.shape[1]).index_copy(0, pairs, key))[all_paired]
-        labels = (ids[pairs], gather(ids)[all_paired]) if config.multi_positive else None
+        labels = contrast_labels(features, gather, config.multi_positive)
+        labels = labels and (labels[0][pairs], labels[1][all_paired])
 
         terms = []
         for loss in config.losses:  # ctr(A, B) = (NCE(A, B) + NCE(B, A))/2, Eqs. 1-4

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.losses.contrastive import clip_loss, nt_xent
+from coalign.losses.tiled import contrast_labels
 from coalign.methods.slip.config import SLIPConfig
 from coalign.networks.heads import MLP, spread
 from coalign.networks.logit_scale import LogitScale
@@ -43,7 +44,7 @@ class SLIP(TwoTowers):
             # before CLIP's projection: the SSL head is an MLP on the tower's features
             "ssl_1_features": self.image(batch.images["ssl_1"].pixels).pooled,  # [batch, width]
             "ssl_2_features": self.image(batch.images["ssl_2"].pixels).pooled,  # [batch, width]
-            "caption_ids": batch.caption_ids,  # [batch]
+            **batch.ids(),  # [batch] each
         }
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
@@ -56,7 +57,7 @@ class SLIP(TwoTowers):
     def _clip(self, features: Features, gather: Gather) -> Tensor:
         image_embeds, text_embeds = features["image_embeds"], features["text_embeds"]
         positives = gather.global_indices(image_embeds)
-        labels = (features["caption_ids"], gather(features["caption_ids"])) if self.config.multi_positive else None
+        labels = contrast_labels(features, gather, self.config.multi_positive)
         all_images, all_texts = gather(image_embeds), gather(text_embeds)  # [global_batch, dim]
         return clip_loss(image_embeds, text_embeds, all_images, all_texts, positives, self.logit_scale(), labels)
 
@@ -66,9 +67,9 @@ class SLIP(TwoTowers):
             F.normalize(self.ssl_head(features[name], gather.sum), dim=-1)
             for name in ("ssl_1_features", "ssl_2_features")
         )
-        total = nt_xent(
-            first, second, gather(first), gather(second), gather.global_indices(first), self.config.ssl_temperature
-        )
+        rows, temperature = gather.global_indices(first), self.config.ssl_temperature
+        groups = contrast_labels(features, gather, captions=False)
+        total = nt_xent(first, second, gather(first), gather(second), rows, temperature, groups)
         return total / 2  # per sample, the mean over both views
 
     @torch.no_grad()
@@ -97,4 +98,4 @@ class SLIP(TwoTowers):
 # - Deviation: the released code gathers CLIP's embeddings without gradient, so its gradient depends on the number of GPUs. Ours does not,
 #   and equals the released code's on a single GPU.
 # - The log-scale is clamped to [0, ln 100] after the step [c].
-# - `multi_positive` (ours, off by default) affects only L_CLIP: NT-Xent does not use captions.
+# - `multi_positive` (ours, off by default) affects only L_CLIP: NT-Xent does not use captions. The groups of `--group-column` affect both.

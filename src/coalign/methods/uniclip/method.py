@@ -16,6 +16,7 @@ from coalign.losses.multi_positive import (
     mp_nce,
     sup_con,
 )
+from coalign.losses.tiled import contrast_labels
 from coalign.methods.uniclip.config import UniCLIPConfig
 from coalign.networks.augmentation_encoder import AugmentationEncoder, build_head
 from coalign.networks.domain_similarity import DomainSimilarity
@@ -82,13 +83,16 @@ class UniCLIP(TwoTowers):
         images = self.project_image(features, torch.cat([view.params.roll(shift, 0) for view in views]))
         captions = [batch.texts[name] for name in self.view_plan.texts]
         embeds = [*images.chunk(len(views)), *(self.encode_text(c.ids, c.lengths) for c in captions)]
-        return {"embeds": torch.stack(embeds, dim=1), "caption_ids": batch.caption_ids}  # [batch, view, dim], [batch]
+        return {"embeds": torch.stack(embeds, dim=1), **batch.ids()}  # [batch, view, dim], [batch] each
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         embeds = features["embeds"]
-        labels = features["caption_ids"] if self.config.multi_positive else gather.global_indices(embeds)
+        labels = contrast_labels(features, gather, self.config.multi_positive)
+        if labels is None:
+            indices = gather.global_indices(embeds)
+            labels = indices, gather(indices)
         logit_scales, offsets = self.domain_similarity()
-        scores = compare_views(embeds, gather(embeds), logit_scales, offsets, (labels, gather(labels)))
+        scores = compare_views(embeds, gather(embeds), logit_scales, offsets, labels)
         total = scores.own.new_zeros(())
         for anchors, others in self.blocks:
             block, weights = scores.among(anchors, others), self.positive_weights[anchors, others]
