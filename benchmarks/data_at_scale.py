@@ -23,8 +23,8 @@ from lines import line
 from memory import clear_peak, peak
 
 from coalign.data.loading.order import order
-from coalign.data.sources import shard_index
-from coalign.data.sources.shards import open_shards
+from coalign.data.sources.tar import shard_index
+from coalign.data.sources.tar.shards import open_shards
 from coalign.data.splits import assign_splits
 
 MB_PER_MILLION = 16.0  # the target

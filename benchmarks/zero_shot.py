@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from coalign.evaluation.prompts import templates
+from coalign.config import DataConfig
+from coalign.data.text.prompts import templates
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
 
@@ -77,7 +78,7 @@ def ours(folder: Path, weights: str) -> tuple[float, dict[str, float]]:
     encoder.encode_text = timed(encoder.encode_text)
     start = time.process_time()
     task = f"zeroshot:{folder}"
-    result = evaluate(encoder, [task], EvalConfig(prompts="imagenet"))[task]
+    result = evaluate(encoder, [task], EvalConfig(reading=DataConfig(prompts=("imagenet",))))[task]
     times["images"] = time.process_time() - start - times["texts"]
     return result["metrics"]["acc1"]["value"], times
 

@@ -87,7 +87,8 @@ def test_the_examples_of_docstrings_run(monkeypatch, tmp_path):
 
 def small(original, folder, *args):
     model = str(tiny.write_model(folder / "model"))
-    return replace(original(*args), model=model, context_length=12, batch_size=16, epochs=1, workers=0, evals=1)
+    options = {"batch_size": 16, "epochs": 1, "workers": 0, "evals": 1, "val_fraction": 0.25}  # enough pairs for R@10
+    return replace(original(*args), model=model, context_length=12, **options)
 
 
 def test_the_page_documents_every_public_name():

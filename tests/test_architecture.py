@@ -72,7 +72,7 @@ def probes(text, names):
 def test_nobody_probes_what_a_source_can_do():
     """`Source` declares every capability with a default, so its callers use plain attributes."""
     capabilities = {name for name in vars(Source) if not name.startswith("_")} - Source.__abstractmethods__
-    assert {"splits", "problems", "image_path", "fingerprints", "stamp"} <= capabilities
+    assert {"splits", "left_out", "unread", "image_path", "fingerprints", "stamp"} <= capabilities
     text = 'hasattr(pairs.source, name)\ngetattr(data, "splits", None)\ngetattr(method, "image")\ngetattr(source_config, name)'
     assert [found[:2] for found in probes(text, capabilities)] == ["1:", "2:"]
     found = {str(path): calls for path in SOURCES + TESTS if (calls := probes(path.read_text(), capabilities))}

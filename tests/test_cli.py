@@ -60,12 +60,14 @@ OPTIONS = {
     "train": "data out recipe resume dry-run device model pretrained init-from image-size context-length tokenizer batch-size "
     "micro-batch epochs optimizer lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
-    "max-non-finite probe train-fraction unpaired-captions val-by image-cache device-views temperature max-logit-scale multi-positive",
+    "max-non-finite probe train-fraction unpaired-captions val-by captions-from prompts skip-data-checks group-column "
+    "group-look-alikes image-cache device-views temperature max-logit-scale multi-positive",
     "profile": "data recipe steps device model batch-size micro-batch workers lr temperature",
-    "eval": "tasks weights split classes label prompts data-root preprocess similarity precision cache epochs train-data json report "
-    "device workers",
+    "eval": "tasks weights split classes label captions-from prompts data-root preprocess similarity precision cache epochs train-data "
+    "json report device workers",
     "compare": "report json",
-    "benchmark": "data out methods minutes epochs fractions seeds jobs report json",
+    "benchmark": "data out methods minutes epochs fractions seeds jobs report json context-length captions-from "
+    "skip-data-checks",
     "localize": "image text out device",
     "space": "data out pairs similarity device",
     "search": "data text image top split report device workers",

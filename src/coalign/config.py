@@ -148,7 +148,31 @@ def fields_marked(cls: Any, mark: str) -> tuple[str, ...]:
     return tuple(each.name for each in fields(cls) if each.metadata[mark])
 
 
-# ---------------------------------------------------------------- settings of a run
+# ---------------------------------------------------------------- settings of the data, and of a run
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How captions, tags and classes are read from the data. Unset columns are detected by name."""
+
+    image_column: str | None = None
+    """Column of a table with the image paths, or with the images themselves."""
+    caption_column: tuple[str, ...] = ()
+    """One or more columns of a table with captions."""
+    tag_column: str | None = None
+    """Column of a table with tags."""
+    separator: str | None = None
+    """Separator between the columns of a text table, such as `;`. None: detected."""
+    captions_from: str | None = None
+    """For images with class labels: make captions of class names. `folder`: names of the images' folders; else a column of the data."""
+    prompts: tuple[str, ...] = ()
+    """Prompts for class names: one or more templates, such as "a photo of a {}"; or default, imagenet, a dataset's name, or a file."""
+    # Column whose equal values mark pairs of the same thing, such as `product_id`: a column of a table, a field of a shard's JSON, or
+    # `folder`. Such pairs stay in the same split and are not negatives of each other.
+    group_column: str | None = None
+
+
+DETECT = DataConfig()  # everything is detected
 
 
 @dataclass(frozen=True)
@@ -203,10 +227,14 @@ class TrainConfig:
     image_cache: float = setting(0.0, valid=at_least(0), may_change_on_resume=True)
     device_views: bool = setting(False)
     """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
+    reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig, metadata=marks())
+    """How the data is read."""
     val_fraction: float = setting(0.05, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
     """Fraction of the pairs to hold out for validation if the dataset has no validation split."""
     val_by: str | None = setting(None)
     """Split by this column of the dataset, such as author or site: pairs with the same value stay in the same split."""
+    group_look_alikes: bool = setting(True)
+    """Keep near-duplicate images in the same split, and report those of given splits. Decodes every image once, up to 10 million."""
     train_fraction: float = setting(
         1.0, valid=Range("more than 0 and at most 1", lambda value: 0 < value <= 1), identifies_trial=True
     )
@@ -227,6 +255,8 @@ class TrainConfig:
     """Stop after this many validations without a better validation score. None: never."""
     save_every: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
     """Steps between checkpoints. None: at every validation, and at least every 10 minutes."""
+    skip_data_checks: bool = setting(False, may_change_on_resume=True)
+    """Train even if captions look like file names, are nearly all the same or longer than the context, or if no pairs are held out."""
     max_bad_fraction: float = setting(
         0.01, valid=Range("between 0 and 1", lambda value: 0 <= value <= 1), may_change_on_resume=True
     )

@@ -8,12 +8,14 @@ import pytest
 from helpers import tiny
 
 from coalign.cli import main as cli
+from coalign.config import DataConfig
 from coalign.errors import UserError
 from coalign.experiments import benchmark as module
 from coalign.experiments.benchmark import benchmark
 from coalign.experiments.data_efficiency import efficiencies, factor
 from coalign.experiments.trials import _train
 from coalign.methods.table import Table
+from coalign.runs.folder import read_config
 from coalign.workflows.train.profile import Profile
 
 
@@ -25,7 +27,8 @@ def quick(monkeypatch, tmp_path, without_run_reports):
 
     def config(self, arm, seed, num_pairs):
         found = original(self, arm, seed, num_pairs)
-        return replace(found, model=model, context_length=12, evals=1, batch_size=8, image_size=32, batch_norm_group=8)
+        small = {"model": model, "evals": 1, "batch_size": 8, "image_size": 32, "batch_norm_group": 8}
+        return replace(found, context_length=self.context_length or 16, **small)
 
     def run(trials, jobs, console):
         for trial in trials:
@@ -87,6 +90,37 @@ def test_methods_fractions_and_seeds_are_trained_once_and_compared(quick, tmp_pa
     assert "is not a plan written by `coalign benchmark`" in capsys.readouterr().err
 
 
+def test_tables_with_columns_of_other_names(quick, tmp_path, capsys):
+    rows = [f"{path.relative_to(tmp_path)};{path.stem};a caption" for path in (tmp_path / "photos").rglob("*.png")]
+    (tmp_path / "pairs.csv").write_text("\n".join(["where;words;caption", *rows]))
+    command = [
+        "benchmark",
+        "--data",
+        "pairs.csv",
+        "--out",
+        "out",
+        "--methods",
+        "slip",
+        "--epochs",
+        "0.2",
+        "--seeds",
+        "1",
+    ]
+    assert cli.main(command) == 2  # no column of images is detected
+    assert "its columns are: where, words, caption" in capsys.readouterr().err
+    options = ["--image-column", "where", "--caption-column", "words", "--separator", ";"]
+    assert cli.main([*command, *options]) == 0
+    assert len(quick) == 2
+    for arm, _ in quick:
+        run = read_config(tmp_path / "out" / f"{arm}-seed0")
+        assert run.config.reading == DataConfig("where", ("words",), separator=";")
+        assert run.num_train + run.num_val == 240
+    assert cli.main([*command, *options]) == 0
+    assert len(quick) == 2  # nothing is trained again
+    assert cli.main([*command, *options[:2], "--caption-column", "caption"]) == 2
+    assert "was started with different settings" in capsys.readouterr().err
+
+
 def test_methods_get_equal_time(quick, tmp_path, monkeypatch):
     """Two methods, two seeds, two trials at once: half of the time for each trial, minus its overhead."""
     speed = {"clip": 10.0, "slip": 4.0}
@@ -110,6 +144,7 @@ def test_methods_get_equal_time(quick, tmp_path, monkeypatch):
         (["--seeds", "0"], "--seeds is 0"),
         (["--jobs", "0"], "--jobs is 0"),
         (["--minutes", "1"], "too short"),
+        (["--context-length", "12", "--epochs", "1"], "--context-length 13 keeps them whole"),
     ],
 )
 def test_wrong_options_are_reported_before_training(quick, capsys, options, message):

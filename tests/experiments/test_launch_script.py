@@ -8,6 +8,7 @@ import pytest
 
 from coalign.cli import main as cli
 from coalign.cli.train import TrainCommand, _parse_settings
+from coalign.config import DataConfig
 from coalign.experiments.tables import TABLES
 
 OF_PAPERS = [name for name, sweep in TABLES.items() if sweep.paper_recipe]
@@ -49,6 +50,16 @@ def test_the_papers_rows_differ_as_the_papers_say():
     assert (longer.epochs, larger.batch_size) == (64, 2048)
     _, config = TABLES["two-towers-scenes"].paper_config("clip", 0)
     assert config.method_config.temperature == 0.07  # the higher temperature is for scenes only
+
+
+def test_the_commands_read_the_data_as_given(tmp_path):
+    name, reading = OF_PAPERS[0], DataConfig("where", ("words", "more words"), separator=";")
+    options = ["--image-column", "where", "--caption-column", "words", "more words", "--separator", ";"]
+    command = ["reproduce", name, "--data", "pairs.csv", "--out", str(tmp_path), "--scale", "paper", *options]
+    assert cli.main(command) == 0
+    trained = [shlex.split(line) for line in (tmp_path / "launch.sh").read_text().splitlines() if "torchrun" in line]
+    for words in trained:
+        assert _parse_settings(words[6:], 1_000_000, "train", TrainCommand)[1].reading == reading
 
 
 def test_tables_without_a_paper_have_no_launch_script(tmp_path, capsys):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+from coalign.data.sources.base import Source
+from coalign.data.text.captions import require_captions
+from coalign.errors import BadSample
 
 Entries = list[tuple[str, bytes]]
 
@@ -64,3 +69,42 @@ def write_coco(path: Path, **changes: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content | changes))
     return path
+
+
+def write_files(root: Path, files: dict[str, bytes | str]) -> Path:
+    """Writes files by name, with folders, and returns the root."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def account(source: Source) -> dict[str, tuple[str, ...] | str]:
+    """The captions of every sample by key, or the reason why it cannot be used; images are read, but not decoded."""
+    result: dict[str, tuple[str, ...] | str] = {}
+    for index in range(len(source)):
+        key = f"sample {index}"
+        try:
+            record = source.record(index)
+            assert record.key not in result
+            key = record.key
+            source.image(index)
+            result[key] = require_captions(record)
+        except BadSample as bad:
+            result[key] = bad.reason
+    return result
+
+
+def splits_by_key(source: Source) -> dict[str, list[str]]:
+    """The keys of each split; {} if the source has no splits."""
+    return {
+        name: [source.record(int(index)).key for index in indices] for name, indices in (source.splits or {}).items()
+    }
+
+
+def left_out_by_reason(source: Source) -> dict[str, int]:
+    """The counts of what opening left out, by reason; without notes."""
+    counts: Counter[str] = Counter()
+    for each in source.left_out:
+        counts[each.reason] += each.count
+    return {reason: count for reason, count in counts.items() if count}

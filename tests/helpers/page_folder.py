@@ -33,6 +33,8 @@ def write_folder(root: Path) -> Path:
     (root / "pairs.csv").write_text("\n".join(lines) + "\n")
     (root / "photo.jpg").write_bytes((root / "photos/000.jpg").read_bytes())
     (root / "classes.txt").write_text("red\ngreen\nblue\ngrey\n")
+    _write_classes(root, rows)
+    _write_products(root / "products.csv", rows)
     _write_openclipart(root / "data/openclipart", root, rows)
     _write_shards(root / "cc3m", root, rows)
     _write_coco(root / "coco", root, rows)
@@ -40,6 +42,23 @@ def write_folder(root: Path) -> Path:
     (shown,) = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs/export.md").read_text(), re.MULTILINE | re.DOTALL)
     (root / "small-vit.json").write_text(shown)
     return root
+
+
+def _write_classes(root: Path, rows: list[tuple[str, str, str]]) -> None:
+    """Writes birds in class folders, and a table of the same images."""
+    lines = ["image,species"]
+    for number, (image, _, _) in enumerate(rows):
+        species = ("house_sparrow", "barn_owl", "wren")[number % 3]
+        path = root / f"birds/{species}/IMG_{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((root / image).read_bytes())
+        lines.append(f"{path.relative_to(root).as_posix()},{species}")
+    (root / "birds.csv").write_text("\n".join(lines) + "\n")
+
+
+def _write_products(path: Path, rows: list[tuple[str, str, str]]) -> None:
+    lines = [f'{image},{caption},"{tags}",{number // 2}' for number, (image, caption, tags) in enumerate(rows)]
+    path.write_text("\n".join(["picture,words,topics,product_id", *lines]) + "\n")
 
 
 def _write_openclipart(folder: Path, root: Path, rows: list[tuple[str, str, str]]) -> None:

@@ -26,8 +26,9 @@ def plain(**changes: Any) -> dict[str, Any]:
         "checked": 1200,
         "usable": 1190,
         "broken": [{"reason": "truncated image", "count": 10, "examples": ["k1: <cut>", "k2"]}],
-        "problems": [["line 4", "wrong number of columns"]],
-        "num_problems": 77,
+        "left_out": {"wrong number of columns": 77},
+        "left_out_where": [["line 4", "wrong number of columns"]],
+        "unread": ["captions.csv"],
         "formats": {"JPEG": 1000, "PNG": 190},
         "modes": {"RGB": 1190},
         **dict.fromkeys(("width", "height", "shortest_side", "aspect_ratio"), sides),
@@ -43,6 +44,7 @@ def plain(**changes: Any) -> dict[str, Any]:
         "same_caption": {"groups": 1, "samples": 50, "largest": [["one $caption$", 50, [3, 4]]]},
         "same_image": {"groups": 2, "samples": 4, "largest": []},
         "look_alikes": {"groups": 0, "samples": 0, "largest": []},
+        "leaks": {"val": {"count": 7, "samples": 90, "examples": [[3, 4]]}},
         "tagged": 600,
         "num_tags": 2,
         "tags": [["cat", 500], ["$dog_", 100]],
@@ -70,7 +72,7 @@ def test_verdict_comes_first_and_numbers_are_there() -> None:
         "10 bad (0.83 %)",
         "truncated image",
         "wrong number of columns",
-        "1 of 77",
+        "77",
         "The second warning.",
     ):
         assert piece in body, piece

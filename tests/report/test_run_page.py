@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from coalign.metric import Metric
+from coalign.report.class_results import ClassResults
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, flatten, run_page, verdict
 
@@ -42,8 +43,7 @@ def full_run() -> RunSummary:
         text_embeds=unit(30, 1),
         matching=np.linspace(0, 1, 30),
         others=np.linspace(-1, 0, 30),
-        confusion=np.eye(3, dtype=int),
-        classnames=["x", "y", "z"],
+        classes=ClassResults({"x": 1.0, "y": 1.0, "z": 1.0}, np.eye(3, dtype=int)),
         cost={"training time": "4 min"},
         parameters={"image": 1_000_000, "text": 500_000},
         bad_samples={"truncated image": 3, "empty caption": 7},

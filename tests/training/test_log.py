@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,7 @@ def test_tensorboard_receives_the_same_values(tmp_path: Path) -> None:
     with RunLog(tmp_path, 4, interactive=False, console=plain_console()) as run_log:
         for step in range(4):
             run_log.step(step, {"loss/clip": step / 4, "bad": math.nan}, pairs=1, wait_seconds=0)
+    time.sleep(1.1)  # within a second, TensorBoard orders its files by a counter as text: 10 is before 9
     with RunLog(tmp_path, 4, interactive=False, start_step=2, console=plain_console()) as run_log:
         run_log.step(2, {"loss/clip": 9.0}, pairs=1, wait_seconds=0)
     events = loader.EventAccumulator(str(tmp_path / "tensorboard"))

@@ -42,14 +42,23 @@ def test_check(messy, tmp_path, capsys):
     run("check", messy, "--report", page)
     printed = capsys.readouterr().out
     assert "12 of 14 checked samples are usable" in printed
-    assert "Bad samples: 1 (empty file)" in printed
-    assert "Bad samples: 1 (not an image)" in printed
+    assert "Bad samples: 1 (empty file), such as broken0.jpg" in printed
+    assert "Bad samples: 1 (not an image), such as broken1.jpg" in printed
     assert f"Report: {page}" in printed
     text = page.read_text()
     assert "data:image/" in text
     assert not re.search(r'(src|href)="https?://', text)
     run("check", messy, "--limit", "5")
     assert "of 5 checked samples" in capsys.readouterr().out
+
+
+def test_a_missing_group_column_is_an_error_before_images_are_read(messy, capsys):
+    table = messy / "x.csv"
+    table.write_text("image,caption,sku\nbroken0.jpg,a cup,1\n")
+    assert cli.main(["data", "check", str(table), "--group-column", "product"]) == 2
+    printed = capsys.readouterr()
+    assert "has no column 'product'; set --group-column to a column of the data: sku." in printed.err
+    assert printed.out == ""
 
 
 def test_curated_data_can_be_trained_on(messy, tmp_path, capsys, model_file):

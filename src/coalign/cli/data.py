@@ -7,21 +7,35 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from coalign.cli.parse import Reading
+from coalign.config import DETECT
 
-def check_command(data: Positional[str], report: Path | None = None, limit: int | None = None) -> None:
+
+def check_command(
+    data: Positional[str],
+    report: Path | None = None,
+    json: Path | None = None,
+    samples: int = 100,
+    limit: int | None = None,
+    reading: Reading = DETECT,
+) -> None:
     """Check a dataset before training on it: broken files, sizes, captions, duplicates, languages, tags.
 
     Args:
         data: anything that `coalign train --data` accepts
         report: write a report with figures and a gallery to this HTML file
+        json: write what is used and left out, by reason, and the first samples to this JSON file
+        samples: number of samples in the JSON file
         limit: number of samples to check, drawn at random; None: all
     """
     from coalign.workflows.data import check_data
 
-    check_data(data, report, limit)
+    check_data(data, report, limit, json, samples, reading)
 
 
-def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chinese: bool = False) -> None:
+def curate_command(
+    data: Positional[str], out: Path, min_side: int = 0, drop_chinese: bool = False, reading: Reading = DETECT
+) -> None:
     """Apply DeCLIP's data rules and write the pairs that pass.
 
     The rules: no damaged images, no empty captions, at least 80 % English words, more than one part of speech. dropped.jsonl lists the
@@ -35,7 +49,7 @@ def curate_command(data: Positional[str], out: Path, min_side: int = 0, drop_chi
     """
     from coalign.workflows.data import curate_data
 
-    curate_data(data, out, min_side, drop_chinese)
+    curate_data(data, out, min_side, drop_chinese, reading)
 
 
 def paraphrase_command(
@@ -44,6 +58,7 @@ def paraphrase_command(
     apertium: tuple[str, ...] = (),
     marian: tuple[str, ...] = (),
     device: str = "cpu",
+    reading: Reading = DETECT,
 ) -> None:
     """Write a copy of a dataset with back-translated paraphrases of its English captions, which MCT uses as text views.
 
@@ -58,10 +73,10 @@ def paraphrase_command(
     """
     from coalign.workflows.data import write_paraphrases
 
-    write_paraphrases(data, out, apertium, marian, device)
+    write_paraphrases(data, out, apertium, marian, device, reading)
 
 
-def queries_command(data: Positional[str], out: Path) -> None:
+def queries_command(data: Positional[str], out: Path, reading: Reading = DETECT) -> None:
     """Build a list of search queries as in DeCLIP's Appendix C: the dataset's tags and words with their WordNet synonyms.
 
     Args:
@@ -70,10 +85,10 @@ def queries_command(data: Positional[str], out: Path) -> None:
     """
     from coalign.workflows.data import build_query_list
 
-    build_query_list(data, out)
+    build_query_list(data, out, reading)
 
 
-def tokenizer_command(data: Positional[str], out: Path, vocab_size: int = 8192) -> None:
+def tokenizer_command(data: Positional[str], out: Path, vocab_size: int = 8192, reading: Reading = DETECT) -> None:
     """Train a small byte-pair tokenizer on the training captions, for `coalign train --tokenizer FILE`.
 
     Args:
@@ -83,7 +98,7 @@ def tokenizer_command(data: Positional[str], out: Path, vocab_size: int = 8192) 
     """
     from coalign.workflows.data import train_tokenizer
 
-    train_tokenizer(data, out, vocab_size)
+    train_tokenizer(data, out, vocab_size, reading)
 
 
 def openclipart_command(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from coalign.cli.parse import Reading
+from coalign.config import DETECT
 from coalign.errors import UserError
 
 
@@ -38,6 +40,9 @@ def benchmark_command(
     jobs: int | None = None,
     report: Path | None = None,
     json: Path | None = None,
+    context_length: int | None = None,
+    skip_data_checks: bool = False,
+    reading: Reading = DETECT,
 ) -> None:
     """Train several methods on your data for equal time, and compare them on the same held-out pairs.
 
@@ -56,10 +61,13 @@ def benchmark_command(
         jobs: number of trials to run in parallel, each on its share of the cores; None: one per core
         report: write the report to this HTML file instead of benchmark.html
         json: also write the results to this JSON file
+        context_length: maximum number of tokens per caption; None: the default of `coalign train`
+        skip_data_checks: train even if a check of the data finds a problem; see `coalign train`
     """
     from coalign.experiments.benchmark import benchmark_and_write
 
     options = {"methods": methods, "minutes": minutes, "epochs": epochs, "fractions": fractions, "seeds": seeds}
+    options |= {"context_length": context_length, "reading": reading, "skip_data_checks": skip_data_checks}
     benchmark_and_write(data, out, report, json, jobs=jobs, **options)
 
 
@@ -71,6 +79,8 @@ def reproduce_command(
     seeds: int = 3,
     jobs: int = 1,
     arms: tuple[str, ...] = (),
+    skip_data_checks: bool = False,
+    reading: Reading = DETECT,
 ) -> None:
     """Train every arm of a table of experiments with several seeds, and compare them.
 
@@ -86,6 +96,7 @@ def reproduce_command(
         seeds: number of seeds (0 to N-1) per arm
         jobs: number of trials to run in parallel, each on its share of the cores
         arms: train only these arms, and the arms whose weights they evaluate; empty: all
+        skip_data_checks: train even if a check of the data finds a problem; see `coalign train`
     """
     from coalign.experiments import tables
 
@@ -98,7 +109,8 @@ def reproduce_command(
     from coalign.experiments.compare_terminal import print_comparison
     from coalign.experiments.reproduce import reproduce
 
-    comparison = reproduce(table, data, out, scale=scale, seeds=seeds, jobs=jobs, arms=arms)
+    options: Any = {"scale": scale, "seeds": seeds, "jobs": jobs, "arms": arms, "skip_data_checks": skip_data_checks}
+    comparison = reproduce(table, data, out, reading=reading, **options)
     if comparison is not None:
         print_comparison(comparison)
         print(f"Report: {out / 'table.html'}")

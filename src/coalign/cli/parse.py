@@ -9,14 +9,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from coalign.config import DataConfig
 from coalign.errors import UserError
 
 REGISTRY = ConstructorRegistry()
+Reading = Annotated[DataConfig, arg(name="")]  # --image-column and the other options of how data is read
 
 
 @REGISTRY.primitive_rule

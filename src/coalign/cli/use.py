@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from coalign.cli.parse import Reading
+from coalign.config import DETECT
 from coalign.errors import UserError
 
 
@@ -19,6 +21,7 @@ def search_command(
     report: Path | None = None,
     device: str = "cpu",
     workers: int = 0,
+    reading: Reading = DETECT,
 ) -> None:
     """Find the images of a dataset that are nearest to a text, to an image, or to both.
 
@@ -39,11 +42,14 @@ def search_command(
     """
     from coalign.workflows.explore.search import search
 
-    result = search(model, data, text, image, top=top, split=split, report=report, device=device, workers=workers)
+    result = search(
+        model, data, text, image, top=top, split=split, report=report, device=device, workers=workers, reading=reading
+    )
     for number, hit in enumerate(result.hits, 1):
-        print(f"{number:3}  {hit.score:.3f}  {hit.key}  {' / '.join(hit.captions)[:100]}")
-    unreadable = f"; {result.num_unreadable:,} could not be read" if result.num_unreadable else ""
-    print(f"{result.num_images:,} images searched{unreadable}")
+        captions = " / ".join(hit.captions)
+        print(f"{number:3}  {hit.score:.3f}  {hit.key}  {captions if len(captions) <= 100 else captions[:99] + '…'}")
+    print(f"{result.num_images:,} images searched")
+    print("".join(f"{line}\n" for line in result.account), end="")
     if report:
         print(f"Report: {report}")
 

@@ -1,54 +1,97 @@
-"""Stable train/val splits that share no caption and no image, for sources without splits of their own."""
+"""Stable train/val splits that share no caption, image or look-alike, for sources without splits of their own."""
 
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from coalign.data.sources.base import Fingerprints, Source, Splits, hash64
+from coalign.config import TrainConfig
+from coalign.data.components import connected_components
+from coalign.data.fingerprints import fingerprints
+from coalign.data.look_alikes import VERSION, have_look_alike, look_alike_groups, look_hashes
+from coalign.data.sources.base import Fingerprints, Source, Splits, are_labels, hash64
+from coalign.data.text.captions import printable
 from coalign.errors import BadSample, UserError
 from coalign.files import cache_folder, write_atomically
 from coalign.randomness import stable_hash
 
-_LARGE = 0.01  # fraction of the data above which a group counts as boilerplate and stays in train
+MAX_LOOK_ALIKES = 10_000_000  # samples; decoding more images to find look-alikes would take hours
+_LARGE = 0.01  # fraction of the data above which a group counts as boilerplate and stays in train; more if a column makes the groups
 _log = logging.getLogger(__name__)
 
 
 def assign_splits(
-    source: Source, val_fraction: float = 0.05, seed: int = 0, by: str | None = None
+    source: Source,
+    val_fraction: float = 0.05,
+    seed: int = 0,
+    by: str | None = None,
+    group: str | None = None,
+    look_alikes: bool = True,
 ) -> tuple[Splits, dict[str, int]]:
     """Returns the source's own splits; if it has no val split, holds one out of train (or of all samples) by a stable hash.
 
-    Samples that share a caption or an identical image file form a group, transitively. Each group is assigned as a whole,
-    by the hash of its smallest key, so adding unrelated data does not move any sample. Groups of more than 1 % of the data
-    (boilerplate captions) and unusable samples go to train. If the hash leaves val empty, val is the group with the
-    lowest hash.
+    Samples that share a caption, an identical image file or a value in the column `group`, and with `look_alikes` also those with
+    near-duplicate images, form a group, transitively. Each group is assigned as a whole, by the hash of its smallest key. So if data is
+    added, a sample changes sides only if the new data
 
-    With `by`, a column such as the author's name, samples with the same value form a group instead. Train and val then
-    share no value and no image, but may share captions. Raises UserError if no sample has a value, or if the source has
-    its own val split.
+    - joins its group with a sample of a smaller key: the group then is on that key's side;
+    - moves its group across the limit of 1 % of the data (or `val_fraction`, with `group`): larger groups, such as pairs with boilerplate
+      captions and long series of look-alikes, go to train;
+    - changes what is a look-alike: see `look_alike_groups` on groups of more than half of the data, and `MAX_LOOK_ALIKES`.
+
+    Unusable samples go to train. If the hash leaves val empty, val is the group with the lowest hash.
+
+    Finding look-alikes decodes every image once; the hashes are cached. In data of more than `MAX_LOOK_ALIKES` samples, they are not
+    searched for.
+
+    With `by`, a column such as the author's name, samples with the same value form a group instead. Train and val then share no value, but
+    may share captions. A sample of a held-out value whose image is in train too, or looks like one there, is in neither.
+
+    Raises UserError if no sample has a value in a column, or if the source has its own val split and `by` is set.
+
+    If the captions are class labels (`source.classes`, or few distinct ones over many images), captions do not connect samples, and every
+    class with two groups or more is on both sides. The group that this needs is the one with the lowest or highest hash of the class; added
+    data can change which one.
 
     Returns the indices of each split, ascending, and counts for a report: samples per split, `groups`, `largest_group`,
-    `grouped` (samples in groups of two or more), `unusable`.
+    `grouped` (samples in groups of two or more), `unusable`, `look_alikes` (samples with a look-alike, if searched for), and with `by`
+    `excluded` (samples in neither split).
     """
     own: Splits = dict(source.splits or {})
     if "val" in own or (own and "train" not in own):
         if by is not None:
             raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
+        if group is not None and not any(value for _, value in _column(source, group)):
+            raise _no_column(source, "--group-column", group)
         return own, {name: len(indices) for name, indices in own.items()}
     pool = own.get("train", _all_indices(source))
-    draw = lambda: _draw_val(source, pool, val_fraction, seed, by)  # noqa: E731
-    in_val, counts = _cached(source, f"{val_fraction} {seed} {by}", draw)
-    splits = own | {"train": pool[~in_val], "val": pool[in_val]}
+    if look_alikes and len(source) > MAX_LOOK_ALIKES and val_fraction > 0:
+        _log.info("%s has more than %s samples: its splits may share look-alikes", source.name, f"{MAX_LOOK_ALIKES:,}")
+    look_alikes = look_alikes and 0 < len(source) <= MAX_LOOK_ALIKES and val_fraction > 0
+    settings = f"{val_fraction} {seed} {by} stratified"
+    settings += (f" {group}" if group else "") + (f" look-alikes {VERSION}" if look_alikes else "")
+    draw = partial(_draw_val, source, pool, val_fraction, seed, by, group, look_alikes)
+    (in_train, in_val), counts = _cached(source, settings, draw)
+    if excluded := counts.get("excluded"):
+        _log.info(
+            "%s samples of held-out values of %s are left out, as their images are in train too, or look like one there",
+            f"{excluded:,}",
+            by,
+        )
+    splits = own | {"train": pool[in_train], "val": pool[in_val]}
     return splits, {name: len(indices) for name, indices in splits.items()} | counts
+
+
+def run_splits(source: Source, config: TrainConfig) -> Splits:
+    """Returns the splits of a run with this configuration."""
+    group = config.reading.group_column
+    return assign_splits(source, config.val_fraction, 0, config.val_by, group, config.group_look_alikes)[0]
 
 
 def _all_indices(source: Source) -> np.ndarray:
@@ -57,33 +100,84 @@ def _all_indices(source: Source) -> np.ndarray:
 
 
 def _draw_val(
-    source: Source, pool: np.ndarray, val_fraction: float, seed: int, by: str | None
+    source: Source,
+    pool: np.ndarray,
+    val_fraction: float,
+    seed: int,
+    by: str | None,
+    group: str | None,
+    look_alikes: bool,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Draws the val split of the samples in `pool`: bool [pool], and counts for a report."""
+    """Draws the splits of the samples in `pool`: whether each is in train and in val, bool [2, pool], and counts for a report."""
     hashes = fingerprints(source)
-    usable = (hashes.caption_counts > 0)[pool]
-    groups = (_groups(hashes) if by is None else _groups_by(source, by))[pool]
-    in_val, counts = _val_mask(groups, hashes.keys[pool], usable, val_fraction, seed)
+    is_usable = hashes.caption_counts > 0
+    together = [column_labels(source, "--group-column", group)] if group is not None else []
+    looks = None
+    if look_alikes:
+        looks = look_alike_groups(look_hashes(source, np.where(is_usable, hashes.images, np.uint64(0))))
+    similar = [] if looks is None else [looks]
+    largest = _LARGE if group is None else max(_LARGE, val_fraction)
+    usable, keys = is_usable[pool], hashes.keys[pool]
     if by is not None:
-        images = hashes.images[pool]
-        in_val &= ~np.isin(images, images[~in_val & usable])
-    return in_val, counts
+        groups = _connected(is_usable, [column_labels(source, "--val-by", by), *together])
+        in_val, counts = _val_mask(groups[pool], keys, usable, val_fraction, seed, largest)
+    elif (labels := _labels(source, hashes)) is not None:
+        groups = _connected(is_usable, [_numbered(hashes.images), *together, *similar])
+        in_val, counts = _stratified_mask(groups[pool], labels[pool], keys, usable, val_fraction, seed, largest)
+    else:
+        groups = _groups(hashes, [*together, *similar])
+        in_val, counts = _val_mask(groups[pool], keys, usable, val_fraction, seed, largest)
+    in_train = ~in_val
+    if by is not None:
+        for values in (hashes.images.view(np.int64), *similar):
+            own = values[pool]
+            in_val &= ~np.isin(own, own[in_train & usable & (own != -1)])
+        counts["excluded"] = int(np.count_nonzero(~in_train & ~in_val))
+    if looks is not None:
+        counts["look_alikes"] = int((np.bincount(looks + 1)[looks + 1] > 1)[looks >= 0].sum())
+    return np.stack([in_train, in_val]), counts
 
 
-def _groups_by(source: Source, column: str) -> np.ndarray:
-    """Group labels, int64 [sample], equal for samples with the same value in `column`. A sample without a value is its own group."""
-    labels = np.arange(len(source))
+def _labels(source: Source, hashes: Fingerprints) -> np.ndarray | None:
+    """The class of each sample, int64 or uint64 [sample], if the captions are class labels; else None."""
+    if source.classes is not None and not source.classes.in_captions:
+        return source.classes.of
+    usable = hashes.caption_counts > 0
+    if not are_labels(len(np.unique(hashes.captions)), int(np.count_nonzero(usable))):
+        return None
+    labels = np.zeros(len(usable), dtype=np.uint64)
+    first = np.cumsum(hashes.caption_counts) - hashes.caption_counts
+    labels[usable] = hashes.captions[first[usable]]
+    return labels
+
+
+def column_labels(source: Source, option: str, column: str) -> np.ndarray:
+    """Labels, int64 [sample], equal for samples with the same value in `column`; -1 for samples without a value."""
+    labels = np.full(len(source), -1)
     first: dict[str, int] = {}
-    for index in range(len(source)):
-        try:
-            value = str(source.record(index).facts.get(column) or "")
-        except BadSample:
-            continue
+    for index, value in _column(source, column):
         if value:
             labels[index] = first.setdefault(value, index)
     if not first:
-        raise UserError(f"{source.name} has no column {column!r}; set --val-by to a column of the data.")
+        raise _no_column(source, option, column)
     return labels
+
+
+def _column(source: Source, column: str) -> Iterator[tuple[int, str | None]]:
+    """Yields the index of each readable sample, and its value in `column`."""
+    for index in range(len(source)):
+        with suppress(BadSample):
+            yield index, source.record(index).fact(column)
+
+
+def _no_column(source: Source, option: str, column: str) -> UserError:
+    names: list[str] = []
+    for index in range(len(source)):
+        with suppress(BadSample):
+            names = list(source.record(index).facts)
+            break
+    listed = f": {', '.join(map(printable, names))}" if names else ""
+    return UserError(f"{source.name} has no column {column!r}; set {option} to a column of the data{listed}.")
 
 
 def _cached(
@@ -97,15 +191,34 @@ def _cached(
     try:
         with np.load(path, allow_pickle=False) as stored:
             counts = dict(zip(stored["names"].tolist(), stored["counts"].tolist()))
-            return np.unpackbits(stored["in_val"], count=int(stored["size"])).view(bool), counts
+            return np.unpackbits(stored["sides"], axis=1, count=int(stored["size"])).view(bool), counts
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        in_val, counts = draw()
-    arrays: dict[str, Any] = {"in_val": np.packbits(in_val), "size": len(in_val)}
+        sides, counts = draw()
+    arrays: dict[str, Any] = {"sides": np.packbits(sides, axis=1), "size": sides.shape[1]}
     arrays |= {"names": list(counts), "counts": list(counts.values())}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
-    return in_val, counts
+    return sides, counts
+
+
+def look_alikes_in_train(
+    source: Source, train: np.ndarray, held_out_source: Source, held_out: np.ndarray
+) -> np.ndarray | None:
+    """Returns whether each sample of `held_out` has an image that is in `train` too, or looks like one: bool [held_out].
+
+    `train` and `held_out` are indices of their sources. Returns None if a source has more than `MAX_LOOK_ALIKES` samples.
+    """
+    if max(len(source), len(held_out_source)) > MAX_LOOK_ALIKES:
+        return None
+    parts = []
+    for part, indices in ((source, train), (held_out_source, held_out)):
+        hashes = fingerprints(part)
+        contents = np.where(hashes.caption_counts > 0, hashes.images, np.uint64(0))
+        at = indices % len(part)  # a mixture's repeated samples have indices beyond its length
+        parts.append((contents[at], look_hashes(part, contents)[at]))
+    (train_contents, train_looks), (contents, looks) = parts
+    return (np.isin(contents, train_contents) & (contents != 0)) | have_look_alike(looks, train_looks)
 
 
 def nested_subset(indices: np.ndarray, fraction: float) -> np.ndarray:
@@ -117,9 +230,9 @@ def nested_subset(indices: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _val_mask(
-    groups: np.ndarray, keys: np.ndarray, usable: np.ndarray, val_fraction: float, seed: int
+    groups: np.ndarray, keys: np.ndarray, usable: np.ndarray, val_fraction: float, seed: int, largest: float
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Whether each sample is in val, bool [sample], and counts of groups."""
+    """Whether each sample is in val, bool [sample], and counts of groups. Groups above the fraction `largest` of the data are in train."""
     in_val = np.zeros(len(groups), dtype=bool)
     _, group, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
     counts = {
@@ -131,11 +244,51 @@ def _val_mask(
     smallest = np.full(len(sizes), np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(smallest, group, keys[usable])
     draws = _uniform(smallest, seed)
-    small = sizes <= max(1, _LARGE * len(groups))
+    small = sizes <= max(1, largest * len(groups))
     chosen = small & (draws < val_fraction)
     if val_fraction > 0 and len(sizes) > 1 and not chosen.any():
         chosen[np.lexsort((draws, ~small))[0]] = True
     in_val[usable] = chosen[group]
+    return in_val, counts
+
+
+def _stratified_mask(
+    groups: np.ndarray,
+    classes: np.ndarray,
+    keys: np.ndarray,
+    usable: np.ndarray,
+    val_fraction: float,
+    seed: int,
+    largest: float,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Like `_val_mask`, but every class with two groups or more has one in val and one in train.
+
+    A group belongs to the class of its smallest key. The hash of that key decides, as in `_val_mask`; a class without a group in val gets
+    the one with the lowest hash, if possible a small one, and one without a group in train the one with the highest.
+    """
+    in_val = np.zeros(len(groups), dtype=bool)
+    order = np.flatnonzero(usable)[np.argsort(keys[usable], kind="stable")]
+    _, first, group, sizes = np.unique(groups[order], return_index=True, return_inverse=True, return_counts=True)
+    _, stratum = np.unique(classes[order][first], return_inverse=True)  # of each group
+    draws = _uniform(keys[order][first], seed)
+    small = sizes <= max(1, largest * len(groups))
+    chosen = small & (draws < val_fraction)
+    by_draw = np.lexsort((draws, ~small, stratum))
+    starts = np.flatnonzero(np.diff(stratum[by_draw], prepend=-1))
+    lowest, highest = by_draw[starts], by_draw[np.append(starts[1:], len(by_draw))[: len(starts)] - 1]
+    divisible = lowest != highest
+    if val_fraction > 0:
+        chosen[lowest[divisible]] = True
+        chosen[highest[divisible]] = False
+        chosen[lowest[~divisible]] = False  # its class would never be trained on
+    in_val[order] = chosen[group]
+    counts = {
+        "groups": len(sizes),
+        "largest_group": int(sizes.max(initial=0)),
+        "grouped": int(sizes[sizes > 1].sum()),
+        "unusable": int(np.count_nonzero(~usable)),
+        "classes": len(starts),
+    }
     return in_val, counts
 
 
@@ -147,128 +300,33 @@ def _uniform(keys: np.ndarray, seed: int) -> np.ndarray:
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def _groups(hashes: Fingerprints) -> np.ndarray:
-    """Group labels, int64 [sample], equal exactly for samples connected by shared images or captions.
+def _groups(hashes: Fingerprints, labelings: Sequence[np.ndarray]) -> np.ndarray:
+    """Group labels, int64 [sample], equal exactly for samples connected by shared images, captions or labels.
 
-    Unusable samples connect nothing.
+    A label of -1 and unusable samples connect nothing.
     """
     counts = hashes.caption_counts.astype(np.int64)
-    samples = np.arange(len(counts))
-    usable = counts > 0
-    _, images = np.unique(hashes.images, return_inverse=True)
-    _, captions = np.unique(hashes.captions, return_inverse=True)
-    edges_sample = np.concatenate([samples[usable], np.repeat(samples, counts)])
-    edges_value = np.concatenate([images[usable], captions + len(samples)])
-    return connected_components(len(samples), edges_sample, edges_value)
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return _connected(counts > 0, [_numbered(hashes.images), *labelings], (owners, _numbered(hashes.captions)))
 
 
-def connected_components(count: int, samples: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The smallest index in each sample's connected component: int64 [count].
-
-    Sample `samples[i]` has the value `values[i]`; samples with equal values are connected.
-    """
-    labels = np.arange(count)
-    lowest = np.empty(int(values.max(initial=-1)) + 1, dtype=labels.dtype)
-    while True:
-        lowest.fill(count)
-        np.minimum.at(lowest, values, labels[samples])
-        merged = labels.copy()
-        np.minimum.at(merged, samples, lowest[values])
-        # The current root follows, so that whole components merge at once.
-        np.minimum.at(merged, labels, merged.copy())
-        merged = merged[merged]
-        if np.array_equal(merged, labels):
-            return labels
-        labels = merged
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """Numbers the distinct values: int64 of the same length."""
+    return np.unique(values, return_inverse=True)[1].reshape(-1)
 
 
-# ---------------------------------------------------------------- fingerprints
-
-
-def fingerprints(source: Source) -> Fingerprints:
-    """The source's own fingerprints, or those from reading every record and image. Caches the hashes of image files."""
-    if (known := source.fingerprints()) is not None:
-        return known
-    keys = np.zeros(len(source), dtype=np.uint64)
-    counts = np.zeros(len(source), dtype=np.int64)
-    captions: list[int] = []
-    for index in range(len(source)):
-        try:
-            record = source.record(index)
-        except BadSample:
-            keys[index] = hash64(f"unusable {index}".encode())
-            continue
-        keys[index] = hash64(record.key.encode())
-        captions += (hash64(caption.encode()) for caption in record.captions)
-        counts[index] = len(record.captions)
-    images = _image_hashes(source, counts > 0)
-    unreadable = images == 0
-    captions_array = np.array(captions, dtype=np.uint64)[~np.repeat(unreadable, counts)]
-    return Fingerprints(keys, images, captions_array, np.where(unreadable, 0, counts))
-
-
-def _image_hashes(source: Source, usable: np.ndarray) -> np.ndarray:
-    """Image hashes, uint64 [sample]; 0 for unusable samples and unreadable images."""
-    hashes = np.zeros(len(source), dtype=np.uint64)
-    missing = np.flatnonzero(usable)
-    stamps = np.array([_stamp(source, index) for index in range(len(source))], dtype=np.uint64)
-    cache = None
-    if stamps.any():
-        cache = cache_folder() / "images" / f"{hash64(os.path.abspath(source.name).encode()):016x}.npy"
-        cached_stamps, cached_hashes = _load_cache(cache)
-        position = np.minimum(np.searchsorted(cached_stamps, stamps), max(0, len(cached_stamps) - 1))
-        if len(cached_stamps):
-            is_cached = (stamps != 0) & (cached_stamps[position] == stamps)
-            hashes = np.where(is_cached, cached_hashes[position], 0).astype(np.uint64)
-            missing = missing[hashes[missing] == 0]
-    if len(missing):
-        _log.info("hashing %s images to detect duplicates (once)", f"{len(missing):,}")
-        hashes[missing] = np.fromiter(_hash_images(source, missing), dtype=np.uint64, count=len(missing))
-        if cache is not None:
-            _store_cache(cache, stamps, hashes)
-    return hashes
-
-
-def _hash_images(source: Source, indices: np.ndarray) -> Iterable[int]:
-    def hash_one(index: int) -> int:
-        try:
-            image: Any = source.image(index)
-        except BadSample:
-            return 0
-        return hash64(image if isinstance(image, bytes) else f"{image.shape}".encode() + image.tobytes()) or 1
-
-    def hash_chunk(start: int) -> list[int]:
-        return [hash_one(index) for index in indices[start : start + 64].tolist()]
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for hashes in pool.map(hash_chunk, range(0, len(indices), 64)):
-            yield from hashes
-
-
-def _stamp(source: Source, index: int) -> int:
-    """Hash of an image file's path, size and modification time, which changes when the file does; 0 if there is no file."""
-    try:
-        path = source.image_path(index)
-        if path is None:
-            return 0
-        status = os.stat(path)
-    except (OSError, ValueError, BadSample):
-        return 0
-    return hash64(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")) or 1
-
-
-def _load_cache(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        cached = np.load(path, allow_pickle=False)
-        if cached.dtype == np.uint64 and cached.ndim == 2 and len(cached) == 2:
-            return cached[0], cached[1]
-    except (OSError, ValueError, EOFError):
-        pass
-    return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64)
-
-
-def _store_cache(path: Path, stamps: np.ndarray, hashes: np.ndarray) -> None:
-    sorted_by_stamp = np.stack([stamps, hashes])[:, np.argsort(stamps)]
-    with suppress(OSError):  # if the disk is full or read-only, the next run reads the files again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: np.save(temporary, sorted_by_stamp))
+def _connected(
+    usable: np.ndarray, labelings: Sequence[np.ndarray], more: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Components of usable samples that share a label (not -1) of any labeling, or a value of `more`, (samples, values)."""
+    samples, values = [], []
+    first = 0
+    for labels in labelings:
+        labeled = np.flatnonzero(usable & (labels >= 0))
+        samples.append(labeled)
+        values.append(labels[labeled] + first)
+        first += len(usable)
+    if more is not None:
+        samples.append(more[0])
+        values.append(more[1] + first)
+    return connected_components(len(usable), np.concatenate(samples), np.concatenate(values))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coalign.data.text.context import cut_texts
 from coalign.embeds import concatenate, fields, take, to_cpu
 from coalign.errors import UserError
 from coalign.types import DualEncoder, Embeds, JointEncoder
@@ -104,6 +105,14 @@ def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 256)
         parts.append(_embed(model, model.encode_text(batch), len(batch), "text"))
     row = {text: i for i, text in enumerate(distinct)}
     return take(concatenate(parts), [row[text] for text in texts])
+
+
+def cut_lines(model: DualEncoder, texts: Sequence[str], what: str = "texts") -> list[str]:
+    """Returns a sentence if texts are longer than the model's context, as far as that is known."""
+    if model.num_tokens is None or model.context_length is None:
+        return []
+    line = cut_texts(texts, model.num_tokens, model.context_length).line(what)
+    return [] if line is None else [line]
 
 
 @torch.no_grad()

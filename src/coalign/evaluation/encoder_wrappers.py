@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coalign.embeds import concatenate, fields, map_fields, take, to_cpu
 from coalign.errors import UserError
+from coalign.evaluation.embed import cut_lines
 from coalign.files import save_tensors, write_atomically
 from coalign.types import DualEncoder, Embeds
 
@@ -159,6 +160,29 @@ def _min_cosine(embeds: Embeds, reference: Embeds) -> float:
         cosine = F.cosine_similarity(ours, theirs, dim=-1)
         cosines.append(cosine.masked_fill((ours == theirs).all(-1), 1).min().cpu())  # padding is zero in both
     return float(torch.stack(cosines).min())
+
+
+class TextCounter:
+    """Collects the distinct texts that a model encodes, to report how many are longer than its context."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, None] = {}
+        self.model: DualEncoder | None = None
+
+    def counting(self, model: DualEncoder) -> DualEncoder:
+        """Wraps the model to collect the texts."""
+        self.model = model
+
+        def encode_text(texts: Sequence[str]) -> Any:
+            self.texts.update(dict.fromkeys(texts))
+            return model.encode_text(texts)
+
+        return replace(model, encode_text=encode_text)
+
+    def take_lines(self) -> list[str]:
+        """Returns a sentence if texts were cut since the last call."""
+        texts, self.texts = list(self.texts), {}
+        return [] if self.model is None else cut_lines(self.model, texts)
 
 
 def shard_texts(

@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coalign.data.text.prompts import check_distinct, check_templates
 from coalign.embeds import num_samples, similarities, take
 from coalign.errors import UserError
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, measure
 from coalign.evaluation.probes.accuracy import accuracies
-from coalign.evaluation.prompts import check_distinct, check_templates
 from coalign.metric import Metric, Outcome
 from coalign.types import DualEncoder, Embeds, Similarity, dot_product
 
+MAX_MATRIX = 30  # classes; with more, a table of the most confused pairs is easier to read than the matrix
 _CHUNK = 8_000_000  # scores in memory at a time
 
 
@@ -40,6 +41,23 @@ class ZeroShotResult:
     def per_class_recalls(self) -> dict[str, float | None]:
         """Returns the recall of each class by its name; a number is appended to a repeated name."""
         return dict(zip(_unique_names(self.classnames), self.per_class))
+
+    def most_confused(self, count: int = 20) -> list[dict[str, Any]]:
+        """Returns the most frequent mistakes: true and predicted class, number of images, and fraction of the true class's images."""
+        names, wrong = _unique_names(self.classnames), self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        totals = self.confusion.sum(1)
+        order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+        pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j]]
+        return [
+            {
+                "true": names[i],
+                "predicted": names[j],
+                "images": int(wrong[i, j]),
+                "fraction": float(wrong[i, j] / totals[i]),
+            }
+            for i, j in pairs
+        ]
 
 
 def _unique_names(names: Sequence[str]) -> list[str]:

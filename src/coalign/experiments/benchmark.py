@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from coalign.config import TrainConfig
+from coalign.config import DETECT, DataConfig, TrainConfig, from_json, to_json
 from coalign.errors import UserError
 from coalign.experiments.compare import compare
 from coalign.experiments.compare_terminal import print_comparison
@@ -35,13 +35,20 @@ from coalign.methods.table import Arm, Table, fraction_name
 from coalign.report import compare_figures
 from coalign.report.compare_page import ComparedMetric, Comparison, compare_page
 from coalign.runs.folder import check_output
-from coalign.training.distributed import World
 from coalign.version import __version__
 from coalign.workflows.evaluate.eval_report import write_results
+from coalign.workflows.train.preflight import open_and_check
 from coalign.workflows.train.profile import profile
-from coalign.workflows.train.setup import open_data
 
-HEADLINE = ("retrieval.image_to_text.r10", "retrieval.text_to_image.r10")  # their mean ranks the methods
+# The mean of the first of these that all runs have ranks the methods: title -> task and name of each metric. Accuracy: the captions are
+# class labels. R@5 or R@1: among ten captions, R@10 is 100 % for any model.
+HEADLINES = {
+    "zero-shot top-1": (("zeroshot", "acc1"),),
+    **{
+        f"R@{k}, mean of both directions": (("retrieval", f"image_to_text.r{k}"), ("retrieval", f"text_to_image.r{k}"))
+        for k in (10, 5, 1)
+    },
+}
 OVERHEAD = 40.0  # seconds of a trial besides training: start-up, evaluation, report
 PLAN, RESULT = "plan.json", "benchmark.json"
 VAL_FRACTION, EVALS, PROFILED = 0.1, 5, 6
@@ -56,12 +63,14 @@ class BenchmarkResult:
         advice: One sentence: which method is best, and whether its lead is significant.
         efficiency: By method, how many times fewer pairs than CLIP it needs for equal scores. Empty without fractions.
         by_fraction: Scores by method, fraction of the pairs and seed: R@10, mean of both directions.
+        headline: The title of the metric that ranks the methods.
     """
 
     comparison: Comparison
     advice: str
     efficiency: dict[str, Efficiency]
     by_fraction: Scores = field(default_factory=dict)
+    headline: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns all values, as in `benchmark.json`."""
@@ -81,6 +90,9 @@ def benchmark(
     seeds: int = 2,
     jobs: int | None = None,
     report: Path | None = None,
+    context_length: int | None = None,
+    reading: DataConfig = DETECT,
+    skip_data_checks: bool = False,
 ) -> BenchmarkResult:
     """Trains several methods on the same pairs, and compares them on the same held-out pairs.
 
@@ -96,6 +108,9 @@ def benchmark(
         seeds: The number of seeds (0 to seeds - 1).
         jobs: The number of trials that run at once. None: one per core.
         report: Write the page to this HTML file. None: `benchmark.html` in `out`.
+        context_length: Maximum number of tokens per caption, start and end tokens included. None: the recipe's.
+        reading: The columns of a table to read.
+        skip_data_checks: Train although the captions look meaningless.
 
     Returns:
         The comparison, a sentence of advice and, with `fractions`, each method's data efficiency.
@@ -121,6 +136,9 @@ def benchmark(
         "epochs": epochs,
         "fractions": fractions,
         "seeds": seeds,
+        "context_length": context_length,
+        "reading": json.loads(json.dumps(to_json(reading))),
+        "skip_data_checks": skip_data_checks,
     }
     sweep = _sweep(data, out, settings, jobs, console)
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in sweep.arms]
@@ -134,8 +152,8 @@ def benchmark(
         page.section("By dataset size")
         page.figure(
             compare_figures.by_fraction(result.by_fraction),
-            "R@10, mean of both directions, against the fraction of the pairs trained on, at equal samples seen. Points are seeds, lines "
-            "their means. Where a line crosses CLIP's score on all pairs (dotted), that fraction is enough to match it.",
+            f"{result.headline}, against the fraction of the pairs trained on, at equal samples seen. Points are seeds, lines their "
+            "means. Where a line crosses CLIP's score on all pairs (dotted), that fraction is enough to match it.",
         )
     page.write(report or out / "benchmark.html")
     write_json(out / RESULT, result.to_json(), indent=1, default=str)
@@ -170,8 +188,9 @@ def _sweep(data: str, out: Path, settings: Mapping[str, Any], jobs: int, console
             earlier = stored["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{place} is not a plan written by `coalign benchmark`; choose another --out.") from error
-        if earlier != settings:
-            was = {name: value for name, value in earlier.items() if settings.get(name) != value}
+        current = json.loads(json.dumps(settings))
+        if earlier != current:
+            was = {name: value for name, value in earlier.items() if current.get(name) != value}
             raise UserError(
                 f"The benchmark in {out} was started with different settings, {was}; use these, or choose another --out."
             )
@@ -184,7 +203,7 @@ def _sweep(data: str, out: Path, settings: Mapping[str, Any], jobs: int, console
     if settings["epochs"] is None:
         epochs = _affordable(data, settings, jobs, console)
     else:
-        _open(data, settings)
+        _open(data, settings, console)
     write_json(place, {"settings": settings, "epochs": epochs}, indent=1)
     return _table(settings, epochs)
 
@@ -195,13 +214,27 @@ def _table(settings: Mapping[str, Any], epochs: Mapping[str, float]) -> Table:
         for fraction in reversed(settings["fractions"])
         for method in settings["methods"]
     }
-    return Table("benchmark", arms, 1.0, batch_size=None, image_size=None, val_fraction=VAL_FRACTION, evals=EVALS)
+    return Table(
+        "benchmark",
+        arms,
+        1.0,
+        batch_size=None,
+        image_size=None,
+        val_fraction=VAL_FRACTION,
+        evals=EVALS,
+        reading=from_json(DataConfig, settings["reading"]),
+        context_length=settings["context_length"],
+        skip_data_checks=settings["skip_data_checks"],
+    )
 
 
-def _open(data: str, settings: Mapping[str, Any]) -> int:
-    """The number of training pairs. Raises UserError if the smallest fraction has fewer than two batches."""
+def _open(data: str, settings: Mapping[str, Any], console: Console) -> int:
+    """Prints what the data leaves out, and returns the number of training pairs.
+
+    Raises UserError if the data is unsuitable, or the smallest fraction has fewer than two batches.
+    """
     sweep = _table(settings, dict.fromkeys(settings["methods"], 1.0))
-    pairs, config = open_data(data, lambda number: sweep.config(BASE, 0, number), World(0, 1, torch.device("cpu")))
+    pairs, config = open_and_check(data, lambda number: sweep.config(BASE, 0, number), console)
     least = round(min(settings["fractions"]) * len(pairs.train))
     if least < 2 * config.batch_size:
         raise UserError(
@@ -213,7 +246,7 @@ def _open(data: str, settings: Mapping[str, Any]) -> int:
 
 def _affordable(data: str, settings: Mapping[str, Any], jobs: int, console: Console) -> dict[str, float]:
     """Epochs that each method can train in its share of the time, by its speed on a trial's share of the cores."""
-    number = _open(data, settings)
+    number = _open(data, settings, console)
     trials = len(settings["methods"]) * len(settings["fractions"]) * settings["seeds"]
     seconds = settings["minutes"] * 60 / math.ceil(trials / jobs) - OVERHEAD
     if seconds < OVERHEAD:
@@ -247,16 +280,29 @@ def judge(trials: Sequence[Trial]) -> BenchmarkResult:
     arms = {trial.arm: trial.sweep.arms[trial.arm] for trial in trials}
     comparison = compare([trial.folder for trial in trials], groups=[trial.arm for trial in trials])
     whole = [name for name, arm in arms.items() if arm.train_fraction == 1]
-    scores = {group.name: _score([group.metrics[name] for name in HEADLINE]) for group in comparison.groups}
+    headline, metrics = _headline(comparison)
+    if not metrics:
+        advice = "The methods cannot be ranked: too few pairs are held out, or they have equal captions; use more data."
+        return BenchmarkResult(comparison, advice, {})
+    names = [f"{task}.{name}" for task, name in metrics]
+    scores = {group.name: _score([group.metrics[name] for name in names]) for group in comparison.groups}
     best, *others = sorted(whole, key=lambda name: -scores[name])
     above_chance = {
-        group.name for group in comparison.groups if any(_above_chance(group.metrics[name]) for name in HEADLINE)
+        group.name for group in comparison.groups if any(_above_chance(group.metrics[name]) for name in names)
     }
     if best not in above_chance:
-        advice = f"No method beats chance yet: the best R@10 is {percent(scores[best])} ({best}); train longer."
-        return BenchmarkResult(comparison, advice, {})
-    by_fraction = fraction_scores(trials) if BASE in above_chance else {}
-    return BenchmarkResult(comparison, _advice(trials, best, others, scores), efficiencies(by_fraction), by_fraction)
+        advice = f"No method beats chance yet: the best {headline.partition(',')[0]} is {percent(scores[best])} ({best}); train longer."
+        return BenchmarkResult(comparison, advice, {}, headline=headline)
+    by_fraction = fraction_scores(trials, metrics) if BASE in above_chance else {}
+    advice = _advice(trials, best, others, scores, headline, names)
+    return BenchmarkResult(comparison, advice, efficiencies(by_fraction), by_fraction, headline)
+
+
+def _headline(comparison: Comparison) -> tuple[str, Sequence[tuple[str, str]]]:
+    """The title and the metrics that rank the methods; none if no metric can differ from chance."""
+    known = comparison.groups[0].metrics
+    found = (item for item in HEADLINES.items() if all(f"{task}.{name}" in known for task, name in item[1]))
+    return next(found, ("", ()))
 
 
 def _above_chance(metric: ComparedMetric) -> bool:
@@ -267,8 +313,15 @@ def _score(metrics: Sequence[ComparedMetric]) -> float:
     return float(np.mean([metric.value for metric in metrics]))
 
 
-def _advice(trials: Sequence[Trial], best: str, others: Sequence[str], scores: Mapping[str, float]) -> str:
-    start = f"On these pairs {best} is best: R@10, mean of both directions, {percent(scores[best])}"
+def _advice(
+    trials: Sequence[Trial],
+    best: str,
+    others: Sequence[str],
+    scores: Mapping[str, float],
+    headline: str,
+    names: Sequence[str],
+) -> str:
+    start = f"On these pairs {best} is best: {headline}, {percent(scores[best])}"
     if not others:
         return f"{start}."
     close = []
@@ -277,7 +330,7 @@ def _advice(trials: Sequence[Trial], best: str, others: Sequence[str], scores: M
         metrics = compare([t.folder for t in chosen], groups=[t.arm for t in chosen]).groups[1].metrics
         intervals = [
             interval
-            for name in HEADLINE
+            for name in names
             for interval in (metrics[name].difference_over_items, metrics[name].difference_over_seeds)
             if interval is not None
         ]
@@ -290,7 +343,8 @@ def _advice(trials: Sequence[Trial], best: str, others: Sequence[str], scores: M
     if second not in close:
         return f"{lead}; its lead over {', '.join(close)} is not significant."
     whole = "this lead is" if close == [second] else f"its leads over {', '.join(close)} are"
-    return f"{lead}, but {whole} not significant: choose the cheapest of them, or train longer."
+    longer = "" if scores[best] == 1 else ", or train longer"
+    return f"{lead}, but {whole} not significant: choose the cheapest of them{longer}."
 
 
 def benchmark_and_write(data: str, out: Path, report: Path | None, json_path: Path | None, **options: Any) -> None:

@@ -63,7 +63,7 @@ def compare(
     Example:
         ```python
         comparison = coalign.compare(["runs/clip", "runs/mcd"], report="compare.html")
-        metric = comparison.groups[1].metrics["retrieval.image_to_text.r10"]
+        metric = comparison.groups[1].metrics["retrieval.image_to_text.r1"]
         print(metric.difference, metric.difference_over_items)
         ```
     """
@@ -125,13 +125,17 @@ def _read(folder: Path, name: str) -> Finished:
 
 
 def _metrics(tasks: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Metric]:
-    """Returns the metrics that have an outcome, by their full names."""
+    """Returns the metrics that have an outcome and can differ from chance, by their full names."""
     found = {
         f"{task}.{metric.name}": metric
         for task, result in tasks.items()
         for metric in metrics_from_json(result["metrics"])
     }
-    return {name: replace(metric, outcome=outcomes[name]) for name, metric in found.items() if name in outcomes}
+    return {
+        name: replace(metric, outcome=outcomes[name])
+        for name, metric in found.items()
+        if name in outcomes and metric.can_beat_chance()
+    }
 
 
 def _shown_data(data: str) -> str:

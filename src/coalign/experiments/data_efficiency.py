@@ -33,17 +33,22 @@ class Efficiency:
     bound: bool
 
 
-# method -> fraction of the pairs -> seed -> R@10, mean of both directions
+# method -> fraction of the pairs -> seed -> score, such as R@10, mean of both directions
 Scores = dict[str, dict[float, dict[int, float]]]
 
 
-def fraction_scores(trials: Sequence[Trial], task: str = "retrieval") -> Scores:
-    """The scores of every method that was trained on several fractions."""
+def fraction_scores(trials: Sequence[Trial], metrics: Sequence[tuple[str, str]]) -> Scores:
+    """The scores of every method that was trained on several fractions: the mean of metrics, each given by its task and its name.
+
+    Empty if a trial lacks one of them.
+    """
     scores: Scores = {}
     for trial in trials:
         arm = trial.sweep.arms[trial.arm]
-        metrics = read_results(trial.folder)["tasks"][task]["metrics"]
-        value = np.mean([metrics[f"{side}.r10"]["value"] for side in ("image_to_text", "text_to_image")])
+        tasks = read_results(trial.folder)["tasks"]
+        if any(name not in tasks.get(task, {"metrics": {}})["metrics"] for task, name in metrics):
+            return {}
+        value = np.mean([tasks[task]["metrics"][name]["value"] for task, name in metrics])
         scores.setdefault(arm.recipe, {}).setdefault(arm.train_fraction, {})[trial.seed] = float(value)
     return {method: by_fraction for method, by_fraction in scores.items() if len(by_fraction) > 1}
 

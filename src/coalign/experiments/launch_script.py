@@ -67,7 +67,9 @@ def options(name: str, config: TrainConfig) -> list[str]:
     words: list[str] = []
     for key, value in now.items():
         if value != was.get(key):
-            words += _option(key.removeprefix("method_config.").removeprefix("optimizer."), value)
+            words += _option(
+                key.removeprefix("method_config.").removeprefix("optimizer.").removeprefix("reading."), value
+            )
     return words
 
 

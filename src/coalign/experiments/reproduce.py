@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from scipy.stats import spearmanr
 
-from coalign.data.sources.open import open_source
+from coalign.config import DETECT, DataConfig
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.compare import compare
@@ -25,6 +25,7 @@ from coalign.methods.table import Table
 from coalign.metric import value_text
 from coalign.report.compare_page import ComparedMetric, Comparison
 from coalign.version import __version__
+from coalign.workflows.train.preflight import open_and_check
 
 R10 = "image_to_text.r10"  # a table whose headline is this metric of a task also measures data efficiency by it
 
@@ -38,16 +39,19 @@ def reproduce(
     seeds: int = 3,
     jobs: int = 1,
     arms: Sequence[str] = (),
+    reading: DataConfig = DETECT,
+    skip_data_checks: bool = False,
 ) -> Comparison | None:
     """Trains every arm of a table with seeds 0 to seeds - 1 in the folder `out`, then compares them: out/table.json, out/table.html.
 
     Finished trials are kept, interrupted ones are resumed. `jobs` trials run at once, each on its share of the cores. `arms`: train only
     these (default: all), and the arms whose weights they evaluate. The comparison covers all finished trials; it is None with fewer than
-    two. A failed trial does not stop the others; it is named in a UserError at the end.
+    two. `reading` names the columns of a table. A failed trial does not stop the others; it is named in a UserError at the end. Raises
+    UserError if a check of the data finds a problem, unless `skip_data_checks`.
 
     With scale "paper" nothing is trained: out/launch.sh receives the commands that train the arms with the paper's recipes.
     """
-    sweep, out = table(name), Path(out)
+    sweep, out = replace(table(name), reading=reading, skip_data_checks=skip_data_checks), Path(out)
     if unknown := [arm for arm in arms if arm not in sweep.arms]:
         raise UserError(f"The table {name} has no arm {unknown[0]!r}; its arms are {', '.join(map(repr, sweep.arms))}.")
     if seeds < 1 or jobs < 1:
@@ -70,7 +74,8 @@ def reproduce(
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in dict.fromkeys([*bases, *chosen])]
     missing = [trial for trial in trials if not finished(trial)]
     if missing:
-        open_source(data)  # reports bad data before the trials start
+        # reports bad data before the trials start
+        open_and_check(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
     if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
         console.print(f"Pretraining the arms' image encoder on the tags of {sweep.pretraining_scenes:,} other scenes …")
         tag_pretraining.train(sweep.pretraining_scenes, sweep.image_size or 64, out / TAG_ENCODER)
@@ -88,11 +93,16 @@ def reproduce(
 def _compare(name: str, sweep: Table, trials: Sequence[Trial], console: Console) -> Comparison:
     out = trials[0].out
     comparison = compare([trial.folder for trial in trials], out / "table.html", [trial.arm for trial in trials])
+    if missing := [metric for metric in sweep.headline_metrics if metric not in comparison.groups[0].metrics]:
+        raise UserError(
+            f"The table {name} decides by {missing[0]}, for which too few pairs are held out; use more data."
+        )
     trained = {trial.arm for trial in trials}
     steps = [(lower, higher) for lower, higher in sweep.claims if {lower, higher} <= trained]
     differences = {step: _differences(step, trials) for step in steps}
     tasks = [task for task in sweep.retrieval_tasks if f"{task}.{R10}" in sweep.headline_metrics]
-    by_fraction = {task: found for task in tasks if (found := fraction_scores(trials, task))}
+    sides = {task: [(task, R10), (task, "text_to_image.r10")] for task in tasks}
+    by_fraction = {task: found for task in tasks if (found := fraction_scores(trials, sides[task]))}
     efficiency = {task: factors for task, found in by_fraction.items() if (factors := efficiencies(found))}
     values: dict[str, Any] = {
         "table": name,

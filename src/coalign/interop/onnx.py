@@ -207,6 +207,7 @@ def from_onnx(folder: Path, tokenize: Callable[[Sequence[str], int], tuple[Tenso
         weights=lambda: {
             name: torch.from_numpy(np.fromfile(folder / name, np.uint8)) for name in ("image.onnx", "text.onnx")
         },
+        context_length=info["context_length"],
         similarity=dot_product if info["similarity"] == COSINE else _similarity(folder / info["similarity"]),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from coalign.config import RoleConfig, TrainConfig
+from coalign.config import DETECT, DataConfig, RoleConfig, TrainConfig
 from coalign.methods import recipe, recipes
 
 PAPER_PAIRS = 1_000_000  # placeholder: the papers' recipes do not depend on the number of pairs
@@ -48,12 +48,15 @@ class Table:
     val_fraction: float = 0.1
     evals: int = 5
     image_lr: float | None = None  # for arms that set none; None: the recipe's
+    reading: DataConfig = DETECT  # how the data is read
     classes: tuple[str, ...] = ()  # of zero-shot classification and the probe, matched against labels and tags
     probe: bool = False
     # recipe -> changes to its method's configuration that only this small scale needs
     recipe_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # if above 0, every arm starts from an image encoder pretrained on the tags of this many other scenes
     pretraining_scenes: int = 0
+    context_length: int | None = None  # None: the recipe's
+    skip_data_checks: bool = False
     test_splits: tuple[str, ...] = ()  # evaluated at the end in addition to the held-out pairs
     # (lower, higher): the second arm is better, according to the paper or to the purpose of a control
     claims: tuple[tuple[str, str], ...] = ()
@@ -88,6 +91,9 @@ class Table:
             epochs=epochs,
             batch_size=batch_size,
             image_size=self.image_size or config.image_size,
+            context_length=self.context_length or config.context_length,
+            reading=self.reading,
+            skip_data_checks=self.skip_data_checks,
             val_fraction=self.val_fraction,
             train_fraction=row.train_fraction,
             unpaired_captions=row.unpaired_captions,
@@ -111,6 +117,7 @@ class Table:
             batch_size=round(config.batch_size * row.batch),
             train_fraction=row.train_fraction,
             seed=seed,
+            reading=self.reading,
         )
 
 

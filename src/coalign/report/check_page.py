@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from coalign.formatting import percent
 from coalign.report.figures import INK, LINE, PALETTE, SOFT, WIDTH
+from coalign.report.left_out import LeftOutTable, left_out_sections
 from coalign.report.page import GalleryCell, Page
 
 Images = Mapping[int, np.ndarray]  # index of a sample -> uint8 [height, width, 3]
@@ -26,8 +27,9 @@ _GALLERIES = (  # key, title, what it is
     (
         "look-alikes",
         "Similar images",
-        "Different files with the same 8 × 8 difference hash: near-duplicates, variants, or chance.",
+        "Different files with nearly the same perceptual hash: near-duplicates, variants, or chance.",
     ),
+    ("leaks", "Held-out images like one of train", "Each held-out image, and the most similar one of train."),
     ("hardly English", "Mostly non-English captions", "Fewer than half of the words are in the English word list."),
     ("longest captions", "Longest captions", ""),
     ("shortest captions", "Shortest captions", ""),
@@ -107,8 +109,17 @@ def _images(page: Page, check: Mapping[str, Any]) -> None:
     same = check["same_image"] or {"groups": 0, "samples": 0}
     rows: list[list[object]] = [
         ["the same file", same["groups"], same["samples"], _share(same["samples"], total)],
-        ["same 8 × 8 difference hash", alike["groups"], alike["samples"], _share(alike["samples"], total)],
+        ["look-alikes", alike["groups"], alike["samples"], _share(alike["samples"], total)],
         ["blank (a single color)", None, check["blank"], _share(check["blank"], total)],
+    ]
+    rows += [
+        [
+            f"{split} samples with an image like one of train",
+            None,
+            leak["count"],
+            _share(leak["count"], leak["samples"]),
+        ]
+        for split, leak in check["leaks"].items()
     ]
     page.table(["duplicates", "groups", "samples", "share"], rows)
 
@@ -146,12 +157,9 @@ def _tags(page: Page, check: Mapping[str, Any]) -> None:
 def _broken(page: Page, check: Mapping[str, Any]) -> None:
     if check["broken"]:
         page.section("Bad samples", "Training replaces bad samples by others, and stops when there are too many.")
-        rows = [(row["reason"], row["count"], "\n".join(row["examples"][:3])) for row in check["broken"]]
+        rows = [(row["reason"], row["count"], ", ".join(row["examples"][:3])) for row in check["broken"]]
         page.table(["reason", "samples", "for example"], rows)
-    if check["problems"]:
-        shown = f"{len(check['problems']):,} of {check['num_problems']:,}"
-        page.section("Skipped", f"Found while opening the data, but not used as samples ({shown}).")
-        page.table(["where", "why"], check["problems"])
+    left_out_sections(page, LeftOutTable(check["left_out"], check["left_out_where"], check["unread"]))
 
 
 def _galleries(page: Page, check: Mapping[str, Any], images: Images) -> None:
@@ -189,7 +197,9 @@ def _histograms(panels: Sequence[tuple[str, str, Mapping[str, Any]]], base: int 
             axes.set_xscale("log", base=base)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.axvline(spread["median"], color=PALETTE[1], linewidth=1.6, label=f"median {spread['median']:.3g}")
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=SOFT)
+        axes.legend(
+            frameon=False, fontsize=8.5, labelcolor=SOFT, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0
+        )
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         axes.set_xlabel(label, fontsize=9, color=SOFT)
         axes.grid(axis="y", color=LINE, linewidth=0.8)

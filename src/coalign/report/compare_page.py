@@ -120,9 +120,11 @@ def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
 
 
 def verdict(comparison: Comparison) -> str:
-    """The headline sentence: the first group's first metric, and the differences of the other groups."""
+    """The headline sentence: the first group's first metric that is not a distance, and the differences of the other groups."""
     first, *others = comparison.groups
-    name, headline = next(iter(first.metrics.items()))
+    name, headline = next(((n, found) for n, found in first.metrics.items() if found.kind != "distance"), ("", None))
+    if headline is None:
+        return "The runs cannot be told apart: they held out too few pairs, or pairs with equal captions."
     chance = "" if headline.chance is None else f"; chance {value_text(headline.kind, headline.chance)}"
     interval = interval_text(headline.kind, _widest(headline))
     start = f"{headline.title} of {first.name} is {value_text(headline.kind, headline.value)} (95 % interval {interval}{chance})"
@@ -225,6 +227,9 @@ def _results(page: Page, comparison: Comparison) -> None:
     names = [name for name, found in groups[0].metrics.items() if found.kind == "rate"]
     points = {g.name: [(g.metrics[n].value, *_widest(g.metrics[n])) for n in names] for g in groups}
     titles = [groups[0].metrics[name].title for name in names]
+    if not names:
+        _metrics_table(page, groups, several)
+        return
     page.figure(
         compare_figures.points(titles, points, [groups[0].metrics[name].chance for name in names]),
         f"95 % intervals over {'seeds if there are several, else over items' if several else 'items'}.",

@@ -11,6 +11,8 @@ import numpy as np
 from coalign.formatting import percent
 from coalign.metric import Metric
 from coalign.report import figures
+from coalign.report.class_results import ClassResults, class_results
+from coalign.report.left_out import LeftOutTable, left_out_sections
 from coalign.report.page import GalleryCell, Page
 
 
@@ -39,7 +41,7 @@ class RunSummary:
     subtitle: str = ""
     configuration: Mapping[str, Any] = field(default_factory=dict)  # nested mappings are flattened with dots
     history: Sequence[Mapping[str, Any]] = ()  # rows of metrics.jsonl
-    metrics: Sequence[Metric] = ()  # the first is in the headline
+    metrics: Sequence[Metric] = ()  # the first that is not a distance is in the headline
     highlights: Sequence[Metric] = ()  # shown large; by default the first four
     evaluated_on: str = "held-out pairs"
     ended: str = "finished"  # or "stopped early", "interrupted"
@@ -56,13 +58,13 @@ class RunSummary:
         None  # normalized, [pair, dim], of the same pairs; None if a sample is not one vector
     )
     text_embeds: np.ndarray | None = None
-    confusion: np.ndarray | None = None  # int [true class, predicted class]
-    classnames: Sequence[str] = ()
+    classes: ClassResults | None = None  # of zero-shot classification
     cost: Mapping[str, Any] = field(default_factory=dict)  # in the reader's words: "training time": "4 min 12 s"
     parameters: Mapping[str, int] = field(default_factory=dict)  # by tower or role
     bad_samples: Mapping[str, int] = field(default_factory=dict)  # reason -> count
     bad_examples: Sequence[tuple[str, str, str]] = ()  # (sample, reason, detail)
     samples_seen: int = 0
+    left_out: LeftOutTable = field(default_factory=LeftOutTable)
     notes: Sequence[str] = ()
 
 
@@ -71,7 +73,7 @@ def run_page(run: RunSummary) -> Page:
     page = Page(run.title, run.subtitle)
     page.verdict(verdict(run))
     for note in run.notes:
-        page.text(note)
+        page.text(f"{note[:1].upper()}{note[1:]}")
     if run.metrics:
         page.numbers(
             [(metric.title, metric.text(), _small_print(metric)) for metric in run.highlights or run.metrics[:4]]
@@ -80,12 +82,12 @@ def run_page(run: RunSummary) -> Page:
     _curves(page, run)
     _retrieval(page, run)
     _embedding_space(page, run)
-    if run.confusion is not None:
-        page.section("Zero-shot confusion matrix", "Rows are true classes, columns are predicted classes.")
-        figure = figures.confusion_matrix(run.confusion, run.classnames)
-        page.figure(figure, "Color: fraction of the true class.", name="confusion")
+    if run.classes is not None:
+        page.section("Zero-shot classification by class")
+        class_results(page, run.classes, "confusion")
     _cost(page, run)
     _bad_samples(page, run)
+    left_out_sections(page, run.left_out)
     if run.configuration:
         page.section("Configuration")
         page.table(("setting", "value"), list(flatten(run.configuration)))
@@ -100,7 +102,12 @@ def verdict(run: RunSummary) -> str:
         losses = [row["loss"] for row in run.history if isinstance(row.get("loss"), (int, float))]
         reached = f"The final training loss is {losses[-1]:.3g}" if losses else "No step was taken"
         return f"{reached}; nothing was evaluated.{last}"
-    first = run.metrics[0]
+    first = next((metric for metric in run.metrics if metric.kind != "distance"), None)
+    if first is None:
+        return (
+            f"Retrieval on {run.evaluated_on} cannot be told from chance: they are too few, or their captions are equal; hold out "
+            f"more with --val-fraction.{last}"
+        )
     sentence = f"{first.title} on {run.evaluated_on} is {first.text()}"
     if first.chance is None:
         return f"{sentence} (95 % interval {first.interval_text()}).{last}"

@@ -94,7 +94,8 @@ def read_config(folder: Path) -> SavedConfig:
         saved = json.loads(path.read_text())
         config = saved["config"]
         method_config = from_json(config_class(config["method"]), config.pop("method_config"))
-        train_config = replace(from_json(TrainConfig, {**config, "method_config": None}), method_config=method_config)
+        config = {"group_look_alikes": False, **config, "method_config": None}  # older runs were split without
+        train_config = replace(from_json(TrainConfig, config), method_config=method_config)
         return SavedConfig(**{**saved, "config": train_config})
     except (ValueError, TypeError, KeyError, UserError) as error:
         raise UserError(f"{path} cannot be read by this version of coalign: {str(error).rstrip('.')}.") from error

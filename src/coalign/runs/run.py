@@ -108,6 +108,8 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         weights=method.state_dict,
         modules=modules,
         similarity=on_device(method.similarity, device),
+        num_tokens=tokenizer.num_tokens,
+        context_length=context_length,
     )
 
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from coalign.data.prepare import check as module
-from coalign.data.prepare.check import check, difference_hash, gallery_images
+from coalign.data.prepare.check import check, gallery_images
 from coalign.data.prepare.check_result import DataCheck, Distribution, warnings
-from coalign.data.sources.base import Source
+from coalign.data.sources.base import LeftOut, Source
 from coalign.errors import BadSample
 from coalign.types import Record
 
@@ -104,12 +104,12 @@ def test_counts_of_a_known_dataset() -> None:
 
 def test_problems_of_the_source_are_listed() -> None:
     source = mixed()
-    source.problems = [(f"line {number}", "wrong number of columns") for number in range(70)]  # type: ignore[attr-defined]
+    source.left_out = [LeftOut(f"line {number}", "wrong number of columns") for number in range(70)]
     result = check(source)
-    assert result.num_problems == 70
-    assert result.problems[:1] == [("line 0", "wrong number of columns")]
-    assert 0 < len(result.problems) < 70
-    assert any("70 items were skipped" in warning for warning in result.warnings)
+    assert result.left_out == {"wrong number of columns": 70}
+    assert result.left_out_where[:1] == [("line 0", "wrong number of columns")]
+    assert 0 < len(result.left_out_where) < 70
+    assert any("70 images or rows were left out" in warning for warning in result.warnings)
 
 
 def many(count: int) -> ListSource:
@@ -197,16 +197,6 @@ def test_gallery_images_are_resized() -> None:
     assert all(pixels.dtype == np.uint8 for pixels in images.values())
 
 
-def test_difference_hash() -> None:
-    generator = np.random.default_rng(5)
-    cells = generator.integers(0, 256, (8, 9), dtype=np.uint8)
-    pixels = np.repeat(np.repeat(cells, 10, axis=0), 10, axis=1)[..., None].repeat(3, axis=2)
-    bits = [int(cells[y, x + 1] > cells[y, x]) for y in range(8) for x in range(8)]
-    assert difference_hash(pixels) == int("".join(map(str, bits)), 2)
-    assert difference_hash(np.repeat(pixels, 3, axis=1)) == difference_hash(pixels)  # at any size
-    assert difference_hash(pixels[:, ::-1]) != difference_hash(pixels)
-
-
 def test_look_alikes_are_different_files() -> None:
     samples = [
         ((f"image {n}",), (), image) for n, image in enumerate([encoded_image(1), encoded_image(1), encoded_image(2)])
@@ -234,6 +224,12 @@ def test_warnings_are_ordered_by_severity() -> None:
     first, second = warnings(fine)
     assert first == "20,000 of 100,000 samples (20.0 %) cannot be used; training stops at 1 %."
     assert second.startswith("200 of 80,000 images (0.25 %) are blank")
+    for bad, consequence in (
+        (10, "training replaces them."),
+        (11, "training stops at 1 %."),
+    ):  # ten are always tolerated
+        small = DataCheck("d", samples=40, checked=40, usable=40 - bad)
+        assert any(message.endswith(consequence) for message in warnings(small))
 
 
 def test_warnings_about_short_captions_and_small_datasets() -> None:

@@ -27,7 +27,7 @@ from coalign.data.prepare.curate import (
     write_queries,
 )
 from coalign.data.sources.base import Source
-from coalign.data.sources.table import open_table
+from coalign.data.sources.tables.table import open_table
 from coalign.data.text.captions import clean_caption
 from coalign.data.text.lexicon import synonyms
 from coalign.errors import BadSample, UserError

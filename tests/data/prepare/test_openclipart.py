@@ -404,8 +404,11 @@ def test_style_shift_tests_the_training_concepts_in_other_styles() -> None:
         row("jakob", "a boat"),  # not a training concept
         row("flat", "..."),
         row("", "???"),  # without letters, not a concept
+        row("lemon", "Kühe"),  # looks like a training image
     ]
-    split = openclipart.style_shift(rows)
+    looks = np.random.default_rng(0).integers(1 << 63, 1 << 64, len(rows), dtype=np.uint64)
+    looks[-1] = looks[1] ^ np.uint64(0b1011)
+    split = openclipart.style_shift(rows, looks)
     assert [(r["split"], r["style"], r["captions"]) for r in split] == [
         ("train", "flat", ["edit copy", "a long description"]),
         ("train", "nicu buculei", ["Kühe"]),

@@ -46,6 +46,31 @@ def test_karpathy_splits_with_all_five_captions(tmp_path, with_folders):
         )
 
 
+@pytest.mark.parametrize("missing", [[0], [0, 1, 3, 4]])
+def test_the_folder_is_found_although_images_are_missing(tmp_path, missing):
+    path = karpathy(tmp_path, True)
+    for number in missing:
+        (tmp_path / "images" / "val2014" / f"{number:06}.jpg").unlink()
+    source = open_source(str(path))
+    assert source.image(2)
+    with pytest.raises(BadSample, match="missing"):
+        source.image(0)
+
+
+def test_broken_entries_of_coco_captions_are_left_out(tmp_path):
+    write_image(tmp_path / "0.jpg")
+    images = [3, {"id": [1], "file_name": "x" * 5000 + ".jpg"}, {"file_name": "1.jpg"}, {"id": 0, "file_name": "0.jpg"}]
+    annotations = [4, {"caption": "of none"}, {"image_id": [1], "caption": "long"}, {"image_id": 0, "caption": "a dog"}]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    source = open_source(str(path))
+    assert [source.record(i).captions for i in range(len(source))] == [("long",), (), ("a dog",)]
+    with pytest.raises(BadSample, match="cannot be read"):
+        source.image(0)
+    reasons = {each.reason: each.count for each in source.left_out}
+    assert reasons == {"broken JSON": 1, "caption of an unknown image_id": 2}
+
+
 def test_karpathy_without_images_is_an_error(tmp_path):
     path = karpathy(tmp_path / "a" / "b", True)
     shutil.rmtree(tmp_path / "a" / "b" / "images")

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from helpers.data_files import samples, write_coco, write_images, write_tar
 
-from coalign.data.sources.folder import FolderSource
+from coalign.config import DataConfig
+from coalign.data.sources.folders.folder import FolderSource
+from coalign.data.sources.folders.metadata_tables import TablesSource
 from coalign.data.sources.open import open_source
-from coalign.data.sources.shards import ShardSource
-from coalign.data.sources.table import TableSource
+from coalign.data.sources.tables.table_source import TableSource
+from coalign.data.sources.tar.shards import ShardSource
 from coalign.errors import UserError
 
 
@@ -33,7 +35,7 @@ def test_every_kind_is_recognized(tmp_path: Path) -> None:
     (folder / "x.jsonl").write_text(json.dumps({"image": "red_apple.png", "caption": "a red apple"}))
     for name in ("x.csv", "X.TSV", "x.jsonl", ""):  # "": the folder, which now contains metadata.csv
         source = open_source(str(folder / name))
-        assert type(source) is TableSource
+        assert type(source) is (TableSource if name else TablesSource)
         assert source.record(0).captions == ("a red apple",)
     write_tar(tmp_path / "shards" / "0.tar", samples(2))
     (tmp_path / "shards" / "0.parquet").write_bytes(b"img2dataset writes these next to the shards")
@@ -76,7 +78,7 @@ def test_a_dataset_written_by_coalign(tmp_path: Path, name: str) -> None:
 
 def test_given_columns_are_used(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("p,q,r\na.jpg,words,t1;t2\n")
-    source = open_source(str(tmp_path / "x.csv"), image_column="p", caption_columns=["q"], tags_column="r")
+    source = open_source(str(tmp_path / "x.csv"), reading=DataConfig("p", ("q",), "r"))
     assert source.record(0).captions == ("words",)
     assert source.record(0).tags == ("t1", "t2")
 
@@ -107,8 +109,13 @@ def test_unsupported_data_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No images found in"):
         open_source(str(tmp_path / "empty"))
     (tmp_path / "x.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"Unsupported file type: .*x\.zip\. Supported data: .* \.tar shards"):
+    with pytest.raises(UserError, match=r"x\.zip is an archive; extract it"):
         open_source(str(tmp_path / "x.zip"))
+    with pytest.raises(UserError, match=r"\(1 \.zip\); extract x\.zip first"):
+        open_source(str(tmp_path))
+    (tmp_path / "x.docx").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"Unsupported file type: .*x\.docx\. Supported data: .* \.tar shards"):
+        open_source(str(tmp_path / "x.docx"))
     plain = write_tar(tmp_path / "packed" / "plain", samples(1))
     packed = plain.with_name("0.tar.gz")
     packed.write_bytes(gzip.compress(plain.read_bytes()))

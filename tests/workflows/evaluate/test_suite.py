@@ -13,8 +13,8 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
 from coalign.cli import main as cli
 from coalign.data.sources.benchmarks.classification import DATASETS, open_dataset
+from coalign.data.text.prompts import templates
 from coalign.errors import UserError
-from coalign.evaluation.prompts import templates
 from coalign.types import DualEncoder
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 
+from coalign.config import DataConfig
 from coalign.errors import UserError
 from coalign.types import DualEncoder
 from coalign.workflows.evaluate import needs
@@ -63,8 +64,8 @@ def test_suites_run_tasks_of_the_registry():
         ("retreival:photos", "'retreival:photos' is not a task; did you mean retrieval or retrieval-1k?"),
         ("zero-shot:photos", "'zero-shot:photos' is not a task; did you mean zeroshot or fewshot?"),
         ("linear", "'linear' is not a task; use TASK:DATA, such as retrieval:my-images, or suite11 or suite11-probe."),
-        ("retrieval", "'retrieval' is not a task; use TASK:DATA"),
-        ("retrieval:", "'retrieval:' is not a task; use TASK:DATA"),
+        ("knn", "The task 'knn' has no data; use TASK:DATA, such as knn:my-images."),
+        ("retrieval:", "The task 'retrieval:' has no data; use TASK:DATA"),
         ("", "'' is not a task; use TASK:DATA"),
     ],
 )
@@ -72,7 +73,7 @@ def test_errors_of_unknown_tasks(text, message):
     with pytest.raises(UserError) as error:
         parse_task(text)
     assert str(error.value).startswith(message)
-    assert ("The tasks are retrieval, retrieval-1k, " in str(error.value)) == ("did you mean" not in message)
+    assert ("The tasks are retrieval, retrieval-1k, " in str(error.value)) == ("is not a task; use" in message)
 
 
 # ---------------------------------------------------------------- needs
@@ -141,6 +142,19 @@ def test_probe_trains_on_other_data(pairs, tmp_path, kind):
     assert accuracy["value"] == pytest.approx((count["green"] + count["blue"]) / num_test)
     assert result["metrics"]["mean_per_class_recall"]["value"] == pytest.approx(2 / 3)
     assert model.num_features == num_test + count["red"] + count["green"] + count["blue"]
+
+
+def test_tables_with_columns_of_other_names_as_training_data(pairs, tmp_path):
+    for name, colors in {"train": ("red", "green"), "test": ("green", "red")}.items():
+        rows = [
+            f"{path};{color};x" for color in colors for path in sorted((pairs / color).glob("*.png"))[name == "test" :]
+        ]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["where;label;words", *rows]))
+    config = EvalConfig(train_data=str(tmp_path / "train.csv"), reading=DataConfig("where", ("words",)))
+    task = f"knn:{tmp_path / 'test.csv'}"
+    result = evaluate(Counting().encoder(with_features=True), [task], config)[task]
+    assert result["metrics"]["acc1"]["value"] == 1
+    assert result["samples"] == sum(len(list((pairs / color).glob("*.png"))) - 1 for color in ("red", "green"))
 
 
 def test_a_probe_never_trains_on_the_samples_it_is_evaluated_on(pairs, tmp_path):

@@ -92,6 +92,18 @@ def test_invalid_queries_raise(trained, pairs, tmp_path):
             search(trained, str(pairs), **query)
 
 
+def test_what_is_skipped_is_counted_by_reason(trained, tmp_path, capsys):
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"")
+    rows = f"image,caption\n0.png,{'word ' * 30}\n1.png,two\ngone.png,three\nlost.png,four\n"
+    (tmp_path / "pairs.csv").write_text(rows)
+    assert cli.main(["search", str(trained), "--data", str(tmp_path / "pairs.csv"), "--text", "red"]) == 0
+    hit, *lines = capsys.readouterr().out.splitlines()
+    assert hit.endswith("word…")
+    skipped = ["Skipped samples: 2 (image file is missing)", "Skipped samples: 1 (empty file)"]
+    assert lines == ["1 images searched", *skipped]
+
+
 def test_images_without_captions_are_searched(trained, tmp_path):
     for number, color in enumerate(((200, 30, 30), (30, 30, 200))):
         Image.new("RGB", (32, 32), color).save(tmp_path / f"{number}.png")

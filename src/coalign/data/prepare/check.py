@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +12,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from coalign.data.account import left_out
 from coalign.data.images.decode import open_image
 from coalign.data.loading.workers import fetch_all
+from coalign.data.look_alikes import DECODED_SIDE, have_look_alike, look_alike_groups, look_hash, num_differing_bits
 from coalign.data.prepare.check_result import (
     CONTEXT_LENGTH,
     Broken,
@@ -22,6 +23,7 @@ from coalign.data.prepare.check_result import (
     Distribution,
     Duplicates,
     Example,
+    Leak,
     warnings,
 )
 from coalign.data.prepare.curate import english_ratio, single_part_of_speech
@@ -31,9 +33,9 @@ from coalign.errors import BadSample
 
 CHUNK_SIZE = 64  # samples per task
 MIN_PARALLEL = 512  # samples; below, starting worker processes takes longer than the check
-THUMBNAIL_SIDE = 64  # pixels; images are decoded at about this size if the format allows it
 MAX_CAPTION_SHOWN = 300  # characters
 MAX_ROWS = 50  # of each list in the result
+LEAKS_SHOWN = 6  # of each split
 
 
 class CaptionTokenizer(Protocol):
@@ -46,7 +48,7 @@ _IMAGES = np.dtype(
         ("width", "i4"),
         ("height", "i4"),
         ("hash", "u8"),
-        ("difference_hash", "u8"),
+        ("look", "u8"),
         ("blank", "?"),
         ("captions", "i4"),
     ]
@@ -96,8 +98,9 @@ def check(
     captions = np.concatenate([np.empty(0, _CAPTIONS), *(chunk.captions for chunk in chunks)])
     result = DataCheck(source.name, samples=len(source), checked=len(indices), usable=len(images))
     result.broken = _broken_by_reason(chunks)
-    result.problems = list(source.problems[:MAX_ROWS])
-    result.num_problems = len(source.problems)
+    result.left_out = dict(left_out(source))
+    result.left_out_where = [(each.where, each.reason) for each in source.left_out[:MAX_ROWS]]
+    result.unread = list(source.unread)
     _summarize_images(result, images, chunks)
     _summarize_captions(result, captions, images, tokenizer is not None)
     tags = _sum_counters(chunk.tags for chunk in chunks)
@@ -133,13 +136,13 @@ def _check_chunk(source: Source, indices: np.ndarray, tokenizer: CaptionTokenize
             key = record.key
             require_captions(record)
             image = source.image(index)
-            thumbnail, (width, height), file_format, mode = _decode(image, THUMBNAIL_SIDE)
+            thumbnail, (width, height), file_format, mode = _decode(image, DECODED_SIDE)
         except BadSample as bad:
-            chunk.broken.append((bad.reason, f"{key}: {bad.detail}" if bad.detail else key))
+            chunk.broken.append((bad.reason, f"{key}: {bad.detail}" if bad.detail not in ("", key) else key))
             continue
         content = image if isinstance(image, bytes) else image.tobytes()
         blank = bool((thumbnail == thumbnail[:1, :1]).all())
-        hashes = hash64(content), difference_hash(thumbnail)
+        hashes = hash64(content), look_hash(thumbnail)
         images.append((index, width, height, *hashes, blank, len(record.captions)))
         captions += [(index, *_caption_stats(caption, tokenizer)) for caption in record.captions]
         chunk.single_parts.update(name for name in map(single_part_of_speech, record.captions) if name)
@@ -155,20 +158,7 @@ def _decode(image: bytes | np.ndarray, side: int) -> tuple[np.ndarray, tuple[int
     """Returns pixels reduced to about `side`, the original (width, height), the file format and the color mode. Raises BadSample."""
     opened = open_image(image)
     pixels = opened.decode(min_scale=min(1.0, side / max(opened.size)))
-    if not isinstance(image, bytes):
-        return pixels, opened.size, "pixels", "RGB"
-    try:
-        with Image.open(io.BytesIO(image)) as header:  # reads no pixels
-            return pixels, opened.size, header.format or "unknown", header.mode
-    except Exception:  # such as Pillow's pixel limit; the image was decoded above, so it is not bad
-        return pixels, opened.size, "unknown", "unknown"
-
-
-def difference_hash(pixels: np.ndarray) -> int:
-    """Returns a 64-bit hash: which of 8 × 8 cells are lighter than their left neighbors. Similar images have equal hashes."""
-    gray = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
-    cells = np.asarray(gray, dtype=np.int16)
-    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
+    return pixels, opened.size, opened.format, opened.mode
 
 
 def _caption_stats(caption: str, tokenizer: CaptionTokenizer | None) -> tuple[int, int, int, float]:
@@ -243,12 +233,27 @@ def _find_duplicates(result: DataCheck, source: Source, images: np.ndarray, capt
         captions["hash"], captions["index"], lambda index, caption_hash: _find_caption(source, index, caption_hash)
     )
     result.same_image = _duplicates(images["hash"], images["index"], lambda index, _: source.record(index).key)
-    # Without blank images, and with one of each group of identical files: those are counted above.
-    unique = np.unique(images["hash"], return_index=True)[1]
-    distinct = images[np.sort(unique[~images["blank"][unique]])]
-    result.look_alikes = _duplicates(
-        distinct["difference_hash"], distinct["index"], lambda index, _: source.record(index).key
-    )
+    # One of each group of identical files: those are counted above.
+    distinct = images[np.sort(np.unique(images["hash"], return_index=True)[1])]
+    groups = look_alike_groups(distinct["look"])
+    known = groups >= 0
+    result.look_alikes = _duplicates(groups[known], distinct["index"][known], lambda index, _: source.record(index).key)
+    splits = source.splits or {}
+    if "train" in splits:
+        train = images[np.isin(images["index"], splits["train"])]
+        for split in splits.keys() - {"train"}:
+            held_out = images[np.isin(images["index"], splits[split])]
+            result.leaks[split] = _leak(held_out, train)
+
+
+def _leak(held_out: np.ndarray, train: np.ndarray) -> Leak:
+    leaks = np.isin(held_out["hash"], train["hash"]) | have_look_alike(held_out["look"], train["look"])
+    examples = []
+    for row in held_out[leaks][:LEAKS_SHOWN]:
+        same = np.flatnonzero(train["hash"] == row["hash"])
+        other = same[0] if len(same) else np.argmin(num_differing_bits(train["look"], row["look"]))
+        examples.append((int(row["index"]), int(train["index"][other])))
+    return Leak(int(leaks.sum()), len(held_out), examples)
 
 
 def _duplicates(hashes: np.ndarray, indices: np.ndarray, name: Callable[[int, int], str]) -> Duplicates:
@@ -285,13 +290,21 @@ def _gallery(
             for i in order[:count]
         ]
 
-    def duplicate_examples(duplicates: Duplicates | None, num_groups: int, per_group: int) -> list[Example]:
+    def duplicate_examples(duplicates: Duplicates | None, per_group: int) -> list[Example]:
         # Samples that share two captions are shown once.
         groups = {tuple(indices): count for _, count, indices in (duplicates.largest if duplicates else [])}
         return [
             example
-            for indices, count in list(groups.items())[:num_groups]
+            for indices, count in list(groups.items())[:6]
             for example in examples(indices[:per_group], f"{count} times")
+        ]
+
+    def leak_examples() -> list[Example]:
+        return [
+            example
+            for split, leak in sorted(result.leaks.items())
+            for held_out, in_train in leak.examples
+            for example in (_example(source, held_out, split), _example(source, in_train, "train"))
         ]
 
     sample = generator.permutation(images["index"])[:24]
@@ -303,9 +316,10 @@ def _gallery(
         "longest captions": caption_examples(by_words[::-1], 6),
         "shortest captions": caption_examples(by_words, 6),
         "hardly English": caption_examples(foreign, 12),
-        "shared captions": duplicate_examples(result.same_caption, 6, 4),
-        "identical images": duplicate_examples(result.same_image, 6, 3),
-        "look-alikes": duplicate_examples(result.look_alikes, 6, 4),
+        "shared captions": duplicate_examples(result.same_caption, 4),
+        "identical images": duplicate_examples(result.same_image, 3),
+        "look-alikes": duplicate_examples(result.look_alikes, 4),
+        "leaks": leak_examples(),
         "blank images": examples(images["index"][images["blank"]][:6]),
         "smallest images": examples(images["index"][by_size[:6]]),
     }

@@ -51,17 +51,32 @@ class Duplicates:
     largest: list[tuple[str, int, list[int]]]
 
 
+@dataclass(frozen=True)
+class Leak:
+    """Samples of a held-out split whose image is in train too, or looks like one there."""
+
+    count: int
+    samples: int  # of the split
+    examples: list[tuple[int, int]]  # (index, index of the image in train)
+
+
 @dataclass
 class DataCheck:
-    """The result of `check`. `dataclasses.asdict` returns JSON values."""
+    """The result of `check`. `dataclasses.asdict` returns JSON values.
+
+    What is there is the samples plus what opening left out. A table counts images: rows with the same image are one sample with the
+    captions of all; a row without an image, or one that cannot be read, counts by itself. If all samples are checked, the sum of
+    `usable`, of the counts in `broken` and of those in `left_out` is what is there.
+    """
 
     name: str
     samples: int
     checked: int  # all samples, or a random subset
     usable: int
     broken: list[Broken] = field(default_factory=list)
-    problems: list[tuple[str, str]] = field(default_factory=list)  # the first (where, reason) from opening the source
-    num_problems: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)  # reason -> images or rows that opening the source left out
+    left_out_where: list[tuple[str, str]] = field(default_factory=list)  # the first (where, reason)
+    unread: list[str] = field(default_factory=list)  # what lies beside the data and looks like data
     formats: dict[str, int] = field(default_factory=dict)
     modes: dict[str, int] = field(default_factory=dict)
     width: Distribution | None = None
@@ -79,7 +94,8 @@ class DataCheck:
     single_part_of_speech: dict[str, int] = field(default_factory=dict)  # "nouns" -> captions that contain only nouns
     same_caption: Duplicates | None = None
     same_image: Duplicates | None = None  # identical bytes
-    look_alikes: Duplicates | None = None  # different bytes, equal 8 × 8 difference hash
+    look_alikes: Duplicates | None = None  # different bytes, near-duplicates by their perceptual hashes
+    leaks: dict[str, Leak] = field(default_factory=dict)  # by split, of those that the data comes with
     tagged: int = 0  # samples with tags
     num_tags: int = 0  # distinct tags
     tags: list[tuple[str, int]] = field(default_factory=list)  # the most frequent tags and their counts
@@ -95,7 +111,8 @@ def warnings(result: DataCheck) -> list[str]:
     same_caption, same_image, look_alikes = (
         group.samples if group else 0 for group in (result.same_caption, result.same_image, result.look_alikes)
     )
-    consequence = "training stops at 1 %" if broken > 0.01 * result.checked else "training replaces them"
+    stops = broken > 0.01 * max(result.checked, 1000)  # as BadSampleLog
+    consequence = "training stops at 1 %" if stops else "training replaces them"
     single_part = sum(result.single_part_of_speech.values())
     rates = [  # (count, total, items, threshold of the rate, message)
         (broken, result.checked, "samples", 0.0, f"cannot be used; {consequence}."),
@@ -104,19 +121,25 @@ def warnings(result: DataCheck) -> list[str]:
             "share a caption with another sample; they are false negatives of each other without --multi-positive.",
         ),
         (same_image, result.usable, "samples", 0.01, "have the same image as another sample."),
-        (look_alikes, result.usable, "samples", 0.1, "have an image that looks like another at 8 × 8 pixels."),
+        (look_alikes, result.usable, "samples", 0.1, "have an image that looks like another."),
         (result.blank, result.usable, "images", 0.001, "are blank: a single color."),
         (result.cut, result.captions, "captions", 0.01, f"are longer than {CONTEXT_LENGTH} tokens and are truncated."),
         (result.hardly_english, result.captions, "captions", 0.2, "have fewer than half of their words in English."),
         (single_part, result.captions, "captions", 0.2, "have a single part of speech; most of them are names."),
     ]  # fmt: skip
+    rates += [
+        (leak.count, leak.samples, f"{split} samples", 0.0, "have an image that is in train too, or looks like one.")
+        for split, leak in sorted(result.leaks.items())
+    ]
     by_severity = [
         (count / total / max(threshold, 0.01), f"{count:,} of {total:,} {items} ({percent(count / total)}) {message}")
         for count, total, items, threshold, message in rates
         if count > threshold * total
     ]
-    if result.num_problems:
-        by_severity.append((2.0, f"{result.num_problems:,} items were skipped when the dataset was opened."))
+    if lost := sum(result.left_out.values()):
+        by_severity.append((2.0, f"{lost:,} images or rows were left out when the dataset was opened."))
+    if result.unread:
+        by_severity.append((2.0, f"Not read, although it looks like data: {', '.join(result.unread[:10])}."))
     if result.words is not None and result.words.median < 3:
         by_severity.append((2.0, f"Half of the captions have at most {result.words.median:.0f} words."))
     if result.shortest_side is not None and result.shortest_side.median < 96:

@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from coalign.data.images.decode import open_image
 from coalign.data.loading.workers import fetch_all
+from coalign.data.look_alikes import NO_HASH, have_look_alike, look_hash
 from coalign.data.prepare.openclipart_text import Metadata, captions_of, read_metadata, style_of, tags_of
 from coalign.errors import BadSample, UserError
 
@@ -50,6 +52,7 @@ class _Item:
     metadata_problem: str = ""  # reason
     skipped: str = ""  # reason; empty if the file is used
     detail: str = ""
+    look: int = NO_HASH  # of the written image
 
 
 def prepare_openclipart(
@@ -170,7 +173,7 @@ def _prepare_file(art: Path, staging: Path, files: Sequence[str], max_side: int,
     file = files[number]
     item = _Item(file)
     try:
-        _write_image(art / "png" / file, staging / "images" / file, max_side)
+        item.look = look_hash(_write_image(art / "png" / file, staging / "images" / file, max_side))
     except BadSample as bad:
         item.skipped, item.detail = bad.reason, bad.detail
         return item
@@ -181,7 +184,8 @@ def _prepare_file(art: Path, staging: Path, files: Sequence[str], max_side: int,
     return item
 
 
-def _write_image(source: Path, target: Path, max_side: int) -> None:
+def _write_image(source: Path, target: Path, max_side: int) -> np.ndarray:
+    """Writes the resized image and returns its pixels, uint8 [height, width, 3]. Raises BadSample."""
     if source.is_symlink():
         raise BadSample("link to another file" if source.exists() else "broken link", os.readlink(source))
     try:
@@ -201,6 +205,7 @@ def _write_image(source: Path, target: Path, max_side: int) -> None:
         pixels = pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     target.parent.mkdir(parents=True, exist_ok=True)
     pixels.save(target, format="PNG")
+    return np.asarray(pixels)
 
 
 # ---------------------------------------------------------------- output
@@ -241,23 +246,29 @@ def _write(folder: Path, items: Sequence[_Item]) -> Summary:
         reason = next(iter(summary.skipped))
         raise UserError(f"None of the {len(items)} PNG files can be used ({reason}); unpack the packages again.")
     _write_lines(folder / "metadata.jsonl", rows)
-    _write_lines(folder / STYLE_SHIFT, style_shift(rows))
+    _write_lines(folder / STYLE_SHIFT, style_shift(rows, np.array([item.look for item in kept], dtype=np.uint64)))
     _write_lines(folder / "skipped.jsonl", skipped)
     _write_lines(folder / "metadata_problems.jsonl", problems)
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
 
 
-def style_shift(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def style_shift(rows: Sequence[Mapping[str, Any]], looks: np.ndarray) -> list[dict[str, Any]]:
     """Splits the rows by style: `train` has the styles in `TRAIN_STYLES`, `test` the same concepts in other styles.
 
     A concept is the letters and digits of the first caption ("edit copy" is "editcopy"). `test` rows keep only that caption. Other concepts
-    in other styles are excluded.
+    in other styles are excluded, and so are images that look like one of `train`, by their hashes `looks`, uint64 [row].
     """
     concept = lambda caption: "".join(re.findall(r"[^\W_]+", caption.lower()))  # noqa: E731
+    in_train = np.array([row["style"] in TRAIN_STYLES for row in rows], dtype=bool)
+    known = have_look_alike(looks, looks[in_train])
     train = [{**row, "split": "train"} for row in rows if row["style"] in TRAIN_STYLES]
     concepts = {concept(row["captions"][0]) for row in train} - {""}
-    test = [row for row in rows if row["style"] not in TRAIN_STYLES and concept(row["captions"][0]) in concepts]
+    test = [
+        row
+        for row, excluded in zip(rows, in_train | known, strict=True)
+        if not excluded and concept(row["captions"][0]) in concepts
+    ]
     return train + [{**row, "captions": row["captions"][:1], "split": "test"} for row in test]
 
 

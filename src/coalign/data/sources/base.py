@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coalign.data.images.formats import IMAGE_EXTENSIONS
 from coalign.data.text.captions import printable
 from coalign.errors import BadSample, UserError
 from coalign.types import Record
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff"})
+IMAGES_PER_LABEL = 4  # captions with at least this number of images each, on average, are class labels
+MAX_NAMED = 200  # rows or files that are named for each reason to leave them out
+FOLDER = "folder"  # as `DataConfig.captions_from`: the class is the name of the image's folder
 
-Problem = tuple[str, str]  # (where, reason): what opening the data found and skipped
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that opening a source found, but that is in none of its samples."""
+
+    where: str  # the file or row, or the first of several
+    reason: str
+    count: int = 1  # images, rows or archive members; 0 if no sample is lost
+
+
+class LeftOutPlaces:
+    """Rows or files that are left out one by one. The first of each reason are named; the last of these has the count of all others."""
+
+    def __init__(self) -> None:
+        self._by_reason: dict[str, list[LeftOut]] = {}
+
+    def add(self, where: str, reason: str) -> None:
+        named = self._by_reason.setdefault(reason, [])
+        if len(named) < MAX_NAMED:
+            named.append(LeftOut(where, reason))
+        else:
+            named[-1] = replace(named[-1], count=named[-1].count + 1)
+
+    def entries(self) -> list[LeftOut]:
+        return [each for named in self._by_reason.values() for each in named]
+
 
 Splits = dict[str, np.ndarray]  # split name -> int64 indices, ascending
 
@@ -40,6 +69,16 @@ class Fingerprints:
     caption_counts: np.ndarray  # int64 [sample]
 
 
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a source whose captions are class labels."""
+
+    names: Sequence[str]
+    of: np.ndarray  # int64 [sample]; -1 for a sample without a class
+    templates: Sequence[str]  # of the captions, with {} for the class name
+    in_captions: bool = False  # the captions as they are were found to be class labels
+
+
 class Source(ABC):
     """A dataset of image-text pairs with random access.
 
@@ -49,12 +88,16 @@ class Source(ABC):
     Attributes:
         name: The name of the data in tables and reports.
         splits: The data's own splits: name to int64 indices, ascending. None: it has none.
-        problems: What opening the data found and skipped: pairs of where and why.
+        left_out: What opening the data found, but has in none of its samples.
+        unread: What lies beside the data and looks like data, such as "captions.csv".
+        classes: The class of each sample, if the captions are class labels.
     """
 
     name: str
     splits: Splits | None = None
-    problems: Sequence[Problem] = ()
+    left_out: Sequence[LeftOut] = ()
+    unread: Sequence[str] = ()
+    classes: Classes | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -73,7 +116,7 @@ class Source(ABC):
         return None
 
     def fingerprints(self) -> Fingerprints | None:
-        """Returns fingerprints that are known without reading all samples. `splits.fingerprints` computes those of any source."""
+        """Returns fingerprints that are known without reading all samples. `coalign.data.fingerprints` computes those of any source."""
         return None
 
     def stamp(self) -> int | None:
@@ -109,7 +152,9 @@ class Subset(Source):
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = f"{source.name} [{split}]"
-        self.problems = source.problems
+        self.left_out, self.unread = source.left_out, source.unread
+        if source.classes is not None:
+            self.classes = replace(source.classes, of=source.classes.of[self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -120,6 +165,14 @@ class Subset(Source):
     def image(self, index: int) -> bytes | np.ndarray:
         return self.source.image(int(self.indices[index]))
 
+    def image_path(self, index: int) -> str | None:
+        return self.source.image_path(int(self.indices[index]))
+
+
+def are_labels(captions: int, images: int) -> bool:
+    """Whether this number of distinct captions is so small for the images that the captions are class labels."""
+    return 0 < captions * IMAGES_PER_LABEL <= images
+
 
 def hash64(content: bytes) -> int:
     """64-bit hash, stable across machines."""
@@ -129,12 +182,16 @@ def hash64(content: bytes) -> int:
 def read_image_file(path: str | Path) -> bytes:
     """Content of an image file. Raises BadSample if it is missing or unreadable."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             return file.read()
     except FileNotFoundError:
         raise BadSample("image file is missing", printable(str(path))) from None
     except (OSError, ValueError) as error:  # ValueError: the path contains NUL
         raise BadSample("image file cannot be read", f"{printable(str(path))}: {error}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would otherwise wait for a writer
 
 
 def is_image_name(name: str) -> bool:
@@ -151,9 +208,13 @@ def splits_by_name(names: Sequence[str]) -> Splits | None:
 
     Returns None if there is neither a val nor a test split: only train, or names such as fold numbers.
     """
-    canonical = np.array([canonical_split(name) or name.strip() or "train" for name in names], dtype=object)
-    splits = {str(name): np.flatnonzero(canonical == name) for name in dict.fromkeys(canonical.tolist())}
-    return splits if set(splits) & {"val", "test"} else None
+    canonical = {name: canonical_split(name) or name.strip() or "train" for name in set(names)}
+    if not {"val", "test"} & set(canonical.values()):
+        return None
+    number: dict[str, int] = {}
+    of = np.fromiter((number.setdefault(canonical[name], len(number)) for name in names), np.int64, len(names))
+    ends = np.cumsum(np.bincount(of))
+    return dict(zip(number, np.split(np.argsort(of, kind="stable"), ends[:-1])))
 
 
 def choose_split(source: Source, split: str | None, splits: Splits) -> Source:

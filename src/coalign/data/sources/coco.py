@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from coalign.data.sources.table import Columns, TableSource, find_image_folder, load_json
-from coalign.data.text.captions import printable
-from coalign.errors import UserError
+from coalign.data.sources.base import LeftOut
+from coalign.data.sources.tables.columns import Columns
+from coalign.data.sources.tables.image_paths import ImagePaths
+from coalign.data.sources.tables.json_table import load_json
+from coalign.data.sources.tables.table_source import Row, TableSource
+from coalign.data.text.captions import caption_values, printable
+from coalign.errors import BadSample, UserError
+
+_PROBED = 10  # images by which their folder is found: some may be missing
 
 
 def open_coco(path: Path, images: Path | None = None) -> TableSource:
@@ -18,26 +25,34 @@ def open_coco(path: Path, images: Path | None = None) -> TableSource:
     content = load_json(path)
     if not is_coco(content):
         raise UserError(f"{path} is not COCO captions JSON: 'images' or 'annotations' is missing.")
-    captions: dict[Any, list[Any]] = {image.get("id"): [] for image in content["images"]}
+    captions: dict[str, list[Any]] = {_value(image, "id"): [] for image in content["images"]}
+    captions.pop("", None)
     unmatched = 0
     for annotation in content["annotations"]:
-        if annotation.get("image_id") not in captions:
+        if (image_id := _value(annotation, "image_id")) not in captions:
             unmatched += 1
-        elif "caption" in annotation:
-            captions[annotation["image_id"]].append(annotation["caption"])
-    if not any(captions.values()):
+        else:
+            captions[image_id].append(annotation.get("caption", annotation.get("captions")))
+    if not any(map(caption_values, captions.values())):
         raise UserError(f"{path} contains no captions; COCO's caption files are named captions_….json.")
-    problems = [(printable(str(path)), f"{unmatched} captions have an unknown image_id")] if unmatched else []
-    first = next((str(image["file_name"]) for image in content["images"] if image.get("file_name")), "")
-    folder = resolve_image_folder(path, first, images)
-    rows = (
-        (
-            f"image {image.get('id')}",
-            {"image": image.get("file_name"), "captions": captions[image.get("id")], "image_id": image.get("id")},
-        )
-        for image in content["images"]
-    )
-    return TableSource(printable(str(path)), folder, rows, Columns("image", ("captions",)), problems)
+    left_out = [LeftOut(printable(str(path)), "caption of an unknown image_id", unmatched)] if unmatched else []
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for number, image in enumerate(content["images"]):
+            if isinstance(image, dict):
+                own = captions.get(_value(image, "id"), [])
+                row = {"image": image.get("file_name"), "captions": own, "image_id": image.get("id")}
+                yield f"image {image.get('id')}", row
+            else:
+                yield f"image {number}", BadSample("broken JSON", f"{image!r:.80} is not an object")
+
+    return _open_rows(path, images, rows(), Columns("image", ("captions",)), left_out)
+
+
+def _value(entry: Any, name: str) -> str:
+    """The value of a field as a string; "" if there is none."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    return "" if value is None else str(value)
 
 
 def open_karpathy(path: Path, images: Path | None = None) -> TableSource:
@@ -52,25 +67,44 @@ def open_karpathy(path: Path, images: Path | None = None) -> TableSource:
     for number, image in enumerate(content["images"]):
         file = str(image.get("filename") or "")
         relative = f"{image['filepath']}/{file}" if image.get("filepath") else file  # COCO: val2014 or train2014
-        captions = [sentence.get("raw") for sentence in image["sentences"] if isinstance(sentence, dict)]
+        captions = [_sentence(each) for each in image["sentences"] if isinstance(each, dict)]
         rows.append((f"image {number}", {"image": relative, "captions": captions, "split": image.get("split")}))
-    folder = resolve_image_folder(path, str(rows[0][1]["image"]), images)
-    return TableSource(printable(str(path)), folder, rows, Columns("image", ("captions",), split="split"), [])
+    return _open_rows(path, images, rows, Columns("image", ("captions",), split="split"), [])
 
 
-def resolve_image_folder(path: Path, first: str, images: Path | None) -> Path:
-    """Image folder of the JSON file `path`: `images` if given, else one near the file that contains the image `first`.
+def _sentence(sentence: dict[str, Any]) -> Any:
+    tokens = sentence.get("tokens")
+    return sentence.get("raw", " ".join(map(str, tokens)) if isinstance(tokens, list) else None)
+
+
+def _open_rows(
+    path: Path, images: Path | None, rows: Iterable[tuple[str, Row]], columns: Columns, left_out: list[LeftOut]
+) -> TableSource:
+    if images is not None and not images.is_dir():
+        raise UserError(f"The image folder {images} does not exist.")
+    source = TableSource(printable(str(path)), images or path.parent, rows, columns, left_out)
+    if images is None and not source.has_images:
+        raise _no_images(path, source.record(0).key)
+    return source
+
+
+def resolve_image_folder(path: Path, files: Sequence[str], images: Path | None) -> Path:
+    """Image folder of the JSON file `path`: `images` if given, else one near the file that contains any of about ten of `files`.
 
     Raises UserError if there is none.
     """
     if images is not None and not images.is_dir():
         raise UserError(f"The image folder {images} does not exist.")
-    folder = images or find_image_folder(path.parent, first) or find_image_folder(path.parent.parent, first)
-    if folder is None:
-        raise UserError(
-            f"Cannot find the images of {path}, such as {first}; give their folder, as in coco:{path}:FOLDER"
-        )
-    return folder
+    paths = ImagePaths(images or path.parent, files[:: -(-len(files) // _PROBED) or 1], path.stem)
+    if images is None and not paths.found:
+        raise _no_images(path, next(iter(files), ""))
+    return images or paths.folder
+
+
+def _no_images(path: Path, example: str) -> UserError:
+    return UserError(
+        f"Cannot find the images of {path}, such as {example}; give their folder, as in coco:{path}:FOLDER"
+    )
 
 
 def is_coco(content: Any) -> bool:

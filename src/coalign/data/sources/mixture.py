@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from coalign.data.sources.base import Fingerprints, Source, Splits
-from coalign.data.splits import fingerprints, nested_subset
+from coalign.data.fingerprints import fingerprints
+from coalign.data.sources.base import Classes, Fingerprints, Source, Splits
+from coalign.data.splits import nested_subset
 from coalign.errors import UserError
 from coalign.types import Record
 
@@ -28,8 +29,11 @@ class Mixture(Source):
         self.sources, self.weights = list(sources), list(weights)
         self.name = SEPARATOR.join(source.name for source in sources)
         self._ends = np.cumsum([len(source) for source in sources])
+        self.left_out = [each for source in sources for each in source.left_out]
+        self.unread = [each for source in sources for each in source.unread]
         own_splits = [source.splits or {} for source in sources]
         self.splits = _merge_splits(own_splits, self._ends) if any(own_splits) else None
+        self.classes = _merge_classes(sources)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -42,6 +46,10 @@ class Mixture(Source):
     def image(self, index: int) -> bytes | np.ndarray:
         source, local_index = self._locate(index)
         return self.sources[source].image(local_index)
+
+    def image_path(self, index: int) -> str | None:
+        source, local_index = self._locate(index)
+        return self.sources[source].image_path(local_index)
 
     def fingerprints(self) -> Fingerprints:
         """Fingerprints of all sources, concatenated, so that splits separate captions and images across sources."""
@@ -81,6 +89,18 @@ def _merge_splits(own_splits: Sequence[Splits], ends: np.ndarray) -> Splits:
             merged.setdefault(name, []).append(np.asarray(indices, np.int64) + first)
         first = end
     return {name: np.concatenate(parts) for name, parts in merged.items()}
+
+
+def _merge_classes(sources: Sequence[Source]) -> Classes | None:
+    """The sources' classes, merged by name; None unless all sources have classes."""
+    own = [source.classes for source in sources if source.classes is not None]
+    if len(own) < len(sources):
+        return None
+    names = list(dict.fromkeys(name for classes in own for name in classes.names))
+    number = {name: i for i, name in enumerate(names)}
+    # index -1, no class, takes the last entry
+    of = [np.array([*map(number.__getitem__, classes.names), -1], np.int64)[classes.of] for classes in own]
+    return Classes(names, np.concatenate(of), own[0].templates)
 
 
 def open_mixture(spec: str, open_one: Callable[[str], Source]) -> Mixture:

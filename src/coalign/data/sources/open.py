@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from coalign.data.sources.base import Source, choose_split, is_image_name
+from coalign.config import DETECT, DataConfig
+from coalign.data.sources.base import FOLDER, LeftOut, Source, choose_split
 from coalign.data.sources.benchmarks.sugarcrepe import SugarCrepe
 from coalign.data.sources.benchmarks.winoground import Winoground
 from coalign.data.sources.coco import is_coco, is_karpathy, open_coco, open_karpathy
-from coalign.data.sources.folder import FolderSource
-from coalign.data.sources.hf import is_saved_dataset, open_hf
+from coalign.data.sources.folders.folder import FolderSource
+from coalign.data.sources.folders.metadata_tables import open_other_tables, open_tables
+from coalign.data.sources.folders.scan import ARCHIVE_EXTENSIONS, FolderScan, extension, name_files, scan_folder
+from coalign.data.sources.labeled import LabeledSource, label_source
 from coalign.data.sources.mixture import SEPARATOR, open_mixture
-from coalign.data.sources.remote import is_remote
-from coalign.data.sources.shards import open_shards, shards_in
-from coalign.data.sources.table import load_json, open_table
+from coalign.data.sources.tables.files import table_kind
+from coalign.data.sources.tables.hf import is_saved_dataset, open_hf
+from coalign.data.sources.tables.json_table import load_json
+from coalign.data.sources.tables.parquet_table import holds_samples, open_parquet, parquet_files
+from coalign.data.sources.tables.table import TABLE_TYPES, open_table
+from coalign.data.sources.tables.table_source import TableSource
+from coalign.data.sources.tar.remote import is_remote
+from coalign.data.sources.tar.shards import ShardSource, open_shards, shards_in
 from coalign.data.splits import assign_splits
 from coalign.data.text.captions import printable
+from coalign.data.text.prompts import templates
 from coalign.errors import UserError
 
-_TABLES_IN_FOLDERS = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
-_TABLE_TYPES = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SUPPORTED = (
-    "a folder of images, a CSV, TSV, JSONL or Parquet table, .tar shards, COCO captions JSON, "
+    "a folder of images, a CSV, TSV, JSON, Parquet or Arrow table, a folder of Parquet files, .tar shards, COCO captions JSON, "
     "a saved Hugging Face dataset, hf:owner/name, coco:captions.json:images, sugarcrepe:folder:images, winoground:folder, or scenes"
 )
 
 
-def open_source(
-    spec: str,
-    split: str | None = None,
-    *,
-    image_column: str | None = None,
-    caption_columns: Sequence[str] | None = None,
-    tags_column: str | None = None,
-) -> Source:
+def open_source(spec: str, split: str | None = None, reading: DataConfig = DETECT) -> Source:
     """Opens image-text pairs of any supported kind, without reading all of them.
 
     Args:
@@ -45,9 +44,7 @@ def open_source(
             `2*photos + 0.5*web/{00..10}.tar`.
         split: "train", "val", "test" or another split of the data. If the data has no validation split, "val" are the 5 % that `train`
             holds out by default. None: all samples.
-        image_column: The column of a table with image paths. None: detected automatically. The columns apply to tables only.
-        caption_columns: The columns with captions. None: detected automatically.
-        tags_column: The column with tags. None: `tags`, if there is one.
+        reading: The columns of a table to read. Unset ones are detected automatically.
 
     Returns:
         A sequence of samples with random access.
@@ -62,24 +59,54 @@ def open_source(
         print(record.key, record.captions)
         ```
     """
+    if reading.captions_from is not None and reading.caption_column:
+        raise UserError("--captions-from and --caption-column both set the captions; omit one of them.")
     if SEPARATOR in spec and not os.path.exists(spec):
-        mixture = open_mixture(spec, open_source)
-        return mixture if split is None else choose_split(mixture, split, assign_splits(mixture)[0])
-    if spec == "scenes" or spec.startswith("scenes:"):
-        from coalign.data.scenes.source import open_scenes
+        source: Source = open_mixture(
+            spec, lambda part: _open_scenes(part, None) if _is_scenes(part) else _open_labeled(part, reading)
+        )
+    elif _is_scenes(spec):
+        if reading.captions_from is not None:
+            raise UserError(f"{spec} has its own captions; omit --captions-from.")
+        return _open_scenes(spec, split)
+    else:
+        source = _open_labeled(spec, reading)
+    opened = source.source if isinstance(source, LabeledSource) else source
+    if isinstance(opened, (FolderSource, ShardSource)) and (option := _column_option(reading)):
+        raise UserError(
+            f"{source.name} has no table with columns, which {option} needs; name a table or omit the option."
+        )
+    return (
+        source if split is None else choose_split(source, split, assign_splits(source, group=reading.group_column)[0])
+    )
 
-        return open_scenes(spec.partition(":")[2], split)
-    source = _open(spec, image_column, caption_columns, tags_column)
-    if split is None:
+
+def _is_scenes(spec: str) -> bool:
+    return spec == "scenes" or spec.startswith("scenes:")
+
+
+def _open_scenes(spec: str, split: str | None) -> Source:
+    from coalign.data.scenes.source import open_scenes
+
+    return open_scenes(spec.partition(":")[2], split)
+
+
+def _column_option(reading: DataConfig) -> str | None:
+    """The first option that is given for the columns of a table."""
+    options = ("image_column", "caption_column", "tag_column", "separator")
+    return next((f"--{name.replace('_', '-')}" for name in options if getattr(reading, name)), None)
+
+
+def _open_labeled(spec: str, reading: DataConfig) -> Source:
+    source = _open(spec, reading)
+    if reading.captions_from is None:
         return source
-    return choose_split(source, split, assign_splits(source)[0])
+    return label_source(source, reading.captions_from, templates(*reading.prompts))
 
 
-def _open(
-    spec: str, image_column: str | None, caption_columns: Sequence[str] | None, tags_column: str | None
-) -> Source:
+def _open(spec: str, reading: DataConfig) -> Source:
     if spec.startswith("hf:"):
-        return open_hf(spec[3:])
+        return open_hf(spec[3:], reading)
     if spec.startswith("coco:"):
         captions, _, images = spec[5:].partition(":")
         path, folder = _existing(captions), Path(images) if images else None
@@ -100,36 +127,68 @@ def _open(
         return open_shards(spec)
     path = _existing(spec)
     if path.is_dir():
-        return _open_folder(path, image_column, caption_columns, tags_column)
-    kind = path.suffix.lower()
+        return _open_folder(path, reading)
+    if path.suffix.lower() in (".arrow", ".feather"):
+        return open_hf(spec, reading)
     if path.name.lower().endswith((".tar", *_COMPRESSED_TARS)):  # indexing a compressed shard raises a helpful error
         return open_shards(spec)
-    if kind == ".json":
-        content = load_json(path)
-        if is_coco(content) or is_karpathy(content):
-            return open_karpathy(path) if is_karpathy(content) else open_coco(path)
-    if kind in _TABLE_TYPES or kind == ".json":
-        return open_table(path, image_column, caption_columns, tags_column)
+    if table_kind(path) in TABLE_TYPES:
+        return _open_table(path, reading)
+    if extension(path.name) in ARCHIVE_EXTENSIONS:
+        raise UserError(f"{path} is an archive; extract it and open the folder.")
     raise UserError(f"Unsupported file type: {path}. Supported data: {_SUPPORTED}.")
 
 
-def _open_folder(
-    path: Path, image_column: str | None, caption_columns: Sequence[str] | None, tags_column: str | None
-) -> Source:
+def _open_table(path: Path, reading: DataConfig) -> Source:
+    if table_kind(path) == ".json":
+        content = load_json(path)
+        if is_coco(content) or is_karpathy(content):
+            return open_karpathy(path) if is_karpathy(content) else open_coco(path)
+    return open_table(path, reading)
+
+
+def _open_folder(path: Path, reading: DataConfig) -> Source:
+    """Opens a saved dataset, metadata tables, shards or images, in this order. Shards are read unless there are more images."""
     if is_saved_dataset(path):
-        return open_hf(str(path))
-    for name in _TABLES_IN_FOLDERS:
-        if (path / name).is_file():
-            return open_table(path / name, image_column, caption_columns, tags_column)
-    if shards_in(str(path)):
-        return open_shards(str(path))
-    compressed = sorted(name for name in os.listdir(path) if name.endswith(_COMPRESSED_TARS))
-    if compressed and not any(is_image_name(name) for name in os.listdir(path)):
+        return open_hf(str(path), reading)
+    scan = scan_folder(str(path))
+    shards = shards_in(scan)
+    if shards and len(shards) >= len(scan.images):
+        source: Source = ShardSource(printable(str(path)), shards)
+        names = {os.path.relpath(shard, path) for shard in shards}
+        source.unread = [*source.unread, *name_files(scan.images), *scan.unread(used=names)]
+        return source
+    if (tables := open_tables(scan, reading, _open_table)) is not None:
+        return tables
+    files = parquet_files(path)
+    if files and (holds_samples(files[0], reading) or not (scan.images or scan.unsupported or scan.archives)):
+        return _open_parquet_folder(path, scan, reading)
+    compressed = [name for name in scan.archives if name.lower().endswith(_COMPRESSED_TARS)]
+    if compressed and not scan.images:
         raise UserError(
             f"{path} contains compressed shards such as {compressed[0]}, which do not support random access; "
             "decompress them to plain .tar files."
         )
-    return FolderSource(path)
+    if reading.captions_from != FOLDER and (tables := open_other_tables(scan, reading, _open_table)) is not None:
+        return tables
+    return FolderSource(path, scan, needs_captions=reading.captions_from is None)
+
+
+def _open_parquet_folder(path: Path, scan: FolderScan, reading: DataConfig) -> Source:
+    """Opens a folder of Parquet files. Images beside them that they do not name are left out; if they hold images, not read."""
+    source = open_parquet(path, reading)
+    used = {os.path.relpath(file, path) for file in parquet_files(path)}
+    if isinstance(source, TableSource):
+        paths = filter(None, map(source.image_path, range(len(source))))
+        used.update(os.path.relpath(image, path) for image in paths)
+        if unnamed := [image for image in scan.images if image not in used]:
+            reason = "image that is not in any of the Parquet files"
+            source.left_out = [*source.left_out, LeftOut(printable(unnamed[0]), reason, len(unnamed))]
+    else:
+        source.unread = [*source.unread, *name_files(scan.images)]
+    source.left_out = [*source.left_out, *scan.left_out(except_for=used)]
+    source.unread = [*source.unread, *scan.unread(used)]
+    return source
 
 
 def _existing(spec: str) -> Path:

@@ -14,6 +14,7 @@ class UnpairedCaptions(Source):
 
     def __init__(self, source: Source, train: np.ndarray, paired: np.ndarray) -> None:
         self.source, self.name = source, source.name
+        self.left_out, self.unread, self.classes = source.left_out, source.unread, source.classes
         self.is_text_only = np.zeros(len(source), bool)  # [sample]
         self.is_text_only[train] = True
         self.is_text_only[paired] = False

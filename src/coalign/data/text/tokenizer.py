@@ -68,6 +68,10 @@ class Tokenizer:
         ids = self._backend.encode(clean_text(text), add_special_tokens=False).ids
         return [self.start_id, *ids[: context_length - 2], self.end_id]
 
+    def num_tokens(self, text: str) -> int:
+        """Returns the number of tokens of a text that is not truncated, including the start and end tokens."""
+        return len(self._backend.encode(clean_text(text), add_special_tokens=False).ids) + 2
+
     def __call__(self, texts: Sequence[str], context_length: int) -> tuple[Tensor, Tensor]:
         """Returns ids, int64 [batch, longest], padded with 0, and lengths, int64 [batch], including the start and end tokens."""
         return pad([self.encode(text, context_length) for text in texts])

@@ -23,6 +23,7 @@ from coalign.networks.towers.text import TextTower
 from coalign.networks.transformer import is_plain
 from coalign.types import DualEncoder
 
+_MAX_TOKENS = 4096
 CONFIG = "open_clip_config.json"  # identifies a folder as an open_clip model
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # open_clip's first choices
 
@@ -59,7 +60,16 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         preprocess=open_clip_preprocess(cfg),
         modules=lambda: copy.deepcopy(encoders),
         weights=lambda: {**image.state_dict(), **model.state_dict()},
+        num_tokens=lambda text: _num_tokens(tokenizer, text),
+        context_length=tokenizer.context_length,
     )
+
+
+def _num_tokens(tokenizer: Any, text: str) -> int:
+    """Returns the number of tokens of a text, up to _MAX_TOKENS. All tokenizers of open_clip pad to the context length."""
+    ids = tokenizer([text], context_length=_MAX_TOKENS)[0]
+    is_padding = (ids == ids[-1]).flip(0).cumprod(0)
+    return _MAX_TOKENS - int(is_padding.sum())
 
 
 class _ImageEncoder(torch.nn.Module):

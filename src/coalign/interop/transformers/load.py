@@ -59,6 +59,8 @@ def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEnco
         preprocess=TransformersPreprocess(processor),
         modules=modules,
         weights=model.state_dict,
+        num_tokens=lambda text: len(tokenizer(text, verbose=False).input_ids),
+        context_length=min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings),
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from tyro.conf import arg
+
+from coalign.config import DataConfig
 from coalign.errors import UserError
 
 
@@ -24,9 +28,6 @@ class EvalConfig:
     """Text file with your classes, one per line: `name`, or `label = name`."""
     label: str | None = None
     """Column that holds an image's class. None: label, class, category or folder."""
-    prompts: str | None = None
-    """Prompt templates: default, imagenet, a dataset's name (cifar10, food101, …), or a text file with {} for the class. None: the
-    named dataset's own, else default."""
     data_root: Path | None = None
     """Folder with the named datasets, each as torchvision unpacks it."""
     preprocess: str | None = None
@@ -41,6 +42,8 @@ class EvalConfig:
     """Epochs of fine-tuning and of detector training."""
     train_data: str | None = None
     """Data that probes, fine-tuning and detectors train on. None: the samples of DATA's train split, or those that are not evaluated."""
+    reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
+    """How DATA and --train-data are read. Unset: as by the run, if they are its data."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     workers: int = 0

@@ -13,34 +13,42 @@ from torch import Tensor
 from coalign.data.loading.eval import image_batches, sample_key
 from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import ClassificationSource
+from coalign.data.text.prompts import templates
 from coalign.embeds import take
 from coalign.errors import UserError
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features, no_readable_image
-from coalign.evaluation.prompts import templates
 from coalign.metric import Metric
 from coalign.training.distributed import World
 from coalign.types import EVALUATION, AugmentationPolicy
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.eval_model import EvalModel
-from coalign.workflows.evaluate.samples import Labels, Samples, read_labels
+from coalign.workflows.evaluate.samples import Labels, Samples, class_labels, read_labels
 
 
 @dataclass
 class TaskResult:
-    """The result of a task."""
+    """The result of a task. Metrics that no model can beat chance on are left out, with a note."""
 
     metrics: Sequence[Metric]
     bad: Iterable[Any] = ()  # the loader's entry for each unreadable sample
     details: Mapping[str, Any] = field(default_factory=dict)  # what else there is to store, as JSON values
     notes: Sequence[str] = ()  # sentences, such as what was skipped
-    main_metric: str | None = None  # the paper's, for its datasets; None: the first
+    main_metric: str | None = None  # the paper's, for its datasets; None: the first that is not a distance
     evaluation: Evaluation | None = None  # the embeddings, which a run's report shows
+
+    def __post_init__(self) -> None:
+        if trivial := [metric.title for metric in self.metrics if not metric.can_beat_chance()]:
+            self.metrics = [metric for metric in self.metrics if metric.can_beat_chance()]
+            reason = "on these samples, a random order already has the best value"
+            self.notes = [*self.notes, f"not reported: {', '.join(trivial)} ({reason})"]
 
     def to_json(self) -> dict[str, Any]:
         unreadable = Counter(entry.reason for entry in self.bad)
         skipped = [f"skipped samples: {count:,} ({reason})" for reason, count in unreadable.items()]
+        names = [metric.name for metric in self.metrics if metric.kind != "distance"]
+        main_metric = self.main_metric if self.main_metric in names else next(iter(names), None)
         return {
-            "main_metric": self.main_metric or self.metrics[0].name,
+            "main_metric": main_metric,
             "metrics": {metric.name: metric.to_json() for metric in self.metrics},
             "unreadable": dict(unreadable),
             **self.details,
@@ -75,6 +83,11 @@ class EvalContext:
         """Whether the source is one of the papers' datasets, with its own classes."""
         return isinstance(self.source, ClassificationSource) and self.config.classes is None
 
+    @property
+    def _has_class_captions(self) -> bool:
+        """Whether the captions of the source give the classes, and not the settings."""
+        return self.source.classes is not None and self.config.classes is None and self.config.label is None
+
     def labels(self) -> Labels:
         """Returns the classes of the samples to evaluate."""
         if self._labels is None:
@@ -91,6 +104,8 @@ class EvalContext:
         return train, val if len(self.val.indices) else None, test
 
     def _read_labels(self, parts: Sequence[Samples]) -> list[Labels]:
+        if self._has_class_captions and all(part.source.classes is not None for part in parts):
+            return [class_labels(part) for part in parts]
         if not self.is_benchmark or not all(isinstance(part.source, ClassificationSource) for part in parts):
             return read_labels(parts, self.config.classes, self.config.label)
         return [
@@ -100,8 +115,12 @@ class EvalContext:
         ]
 
     def templates(self) -> list[str]:
-        default = self.source.prompts if isinstance(self.source, ClassificationSource) else "default"
-        return templates(self.config.prompts or default)
+        """Returns the prompts for class names: as set, else those of the captions, else the named dataset's own."""
+        if self.config.reading.prompts:
+            return templates(*self.config.reading.prompts)
+        if self._has_class_captions and self.source.classes is not None:
+            return list(self.source.classes.templates)
+        return templates(self.source.prompts) if isinstance(self.source, ClassificationSource) else templates()
 
     def classification(self, metrics: Sequence[Metric], uses_train: bool = True, **values: Any) -> TaskResult:
         """Returns the result of a classification. For the papers' datasets, their metric is the main one, and differences are noted."""

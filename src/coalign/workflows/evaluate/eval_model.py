@@ -96,7 +96,9 @@ def _open(model: str | Path | Run | DualEncoder, weights: str, device: str, simi
     if is_transformers_folder(folder):
         return EvalModel(from_transformers(str(folder), device), library="transformers")
     if (folder / ONNX_INFO).is_file():
-        return EvalModel(from_onnx(folder, load_tokenizer(folder / "tokenizer.json")), library="onnx")
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        encoder = replace(from_onnx(folder, tokenizer), num_tokens=tokenizer.num_tokens)
+        return EvalModel(encoder, library="onnx")
     if not folder.exists():
         raise UserError(f"{model} does not exist; the model must be {FORMS}.")
     run = load(folder, weights, device, similarity)

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from coalign.errors import UserError
 from coalign.files import write_text
-from coalign.formatting import percent
 from coalign.metric import metrics_from_json
+from coalign.report.class_results import ClassResults, class_results
 from coalign.report.page import Page
 from coalign.runs.folder import check_output
 from coalign.version import __version__
@@ -46,11 +47,17 @@ def write_page(results: Results, model: str, path: Path) -> None:
         page.table(_HEADER, _rows(values))
         for note in values["notes"]:
             page.text(note)
-        per_class = {name: rate for name, rate in values.get("per_class", {}).items() if rate is not None}
-        if per_class:
-            by_rate = sorted(per_class.items(), key=lambda item: item[1])
-            page.table(("class, worst first", "recall"), [(name, percent(rate)) for name, rate in by_rate])
+        if "per_class" in values:
+            class_results(page, class_results_of(values))
     page.write(path)
+
+
+def class_results_of(values: Mapping[str, Any]) -> ClassResults:
+    """Returns the results by class in the details of a classification task."""
+    confusion = values.get("confusion")
+    return ClassResults(
+        values["per_class"], None if confusion is None else np.array(confusion), values.get("most_confused", ())
+    )
 
 
 def write_results(results: Mapping[str, Any], path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from coalign.data.account import account_lines
 from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import DATASETS, open_dataset
 from coalign.data.sources.benchmarks.detection import open_detection
+from coalign.data.sources.labeled import label_by_captions
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
-from coalign.evaluation.encoder_wrappers import cached, in_bfloat16, shard_texts
+from coalign.evaluation.encoder_wrappers import TextCounter, cached, in_bfloat16, shard_texts
 from coalign.evaluation.suite import suite_metrics
 from coalign.metric import metrics_from_json
 from coalign.runs.folder import check_output
@@ -26,7 +28,7 @@ from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.eval_report import print_results, write_page, write_results
 from coalign.workflows.evaluate.needs import check_needs
-from coalign.workflows.evaluate.samples import Samples, same_data, select_split
+from coalign.workflows.evaluate.samples import Samples, has_labels, reading_of, same_data, select_split
 from coalign.workflows.evaluate.tasks import SUITES, Task, parse_task
 
 Results = dict[str, dict[str, Any]]
@@ -74,7 +76,8 @@ def evaluate(
     _check_dataset_folders([data for data in specs if _is_benchmark(data, config.data_root)], config.data_root)
     world = join_world(check_device(config.device))
     eval_model = open_eval_model(model, config.weights, str(world.device), config.preprocess, config.similarity)
-    eval_model.encoder = _wrap_encoder(eval_model, config, world)
+    texts = TextCounter()
+    eval_model.encoder = texts.counting(_wrap_encoder(eval_model, config, world))
     # open all data before the first task runs, which may take hours
     contexts: dict[tuple[str, bool], tuple[str, EvalContext]] = {}
     keys = [(data, "boxes" in task.needs) for task, data in parsed]
@@ -88,7 +91,9 @@ def evaluate(
         remaining[key] -= 1
         split, context = contexts[key] if remaining[key] else contexts.pop(key)  # frees its embeddings
         counts = {"data": data, "split": split, "samples": len(context.indices)}
-        results[f"{task.name}:{data}"] = {**counts, **task.load()(context).to_json()}
+        result = task.load()(context).to_json()
+        result["notes"] = [*result["notes"], *texts.take_lines(), *account_lines(context.source, with_notes=False)]
+        results[f"{task.name}:{data}"] = {**counts, **result}
         if on_result is not None:
             on_result(results)
     for suite in (text for text in tasks if text in SUITES):
@@ -142,10 +147,10 @@ def _wrap_encoder(model: EvalModel, config: EvalConfig, world: World) -> DualEnc
 
 def _open(data: str, model: EvalModel, config: EvalConfig, world: World, with_boxes: bool) -> tuple[str, EvalContext]:
     """Opens the data of a task. Returns the name of the split to evaluate, and the context."""
-    source = _open_source(data, config, with_boxes)
+    source = _open_source(data, model, config, with_boxes)
     name, indices = select_split(source, data, None if with_boxes else model.run, config.split)
     own = config.train_data is None or same_data(config.train_data, data)
-    train_source = source if own else _open_source(config.train_data or data, config, with_boxes)
+    train_source = source if own else _open_source(config.train_data or data, model, config, with_boxes)
     splits = train_source.splits or {}
     train = splits.get("train", np.arange(len(train_source)))
     val = splits.get("val", np.empty(0, np.int64))
@@ -157,11 +162,15 @@ def _open(data: str, model: EvalModel, config: EvalConfig, world: World, with_bo
     return name, context
 
 
-def _open_source(data: str, config: EvalConfig, with_boxes: bool) -> Source:
+def _open_source(data: str, model: EvalModel, config: EvalConfig, with_boxes: bool) -> Source:
     if with_boxes:
         return open_detection(data)
     root = config.data_root
-    return open_dataset(data, root) if root is not None and _is_benchmark(data, root) else open_source(data)
+    if root is not None and _is_benchmark(data, root):
+        return open_dataset(data, root)
+    source = open_source(data, reading=reading_of(data, model.run, config.reading))
+    own = model.run is not None and same_data(model.run.data, data)
+    return label_by_captions(source) if own or not has_labels(source) else source  # its own data is read as by the run
 
 
 def _is_benchmark(data: str, root: Path | None) -> bool:

@@ -9,7 +9,7 @@ from coalign.data.sources.benchmarks.sugarcrepe import SugarCrepe
 from coalign.evaluation.compositionality import evaluate_foils, evaluate_pairs
 from coalign.evaluation.guidance import bootstrapped_guidance
 from coalign.evaluation.retrieval import retrieve, retrieve_in_folds
-from coalign.evaluation.zero_shot import classify
+from coalign.evaluation.zero_shot import MAX_MATRIX, classify
 from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.samples import Labels, Samples, captions_of
 
@@ -37,7 +37,13 @@ def zero_shot(context: EvalContext) -> TaskResult:
     encoder, names, prompts = context.model.encoder, labels.classnames, context.templates()
     evaluation = classify(encoder, images, labels.class_of, names, prompts, allow_duplicates=context.is_benchmark)
     result, bad = evaluation.result, evaluation.images.bad
-    details = {"unlabeled": labels.unlabeled, "per_class": result.per_class_recalls()}
+    details = {
+        "unlabeled": labels.unlabeled,
+        "per_class": result.per_class_recalls(),
+        "most_confused": result.most_confused(),
+    }
+    if len(labels.classnames) <= MAX_MATRIX:
+        details["confusion"] = result.confusion.tolist()
     answer = context.classification(result.metrics, uses_train=False, bad=bad, details=details, evaluation=evaluation)
     answer.notes = [*_unlabeled(labels), *answer.notes]
     return answer

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from coalign.config import DETECT, DataConfig
 from coalign.data.sources.base import Source
-from coalign.data.splits import assign_splits
+from coalign.data.splits import run_splits
+from coalign.data.text.prompts import read_classes
 from coalign.errors import BadSample, UserError
-from coalign.evaluation.prompts import read_classes
 from coalign.runs.run import Run
 
 LABEL_FACTS = ("label", "class", "category", "folder")  # in order of precedence
@@ -56,7 +58,7 @@ def select_split(source: Source, data: str, run: Run | None, split: str | None) 
     source_splits = source.splits
     trained_on = run is not None and same_data(run.data, data)
     if trained_on and split in (None, "train", "val") and run is not None and run.config.val_data is None:
-        splits = assign_splits(source, run.config.val_fraction, by=run.config.val_by)[0]
+        splits = run_splits(source, run.config)
         return split or "val", splits[split or "val"]
     if split is None:
         split = next((name for name in ("test", "val") if source_splits and len(source_splits.get(name, ()))), None)
@@ -72,12 +74,24 @@ def same_data(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
+def reading_of(data: str, run: Run | None, given: DataConfig = DETECT) -> DataConfig:
+    """Returns how to read `data`: as given; what is unset, as the run reads it if it was trained on it."""
+    if run is None or not same_data(run.data, data):
+        return given
+    changes = {name: value for name, value in vars(given).items() if value != getattr(DETECT, name)}
+    return replace(run.config.reading, **changes)
+
+
 def captions_of(source: Source) -> Callable[[int], Sequence[str]]:
-    """Returns a function of the sample index that returns its captions; a bad record has none, and is reported with the images."""
+    """Returns a function of the sample index that returns its captions; a bad record has none, and is reported with the images.
+
+    Of captions that are made of a class name, it returns the first: the others differ only in their template.
+    """
+    number = None if source.classes is None or source.classes.in_captions else 1
 
     def captions(index: int) -> Sequence[str]:
         try:
-            return source.record(index).captions
+            return source.record(index).captions[:number]
         except BadSample:
             return ()
 
@@ -119,6 +133,24 @@ def read_labels(parts: Sequence[Samples], classes: Path | None = None, label: st
     return labels
 
 
+def has_labels(source: Source) -> bool:
+    """Whether one of the first samples has a class in its facts."""
+    for index in range(min(10, len(source))):
+        with suppress(BadSample):
+            facts = source.record(index).facts
+            if any(facts.get(name) for name in LABEL_FACTS):
+                return True
+    return False
+
+
+def class_labels(samples: Samples) -> Labels:
+    """Returns the classes that the captions are labels of."""
+    classes = samples.source.classes
+    assert classes is not None
+    class_of = {index: label for index in samples.indices.tolist() if (label := int(classes.of[index])) >= 0}
+    return Labels(samples.source, list(classes.names), class_of, len(samples.indices) - len(class_of))
+
+
 def _values(samples: Samples, facts: Sequence[str], with_tags: bool) -> dict[int, list[str]]:
     """Returns what may be the class of each sample: its label fact and, if they count, its tags."""
     values: dict[int, list[str]] = {}
@@ -134,9 +166,12 @@ def _values(samples: Samples, facts: Sequence[str], with_tags: bool) -> dict[int
 
 
 def _no_class(source: Source, values: Mapping[int, list[str]], facts: Sequence[str], classes: Path | None) -> str:
-    fields = f"the samples' {' or '.join(facts)}"
+    fields = " or ".join(facts)
     if not classes:
-        return f"No sample of {source.name} has a class in {fields}; set --label to the column or fact that holds it."
+        return (
+            f"No sample of {source.name} has a class in {fields}; set --label to the column or fact that holds it, or --captions-from if "
+            "the captions are classes."
+        )
     examples = sorted({value for sample_values in values.values() for value in sample_values})[:5]
     shown = f"there are values such as {', '.join(map(repr, examples))}" if examples else "they are empty"
     return f"No sample of {source.name} has one of the classes in {classes}; they are matched with {fields} and tags: {shown}."

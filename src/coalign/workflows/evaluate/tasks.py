@@ -108,7 +108,9 @@ def parse_task(text: str) -> tuple[Task, str]:
     name, _, data = text.partition(":")
     if name in TASKS and data:
         return TASKS[name], data
-    near = [] if name in TASKS else difflib.get_close_matches(name, TASKS, 2)
+    if name in TASKS:
+        raise UserError(f"The task {text!r} has no data; use TASK:DATA, such as {name}:my-images.")
+    near = difflib.get_close_matches(name, TASKS, 2)
     hint = (
         f"did you mean {' or '.join(near)}?"
         if near

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coalign.errors import UserError
+from coalign.evaluation.embed import cut_lines
 from coalign.evaluation.localization import upsample
 from coalign.networks.grad_cam import grad_cam
 from coalign.networks.towers.image import ImageTower
@@ -60,6 +61,9 @@ def localize(
     background = read_image(image, side)[0].permute(1, 2, 0).numpy()
     maps, names = [], []
     for run in loaded:
+        for text in texts:
+            for line in cut_lines(run.encoder(), [text], f"text {text[:40]!r}"):
+                print(f"{run.path.name}: {line}")
         compute_maps, technique = localizer(run)
         pixels = read_image(image, image_size(run.method))
         run_maps = compute_maps(pixels.expand(len(texts), -1, -1, -1), list(texts))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from coalign.config import DETECT, DataConfig
+from coalign.data.account import account_lines
 from coalign.data.loading.eval import image_batches, sample_key
 from coalign.data.sources.open import open_source
 from coalign.embeds import similarities
 from coalign.errors import UserError
-from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
+from coalign.evaluation.embed import cut_lines, embed_images, embed_joint, embed_texts
 from coalign.report.page import GalleryCell, Page
 from coalign.runs.folder import check_output
 from coalign.types import Embeds
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
-from coalign.workflows.evaluate.samples import captions_of, select_split
+from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
 from coalign.workflows.image_files import read_image, thumbnail
 
 
@@ -35,7 +38,8 @@ class SearchResult:
     query: str  # how the query was embedded
     hits: list[Hit]  # best first
     num_images: int  # searched
-    num_unreadable: int
+    # whether the query is cut, and what was skipped or left out, in sentences
+    account: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -50,6 +54,7 @@ def search(
     report: str | Path | None = None,
     device: str = "cpu",
     workers: int = 0,
+    reading: DataConfig = DETECT,
 ) -> SearchResult:
     """Finds the `top` images of `data` nearest to a text, to an image, or to both.
 
@@ -67,7 +72,7 @@ def search(
         check_output(Path(report))
     model = open_eval_model(path, device=device)
     parts, query = _embed_query(model, text, image)
-    source = open_source(data)
+    source = open_source(data, reading=reading_of(data, model.run, reading))
     indices = select_split(source, data, model.run, split)[1]
     encoder, captions = model.encoder, captions_of(source)
     batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
@@ -76,6 +81,12 @@ def search(
     scores, rows = to_parts.mean(1).topk(min(top, len(images.indices)))
     nearest = [(images.indices[row], score) for row, score in zip(rows.tolist(), scores.tolist())]
     hits = [Hit(index, sample_key(source, index), score, tuple(captions(index))) for index, score in nearest]
+    skipped = Counter(bad.reason for bad in images.bad).most_common()
+    account = [
+        *cut_lines(encoder, [text] if text else [], "query"),
+        *(f"Skipped samples: {count:,} ({reason})" for reason, count in skipped),
+        *account_lines(source),
+    ]
     if report is not None:
         page = Page("Search", f"{model.name}; {len(images.indices):,} images; query: {query}")
         pixels = None if image is None else read_image(image, encoder.image_size)[0].permute(1, 2, 0).numpy()
@@ -86,8 +97,10 @@ def search(
                 for hit in hits
             ],
         )
+        for line in account:
+            page.text(line)
         page.write(Path(report))
-    return SearchResult(query, hits, len(images.indices), len(images.bad))
+    return SearchResult(query, hits, len(images.indices), account)
 
 
 def _embed_query(model: EvalModel, text: str | None, image: str | Path | None) -> tuple[list[Embeds], str]:

@@ -13,7 +13,7 @@ from coalign.data.sources.open import open_source
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.runs.run import Run, build_method, load
-from coalign.workflows.evaluate.samples import captions_of, select_split
+from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
 from coalign.workflows.image_files import check_figure_path, save_figure
 
 
@@ -44,7 +44,7 @@ def space(
         )
     untrained_method = build_method(replace(trained.config, pretrained=None), trained.tokenizer)
     initial = replace(trained, method=untrained_method.to(device).eval())
-    source = open_source(data)
+    source = open_source(data, reading=reading_of(data, trained))
     indices = select_split(source, data, trained, None)[1]
     captions = captions_of(source)
     pair_indices = [int(index) for index in np.random.default_rng(0).permutation(indices) if captions(int(index))][

@@ -10,6 +10,7 @@ from tempfile import gettempdir
 import numpy as np
 
 from coalign.config import TrainConfig
+from coalign.data.account import account_lines, class_lines
 from coalign.data.images.cache import ImageCache
 from coalign.data.loading.train import PairLoader, tag_vocabulary
 from coalign.data.sources.base import Source
@@ -31,6 +32,14 @@ class TrainingData:
     val_source: Source
     val: np.ndarray  # indices of `val_source`
     test_splits: Mapping[str, np.ndarray] = field(default_factory=dict)  # splits of `source` for the final evaluation
+
+    def account(self) -> list[str]:
+        """Returns a sentence each on what opening the data left out, on its classes, and on a single held-out pair."""
+        same = self.val_source.name == self.source.name
+        lines = [*account_lines(self.source), *class_lines(self.source, self.train, self.val if same else self.val[:0])]
+        if len(self.val) == 1:
+            lines.append("Only one pair is held out, so nothing is evaluated; set a larger --val-fraction.")
+        return lines if same else [*lines, *(f"Validation data: {line}" for line in account_lines(self.val_source))]
 
     def tag_ids(self, size: int) -> dict[str, int]:
         """Returns the `size` most frequent tags of the training pairs (of the first `MAX_VOCABULARY_PAIRS`) and their ids."""
@@ -66,6 +75,7 @@ def pair_loader(
         cache=ImageCache(cache_folder, len(source), config.image_cache * 1e9)
         if cache_folder and config.image_cache
         else None,
+        group_column=config.reading.group_column,
         finish_on=world.device if config.device_views else None,
     )
 

@@ -86,7 +86,7 @@ def _print_steps(console: Console, data: str, config: TrainConfig, pairs: Traini
         f"{config.batch_size:,}, {steps:,} steps per epoch, {round(config.epochs * steps):,} steps in total."
     )
     if not steps:
-        console.print("[bold]Training would fail: the dataset is smaller than a batch.[/bold]")
+        console.print("Training would fail: the dataset is smaller than a batch.", style="bold")
 
 
 def _print_batch(console: Console, loaded: LoadedBatch, tokenizer: Tokenizer) -> None:

@@ -10,21 +10,25 @@ import numpy as np
 import torch
 
 from coalign.config import TrainConfig, to_json
+from coalign.data.account import left_out
 from coalign.data.sources.base import Source
 from coalign.embeds import on_device, pair_similarities, similarities, take
-from coalign.errors import BadSample
 from coalign.evaluation.embed import Evaluation
 from coalign.evaluation.retrieval import Direction, RetrievalResult
 from coalign.files import read_rows
 from coalign.formatting import duration
 from coalign.method import Method
+from coalign.report.left_out import LeftOutTable
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
 from coalign.runs.folder import describe_samples
 from coalign.training.trainer import TrainResult
 from coalign.types import Similarity, dot_product
 from coalign.version import __version__
+from coalign.workflows.evaluate.eval_report import class_results_of
+from coalign.workflows.evaluate.samples import captions_of
 from coalign.workflows.image_files import thumbnail
+from coalign.workflows.train.batches import TrainingData
 from coalign.workflows.train.validation import HeldOutResult
 
 NUM_QUERIES, TOP_K, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
@@ -37,13 +41,13 @@ def write_run_report(
     method: Method,
     result: TrainResult,
     results: Mapping[str, HeldOutResult],
-    num_train: int,
+    pairs: TrainingData,
 ) -> tuple[str, Path]:
     """Writes out/report.html. Returns its headline and its path."""
     history = read_rows(out / "metrics.jsonl")
     bad = read_rows(out / "bad_samples.jsonl")
     speeds = [row["pairs_per_second"] for row in history if row.get("pairs_per_second")]
-    groups = method.parameter_groups()
+    groups, num_train = method.parameter_groups(), len(pairs.train)
     summary = RunSummary(
         title=f"{config.method} on {Path(data).name or data}",
         subtitle=f"{config.model}, trained on {describe_samples(config, num_train)}, coalign {__version__}",
@@ -60,16 +64,29 @@ def write_run_report(
         parameters={role: sum(p.numel() for p in parameters) for role, parameters in groups.items()},
         bad_samples=result.bad_samples,
         bad_examples=[(row["key"], row["reason"], row["detail"]) for row in bad[:10]],
+        left_out=LeftOutTable(
+            left_out(pairs.source), [(each.where, each.reason) for each in pairs.source.left_out], pairs.source.unread
+        ),
+        notes=pairs.account(),
         samples_seen=min(result.step * config.batch_size, num_train),
     )
     for held_out in results.values():
         summary.metrics = [*summary.metrics, *held_out.result.metrics]
+        summary.notes = [*summary.notes, *held_out.result.notes]
     if "retrieval" in results:
         similarity = on_device(method.similarity, next(method.parameters()).device)
         _add_retrieval(summary, results["retrieval"], similarity)
     if "zeroshot" in results:
-        zero_shot = _evaluation(results["zeroshot"]).result
-        summary.confusion, summary.classnames = zero_shot.confusion, zero_shot.classnames
+        summary.classes = class_results_of(results["zeroshot"].result.details)
+    for task, held_out in results.items():
+        if held_out.look_alikes is not None:
+            found, total = held_out.look_alikes
+            note = f"{found:,} of {total:,} held-out pairs ({held_out.split}) have an image that is in training too, or looks like one"
+            without = f"{task}_without_look_alikes" in results
+            summary.notes = [
+                *summary.notes,
+                f"{note}; metrics without look-alikes are on the others." if without else f"{note}.",
+            ]
     path = out / "report.html"
     run_page(summary).write(path)
     return verdict(summary), path
@@ -85,7 +102,9 @@ def _add_retrieval(summary: RunSummary, held_out: HeldOutResult, similarity: Sim
     result: RetrievalResult = evaluation.result
     indices, texts = evaluation.images.indices, evaluation.texts
     summary.evaluated_on = f"{result.num_images:,} held-out pairs"
-    summary.highlights = [side.recall[k] for side in (result.image_to_text, result.text_to_image) for k in (1, 10)]
+    recalls = [side.recall[k] for side in (result.image_to_text, result.text_to_image) for k in (1, 10)]
+    summary.highlights = [*summary.metrics[:1], *recalls] if source.classes is not None else recalls
+    summary.highlights = [metric for metric in summary.highlights if metric.can_beat_chance()]
     cells = _Cells(source, indices, texts)
     rng = np.random.default_rng(0)
     summary.image_queries = _rankings(cells, result.image_to_text, rng, image_queries=True)
@@ -131,11 +150,9 @@ class _Cells:
     def __init__(self, source: Source, indices: Sequence[int], texts: Sequence[str]) -> None:
         self.source, self.indices, self.texts = source, indices, texts
         self.image_rows: list[int] = []  # the image row of each text
+        captions = captions_of(source)
         for row, index in enumerate(indices):
-            try:
-                self.image_rows.extend([row] * len(source.record(index).captions))
-            except BadSample:
-                continue
+            self.image_rows.extend([row] * len(captions(index)))
 
     def pixels(self, row: int) -> np.ndarray:
         return thumbnail(self.source, int(self.indices[row]))

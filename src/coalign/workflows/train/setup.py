@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from coalign.config import NOMINAL_PAIRS, TrainConfig, flatten, to_json
+from coalign.data.loading.train import check_batch_size
 from coalign.data.sources.base import Source
+from coalign.data.sources.labeled import label_by_captions
 from coalign.data.sources.mixture import Mixture
 from coalign.data.sources.open import open_source
 from coalign.data.sources.unpaired_captions import UnpairedCaptions
-from coalign.data.splits import assign_splits, nested_subset
+from coalign.data.splits import nested_subset, run_splits
 from coalign.data.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
@@ -30,6 +32,9 @@ from coalign.training.sharding import shard
 from coalign.version import __version__
 from coalign.workflows.train.batches import MAX_VOCABULARY_PAIRS, TrainingData
 
+_WITHOUT_BATCH_NORM = (
+    ", or use a model without BatchNorm, such as ViT-B-32 or convnext_tiny, which allows any batch size"
+)
 ConfigFn = Callable[[int], TrainConfig]  # number of training pairs -> configuration
 
 
@@ -40,21 +45,34 @@ def open_data(data: str, config_for: ConfigFn, world: World) -> tuple[TrainingDa
     """
     # the number of pairs is not known yet; settings of the split do not depend on it
     nominal = config_for(NOMINAL_PAIRS)
+    _check_reading(nominal)  # before the data is read
     pairs = _first_rank_then_others(world, lambda: _open_and_split(data, nominal))
     config = config_for(len(pairs.train))
+    _check_reading(config)
     _check_same_on_all_ranks(config, pairs, world)
     return pairs, config
 
 
+def _check_reading(config: TrainConfig) -> None:
+    """Raises UserError if an option on how the data is read does not go with the method or the other options."""
+    if config.reading.prompts and config.reading.captions_from is None and config.classes is None:
+        raise UserError(
+            "--prompts needs names of classes; add --captions-from folder or a column to make captions of them, or --classes."
+        )
+
+
 def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
     """Opens the data, splits it, and selects the training samples (`train_fraction`, `unpaired_captions`, mixture weights)."""
-    source = open_source(data)
+    opened = open_source(data, reading=config.reading)
+    source = label_by_captions(opened)
     if config.val_data:
-        val_source = open_source(config.val_data)
+        val_source = label_by_captions(open_source(config.val_data, reading=config.reading))
         val = (val_source.splits or {}).get("val", np.arange(len(val_source)))
-        pairs = TrainingData(source, _splits(data, source, 0.0, None)["train"], val_source, val)
+        pairs = TrainingData(
+            source, _splits(data, source, replace(config, val_fraction=0.0, val_by=None))["train"], val_source, val
+        )
     else:
-        splits = _splits(data, source, config.val_fraction, config.val_by)
+        splits = _splits(data, source, config)
         pairs = TrainingData(source, splits["train"], source, splits["val"])
     pairs.test_splits = _test_splits(data, source, config.test_splits)
     parts = [nested_subset(pairs.train, config.train_fraction)]
@@ -62,8 +80,8 @@ def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
         texts = UnpairedCaptions(source, pairs.train, parts[0])
         parts.append(pairs.train[texts.is_text_only[pairs.train]])
         pairs.source = texts
-    if isinstance(source, Mixture):
-        parts = [source.epoch_indices(part) for part in parts]
+    if isinstance(opened, Mixture):
+        parts = [opened.epoch_indices(part) for part in parts]
     pairs.train = parts[0] if len(parts) == 1 else np.concatenate(parts)  # avoids a copy of up to 100 million indices
     return pairs
 
@@ -114,8 +132,8 @@ def fingerprint(pairs: TrainingData) -> str:
     return f"{stable_hash(*seen):016x}"
 
 
-def _splits(data: str, source: Source, val_fraction: float, val_by: str | None) -> dict[str, np.ndarray]:
-    splits = dict(assign_splits(source, val_fraction, by=val_by)[0])
+def _splits(data: str, source: Source, config: TrainConfig) -> dict[str, np.ndarray]:
+    splits = dict(run_splits(source, config))
     if "train" not in splits:
         raise UserError(
             f"{data} has nothing to train on: all samples are in {' and '.join(splits)}; pass data with a train split."
@@ -135,6 +153,7 @@ def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, n
 
 def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
     """Builds the method with its initial weights, on its device."""
+    check_batch_size(config.batch_size, world.size)
     method = build_method(config, tokenizer)
     if config.unpaired_captions and not method.view_plan.imageless:
         raise UserError(
@@ -168,7 +187,7 @@ def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None
             if size % group:
                 raise UserError(
                     f"{config.model} has BatchNorm over groups of {group} samples, but {name}, {size}, is not a multiple of {group}; "
-                    "change it or --batch-norm-group."
+                    f"change it or --batch-norm-group{_WITHOUT_BATCH_NORM}."
                 )
 
 

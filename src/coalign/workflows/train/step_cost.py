@@ -234,7 +234,7 @@ def _extrapolate(measured: list[float], local: float, total: float) -> float:
 
 
 def _batch_bytes(batch: Batch) -> int:
-    tensors = [batch.indices, batch.caption_ids, batch.has_caption, batch.tags]
+    tensors = [batch.indices, batch.caption_ids, batch.has_caption, batch.tags, batch.group_ids]
     tensors += [tensor for image in batch.images.values() for tensor in (image.pixels, image.params, image.patch_ranks)]
     tensors += [tensor for text in batch.texts.values() for tensor in (text.ids, text.lengths, text.labels)]
     return sum(_num_bytes(tensor) for tensor in tensors if tensor is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ from coalign.training.distributed import World, join_world
 from coalign.training.sharding import unsharded
 from coalign.training.trainer import Trainer, TrainResult
 from coalign.workflows.train.batches import TrainingData, image_cache_folder, pair_loader
+from coalign.workflows.train.preflight import check_before_training, check_context
 from coalign.workflows.train.setup import (
     ConfigFn,
     compile_towers,
@@ -88,14 +90,20 @@ def train(
         ```
     """
     config_for = _config_fn(config)
-    console, out = Console(highlight=False, soft_wrap=True), Path(out)
+    console, out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False), Path(out)
     world = join_world(check_device(device))
     if not dry_run:
         _check_folder(out, resume)
     pairs, settings = open_data(data, config_for, world)
     settings = resolve_workers(settings, world)
+    resumed = resume == "auto" and (out / CONFIG).exists()
+    preflight = check_before_training(pairs, settings, resumed)
     tokenizer = run_tokenizer(settings, pairs, out)
+    cut_captions = check_context(preflight, settings, tokenizer, resumed)
     method = initial_method(settings, tokenizer, world)
+    if world.is_first:
+        for line in [*pairs.account(), *filter(None, [cut_captions])]:
+            console.print(line)
     if dry_run:
         if world.is_first:
             from coalign.workflows.train.dry_run import print_dry_run
@@ -120,7 +128,7 @@ def train(
         _prepare_folder(out, saved, tokenizer, world)  # last, after all checks of the settings
         first_step = trainer.resume() if resume == "auto" else 0
         if world.is_first:
-            console.print(_start_line(settings, method, pairs, total_steps, first_step, world))
+            console.print(_start_lines(settings, method, pairs, tags, total_steps, first_step, world))
         result = _fit(trainer, cache, world)
         with unsharded(method):
             if world.is_first and result.ended == "interrupted":
@@ -211,8 +219,14 @@ def _interrupted_line(result: TrainResult, image_cache: Path) -> str:
     return f"Interrupted at step {result.step:,}; resume with --resume auto.{kept}"
 
 
-def _start_line(
-    config: TrainConfig, method: Method, pairs: TrainingData, total_steps: int, first_step: int, world: World
+def _start_lines(
+    config: TrainConfig,
+    method: Method,
+    pairs: TrainingData,
+    tags: Mapping[str, int],
+    total_steps: int,
+    first_step: int,
+    world: World,
 ) -> str:
     millions = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
     start = (
@@ -220,10 +234,12 @@ def _start_line(
         if first_step
         else f"{total_steps:,} steps, batch size {config.batch_size:,}"
     )
-    return (
+    run = (
         f"{config.method} with {config.model} ({millions:.1f} M parameters) on {describe_samples(config, len(pairs.train))}, "
         f"{len(pairs.val):,} held out; {start}, on {world.device}" + (f" × {world.size}" if world.size > 1 else "")
     )
+    untagged = f"No training pair has tags, so the tag loss of {config.method} stays at 0; add a column or field of tags, or --no-j-tag."
+    return "\n".join([*([untagged] if method.view_plan.tags and not tags else []), run])
 
 
 def _finish(
@@ -240,7 +256,7 @@ def _finish(
     from coalign.workflows.train.run_report import write_run_report
 
     results = evaluate_held_out(method, config, pairs, tokenizer, out.name)
-    verdict, report = write_run_report(data, out, config, method, result, results, len(pairs.train))
+    verdict, report = write_run_report(data, out, config, method, result, results, pairs)
     items = {
         task: item_hashes(held_out.source, evaluation.images.indices, evaluation.texts)
         for task, held_out in results.items()
@@ -248,8 +264,9 @@ def _finish(
     }
     write_outcomes(out, {task: held_out.result.metrics for task, held_out in results.items()}, items)
     tasks = {task: held_out.result.to_json() for task, held_out in results.items()}
+    look_alikes = {each.split: each.look_alikes[0] for each in results.values() if each.look_alikes is not None}
     parameters = {role: sum(p.numel() for p in group) for role, group in method.parameter_groups().items()}
-    values = {"run": asdict(result), "parameters": parameters, "tasks": tasks}
+    values = {"run": asdict(result), "parameters": parameters, "tasks": tasks, "look_alikes_in_train": look_alikes}
     write_json(out / RESULTS, values, default=_plain)  # last: if it exists, the report is complete
     console.print(verdict)
     console.print(f"Report: {report}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import numpy as np
 from coalign.config import TrainConfig
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.base import Source
+from coalign.data.splits import look_alikes_in_train
+from coalign.data.text.prompts import templates
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.evaluation.embed import embed_images
-from coalign.evaluation.prompts import templates
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.method import Method
@@ -26,7 +27,7 @@ from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.eval_model import EvalModel
 from coalign.workflows.evaluate.needs import unmet_need
-from coalign.workflows.evaluate.samples import Samples, captions_of, read_labels
+from coalign.workflows.evaluate.samples import Samples, captions_of, class_labels, read_labels
 from coalign.workflows.evaluate.tasks import TASKS
 from coalign.workflows.train.batches import TrainingData, pair_loader
 
@@ -43,8 +44,9 @@ def validation(
 ) -> Callable[[StepInfo], ValidationResult] | None:
     """Returns the validation function of a run, or None if there are too few validation pairs.
 
-    It computes loss, retrieval recalls and, if `config.classes` is set, zero-shot accuracy on a fixed sample of the validation pairs. The
-    score is the mean recall. Raises UserError if no validation pair (or, for the probe, no training pair) belongs to a class.
+    It computes loss, retrieval recalls and, if there are classes, zero-shot accuracy on a fixed sample of the validation pairs. The score
+    is the mean recall; if the captions are class labels, it is the accuracy. Raises UserError if no validation pair (or, for the probe,
+    no training pair) belongs to a class.
     """
     batch_size = min(config.batch_size, len(pairs.val)) // world.size * world.size
     if len(pairs.val) < 2 or batch_size < 2:
@@ -54,7 +56,12 @@ def validation(
     encoder = dual_encoder(method, tokenizer, config.context_length, "validation")
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # batches of rank 0, decoded in the first validation
-    labels = read_labels([Samples(pairs.val_source, tracked)], config.classes)[0] if config.classes else None
+    tracked_samples = Samples(pairs.val_source, tracked)
+    labels, prompts = None, templates(*config.reading.prompts)
+    if config.classes:
+        labels = read_labels([tracked_samples], config.classes)[0]
+    elif pairs.val_source.classes is not None:
+        labels, prompts = class_labels(tracked_samples), list(pairs.val_source.classes.templates)
     if config.probe:
         # fails before training if no pair belongs to a class
         read_labels([Samples(pairs.source, pairs.train)], config.classes)
@@ -70,15 +77,16 @@ def validation(
                 images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
             embeds = embed_images(encoder, images)
             result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
-            recalls = [
-                metric for side in (result.image_to_text, result.text_to_image) for metric in side.recall.values()
-            ]
+            sides = (result.image_to_text, result.text_to_image)
+            recalls = [metric for side in sides for metric in side.recall.values() if metric.can_beat_chance()]
             values |= {f"val/{metric.name.replace('.', '_')}": metric.value for metric in recalls}
-            values["val/mean_recall"] = sum(metric.value for metric in recalls) / len(recalls)
+            if recalls:
+                values["val/mean_recall"] = sum(metric.value for metric in recalls) / len(recalls)
             if labels is not None:
-                zero_shot = classify(encoder, embeds, labels.class_of, labels.classnames, templates("default")).result
+                zero_shot = classify(encoder, embeds, labels.class_of, labels.classnames, prompts).result
                 values["val/zero_shot_acc1"] = zero_shot.metrics[0].value
-        return ValidationResult(values, world.broadcast(values.get("val/mean_recall", 0.0)))
+        score = "val/mean_recall" if pairs.val_source.classes is None else "val/zero_shot_acc1"
+        return ValidationResult(values, world.broadcast(values.get(score, 0.0)))
 
     return validate
 
@@ -89,6 +97,8 @@ class HeldOutResult:
 
     source: Source
     result: TaskResult
+    split: str = "val"
+    look_alikes: tuple[int, int] | None = None  # samples with an image like one in training, samples; None: not counted
 
 
 def evaluate_held_out(
@@ -96,12 +106,14 @@ def evaluate_held_out(
 ) -> dict[str, HeldOutResult]:
     """Runs the final evaluation of a run, by the tasks of `coalign eval`. Returns task -> result.
 
-    On the validation pairs, if there are at least two: "retrieval"; "foils", if the data has them; and, if `config.classes` is set,
-    "zeroshot" and (with `config.probe`) "probe", which is trained on the training pairs. On each test split NAME: "retrieval_NAME".
+    On the validation pairs, if there are at least two: "retrieval"; "foils", if the data has them; and, if `config.classes` is set or the
+    captions are class labels, "zeroshot" and (with `config.probe`) "probe", which is trained on the training pairs. On each test split
+    NAME: "retrieval_NAME". If some of the pairs of a retrieval task have look-alikes in training, also "TASK_without_look_alikes", on the
+    others.
     """
     encoder = dual_encoder(method, tokenizer, config.context_length, name)
     device = next(method.parameters()).device
-    settings = EvalConfig(classes=config.classes, workers=config.workers or 0)
+    settings = EvalConfig(classes=config.classes, workers=config.workers or 0, reading=config.reading)
     none = np.empty(0, dtype=np.int64)
 
     def context(source: Source, indices: np.ndarray) -> EvalContext:
@@ -110,17 +122,33 @@ def evaluate_held_out(
             Samples(pairs.source, none), settings, World(0, 1, device),
         )  # fmt: skip
 
+    def without_look_alikes(task: str, title: str, source: Source, indices: np.ndarray) -> None:
+        """Counts the look-alikes in training of a retrieval task's pairs, and evaluates it without them."""
+        found = look_alikes_in_train(pairs.source, pairs.train, source, indices) if config.group_look_alikes else None
+        if found is None:
+            return
+        results[task] = replace(results[task], look_alikes=(int(found.sum()), len(found)))
+        if found.any() and np.count_nonzero(~found) >= 2:
+            result = TASKS["retrieval"].load()(context(source, indices[~found]))
+            result.metrics = [metric.prefixed(title) for metric in result.metrics]
+            results[f"{task}_without_look_alikes"] = HeldOutResult(source, result)
+
     results: dict[str, HeldOutResult] = {}
     if len(pairs.val) >= 2:
         held_out = context(pairs.val_source, pairs.val)
-        names = ["retrieval", *(["zeroshot"] if config.classes else []), *(["probe"] if config.probe else [])]
-        if unmet_need(TASKS["foils"], held_out) is None:
-            names.insert(1, "foils")
+        names = ["retrieval", *(["foils"] if unmet_need(TASKS["foils"], held_out) is None else [])]
+        if pairs.val_source.classes is not None:
+            names.insert(0, "zeroshot")  # the first task is in the headline
+        elif config.classes:
+            names.append("zeroshot")
+        names += ["probe"] if config.probe else []
         for task in (TASKS[name] for name in names):
             results[task.name] = HeldOutResult(pairs.val_source, task.load()(held_out))
+        without_look_alikes("retrieval", "Without look-alikes", pairs.val_source, pairs.val)
     for split, indices in pairs.test_splits.items():
         result = TASKS["retrieval"].load()(context(pairs.source, indices))
         title = split.replace("_", " ").capitalize()
         result.metrics = [metric.prefixed(title) for metric in result.metrics]
-        results[f"retrieval_{split}"] = HeldOutResult(pairs.source, result)
+        results[f"retrieval_{split}"] = HeldOutResult(pairs.source, result, split)
+        without_look_alikes(f"retrieval_{split}", f"{title} without look-alikes", pairs.source, indices)
     return results

@@ -16,7 +16,7 @@ from coalign.data.scenes.layout import SHAPES
 from coalign.data.scenes.source import Scenes, open_scenes
 from coalign.data.sources.base import Source, read_image_file
 from coalign.data.sources.coco import resolve_image_folder
-from coalign.data.sources.table import load_json
+from coalign.data.sources.tables.json_table import load_json
 from coalign.errors import UserError
 from coalign.types import Record
 
@@ -135,7 +135,7 @@ class CocoObjects(DetectionSource):
         self.classnames = [str(entry["name"]) for entry in categories]
         self._annotations = [by_image[entry["id"]] for entry in self._images]
         self.has_masks = all("segmentation" in annotation for entries in self._annotations for annotation in entries)
-        self.folder = resolve_image_folder(path, files[0], images)
+        self.folder = resolve_image_folder(path, files, images)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -9,7 +9,7 @@ import numpy as np
 
 from coalign.data.sources.base import Source, read_image_file
 from coalign.data.sources.coco import resolve_image_folder
-from coalign.data.sources.table import load_json
+from coalign.data.sources.tables.json_table import load_json
 from coalign.data.text.captions import printable
 from coalign.errors import UserError
 from coalign.types import Foil, Record
@@ -48,7 +48,7 @@ class SugarCrepe(Source):
         if not index_of:
             raise UserError(f"The SugarCrepe files in {folder} contain no items.")
         self._files = list(index_of)
-        self.folder = resolve_image_folder(files[0][1], self._files[0], images)
+        self.folder = resolve_image_folder(files[0][1], self._files, images)
 
     def __len__(self) -> int:
         return len(self._files)

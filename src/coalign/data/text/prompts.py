@@ -64,11 +64,18 @@ class ClassName(NamedTuple):
     name: str  # its name in the prompts
 
 
-def templates(name: str) -> list[str]:
-    """Returns the templates of a dataset (a key of TEMPLATES, or "imagenet"), or of a text file with one template per line.
+def templates(*prompts: str) -> list[str]:
+    """Returns the templates that `prompts` name, without repetitions; those of "default" if there are none.
 
-    Raises UserError if it is neither, or the file holds no usable templates.
+    Each is a template (it contains {}), a dataset's templates (a key of TEMPLATES, or "imagenet"), or a text file with one template per
+    line. Raises UserError if it is neither, or the file holds no usable templates.
     """
+    return list(dict.fromkeys(line for each in prompts or ("default",) for line in _templates(each)))
+
+
+def _templates(name: str) -> list[str]:
+    if "{}" in name:
+        return [name]
     if name == "imagenet":
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
@@ -77,7 +84,9 @@ def templates(name: str) -> list[str]:
         return list(TEMPLATES[name])
     if not Path(name).is_file():
         known = ", ".join([*TEMPLATES, "imagenet"])
-        raise UserError(f"{name!r} is neither a file nor a set of prompt templates; choose a file, {known}.")
+        raise UserError(
+            f"The prompt {name!r} is neither a template, as it has no {{}} for the class name, nor a file, nor one of {known}."
+        )
     lines = [line for _, line in _lines(Path(name), "templates")]
     check_templates(lines, name)
     return lines

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coalign.config import DataConfig
 from coalign.data.sources.open import open_source
 from coalign.errors import BadSample, UserError
 
@@ -76,10 +77,44 @@ def test_a_saved_dict_has_splits(tmp_path: Path) -> None:
 
 def test_parquet_with_embedded_images(tmp_path: Path) -> None:
     make(3).to_parquet(str(tmp_path / "x.parquet"))
-    with pytest.raises(UserError, match="open it as hf:"):
-        open_source(str(tmp_path / "x.parquet"))
-    source = open_source(f"hf:{tmp_path / 'x.parquet'}")
+    for spec in (str(tmp_path / "x.parquet"), f"hf:{tmp_path / 'x.parquet'}"):
+        source = open_source(spec)
+        assert [source.image(i) for i in range(3)] == [encoded(i) for i in range(3)]
+        assert [source.record(i).captions for i in range(3)] == [(f"one {i}", f"two {i}") for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct", "list", "path"])
+def test_images_of_other_types(tmp_path: Path, kind: str) -> None:
+    values = {
+        "binary": encoded,
+        "struct": lambda i: {"bytes": encoded(i), "path": None},
+        "list": lambda i: list(encoded(i)),
+        "path": lambda i: str(tmp_path / f"{i}.png"),
+    }
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i))
+    features = {
+        "binary": datasets.Value("binary"),
+        "struct": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        "list": datasets.List(datasets.Value("uint8")),
+        "path": datasets.Value("string"),
+    }
+    columns = {"Photo": [values[kind](i) for i in range(3)], "words": list("abc"), "split": ["train", "dev", "test"]}
+    data = datasets.Dataset.from_dict(
+        columns,
+        datasets.Features(
+            {"Photo": features[kind], "words": datasets.Value("string"), "split": datasets.Value("string")}
+        ),
+    )
+    data.save_to_disk(str(tmp_path / "data"))
+    source = open_source(str(tmp_path / "data"), reading=DataConfig("photo", ("words",)))
     assert [source.image(i) for i in range(3)] == [encoded(i) for i in range(3)]
+    assert [source.record(i).captions for i in range(3)] == [("a",), ("b",), ("c",)]
+    assert {name: indices.tolist() for name, indices in source.splits.items()} == {
+        "train": [0],
+        "val": [1],
+        "test": [2],
+    }
 
 
 def test_invalid_datasets_are_rejected(tmp_path: Path) -> None:
@@ -102,3 +137,34 @@ def test_without_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r'pip install "coalign\[hf\]"'):
         open_source("hf:owner/name")
+
+
+@pytest.mark.parametrize("form", ["image", "list", "extra", "path", "beside"])
+def test_images_in_every_form(tmp_path, form):
+    contents = [encoded(number) for number in range(4)]
+    cells = [{"bytes": each, "path": None} for each in contents]
+    features = {"image": datasets.Image(), "caption": datasets.Value("string")}
+    columns = {"image": cells, "caption": list("abcd")}
+    if form == "list":
+        columns = {"images": [[each] for each in cells], "caption": list("abcd")}
+        features = {"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")}
+    if form == "extra":  # images that are not read
+        columns |= {"mask": cells, "crops": [[each] for each in cells]}
+        features |= {"mask": datasets.Image(), "crops": datasets.List(datasets.Image())}
+    if form in ("path", "beside"):
+        columns["image"] = [f"{number}.png" for number in range(4)]
+        features["image"] = datasets.Value("string")
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    data.save_to_disk(tmp_path / "saved")
+    for number, content in enumerate(contents):
+        ((tmp_path / "saved" if form == "path" else tmp_path) / f"{number}.png").write_bytes(content)
+    source = open_source(str(tmp_path / "saved"))
+    assert [source.image(i) for i in range(4)] == contents
+    assert [(source.record(i).captions, source.record(i).facts) for i in range(4)] == [((each,), {}) for each in "abcd"]
+
+
+def test_urls_are_refused(tmp_path):
+    columns = {"image": ["https://x/a.jpg"], "caption": ["a"]}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="image URLs"):
+        open_source(str(tmp_path / "saved"))

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from coalign.data.sources.tar import BLOCK, DamagedTarError, compression, read_member
+from coalign.data.sources.tar.members import BLOCK, DamagedTarError, compression, read_member
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from coalign.data.text import prompts
 from coalign.errors import UserError
-from coalign.evaluation import prompts
 
 
 def test_imagenet_has_the_eighty_clip_templates():
@@ -62,7 +62,9 @@ def test_invalid_template_files_raise(tmp_path, content, message):
 
 
 def test_unknown_template_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'imagnet' is neither a file nor .*oxford_pets.*imagenet"):
+    with pytest.raises(
+        UserError, match=r"'imagnet' is neither a template.* nor a file, nor one of .*oxford_pets.*imagenet"
+    ):
         prompts.templates("imagnet")
 
 

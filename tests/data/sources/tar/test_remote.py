@@ -10,9 +10,9 @@ import fsspec
 import pytest
 from helpers.data_files import samples, write_tar
 
-from coalign.data.sources import remote
 from coalign.data.sources.open import open_source
-from coalign.data.sources.shards import open_shards
+from coalign.data.sources.tar import remote
+from coalign.data.sources.tar.shards import open_shards
 from coalign.errors import UserError
 
 
