@@ -77,6 +77,7 @@ OPTIONS = {
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out size train seed swap",
     "data openclipart": "out download from max-side",
+    "data emoji": "out vendors language max-side",
     "data check": "report limit",
     "data curate": "out min-side drop-chinese",
     "data paraphrase": "out apertium marian device",

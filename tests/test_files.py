@@ -13,7 +13,7 @@ import coalign
 from coalign.files import save_tensors, write_atomically, write_json, write_text
 
 SWAP_FOLDERS = {
-    "data/prepare/openclipart.py",
+    "data/prepare/writing.py",
     "data/scenes/source.py",
     "experiments/trials.py",
     "training/checkpoint.py",

@@ -117,6 +117,23 @@ def openclipart_command(
     prepare_openclipart(out, download, from_, max_side)
 
 
+def emoji_command(out: Path, vendors: tuple[str, ...] = (), language: str = "en", max_side: int = 72) -> None:
+    """Prepare emoji: about 1,900 of them, each drawn by Twemoji, OpenMoji and Noto, with their names as captions.
+
+    Requires the extra "emoji": pip install "coalign[emoji]", and for Noto Debian's package fonts-noto-color-emoji. The test split is
+    OpenMoji. Two further tables hold out emoji instead (concepts.jsonl), or both (both.jsonl).
+
+    Args:
+        out: output folder, new or empty
+        vendors: openmoji, and twemoji or noto or both; if unset, all that are available
+        language: language of the captions: en, es, ja, ko, pt, it, fr, de, fa, id, zh, ru, tr or ar
+        max_side: side of the written images in pixels, at most 72
+    """
+    from coalign.workflows.data import prepare_emoji
+
+    prepare_emoji(out, vendors, language, max_side)
+
+
 def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
     """Write the scenes dataset to disk: synthetic images with captions, tags and exact ground truth.
 

@@ -20,6 +20,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "data queries": data.queries_command,
     "data tokenizer": data.tokenizer_command,
     "data openclipart": data.openclipart_command,
+    "data emoji": data.emoji_command,
     "data scenes": data.scenes_command,
     "models": train.models_command,
     "recipes": train.recipes_command,

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from coalign.config import DataConfig
 from coalign.data.account import account_lines, class_lines
 from coalign.data.images.decode import open_image
-from coalign.data.prepare import openclipart, paraphrase
+from coalign.data.prepare import emoji, openclipart, paraphrase
 from coalign.data.prepare.check import check, gallery_images
 from coalign.data.prepare.check_result import CONTEXT_LENGTH, DataCheck
 from coalign.data.prepare.curate import (
@@ -73,6 +73,20 @@ def prepare_openclipart(out: Path, download: bool, installed: Path | None, max_s
     console.print(f"{out}: {summary.samples:,} pairs from {summary.pngs:,} images")
     if summary.skipped:
         console.print(f"Skipped (see {out / 'skipped.jsonl'}): {_format_counts(summary.skipped)}")
+
+
+def prepare_emoji(out: Path, vendors: Sequence[str], language: str, max_side: int) -> None:
+    console = _console()
+    with _progress(console, "Drawing") as progress:
+        summary = emoji.prepare_emoji(out, vendors, language, max_side, progress)
+    console.print(f"{out}: {sum(summary.used.values()):,} drawings of {summary.emoji:,} emoji")
+    console.print(f"Vendors: {_format_counts(summary.used)}. Results on other vendors are not comparable.")
+    for sentence in summary.missing:
+        console.print(f"Not used: {sentence}")
+    for table, counts in summary.tables.items():
+        console.print(f"{out / table}: {_format_counts(counts)}")
+    console.print(f"Skipped (see {out / 'skipped.jsonl'}): {_format_counts(summary.skipped)}")
+    console.print(f"Sources and licenses: {out / 'README.md'}")
 
 
 def check_data(

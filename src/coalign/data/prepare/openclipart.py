@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from coalign.data.images.decode import open_image
 from coalign.data.loading.workers import fetch_all
 from coalign.data.look_alikes import NO_HASH, have_look_alike, look_hash
 from coalign.data.prepare.openclipart_text import Metadata, captions_of, read_metadata, style_of, tags_of
+from coalign.data.prepare.writing import new_folder
 from coalign.errors import BadSample, UserError
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
@@ -77,19 +77,9 @@ def prepare_openclipart(
         raise UserError(f"--max-side is {max_side}, but must be at least 1.")
     if download and installed is not None:
         raise UserError(f"Use either --download or --from {installed}, not both.")
-    out = Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another folder or empty it.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
-            art = _find_art(_download(Path(work)) if download else Path(installed or "/"))
-            staging = Path(work) / "staging"  # unlike the temporary folder, readable by other users
-            staging.mkdir()
-            summary = _write(staging, list(_prepare_all(art, staging, max_side, progress)))
-            os.replace(staging, out)
-    except OSError as error:
-        raise UserError(f"Open Clip Art cannot be written to {out}: {error.strerror or error}.") from error
+    with new_folder(out, "Open Clip Art") as folder:
+        art = _find_art(_download(folder.parent) if download else Path(installed or "/"))
+        summary = _write(folder, list(_prepare_all(art, folder, max_side, progress)))
     return summary
 
 

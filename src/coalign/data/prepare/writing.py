@@ -6,8 +6,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,26 @@ _SIGNATURES = {
     "bmp": rb"BM",
     "tif": rb"II\*\0|MM\0\*",
 }
+
+
+@contextmanager
+def new_folder(out: Path, content: str) -> Iterator[Path]:
+    """Yields a folder that becomes `out` when the block ends without an exception; its parent is a temporary folder.
+
+    Raises UserError if `out` is not empty or `content` ("The dataset") cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; choose another folder or empty it.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
+            staging = Path(work) / "staging"  # unlike the temporary folder, readable by other users
+            staging.mkdir()
+            yield staging
+            os.replace(staging, out)
+    except OSError as error:
+        raise UserError(f"{content} cannot be written to {out}: {error.strerror or error}.") from error
 
 
 def write_rows(source: Source, samples: Iterable[tuple[int, Record]], out: str | Path) -> Path:

@@ -185,7 +185,7 @@ def nothing_held_out(preflight: Preflight) -> str | None:
         return None
     return (
         "No pair is held out to evaluate the model, as the pairs are few or share their images or captions; set a larger --val-fraction, "
-        "give other pairs with --val-data, or evaluate nothing with --val-fraction 0."
+        "hold out values of a column with --val-by, give other pairs with --val-data, or evaluate nothing with --val-fraction 0."
     )
 
 
