@@ -17,6 +17,7 @@ from evidence.text import (
     shared_settings,
     signed,
     span_text,
+    split_note,
     table,
 )
 from evidence.titles import TITLES, link
@@ -71,6 +72,7 @@ def clip_page(values: Values) -> str:
             f"Retrieval among the {held_out['images']} held-out images and their {held_out['captions']} captions; mean over "
             f"{len(runs['seeds'])} seeds, 95 % CI over seeds."
         ),
+        paragraph(split_note(values)),
         table(["", *(f"R@{rank}" for rank in ranks)], rows),
         paragraph(
             f"The bootstrap interval over the held-out pairs is ± {' and '.join(widths)} percentage points for R@1 in the two directions."
