@@ -115,6 +115,7 @@ class Record:
         tags: The tags of the image.
         facts: Ground truth and metadata, such as {"style": "etiquette"}.
         no_caption: Why there is no caption: reason and detail, as in `BadSample`.
+        unusable: Why further captions of the image cannot be used: a reason each, as in `BadSample`. Blank ones are not mentioned.
     """
 
     key: str
@@ -122,6 +123,7 @@ class Record:
     tags: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     no_caption: tuple[str, str] = ("no caption", "")
+    unusable: tuple[str, ...] = ()
 
     def fact(self, name: str) -> str:
         """Returns a fact as text, "" if it is missing or empty. The name matches exactly, else ignoring case."""

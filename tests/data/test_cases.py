@@ -467,6 +467,39 @@ def test_the_terminal_says_that_captions_are_cut(tmp_path, capsys, check, model_
         assert ("its end is cut" in capsys.readouterr().out) == cut
 
 
+# ---------------------------------------------------------------- captions that are lost beside others
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "table"])
+def test_captions_that_are_not_utf8_are_counted_although_their_image_has_others(
+    kind, tmp_path, capsys, check, model_file, without_run_reports
+):
+    texts = {f"{n}": f"a {thing} on a table".encode() for n, thing in enumerate(THINGS * 2)}
+    texts["3"] += b"\nein gr\xfcner Tisch"
+    images = {f"{n}.png": encode(int(n)) for n in texts}
+    data = tmp_path / "data"
+    if kind == "table":
+        rows = [b'%s.png,"%s","%s"' % (n.encode(), *text.partition(b"\n")[::2]) for n, text in texts.items()]
+        write(data / "pairs.csv", b"\n".join([b"image,caption_1,caption_2", *rows]))
+    files = images | ({} if kind == "table" else {f"{n}.txt": text for n, text in texts.items()})
+    if kind == "shards":
+        write_tar(data / "0.tar", sorted(files.items()))
+    else:
+        for name, content in files.items():
+            write(data / name, content)
+    spec = data / "pairs.csv" if kind == "table" else data
+    found = check(spec)
+    assert found.used == len(texts)
+    assert found.left_out == {}
+    assert (
+        "Captions that are not used, beside others of their image: 1 (caption is not UTF-8), such as of"
+        in found.printed
+    )
+    args = tiny.train_args(spec, tmp_path / "run", model_file, epochs=1, batch_size=4, evals=1, val_fraction=0.2)
+    assert cli.main(args) == 0
+    assert "sampled pairs are not used, beside others of their image (caption is not UTF-8)" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- 17: ties
 
 

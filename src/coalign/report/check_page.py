@@ -159,6 +159,10 @@ def _broken(page: Page, check: Mapping[str, Any]) -> None:
         page.section("Bad samples", "Training replaces bad samples by others, and stops when there are too many.")
         rows = [(row["reason"], row["count"], ", ".join(row["examples"][:3])) for row in check["broken"]]
         page.table(["reason", "samples", "for example"], rows)
+    if check["unusable_captions"]:
+        page.section("Captions that are not used", "Other captions of the same image are.")
+        rows = [(row["reason"], row["count"], ", ".join(row["examples"][:3])) for row in check["unusable_captions"]]
+        page.table(["reason", "captions", "for example of"], rows)
     left_out_sections(page, LeftOutTable(check["left_out"], check["left_out_where"], check["unread"]))
 
 

@@ -103,6 +103,11 @@ def check_data(
     console.print(f"{source.name}: {result.usable:,} of {result.checked:,} checked samples are usable")
     for broken in result.broken:
         console.print(f"Bad samples: {broken.count:,} ({broken.reason}), such as {broken.examples[0][:200]}")
+    for unusable in result.unusable_captions:
+        console.print(
+            f"Captions that are not used, beside others of their image: {unusable.count:,} ({unusable.reason}), such as of "
+            f"{unusable.examples[0][:200]}"
+        )
     if line := _cut(result).line():
         console.print(line)
     splits = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -68,6 +68,7 @@ class _ChunkStats:
     tags: Counter[str]
     single_parts: Counter[str]
     tagged: int
+    unusable: list[tuple[str, str]] = field(default_factory=list)  # (reason, key) of captions
 
 
 def check(
@@ -97,7 +98,8 @@ def check(
     images = np.concatenate([np.empty(0, _IMAGES), *(chunk.images for chunk in chunks)])
     captions = np.concatenate([np.empty(0, _CAPTIONS), *(chunk.captions for chunk in chunks)])
     result = DataCheck(source.name, samples=len(source), checked=len(indices), usable=len(images))
-    result.broken = _broken_by_reason(chunks)
+    result.broken = _by_reason(each for chunk in chunks for each in chunk.broken)
+    result.unusable_captions = _by_reason(each for chunk in chunks for each in chunk.unusable)
     result.left_out = dict(left_out(source))
     result.left_out_where = [(each.where, each.reason) for each in source.left_out[:MAX_ROWS]]
     result.unread = list(source.unread)
@@ -146,6 +148,7 @@ def _check_chunk(source: Source, indices: np.ndarray, tokenizer: CaptionTokenize
         images.append((index, width, height, *hashes, blank, len(record.captions)))
         captions += [(index, *_caption_stats(caption, tokenizer)) for caption in record.captions]
         chunk.single_parts.update(name for name in map(single_part_of_speech, record.captions) if name)
+        chunk.unusable += ((reason, key) for reason in record.unusable)
         chunk.formats[file_format] += 1
         chunk.modes[mode] += 1
         chunk.tags.update(list(dict.fromkeys(record.tags)))  # not a set, whose order would vary between processes
@@ -193,11 +196,10 @@ def _sum_counters(counters: Iterable[Counter[str]]) -> Counter[str]:
     return total
 
 
-def _broken_by_reason(chunks: Sequence[_ChunkStats]) -> list[Broken]:
+def _by_reason(found: Iterable[tuple[str, str]]) -> list[Broken]:
     details = defaultdict(list)
-    for chunk in chunks:
-        for reason, detail in chunk.broken:
-            details[reason].append(detail)
+    for reason, detail in found:
+        details[reason].append(detail)
     return [
         Broken(reason, len(details[reason]), details[reason][:10])
         for reason in sorted(details, key=lambda reason: -len(details[reason]))

@@ -74,6 +74,7 @@ class DataCheck:
     checked: int  # all samples, or a random subset
     usable: int
     broken: list[Broken] = field(default_factory=list)
+    unusable_captions: list[Broken] = field(default_factory=list)  # beside others of their image
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> images or rows that opening the source left out
     left_out_where: list[tuple[str, str]] = field(default_factory=list)  # the first (where, reason)
     unread: list[str] = field(default_factory=list)  # what lies beside the data and looks like data

@@ -214,12 +214,14 @@ def make_record(
     If no caption is usable, the record has none if `raws` or its first caption is empty; else raises BadSample with the first one's reason.
     """
     facts = facts or {}
-    try:
-        return Record(key, clean_captions(raws, missing), tags, facts)
-    except BadSample as bad:
-        if bad.reason not in ("no caption", "empty caption"):
-            raise
-        return Record(key, (), tags, facts, no_caption=(bad.reason, bad.detail))
+    usable, errors = _cleaned(raws)
+    if usable:
+        unusable = tuple(error.reason for error in errors if error.reason != "empty caption")
+        return Record(key, usable, tags, facts, unusable=unusable)
+    bad = errors[0] if errors else BadSample("no caption", missing)
+    if bad.reason not in ("no caption", "empty caption"):
+        raise bad
+    return Record(key, (), tags, facts, no_caption=(bad.reason, bad.detail))
 
 
 def require_captions(record: Record) -> tuple[str, ...]:
@@ -229,18 +231,24 @@ def require_captions(record: Record) -> tuple[str, ...]:
     return record.captions
 
 
-def clean_captions(raws: Iterable[bytes], missing: str = "") -> tuple[str, ...]:
+def clean_captions(raws: Iterable[bytes]) -> tuple[str, ...]:
     """Returns the usable captions, cleaned. If there are none, raises BadSample with the reason of the first, or "no caption"."""
+    usable, errors = _cleaned(raws)
+    if not usable:
+        raise errors[0] if errors else BadSample("no caption")
+    return usable
+
+
+def _cleaned(raws: Iterable[bytes]) -> tuple[tuple[str, ...], list[BadSample]]:
+    """Returns the usable captions, cleaned, and why the others are not usable."""
     usable: list[str] = []
-    first_error: BadSample | None = None
+    errors: list[BadSample] = []
     for raw in raws:
         try:
             usable.append(clean_caption(raw))
         except BadSample as error:
-            first_error = first_error or error
-    if not usable:
-        raise first_error or BadSample("no caption", missing)
-    return tuple(usable)
+            errors.append(error)
+    return tuple(usable), errors
 
 
 def text_lines(content: bytes) -> list[bytes]:

@@ -63,6 +63,17 @@ class Preflight:
     def captions(self) -> list[str]:
         return [caption for record in self.records for caption in record.captions]
 
+    def unusable_captions(self) -> str | None:
+        """Returns a sentence on captions that cannot be used, beside others of their image; None if there are none."""
+        found = [(reason, record.key) for record in self.records for reason in record.unusable]
+        if not found:
+            return None
+        reason, key = found[0]
+        return (
+            f"{len(found):,} captions of {len(self.records):,} sampled pairs are not used, beside others of their image ({reason}), such "
+            f"as of {key}; coalign data check counts all."
+        )
+
     def has_readable_image(self) -> bool:
         """Whether one of the first training images can be opened."""
         for index in self.train[:FIRST]:
@@ -119,7 +130,7 @@ def open_and_check(data: str, config_for: ConfigFn, console: Console) -> tuple[T
     pairs, config = open_data(data, config_for, World(0, 1, torch.device("cpu")))
     preflight = check_before_training(pairs, config)
     cut_captions = check_context(preflight, config, run_tokenizer(config, pairs, Path(os.devnull)))
-    for line in [*pairs.account(), *filter(None, [cut_captions])]:
+    for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions])]:
         console.print(line, markup=False)
     return pairs, config
 

@@ -102,7 +102,7 @@ def train(
     cut_captions = check_context(preflight, settings, tokenizer, resumed)
     method = initial_method(settings, tokenizer, world)
     if world.is_first:
-        for line in [*pairs.account(), *filter(None, [cut_captions])]:
+        for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions])]:
             console.print(line)
     if dry_run:
         if world.is_first:

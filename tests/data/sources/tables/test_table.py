@@ -130,8 +130,8 @@ def test_captions_and_image_columns_that_are_not_used_are_noted(tmp_path: Path) 
     source = open_table(table(tmp_path / "x.csv", rows.encode("cp1252")))
     assert reasons(source)[0] == "caption is not UTF-8"
     assert source.record(1).captions == ("Tor",)
+    assert source.record(1).unusable == ("caption is not UTF-8",)
     assert source.left_out == [
-        LeftOut("x.csv line 2", "captions that are not UTF-8 are not used (3); save the table as UTF-8", 0),
         LeftOut(
             "x.csv line 2",
             "images are read from 'photo_1', not from 'photo_2'; to use those, write a row for each image",
@@ -248,7 +248,6 @@ def test_bad_rows(tmp_path: Path) -> None:
     ]
     assert source.left_out == [
         LeftOut("x.csv line 4", "wrong number of columns"),
-        LeftOut("x.csv line 7", "captions that are not UTF-8 are not used (1); save the table as UTF-8", 0),
     ]
     assert source.record(2).captions == ("a,b",)
     with pytest.raises(UserError, match=r"has no rows that can be read: wrong number of columns \(2\)"):

@@ -38,7 +38,7 @@ _OTHER_WORD_NAMES = (
 )
 _CAPTION_WORDS, _NO_CAPTION_WORDS = (frozenset(words.split()) for words in (_CAPTION_WORD_NAMES, _OTHER_WORD_NAMES))
 URL = ("http://", "https://")
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `open_text` makes of bytes that are not UTF-8
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what `open_text` makes of bytes that are not UTF-8
 _CAPTION_NUMBER = re.compile(r"#\d+$")  # "a.jpg#0": in Flickr8k's token file, the image and the number of its caption
 
 
@@ -61,7 +61,7 @@ def choose_columns(table: str, names: Sequence[str], reading: DataConfig, embedd
     Raises UserError, listing the columns, if a given column is missing or no image or caption column is detected.
     """
     listed = f"its columns are: {', '.join(map(printable, names)) or 'none'}"
-    if any(NOT_UTF8.search(name) for name in names):
+    if any(_NOT_UTF8.search(name) for name in names):
         listed += "; they are not UTF-8, so save the table as UTF-8"
 
     def given(name: str) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 
 from coalign.data.sources.base import LeftOut, LeftOutPlaces, PackedStrings, Source, read_image_file, splits_by_name
 from coalign.data.sources.tables.columns import (
-    NOT_UTF8,
     URL,
     Columns,
     image_name,
@@ -148,18 +147,12 @@ def _pack(rows: Iterable[tuple[str, Row]], columns: Columns) -> tuple[PackedStri
 def _noting_unused(
     rows: Iterable[tuple[str, Row]], columns: Columns, notes: list[LeftOut]
 ) -> Iterator[tuple[str, Row]]:
-    """Yields the rows, then appends notes on captions and columns of images in them that are not used."""
-    not_utf8: list[str] = []
+    """Yields the rows, then appends a note on columns of images that are not used."""
     more_images: dict[str, list[str]] = {}  # their names -> the first row
     for where, row in rows:
-        if isinstance(row, dict):
-            if not more_images and (names := numbered_alike(columns.image, row)):
-                more_images[where] = names
-            not_utf8 += (where for each in _captions(row, columns) if isinstance(each, str) and NOT_UTF8.search(each))
+        if isinstance(row, dict) and not more_images and (names := numbered_alike(columns.image, row)):
+            more_images[where] = names
         yield where, row
-    if not_utf8:
-        reason = f"captions that are not UTF-8 are not used ({len(not_utf8):,}); save the table as UTF-8"
-        notes.append(LeftOut(not_utf8[0], reason, 0))
     for where, names in more_images.items():
         reason = f"images are read from {columns.image!r}, not from {', '.join(map(repr, names))}; to use those, write a row for each image"
         notes.append(LeftOut(where, reason, 0))
