@@ -57,6 +57,15 @@ def test_the_folder_is_found_although_images_are_missing(tmp_path, missing):
         source.image(0)
 
 
+def test_a_given_folder_without_the_images_is_an_error(tmp_path):
+    """Also if another folder near it has them: the user meant other images."""
+    path = karpathy(tmp_path, True)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=rf"are not in {tmp_path}/train, but in {tmp_path}/images; give that folder"):
+        open_source(f"coco:{path}:{tmp_path / 'train'}")
+    assert open_source(f"coco:{path}:{tmp_path}").image(2)
+
+
 def test_broken_entries_of_coco_captions_are_left_out(tmp_path):
     write_image(tmp_path / "0.jpg")
     images = [3, {"id": [1], "file_name": "x" * 5000 + ".jpg"}, {"file_name": "1.jpg"}, {"id": 0, "file_name": "0.jpg"}]

@@ -83,8 +83,13 @@ def _open_rows(
     if images is not None and not images.is_dir():
         raise UserError(f"The image folder {images} does not exist.")
     source = TableSource(printable(str(path)), images or path.parent, rows, columns, left_out)
-    if images is None and not source.has_images:
+    found = source.image_folder
+    if images is None and found is None:
         raise _no_images(path, source.record(0).key)
+    if images is not None and found is not None and not found.is_relative_to(images):
+        raise UserError(
+            f"The images of {path}, such as {source.record(0).key}, are not in {images}, but in {found}; give that folder."
+        )
     return source
 
 

@@ -53,7 +53,7 @@ class TableSource(Source):
             raise no_rows(name, self.left_out)
         self.splits = splits_by_name(split_names)
         self._paths = locate_images(name, columns, folder, self._some_images(), self.left_out)
-        self.has_images = self._paths.found
+        self.image_folder = self._paths.folder if self._paths.found else None  # None: it has none of some of the images
 
     def __len__(self) -> int:
         return len(self._rows)
