@@ -34,10 +34,11 @@ from coalign.methods import METHODS
 from coalign.methods.table import Arm, Table, fraction_name
 from coalign.report import compare_figures
 from coalign.report.compare_page import ComparedMetric, Comparison, compare_page
+from coalign.report.page import Page
 from coalign.runs.folder import check_output
 from coalign.version import __version__
 from coalign.workflows.evaluate.eval_report import write_results
-from coalign.workflows.train.preflight import open_and_check
+from coalign.workflows.train.preflight import check_trials
 from coalign.workflows.train.profile import profile
 
 # The mean of the first of these that all runs have ranks the methods: title -> task and name of each metric. Accuracy: the captions are
@@ -147,6 +148,14 @@ def benchmark(
     if len({trial.arm for trial in done}) < 2:
         raise UserError(f"There is nothing to compare: {'; '.join(failures)}. The logs are in {out}.")
     result = judge(done)
+    _page(result).write(report or out / "benchmark.html")
+    write_json(out / RESULT, result.to_json(), indent=1, default=str)
+    for failure in failures:
+        console.print(f"failed: {failure}; its log is in {out}", markup=False)
+    return result
+
+
+def _page(result: BenchmarkResult) -> Page:
     page = compare_page(result.comparison, [result.advice, *efficiency_words(result.efficiency)])
     if result.by_fraction:
         page.section("By dataset size")
@@ -155,11 +164,7 @@ def benchmark(
             f"{result.headline}, against the fraction of the pairs trained on, at equal samples seen. Points are seeds, lines their "
             "means. Where a line crosses CLIP's score on all pairs (dotted), that fraction is enough to match it.",
         )
-    page.write(report or out / "benchmark.html")
-    write_json(out / RESULT, result.to_json(), indent=1, default=str)
-    for failure in failures:
-        console.print(f"failed: {failure}; its log is in {out}")
-    return result
+    return page
 
 
 def _check(
@@ -234,7 +239,7 @@ def _open(data: str, settings: Mapping[str, Any], console: Console) -> int:
     Raises UserError if the data is unsuitable, or the smallest fraction has fewer than two batches.
     """
     sweep = _table(settings, dict.fromkeys(settings["methods"], 1.0))
-    pairs, config = open_and_check(data, lambda number: sweep.config(BASE, 0, number), console)
+    pairs, config = check_trials(data, lambda number: sweep.config(BASE, 0, number), console)
     least = round(min(settings["fractions"]) * len(pairs.train))
     if least < 2 * config.batch_size:
         raise UserError(

@@ -25,7 +25,7 @@ from coalign.methods.table import Table
 from coalign.metric import value_text
 from coalign.report.compare_page import ComparedMetric, Comparison
 from coalign.version import __version__
-from coalign.workflows.train.preflight import open_and_check
+from coalign.workflows.train.preflight import check_trials
 
 R10 = "image_to_text.r10"  # a table whose headline is this metric of a task also measures data efficiency by it
 
@@ -75,7 +75,7 @@ def reproduce(
     missing = [trial for trial in trials if not finished(trial)]
     if missing:
         # reports bad data before the trials start
-        open_and_check(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
+        check_trials(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
     if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
         console.print(f"Pretraining the arms' image encoder on the tags of {sweep.pretraining_scenes:,} other scenes …")
         tag_pretraining.train(sweep.pretraining_scenes, sweep.image_size or 64, out / TAG_ENCODER)

@@ -78,13 +78,10 @@ def evaluate(
     eval_model = open_eval_model(model, config.weights, str(world.device), config.preprocess, config.similarity)
     texts = TextCounter()
     eval_model.encoder = texts.counting(_wrap_encoder(eval_model, config, world))
-    # open all data before the first task runs, which may take hours
-    contexts: dict[tuple[str, bool], tuple[str, EvalContext]] = {}
     keys = [(data, "boxes" in task.needs) for task, data in parsed]
-    for (task, data), key in zip(parsed, keys):
-        if key not in contexts:
-            contexts[key] = _open(data, eval_model, config, world, with_boxes=key[1])
-        check_needs(task, contexts[key][1])
+    contexts = {key: _open(key[0], eval_model, config, world, with_boxes=key[1]) for key in dict.fromkeys(keys)}
+    for (task, _), key in zip(parsed, keys):
+        check_needs(task, contexts[key][1])  # before the first task runs, which may take hours
     results: Results = {}
     remaining = Counter(keys)
     for (task, data), key in zip(parsed, keys):

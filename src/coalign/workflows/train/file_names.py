@@ -28,9 +28,8 @@ _LINKS_TEXT = (
     "at um vom om à de d le la las os ios from alle am pm uhr wa n p e mp t z jpg jpeg png raw arw cr2 nef dng"
 )
 _LINKS = frozenset(_LINKS_TEXT.split())
-_SCREENSHOT = re.compile(
-    r"(?:screen\W?shot|スクリーンショット|截图|截屏).*\d{6}.*", re.IGNORECASE
-)  # may end with an app's name
+# may end with an app's name
+_SCREENSHOT = re.compile(r"(?:screen\W?shot|スクリーンショット|截图|截屏).*\d{6}.*", re.IGNORECASE)
 _IMAGE_FILE = re.compile(
     r".*\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?|hei[cf]|avif|jxl|jp2|svg|raw|arw|cr[23]|nef|dng|raf|orf|rw2)",
     re.IGNORECASE | re.DOTALL,

@@ -125,14 +125,26 @@ def check_context(preflight: Preflight, config: TrainConfig, tokenizer: Tokenize
     return line
 
 
-def open_and_check(data: str, config_for: ConfigFn, console: Console) -> tuple[TrainingData, TrainConfig]:
-    """Opens the data as a run on the CPU does, checks it, and prints what it leaves out. Raises UserError if the run would stop."""
-    pairs, config = open_data(data, config_for, World(0, 1, torch.device("cpu")))
-    preflight = check_before_training(pairs, config)
-    cut_captions = check_context(preflight, config, run_tokenizer(config, pairs, Path(os.devnull)))
-    for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions])]:
-        console.print(line, markup=False)
-    return pairs, config
+def open_and_check(
+    data: str, config_for: ConfigFn, console: Console, world: World, out: Path, resumed: bool = False
+) -> tuple[TrainingData, TrainConfig, Tokenizer]:
+    """Opens the data and the tokenizer of a run in the folder `out`, checks the data, and prints what it leaves out.
+
+    Raises UserError if the data cannot be used or does not pass a check. If the run is resumed, it passed them before.
+    """
+    pairs, config = open_data(data, config_for, world)
+    preflight = check_before_training(pairs, config, resumed)
+    tokenizer = run_tokenizer(config, pairs, out)
+    cut_captions = check_context(preflight, config, tokenizer, resumed)
+    if world.is_first:
+        for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions])]:
+            console.print(line, markup=False)
+    return pairs, config, tokenizer
+
+
+def check_trials(data: str, config_for: ConfigFn, console: Console) -> tuple[TrainingData, TrainConfig]:
+    """Does before the trials of an experiment what a run on the CPU does before training; see `open_and_check`."""
+    return open_and_check(data, config_for, console, World(0, 1, torch.device("cpu")), Path(os.devnull))[:2]
 
 
 def _stop(problem: str) -> UserError:

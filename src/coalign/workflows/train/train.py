@@ -40,15 +40,13 @@ from coalign.training.distributed import World, join_world
 from coalign.training.sharding import unsharded
 from coalign.training.trainer import Trainer, TrainResult
 from coalign.workflows.train.batches import TrainingData, image_cache_folder, pair_loader
-from coalign.workflows.train.preflight import check_before_training, check_context
+from coalign.workflows.train.preflight import open_and_check
 from coalign.workflows.train.setup import (
     ConfigFn,
     compile_towers,
     fingerprint,
     initial_method,
-    open_data,
     resolve_workers,
-    run_tokenizer,
     shard_model,
 )
 from coalign.workflows.train.validation import evaluate_held_out, validation
@@ -94,16 +92,10 @@ def train(
     world = join_world(check_device(device))
     if not dry_run:
         _check_folder(out, resume)
-    pairs, settings = open_data(data, config_for, world)
-    settings = resolve_workers(settings, world)
     resumed = resume == "auto" and (out / CONFIG).exists()
-    preflight = check_before_training(pairs, settings, resumed)
-    tokenizer = run_tokenizer(settings, pairs, out)
-    cut_captions = check_context(preflight, settings, tokenizer, resumed)
+    pairs, settings, tokenizer = open_and_check(data, config_for, console, world, out, resumed)
+    settings = resolve_workers(settings, world)
     method = initial_method(settings, tokenizer, world)
-    if world.is_first:
-        for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions])]:
-            console.print(line)
     if dry_run:
         if world.is_first:
             from coalign.workflows.train.dry_run import print_dry_run
