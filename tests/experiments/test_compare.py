@@ -216,6 +216,21 @@ def test_the_table_fits_a_hundred_columns_with_seeds(tmp_path):
     assert len([line for line in rows if line.count("–") == 2]) == 16
 
 
+def test_the_terminal_leaves_metrics_without_look_alikes_to_the_page(tmp_path):
+    comparison = compare(
+        [write_run(tmp_path / name, level, method=name) for name, level in (("clip", 60), ("slip", 200))]
+    )
+    printed = []
+    for _ in range(2):
+        with open(tmp_path / "printed", "w") as file:
+            print_comparison(comparison, Console(width=100, file=file, highlight=False))
+        printed.append((tmp_path / "printed").read_text())
+        for group in comparison.groups:
+            group.metrics["retrieval_without_look_alikes.r"] = group.metrics[R5]
+    assert printed[1].startswith(printed[0])
+    assert "--report also compares without" in printed[1].removeprefix(printed[0])
+
+
 # ---------------------------------------------------------------- refusals
 
 

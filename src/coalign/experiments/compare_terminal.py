@@ -11,6 +11,7 @@ from coalign.formatting import duration
 from coalign.metric import value_text
 from coalign.report import compare_page
 from coalign.report.compare_page import Comparison
+from coalign.runs.folder import WITHOUT_LOOK_ALIKES
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -38,7 +39,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     columns = ["", "value", "over items", *(["over seeds"] if several else [])]
     columns += ["difference", "over items", *(["over seeds"] if several else [])] if len(groups) > 1 else []
     table = _plain_table(*columns)
-    for name, metric in groups[0].metrics.items():
+    names = [name for name in groups[0].metrics if not name.partition(".")[0].endswith(WITHOUT_LOOK_ALIKES)]
+    for name in names:
+        metric = groups[0].metrics[name]
         chance = None if metric.chance is None else f"[dim]{value_text(metric.kind, metric.chance)}[/dim]"
         heading = f"[bold]{escape(metric.title)}[/bold]"
         table.add_row(heading, chance, "[dim]chance[/dim]" if chance else None)
@@ -54,6 +57,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     what += "; over seeds: 95 % t-interval over the runs" if several else ""
     what += f"; differences are from {groups[0].name} on the same items" if len(groups) > 1 else ""
     console.print(f"{what}.", markup=False)
+    if len(names) < len(groups[0].metrics):
+        console.print("The page of --report also compares without held-out items that look like training images.")
 
 
 def _plain_table(*columns: str) -> Table:

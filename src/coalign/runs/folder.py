@@ -12,6 +12,8 @@ from coalign.errors import UserError
 from coalign.files import write_json
 from coalign.methods import config_class
 
+# ends the names of tasks on pairs without look-alikes in training
+WITHOUT_LOOK_ALIKES = "_without_look_alikes"
 CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT = (
     "config.json",
     "tokenizer.json",

@@ -21,7 +21,7 @@ from coalign.method import Method
 from coalign.report.left_out import LeftOutTable
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
-from coalign.runs.folder import describe_samples
+from coalign.runs.folder import WITHOUT_LOOK_ALIKES, describe_samples
 from coalign.training.trainer import TrainResult
 from coalign.types import Similarity, dot_product
 from coalign.version import __version__
@@ -82,7 +82,7 @@ def write_run_report(
         if held_out.look_alikes is not None:
             found, total = held_out.look_alikes
             note = f"{found:,} of {total:,} held-out pairs ({held_out.split}) have an image that is in training too, or looks like one"
-            without = f"{task}_without_look_alikes" in results
+            without = task + WITHOUT_LOOK_ALIKES in results
             summary.notes = [
                 *summary.notes,
                 f"{note}; metrics without look-alikes are on the others." if without else f"{note}.",

@@ -18,6 +18,7 @@ from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
 from coalign.method import Method
+from coalign.runs.folder import WITHOUT_LOOK_ALIKES
 from coalign.runs.run import dual_encoder
 from coalign.training.distributed import World
 from coalign.training.step import evaluate_loss
@@ -131,7 +132,7 @@ def evaluate_held_out(
         if found.any() and np.count_nonzero(~found) >= 2:
             result = TASKS["retrieval"].load()(context(source, indices[~found]))
             result.metrics = [metric.prefixed(title) for metric in result.metrics]
-            results[f"{task}_without_look_alikes"] = HeldOutResult(source, result)
+            results[task + WITHOUT_LOOK_ALIKES] = HeldOutResult(source, result)
 
     results: dict[str, HeldOutResult] = {}
     if len(pairs.val) >= 2:
