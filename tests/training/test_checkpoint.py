@@ -367,14 +367,14 @@ def work(run_dir):
             number += 1
             save(run_dir, "last", {"weight": torch.full((5,), float(number)), "bulk": torch.zeros(50_000)},
                  {"moment": torch.full((2,), number)}, {"step": number})
-            print(os.getpid(), number, flush=True)
+            os.write(1, b"%d %d\\n" % (os.getpid(), number))  # in one piece: print may write part of a line
 
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         work(Path(line.strip()))
     os.waitpid(child, 0)
-    print("dead", flush=True)
+    os.write(1, b"dead\\n")
 """
 
 
