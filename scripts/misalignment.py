@@ -90,7 +90,7 @@ def broken_facts(run: Run, source: Scenes) -> float:
 
 def swapped_captions(run: Run) -> float:
     """Area under the ROC curve, from ranks."""
-    source = Scenes(2000, seed=9, swap=0.1, split="train")
+    source = Scenes(2000, level="hard", seed=9, swap=0.1, split="train")
     indices = list(range(len(source)))
     records = [source.record(index) for index in indices]
     texts = embed_texts(run.encoder(), [record.captions[0] for record in records])
@@ -129,7 +129,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(folders: Sequence[Path], log: Callable[[str], None]) -> dict[str, Any]:
-    source = Scenes(8)
+    source = Scenes(8, level="hard")
     rows: dict[str, dict[str, list[float]]] = {}
     for folder in folders:
         run = load(folder)

@@ -75,7 +75,7 @@ OPTIONS = {
     "import": "out",
     "card": "out",
     "reproduce": "data out seeds jobs arms",
-    "data scenes": "out size train seed swap",
+    "data scenes": "out level size train seed swap",
     "data openclipart": "out download from max-side",
     "data emoji": "out vendors language max-side",
     "data check": "report limit",

@@ -137,7 +137,7 @@ def misalignment_page(values: Values) -> str:
     return page(
         f"# {TITLES['misalignment']}",
         paragraph(
-            f"Do models trained on scenes detect what augmentation breaks? The runs of {link('views-scenes')}, evaluated by "
+            f"Do models trained on hard scenes detect what augmentation breaks? The runs of {link('views-scenes')}, evaluated by "
             "`python scripts/misalignment.py RUN …`."
         ),
         "## Results",

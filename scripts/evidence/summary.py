@@ -35,7 +35,7 @@ COLUMNS = (
     ("[Open Clip Art](two-towers-openclipart.md)", "two-towers-openclipart", HELD_OUT),
     ("[Two of its styles](style-shift-openclipart.md)", "style-shift-openclipart", HELD_OUT),
     ("The same runs on drawings by other artists", "style-shift-openclipart", TEST),
-    ("[Scenes](fractions-scenes.md)", "fractions-scenes", HELD_OUT),
+    ("[Hard scenes](fractions-scenes.md)", "fractions-scenes", HELD_OUT),
 )
 INTRODUCTION = """
 Each experiment has a page with its settings, all intervals and the command that trains it again. This page sums them up: which method to
@@ -62,8 +62,9 @@ READING = """
   (chance 1.6 instead of 1.7 %), and 79.4 instead of 74.9 % on the test split of the two styles (chance 4.3 instead of 9.6 %).
 - **The modality gap** is the distance between the centroids of image and text embeddings, 0 to 2.
 - **Open Clip Art in two styles** (`style-shift.jsonl`): a tenth is held out; *test* is {test}.
-- **Scenes**: 2,000 are held out. *Combinations* are 2,000 scenes with held-out combinations of shapes and colors (the compositional split).
-  *Shifted* are 2,000 scenes under distribution shift: {shift}.
+- **Scenes**: the captions are *hard*: [each states one to three facts](../data.md#scenes). 2,000 are held out. *Combinations* are 2,000
+  scenes with held-out combinations of shapes and colors (the compositional split). *Shifted* are 2,000 scenes under distribution shift:
+  {shift}.
 """
 
 
@@ -155,7 +156,7 @@ def findings(tables: Mapping[str, Values]) -> list[str]:
         "much of the gain.",
         f"**At equal CPU time**, the four methods reach {min(equal_time):.0f} to {max(equal_time):.0f} in the first column; CLIP has "
         f"{value(openclipart, 'clip', HELD_OUT):.0f}.",
-        f"**On scenes**, all runs of {link(fractions)} and {link(views)} start from an image encoder pretrained on the tags of other "
+        f"**On hard scenes**, all runs of {link(fractions)} and {link(views)} start from an image encoder pretrained on the tags of other "
         "scenes. Contrasting images with images hurts there: UniCLIP reaches "
         f"{text(views, '1 weak view', HELD_OUT)} with one weak view and {text(views, 'UniCLIP', HELD_OUT)} with three views (both at the "
         "temperature of `views-scenes`). On all pairs, CLIP is also ahead of every method on held-out combinations and under distribution "
@@ -166,8 +167,8 @@ def findings(tables: Mapping[str, Values]) -> list[str]:
         "**Which part of a method helps** is mostly undecided with 3 seeds; [Claims](#claims) has the exceptions, such as "
         "UniCLIP's strong views "
         f"({text('uniclip-views-openclipart', 'UniCLIP', TEST)} on drawings by other artists, against "
-        f"{text('uniclip-views-openclipart', '3 weak views', TEST)} with three weak views), and on scenes MCD's whole loss over MP-NCE "
-        "alone "
+        f"{text('uniclip-views-openclipart', '3 weak views', TEST)} with three weak views), and on hard scenes MCD's whole loss over "
+        "MP-NCE alone "
         f"({gain(views, 'MCD', 'MP-NCE', HELD_OUT)}), most of which its ramp explains "
         f"({gain(views, 'MP-NCE, ramp only', 'MP-NCE', HELD_OUT)} without the distillation).",
     ]

@@ -50,7 +50,7 @@ SPLIT_TEXTS = {
 DATA = {
     "oca96": ("Open Clip Art", "data/openclipart"),
     "style-shift.jsonl": ("two styles of Open Clip Art", "data/openclipart/style-shift.jsonl"),
-    "scenes:8192": ("synthetic scenes", "scenes:8192"),
+    "scenes:8192:hard": ("synthetic scenes with hard captions", "scenes:8192:hard"),
     "tune.jsonl": ("Open Clip Art, without the pairs that the other tables hold out", "data/openclipart/tune.jsonl"),
 }
 

@@ -104,6 +104,9 @@ def holds(fact: Sequence[str], objects: Sequence[Mapping[str, Any]]) -> bool:
         return any(o[kind] == b for o in subjects)
     if kind == "side":
         centers = [_center(o["box"]) for o in subjects]
+        between = [0.4 <= z <= 0.6 for center in centers for z in center]
+        if b in ("center", "middle"):
+            return any(between[b == "middle" :: 2])
         return any({"left": x < 0.4, "right": x > 0.6, "top": y < 0.4, "bottom": y > 0.6}[b] for x, y in centers)
     if kind == "bigger_than":
         order = ["small", "medium", "big"]

@@ -103,9 +103,10 @@ def test_scenes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scenes, "EVALUATION_SIZE", 12)  # writing 2,000 images per split takes half a minute
     monkeypatch.setattr(scenes, "write_scenes", partial(scenes.write_scenes, num_foils=15))
     out = tmp_path / "scenes"
-    run("scenes", "--out", out, "--train", 24, "--size", 32)
+    run("scenes", "--out", out, "--level", "standard", "--train", 24, "--size", 32)
     printed = capsys.readouterr().out
     written = open_source(str(out))
+    assert written.record(0).captions == open_source("scenes:24:standard").record(0).captions
     assert "train 24, val 12" in printed
     assert len(written.splits["train"]) == 24
     with Image.open(next(out.rglob("*.png"))) as image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -134,13 +134,22 @@ def emoji_command(out: Path, vendors: tuple[str, ...] = (), language: str = "en"
     prepare_emoji(out, vendors, language, max_side)
 
 
-def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, swap: float = 0.0) -> None:
+def scenes_command(
+    out: Path,
+    level: Literal["simple", "standard", "hard"] = "simple",
+    size: int = 64,
+    train: int = 8192,
+    seed: int = 0,
+    swap: float = 0.0,
+) -> None:
     """Write the scenes dataset to disk: synthetic images with captions, tags and exact ground truth.
 
-    Training does not need a copy on disk; use --data scenes:8192.
+    Training does not need a copy on disk; use --data scenes:8192 or scenes:8192:hard.
 
     Args:
         out: output folder, new or empty
+        level: captions of the same images: simple (every fact, one word for each thing), standard (most facts, several words and orders)
+            or hard (one to three facts of many kinds)
         size: side of the images in pixels
         train: number of training pairs; val, test, combinations (compositional) and shifted (distribution shift) have 2,000 pairs each
         seed: seed of the dataset
@@ -148,4 +157,4 @@ def scenes_command(out: Path, size: int = 64, train: int = 8192, seed: int = 0, 
     """
     from coalign.workflows.data import write_scenes
 
-    write_scenes(out, size, train, seed, swap)
+    write_scenes(out, level, size, train, seed, swap)

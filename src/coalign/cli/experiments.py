@@ -86,7 +86,7 @@ def reproduce_command(
 
     If interrupted, run it again to resume.
 
-    Example: coalign reproduce two-towers-scenes --data scenes:8192 --out runs/two-towers --jobs 2
+    Example: coalign reproduce two-towers-scenes --data scenes:8192:hard --out runs/two-towers --jobs 2
 
     Args:
         table: the table's name; None: list all tables

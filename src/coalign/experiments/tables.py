@@ -17,8 +17,8 @@ from coalign.methods.table import Arm, Table, by_fraction, chain
 from coalign.methods.table_settings import CLIP_ART_CLASSES, SMALL_QUEUE, STYLE_SHIFT, TUNED_LR, TWO_TOWERS, Rows
 from coalign.methods.uniclip.tables import VIEWS
 
-# From scratch, training on scenes begins on a plateau. Of everything tried with CLIP (temperatures, learning rates, moments, weight decay,
-# warmup, batch sizes of 16 to 128), a high initial temperature shortens it most.
+# From scratch, training on hard scenes begins on a plateau. Of everything tried with CLIP (temperatures, learning rates, moments, weight
+# decay, warmup, batch sizes of 16 to 128), a high initial temperature shortens it most.
 FLAT = {"temperature": 0.2}
 _COLORS = ("red", "pink", "brown", "gold", "green", "lime", "blue", "cyan")
 _SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
@@ -93,7 +93,7 @@ TABLES: dict[str, Table] = {
         paper_recipe="{method}-yfcc15m",
     ),
     "two-towers-scenes": Table(
-        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on scenes, at equal samples seen and at equal CPU time",
+        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on hard scenes, at equal samples seen and at equal CPU time",
         _two_towers({name: Arm(name, paper=_YFCC[name]) for name in TWO_TOWERS}, STEP_COST["scenes"]),
         recipe_overrides=dict.fromkeys(TWO_TOWERS, FLAT),
         epochs=12,
@@ -107,7 +107,7 @@ TABLES: dict[str, Table] = {
         headline_metrics=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
     ),
     "oner-mct-scenes": Table(
-        "OneR and MCT on scenes, compared with CLIP",
+        "OneR and MCT on hard scenes, compared with CLIP",
         {
             "clip": Arm("clip", image_lr=5e-3),
             "oner": Arm("oner"),
@@ -143,7 +143,7 @@ TABLES: dict[str, Table] = {
         **STYLE_SHIFT,
     ),
     "views-scenes": Table(
-        "UniCLIP's views and MCD's distillation on scenes, from an image encoder pretrained on tags, by kind of fact",
+        "UniCLIP's views and MCD's distillation on hard scenes, from an image encoder pretrained on tags, by kind of fact",
         {
             "clip": Arm("clip"),
             **_untuned("uniclip", _UNICLIP),
@@ -163,7 +163,8 @@ TABLES: dict[str, Table] = {
         **_PRETRAINED,
     ),
     "fractions-scenes": Table(
-        "Six methods on all, half and a quarter of the pairs of scenes, at equal samples seen, from an image encoder pretrained on tags",
+        "Six methods on all, half and a quarter of the pairs of hard scenes, at equal samples seen, from an image encoder pretrained on "
+        "tags",
         by_fraction({name: Arm(name) for name in (*TWO_TOWERS, "mct")}),
         note="The image encoder's learning rate was tuned on CLIP only, between two values, which favors CLIP.",
         recipe_overrides=SMALL_QUEUE,

@@ -1,4 +1,4 @@
-"""An image encoder pretrained on the tags of scenes, from which tables on scenes start: from scratch, small runs stay on a plateau."""
+"""An image encoder pretrained on the tags of scenes, from which tables on hard scenes start: from scratch, small runs stay on a plateau."""
 
 from __future__ import annotations
 

@@ -59,10 +59,10 @@ def _format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def write_scenes(out: Path, size: int, train: int, seed: int, swap: float) -> None:
+def write_scenes(out: Path, level: str, size: int, train: int, seed: int, swap: float) -> None:
     console = _console()
     with _progress(console, "Drawing") as progress:
-        counts = scenes.write_scenes(out, f"{train},seed={seed},size={size},swap={swap}", progress=progress)
+        counts = scenes.write_scenes(out, f"{train}:{level},seed={seed},size={size},swap={swap}", progress=progress)
     console.print(f"{out}: {_format_counts(counts)} images with captions, tags and ground truth")
 
 

@@ -66,7 +66,8 @@ def test_parser_detects_false_captions() -> None:
 
 def test_true_facts_agree_with_the_boxes() -> None:
     values_by_kind = {
-        "colour": COLORS, "size": ("small", "medium", "big"), "side": ("left", "right", "top", "bottom"),
+        "colour": COLORS, "size": ("small", "medium", "big"),
+        "side": ("left", "center", "right", "top", "middle", "bottom"),
         "shape": ("",), "count": "123", "left_of": SHAPES, "above": SHAPES,
     }  # fmt: skip
     for scene in SCENES[::15]:
@@ -179,13 +180,13 @@ def test_each_augmentation_breaks_only_its_kinds_of_facts(params: AugmentationPa
 
 def test_flip_exchanges_left_and_right() -> None:
     flipped = AugmentationParams(flipped=1.0)
-    swapped = {"left": "right", "right": "left", "top": "top", "bottom": "bottom"}
+    swapped = {"left": "right", "right": "left"}
     for scene in SCENES:
         before, after = true_facts(scene), true_facts(scene, flipped)
         for fact in before:
             expected = fact
             if fact.kind == "side":
-                expected = Fact("side", fact.subject, swapped[fact.value])
+                expected = Fact("side", fact.subject, swapped.get(fact.value, fact.value))
             if fact.kind == "left_of":
                 expected = Fact("left_of", fact.value, fact.subject)
             assert expected in after
@@ -212,6 +213,7 @@ def test_crop_to_one_object_makes_it_single_and_big() -> None:
         assert true_facts(scene, params) == {
             Fact("count", "object", "1"), Fact("count", shape, "1"), Fact("shape", shape, ""),
             Fact("colour", shape, scene.objects[0].color), Fact("size", shape, "big"),
+            Fact("side", shape, "center"), Fact("side", shape, "middle"),
         }  # fmt: skip
 
 

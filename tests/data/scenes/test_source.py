@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from helpers.scene_reading import holds, parse_caption
 from PIL import Image
 
+from coalign.data.fingerprints import fingerprints
 from coalign.data.scenes import source as scenes
 from coalign.data.scenes.captions import KINDS
 from coalign.data.scenes.layout import SPLITS
@@ -31,8 +33,9 @@ def test_splits_are_concatenated() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_single_split_matches_the_concatenated_source(split: str) -> None:
-    together, alone = open_scenes("3000,seed=1"), open_scenes("3000,seed=1", split)
+@pytest.mark.parametrize("level", scenes.LEVELS)
+def test_single_split_matches_the_concatenated_source(level: str, split: str) -> None:
+    together, alone = open_scenes(f"3000:{level},seed=1"), open_scenes(f"3000:{level},seed=1", split)
     assert len(alone) == len(together.splits[split])
     for number in (0, 1, 777, len(alone) - 1):
         index = int(together.splits[split][number])
@@ -48,8 +51,33 @@ def test_train_sets_are_nested() -> None:
     np.testing.assert_array_equal(small.image(int(small.splits["val"][3])), large.image(int(large.splits["val"][3])))
 
 
+def test_hard_captions_are_those_of_the_published_results() -> None:
+    """Digests of what the version that made the results wrote, before there were levels."""
+    source = open_scenes("100:hard,swap=0.1")
+    captions = [
+        text for indices in source.splits.values() for i in indices[:100] for text in source.record(int(i)).captions
+    ]
+    assert digest(captions) == "72aa2a2157a05b3f6f069eb30a5a6e9f8845bdb4727fc48f15c58b50650ca349"
+    foils = [text for kind in KINDS for foil in source.foil_items("test", kind, 50) for text in (foil.true, foil.false)]
+    assert digest(foils) == "f840f1a6fa8c0efe34e15e9aa0323a29a42e2aa66fe3519abbbd4b15edcbd6c1"
+
+
+def digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("level", scenes.LEVELS)
+def test_the_level_is_part_of_the_data(level: str) -> None:
+    """Fingerprints differ between levels in the captions only."""
+    found = fingerprints(open_scenes(f"20:{level}", "train"))
+    for other in set(scenes.LEVELS) - {level}:
+        another = fingerprints(open_scenes(f"20:{other}", "train"))
+        np.testing.assert_array_equal(found.images, another.images)
+        assert not set(found.captions.tolist()) & set(another.captions.tolist())
+
+
 def test_records_have_the_ground_truth_of_their_image() -> None:
-    source = open_scenes("500")
+    source = open_scenes("500:hard")
     keys = set()
     for index in range(0, len(source), 101):
         record = source.record(index)
@@ -75,8 +103,9 @@ def test_images_have_the_requested_size_and_are_reproducible() -> None:
     assert (open_scenes("10,size=48,seed=1").image(7) != pixels).any()
 
 
-def test_swapped_samples_are_marked_and_have_the_captions_of_another_image() -> None:
-    plain, swapped = open_scenes("4000"), open_scenes("4000,swap=0.1")
+@pytest.mark.parametrize("level", scenes.LEVELS)
+def test_swapped_samples_are_marked_and_have_the_captions_of_another_image(level: str) -> None:
+    plain, swapped = open_scenes(f"4000:{level}"), open_scenes(f"4000:{level},swap=0.1")
     flags = [swapped.record(index).facts["swapped"] for index in range(2000)]
     assert 0.07 < np.mean(flags) < 0.13
     assert not any(swapped.record(index).facts["swapped"] for index in range(4000, len(swapped), 11))
@@ -95,8 +124,9 @@ def test_swapped_samples_are_marked_and_have_the_captions_of_another_image() -> 
     assert np.mean(truths[True]) < 0.2
 
 
-def test_truth_after_view_is_per_stated_fact() -> None:
-    source = open_scenes("50")
+@pytest.mark.parametrize("level", scenes.LEVELS)
+def test_truth_after_view_is_per_stated_fact(level: str) -> None:
+    source = open_scenes(f"50:{level}")
     for index in range(50):
         stated = source.record(index).facts["captions"]
         truth = source.truth_after_view(index, AugmentationParams(grayed=1.0))
@@ -105,7 +135,7 @@ def test_truth_after_view_is_per_stated_fact() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_foil_items_are_distinct_and_reproducible(kind: str) -> None:
-    source = open_scenes()
+    source = open_scenes("8000:hard")
     items = source.foil_items("test", kind, 600)
     assert len(set(items)) == 600
     assert {item.kind for item in items} == {kind}
@@ -119,7 +149,9 @@ def test_foil_items_are_distinct_and_reproducible(kind: str) -> None:
 
 def test_unavailable_foils_are_rejected() -> None:
     with pytest.raises(UserError, match=r"no foils of kind 'taste'; available: shape, .*, count"):
-        open_scenes().foil_items("test", "taste")
+        open_scenes("8:hard").foil_items("test", "taste")
+    with pytest.raises(UserError, match=r"no foils of kind 'left_of'; available: shape, colour, size, side\."):
+        open_scenes("8:standard").foil_items("test", "left_of")
     with pytest.raises(UserError, match="without a split 'train'; available: test"):
         open_scenes("", "test").foil_items("train", "colour")
     with pytest.raises(UserError, match="foils of kind 'shape', but 1000000 are requested"):
@@ -129,9 +161,19 @@ def test_unavailable_foils_are_rejected() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("8000,sede=3", "no option 'sede'"),
-        ("many", "train is 'many', but must be an integer"),
-        ("0", "train is '0', but must be"),
+        (
+            "8000,sede=3",
+            "no option 'sede'; write scenes:N:LEVEL,seed=SEED,size=PIXELS,swap=FRACTION, as in scenes:8000:standard,seed=3,",
+        ),
+        ("many", "N is 'many', but must be an integer"),
+        ("0", "N is '0', but must be"),
+        ("hard", "N is 'hard', but must be an integer from 1 to 10000000; write scenes:N:LEVEL,"),
+        (":hard", "N is '', but must be"),
+        ("100:easy", "level of scenes is 'easy', but must be simple, standard or hard; write scenes:N:LEVEL,"),
+        ("100:", "level of scenes is ''"),
+        ("100:hard:size=32", "no option '100:hard:size'"),
+        ("100,hard", "no option 'hard'; write scenes:N:LEVEL,"),
+        ("N=100", "no option 'N'"),
         ("100,size=8", "size is '8', but must be an integer from 16 to 1024"),
         ("100,swap=2", "swap is '2', but must be a number from 0 to 1"),
         ("100,swap=nan", "swap is 'nan', but must be"),
@@ -145,8 +187,10 @@ def test_invalid_options_are_rejected(options: str, message: str) -> None:
 
 
 def test_options() -> None:
-    source = open_scenes("8192, seed=3,size=32,swap=0.1")
-    assert (len(source.splits["train"]), source.seed, source.size, source.swap) == (8192, 3, 32, 0.1)
+    source = open_scenes("8192:standard, seed=3,size=32,swap=0.1")
+    assert (len(source.splits["train"]), source.level) == (8192, "standard")
+    assert (source.seed, source.size, source.swap) == (3, 32, 0.1)
+    assert {open_scenes(options).level for options in ("", "8", "8,seed=3", "8:simple")} == {"simple"}
     assert len(open_scenes("seed=4").splits["train"]) == len(open_scenes().splits["train"]) == 8000
     with pytest.raises(UserError, match="no split 'training'"):
         open_scenes("", "training")
@@ -162,11 +206,11 @@ def test_written_folder_is_complete(tmp_path: Path) -> None:
     reported: list[tuple[int, int]] = []
     counts = write_scenes(
         tmp_path / "deep" / "out",
-        "20,swap=0.5",
+        "20:hard,swap=0.5",
         num_foils=15,
         progress=lambda done, total: reported.append((done, total)),
     )
-    out, source = tmp_path / "deep" / "out", open_scenes("20,swap=0.5")
+    out, source = tmp_path / "deep" / "out", open_scenes("20:hard,swap=0.5")
     assert counts == {"train": 20, "val": 12, "test": 12, "combinations": 12, "shifted": 12}
     assert reported == [(n, 68) for n in range(1, 69)]
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -218,7 +262,7 @@ def test_an_interrupted_write_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_foils_are_restricted_to_the_given_indices() -> None:
-    source = open_scenes("100")
+    source = open_scenes("100:hard")
     indices = source.splits["val"][:200]
     foils = source.foils(indices, per_kind=400)
     assert {foil.kind for foil in foils} == set(KINDS)

@@ -58,7 +58,7 @@ def test_names_splits_and_images(root, name):
     record = source.record(int(source.splits["test"][0]))
     assert record.facts["label"] == source.classnames[source.labels[int(source.splits["test"][0])]]
     assert record.captions == ()
-    assert templates(source.prompts)
+    assert templates(*source.prompts)
 
 
 def decode(data):
@@ -87,7 +87,7 @@ def oracle(root):
     for name in DATASETS:
         source = open_dataset(name, root)
         for number, classname in enumerate(source.classnames[:3]):
-            for template in templates(source.prompts):
+            for template in templates(*source.prompts):
                 prompts[template.replace("{}", classname)] = number
 
     def encode_text(texts):

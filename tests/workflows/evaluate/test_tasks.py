@@ -7,6 +7,7 @@ import torch
 from helpers import tiny
 
 from coalign.config import DataConfig
+from coalign.data.scenes.source import Scenes
 from coalign.errors import UserError
 from coalign.types import DualEncoder
 from coalign.workflows.evaluate import needs
@@ -199,6 +200,30 @@ def test_scenes_are_embedded_once():
     data = "scenes:24,size=32"
     retrieval, foils = evaluate(model.encoder(), [f"retrieval:{data}", f"foils:{data}"]).values()
     assert model.num_images == retrieval["samples"] == foils["samples"] > 0
+
+
+@pytest.mark.parametrize("level", ["simple", "standard", "hard"])
+def test_scenes_have_classes_and_prompts(level):
+    """Without options, the classes are the shapes and colors of single objects, and the prompts have the words of the captions."""
+    texts, model = [], Counting().encoder()
+
+    def encode_text(batch):
+        texts.extend(batch)
+        return model.encode_text(batch)
+
+    task = f"zeroshot:scenes:24:{level},size=32"
+    result = evaluate(DualEncoder(model.encode_image, encode_text, 32), [task])[task]
+    source = Scenes(24, split="test")
+    names = {facts["label"] for index in range(2000) if "label" in (facts := source.record(index).facts)}
+    assert set(result["per_class"]) == names
+    assert result["unlabeled"] == 2000 - result["metrics"]["acc1"]["count"]
+    if level == "hard":
+        assert set(texts) == {f"a photo of a {name}." for name in names}
+    else:
+        assert len(texts) == 27 * len(names)
+        assert {
+            f"a {place}" for name in names for place in (f"big {name} at the center", f"small {name} at the upper left")
+        } <= {*texts}
 
 
 def test_images_of_other_data_are_embedded_too(pairs, tmp_path):

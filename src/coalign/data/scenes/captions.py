@@ -130,9 +130,12 @@ def true_facts(scene: Scene, params: AugmentationParams = _IDENTITY) -> frozense
         facts.add(Fact("size", item.shape, _SIZE_NAMES[rank]))
         if item.color is not None:
             facts.add(Fact("colour", item.shape, item.color))
-        for position, low, high in ((item.x, "left", "right"), (item.y, "top", "bottom")):
-            if abs(position - 0.5) > 0.5 - _SIDE_WIDTH:
-                facts.add(Fact("side", item.shape, low if position < 0.5 else high))
+        for position, low, between, high in (
+            (item.x, "left", "center", "right"),
+            (item.y, "top", "middle", "bottom"),
+        ):
+            side = low if position < 0.5 else high
+            facts.add(Fact("side", item.shape, side if abs(position - 0.5) > 0.5 - _SIDE_WIDTH else between))
         for other in visible:
             if item.diameter > other.diameter * 1.1:  # more than the jitter within one size
                 facts.add(Fact("bigger_than", item.shape, other.shape))

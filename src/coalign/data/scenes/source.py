@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ from coalign.data.scenes.captions import (
 )
 from coalign.data.scenes.drawing import draw, masks
 from coalign.data.scenes.foils import foils
+from coalign.data.scenes.full_captions import FULL_KINDS, PROMPTS, full_foils, simple_caption, standard_captions
 from coalign.data.scenes.layout import SPLITS, Scene, make_scene
 from coalign.data.sources.base import Source
 from coalign.errors import UserError
@@ -32,23 +33,36 @@ from coalign.types import AugmentationParams, Foil, Record
 
 TRAIN_SIZE = 8000
 EVALUATION_SIZE = 2000  # images in each split except train
-NUM_CAPTIONS = 4  # per image
+NUM_CAPTIONS = 4  # per image; 1 if they are simple
+Level = Literal["simple", "standard", "hard"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 MAX_CACHE_BYTES = 256 << 20  # of drawn images kept in memory
 
 
 class Scenes(Source):
     """Drawn images with captions and ground truth: one split, or all splits, concatenated.
 
-    A scene depends only on the seed, the split and its number in the split, so smaller training sets are prefixes of larger ones. `swap` is
-    the fraction of training samples with the captions and tags of another image, marked by `Record.facts["swapped"]`.
+    A scene depends only on the seed, the split and its number in the split, so smaller training sets are prefixes of larger ones. The level
+    changes only the captions: simple and standard ones describe every object (see `full_captions`), hard ones state one to three facts of
+    many kinds in many words. `swap` is the fraction of training samples with the captions and tags of another image, marked by
+    `Record.facts["swapped"]`.
     """
 
     name = "scenes"
 
     def __init__(
-        self, train: int = TRAIN_SIZE, *, seed: int = 0, size: int = 64, swap: float = 0.0, split: str | None = None
+        self,
+        train: int = TRAIN_SIZE,
+        *,
+        level: Level = "simple",
+        seed: int = 0,
+        size: int = 64,
+        swap: float = 0.0,
+        split: str | None = None,
     ) -> None:
-        self.seed, self.size, self.swap = seed, size, swap
+        self.level, self.seed, self.size, self.swap = level, seed, size, swap
+        self.kinds = KINDS if level == "hard" else FULL_KINDS  # of foils
+        self.prompts = Source.prompts if level == "hard" else PROMPTS
         self._cache: dict[int, np.ndarray] = {}
         self.splits: dict[str, np.ndarray] = {}
         start = 0
@@ -100,7 +114,7 @@ class Scenes(Source):
         """
         split, number = self._locate(index)
         swapped = split == "train" and stable_hash(self.seed, "swap", number // 2) / 2**63 < self.swap
-        captions, stated_facts, tags = _captions_and_tags(self.seed, split, number ^ swapped)
+        captions, stated_facts, tags = _captions_and_tags(self.level, self.seed, split, number ^ swapped)
         objects = _objects(make_scene(self.seed, split, number))
         facts: dict[str, Any] = {
             "split": split,
@@ -121,14 +135,14 @@ class Scenes(Source):
 
     def foil_items(self, split: str, kind: str, num_foils: int = 2000) -> list[Foil]:
         """Samples `num_foils` pairs of a true caption and its foil of one kind. Images are repeated as often as necessary."""
-        if kind not in KINDS:
-            raise UserError(f"There are no foils of kind {kind!r}; available: {', '.join(KINDS)}.")
+        if kind not in self.kinds:
+            raise UserError(f"There are no foils of kind {kind!r}; available: {', '.join(self.kinds)}.")
         items: dict[Foil, None] = {}
         indices = self._indices(split)
         for repetition in range(64):
             for index in map(int, indices):
                 rng = generator(self.seed, 0, index - indices[0], repetition, f"scenes/{split}/foils/{kind}")
-                if foil := foils(self.scene(index), kind, rng):
+                if foil := self._foil(index, kind, rng):
                     true, false, how = foil
                     items[Foil(index, kind, how, true, false)] = None
                 if len(items) == num_foils:
@@ -138,19 +152,30 @@ class Scenes(Source):
             f"but {num_foils} are requested."
         )
 
+    def _foil(self, index: int, kind: str, rng: np.random.Generator) -> tuple[str, str, str] | None:
+        if self.level == "hard":
+            return foils(self.scene(index), kind, rng)
+        return full_foils(self.scene(index), kind, rng, simple=self.level == "simple")
+
     def foils(self, indices: np.ndarray, per_kind: int = 2000) -> list[Foil]:
         """Returns foils of all kinds for samples of one split: those among the first `per_kind` foils of each kind in the split."""
         split, _ = self._locate(int(indices[0]))
         selected = set(indices.tolist())
-        kinds = (self.foil_items(split, kind, per_kind) for kind in KINDS)
+        kinds = (self.foil_items(split, kind, per_kind) for kind in self.kinds)
         return [foil for items in kinds for foil in items if foil.index in selected]
 
 
 @lru_cache(maxsize=16384)
-def _captions_and_tags(seed: int, split: str, number: int) -> tuple[tuple[str, ...], list[list[Fact]], tuple[str, ...]]:
+def _captions_and_tags(
+    level: Level, seed: int, split: str, number: int
+) -> tuple[tuple[str, ...], list[list[Fact]], tuple[str, ...]]:
     """Returns the captions, the facts that each states, and the tags."""
     scene = make_scene(seed, split, number)
-    captions = make_captions(scene, generator(seed, 0, number, 0, f"scenes/{split}/captions"), NUM_CAPTIONS)
+    if level == "simple":
+        captions = [simple_caption(scene)]
+    else:
+        make = make_captions if level == "hard" else standard_captions
+        captions = make(scene, generator(seed, 0, number, 0, f"scenes/{split}/captions"), NUM_CAPTIONS)
     tags = dict.fromkeys(word for item in scene.objects for word in (item.shape, item.color, item.size))
     return tuple(text for text, _ in captions), [facts for _, facts in captions], tuple(tags)
 
@@ -172,40 +197,54 @@ def _objects(scene: Scene) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- opening and writing
 
 _RANGES: dict[str, tuple[type, float, float]] = {
-    "train": (int, 1, 10_000_000),
+    "N": (int, 1, 10_000_000),
     "seed": (int, 0, 2**31 - 1),
     "size": (int, 16, 1024),
     "swap": (float, 0, 1),
 }
+_SPELLING = (
+    "write scenes:N:LEVEL,seed=SEED,size=PIXELS,swap=FRACTION, as in scenes:8000:standard,seed=3,size=64,swap=0.1"
+)
 
 
 def open_scenes(options: str = "", split: str | None = None) -> Scenes:
-    """Opens the scenes dataset with options such as "8000,seed=3,size=64,swap=0.1". The first is the number of training images.
+    """Opens the scenes dataset with options such as "8000:standard,seed=3,size=64,swap=0.1", of which each may be omitted.
 
-    Without `split`, the source has all splits, and its attribute `splits` maps their names to indices. Raises UserError if an option or the
-    split is invalid.
+    They begin with the number of training images, and after it the level of the captions. Without `split`, the source has all splits, and
+    its attribute `splits` maps their names to indices. Raises UserError if an option or the split is invalid.
     """
     if split is not None and split not in SPLITS:
         raise UserError(f"The scenes dataset has no split {split!r}; available: {', '.join(SPLITS)}.")
     values: dict[str, Any] = {}
-    for position, part in enumerate(options.split(",") if options.strip() else []):
-        name, equals, text = part.strip().partition("=")
-        if position == 0 and not equals:
-            name, text = "train", name
-        if name not in _RANGES:
+    first, *others = [part.strip() for part in options.split(",")]
+    if "=" in first:
+        others.insert(0, first)
+    elif first:
+        train, colon, level = first.partition(":")
+        values["train"] = _number("N", train)
+        if colon and level not in LEVELS:
             raise UserError(
-                f"The scenes dataset has no option {name!r}; set the number of training images, then seed=, size= and swap=, "
-                'as in "scenes:8000,seed=3,size=64,swap=0.1".'
+                f"The level of scenes is {level!r}, but must be {', '.join(LEVELS[:-1])} or {LEVELS[-1]}; {_SPELLING}."
             )
-        kind, low, high = _RANGES[name]
-        try:
-            values[name] = kind(text)
-        except ValueError:
-            values[name] = float("nan")
-        if not low <= values[name] <= high:
-            what = "an integer" if kind is int else "a number"
-            raise UserError(f"The scenes option {name} is {text!r}, but must be {what} from {low} to {high}.")
+        values["level"] = level or LEVELS[0]
+    for part in others:
+        name, _, text = part.partition("=")
+        if name not in _RANGES or name == "N":
+            raise UserError(f"The scenes dataset has no option {name!r}; {_SPELLING}.")
+        values[name] = _number(name, text)
     return Scenes(**values, split=split)
+
+
+def _number(name: str, text: str) -> Any:
+    kind, low, high = _RANGES[name]
+    try:
+        value = kind(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        what = "an integer" if kind is int else "a number"
+        raise UserError(f"The scenes option {name} is {text!r}, but must be {what} from {low} to {high}; {_SPELLING}.")
+    return value
 
 
 def write_scenes(
@@ -256,7 +295,7 @@ def _write(source: Scenes, folder: Path, num_foils: int, progress: Callable[[int
             _write_line(lines, row)
             if progress is not None:
                 progress(index + 1, len(source))
-    for kind in KINDS:
+    for kind in source.kinds:
         with (folder / f"foils_{kind}.jsonl").open("w", encoding="utf-8") as lines:
             for item in source.foil_items("test", kind, num_foils):
                 sentences = {"true": item.true, "false": item.false}

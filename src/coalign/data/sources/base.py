@@ -91,6 +91,7 @@ class Source(ABC):
         left_out: What opening the data found, but has in none of its samples.
         unread: What lies beside the data and looks like data, such as "captions.csv".
         classes: The class of each sample, if the captions are class labels.
+        prompts: The prompts for names of classes, as in `coalign.data.text.prompts.templates`.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Source(ABC):
     left_out: Sequence[LeftOut] = ()
     unread: Sequence[str] = ()
     classes: Classes | None = None
+    prompts: Sequence[str] = ("default",)
 
     @abstractmethod
     def __len__(self) -> int:

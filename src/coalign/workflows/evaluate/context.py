@@ -115,12 +115,12 @@ class EvalContext:
         ]
 
     def templates(self) -> list[str]:
-        """Returns the prompts for class names: as set, else those of the captions, else the named dataset's own."""
+        """Returns the prompts for class names: as set, else those of the captions, else the source's."""
         if self.config.reading.prompts:
             return templates(*self.config.reading.prompts)
         if self._has_class_captions and self.source.classes is not None:
             return list(self.source.classes.templates)
-        return templates(self.source.prompts) if isinstance(self.source, ClassificationSource) else templates()
+        return templates(*self.source.prompts)
 
     def classification(self, metrics: Sequence[Metric], uses_train: bool = True, **values: Any) -> TaskResult:
         """Returns the result of a classification. For the papers' datasets, their metric is the main one, and differences are noted."""

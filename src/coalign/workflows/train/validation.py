@@ -58,7 +58,7 @@ def validation(
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # batches of rank 0, decoded in the first validation
     tracked_samples = Samples(pairs.val_source, tracked)
-    labels, prompts = None, templates(*config.reading.prompts)
+    labels, prompts = None, templates(*(config.reading.prompts or pairs.val_source.prompts))
     if config.classes:
         labels = read_labels([tracked_samples], config.classes)[0]
     elif pairs.val_source.classes is not None:

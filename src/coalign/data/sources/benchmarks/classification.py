@@ -66,7 +66,7 @@ class ClassificationSource(Source):
 
     def __init__(self, name: str, info: DatasetInfo, content: DatasetContent) -> None:
         renamed = _RENAMED.get(name, {})
-        self.name, self.prompts, self.metric = name, name, info.metric
+        self.name, self.prompts, self.metric = name, (name,), info.metric
         self.classnames = [renamed.get(c, c.replace("_", " ").strip()) for c in content.classes]
         self.splits: Splits = {}
         self._images: list[Any] = []
