@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 SCRIPTS = {
     "views_3.py": [],
     "step_clip.py": [],
+    "small_models.py": ["--epochs", "2", "--repeats", "2"],
     "step_overhead.py": [],
     "tiled_losses.py": ["--scale"],
     "gradient_caching.py": [],

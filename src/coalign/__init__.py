@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from coalign.cores import set_up_threads
 from coalign.version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from coalign.workflows.evaluate.evaluate import evaluate
     from coalign.workflows.image_files import load_images
     from coalign.workflows.train.train import train
+
+set_up_threads()  # before torch is loaded
 
 __all__ = [
     "DualEncoder",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coalign.cores import num_cores
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.files import write_atomically
@@ -30,7 +30,7 @@ def hash_images(source: Source, indices: np.ndarray, hash_image: Callable[[bytes
         return [hash_one(index) for index in indices[start : start + _CHUNK].tolist()]
 
     def hashes() -> Iterable[int]:
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(num_cores()) as pool:
             for chunk in pool.map(hash_chunk, range(0, len(indices), _CHUNK)):
                 yield from chunk
 

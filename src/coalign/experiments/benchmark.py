@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 
 from coalign.config import DETECT, DataConfig, TrainConfig, from_json, to_json
+from coalign.cores import num_cores
 from coalign.errors import UserError
 from coalign.experiments.compare import compare
 from coalign.experiments.compare_terminal import print_comparison
@@ -127,7 +127,7 @@ def benchmark(
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
     methods = list(dict.fromkeys([BASE, *methods]))
-    jobs = max(1, os.cpu_count() or 1) if jobs is None else jobs
+    jobs = num_cores() if jobs is None else jobs
     _check(methods, minutes, epochs, fractions, seeds, jobs)
     fractions = sorted({*fractions, 1.0})
     settings = {
@@ -259,7 +259,7 @@ def _affordable(data: str, settings: Mapping[str, Any], jobs: int, console: Cons
         raise UserError(f"--minutes {settings['minutes']:g} is too short for {trials} trials; give {least} or more.")
     sweep = _table(settings, dict.fromkeys(settings["methods"], 1.0))
     threads, epochs = torch.get_num_threads(), {}
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    torch.set_num_threads(max(1, num_cores() // jobs))
     try:
         for method in settings["methods"]:
             found = profile(data, partial(_alone, sweep, method), steps=PROFILED)

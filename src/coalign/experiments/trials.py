@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from coalign.config import TrainConfig, fields_marked
+from coalign.cores import num_cores
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
@@ -85,7 +86,7 @@ def _bare(value: Any) -> Any:
 def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
     """Runs each trial in its own process, those that evaluate the weights of others last. Returns the failed trials with their reasons."""
     failures: list[str] = []
-    threads, number = max(1, (os.cpu_count() or 1) // jobs), itertools.count(1)
+    threads, number = max(1, num_cores() // jobs), itertools.count(1)
     trained = [trial for trial in trials if trial.base is None]
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
         for phase in (trained, [trial for trial in trials if trial.base is not None]):

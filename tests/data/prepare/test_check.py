@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -154,7 +153,7 @@ def test_duplicates_and_lengths_against_a_naive_count() -> None:
 def test_result_does_not_depend_on_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = check(many(150))
     monkeypatch.setattr(module, "MIN_PARALLEL", 2)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("coalign.data.prepare.check.num_cores", lambda: 2)
     reported: list[tuple[int, int]] = []
     assert check(many(150), progress=lambda done, total: reported.append((done, total))) == alone
     assert reported == [(64, 150), (128, 150), (150, 150)]

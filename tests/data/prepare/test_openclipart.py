@@ -203,7 +203,7 @@ def test_result_does_not_depend_on_worker_processes(tree: Tree, monkeypatch: pyt
     assert reported == [(number, 12) for number in range(1, 13)]
     (tree.root / "out").rename(tree.root / "alone")
     monkeypatch.setattr(openclipart, "MIN_PARALLEL", 2)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("coalign.data.prepare.openclipart.num_cores", lambda: 2)
     assert tree.prepare() == alone
     for row in alone.values():
         assert (tree.root / "out" / row["image"]).read_bytes() == (tree.root / "alone" / row["image"]).read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from coalign.cores import num_cores
 from coalign.data.account import left_out
 from coalign.data.images.decode import open_image
 from coalign.data.loading.workers import fetch_all
@@ -88,7 +88,7 @@ def check(
     if limit is not None and limit < len(indices):
         indices = np.sort(generator.choice(indices, limit, replace=False))
     chunks = []
-    workers = (os.cpu_count() or 1) if len(indices) >= MIN_PARALLEL else 0
+    workers = num_cores() if len(indices) >= MIN_PARALLEL else 0
     tasks = range(-(-len(indices) // CHUNK_SIZE))
     check_chunk = partial(_check_chunk, source, indices, tokenizer)
     for task, chunk in zip(tasks, fetch_all(check_chunk, tasks, workers, ahead=4)):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from coalign.cores import num_cores
 from coalign.data.images.decode import open_image
 from coalign.data.loading.workers import fetch_all
 from coalign.data.look_alikes import NO_HASH, have_look_alike, look_hash
@@ -143,7 +144,7 @@ def _prepare_all(
     files = sorted(_find_pngs(art / "png"))
     if not files:
         raise UserError(f"{art / 'png'} has no PNG files; unpack the package openclipart-png again.")
-    workers = (os.cpu_count() or 1) if len(files) >= MIN_PARALLEL else 0
+    workers = num_cores() if len(files) >= MIN_PARALLEL else 0
     prepare = partial(_prepare_file, art, staging, files, max_side)
     for done, item in enumerate(fetch_all(prepare, range(len(files)), workers, ahead=64), 1):
         if progress is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coalign.config import TrainConfig
+from coalign.cores import num_cores
 from coalign.errors import UserError
 from coalign.runs.run import check_device
 from coalign.training.distributed import join_world
@@ -79,7 +79,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             ended = trainer.fit().ended
     if ended == "interrupted":
         raise KeyboardInterrupt
-    cores = max(1, (os.cpu_count() or 1) // world.size)
+    cores = max(1, num_cores() // world.size)
     measured = stopwatch.steps[WARMUP_STEPS:]
     names = {name for step in measured for name in step}
     means = {name: statistics.fmean(step.get(name, 0.0) for step in measured) for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from coalign.config import NOMINAL_PAIRS, TrainConfig, flatten, to_json
+from coalign.cores import num_cores
 from coalign.data.loading.train import check_batch_size
 from coalign.data.sources.base import Source
 from coalign.data.sources.labeled import label_by_captions
@@ -195,7 +195,7 @@ def resolve_workers(config: TrainConfig, world: World) -> TrainConfig:
     """Sets the number of loader workers per process if it is unset: CPU cores over processes, at most 8."""
     if config.workers is not None:
         return config
-    return replace(config, workers=max(1, min(8, (os.cpu_count() or 1) // world.size)))
+    return replace(config, workers=max(1, min(8, num_cores() // world.size)))
 
 
 def run_tokenizer(config: TrainConfig, pairs: TrainingData, out: Path) -> Tokenizer:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from coalign.cores import num_cores
 from coalign.data.sources.base import Fingerprints, LeftOut, Source, hash64, splits_by_name
 from coalign.data.sources.caption_content import json_facts, json_fields, json_tags, raw_captions, text_captions
 from coalign.data.sources.folders.scan import FolderScan, scan_folder, splits_of_paths
@@ -181,7 +182,7 @@ class ShardSource(Source):
 
 
 def _load_all(shards: list[str], load: Callable[[str], _T]) -> list[_T]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, num_cores())) as pool:
         return list(pool.map(load, shards))
 
 
