@@ -72,11 +72,11 @@ class FirstStep(NamedTuple):
     updates: Parameters
 
 
-def make_batch(captions: list[str]) -> Batch:
+def make_batch(captions: list[str], side: int = 224) -> Batch:
     """Our batch: the captions, with random pixels; their values do not affect the time."""
     ids, lengths = load_tokenizer("clip")(captions, CONTEXT)
     size = len(captions)
-    pixels = torch.randint(256, (size, 3, 224, 224), dtype=torch.uint8)
+    pixels = torch.randint(256, (size, 3, side, side), dtype=torch.uint8)
     rows = torch.arange(size)
     return Batch(
         rows, {"image": ImageView(pixels, torch.zeros(size, 11))}, {"caption": TextView(ids, lengths)}, rows, rows >= 0
@@ -92,15 +92,26 @@ def read_captions(data: str, size: int) -> list[str]:
 # ---------------------------------------------------------------- the two sides
 
 
-def peer_step(captions: list[str], batch: Batch, precision: str) -> tuple[Step, torch.nn.Module, Optimizer]:
-    """Returns open_clip's training step, its model and its optimizer."""
+def peer_step(
+    captions: list[str], batch: Batch, precision: str, name: str = MODEL, device_name: str = "cpu"
+) -> tuple[Step, torch.nn.Module, Optimizer]:
+    """Returns open_clip's training step, its model and its optimizer. The batch stays on its device."""
     args = params.parse_args(
-        ["--model", MODEL, "--device", "cpu", "--precision", PRECISIONS[precision], "--batch-size", str(len(captions))]
+        [
+            "--model",
+            name,
+            "--device",
+            device_name,
+            "--precision",
+            PRECISIONS[precision],
+            "--batch-size",
+            str(len(captions)),
+        ]
     )
     args.lr, args.wd, args.skip_scheduler, args.distill, args.wandb = LR, DECAY, True, False, False
     device = init_distributed_device(args)
     torch.manual_seed(0)
-    model = open_clip.create_model(MODEL, precision=args.precision, device=device, output_dict=True)
+    model = open_clip.create_model(name, precision=args.precision, device=device, output_dict=True)
     # by open_clip's rule: norms, biases, class embedding, scale
     vectors = [p for p in model.parameters() if p.ndim < 2]
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -112,9 +123,10 @@ def peer_step(captions: list[str], batch: Batch, precision: str) -> tuple[Step, 
     )
     loss = RecordingLoss(open_clip.create_loss(args))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-    images = (batch.images["image"].pixels / 255 - mean) / std
-    ids = open_clip.get_tokenizer(MODEL)(captions)
+    pixels = batch.images["image"].pixels
+    images = (pixels / 255 - mean.to(pixels.device)) / std.to(pixels.device)
     ours = batch.texts["caption"].ids
+    ids = open_clip.get_tokenizer(name)(captions).to(ours.device)
     assert torch.equal(ids[:, : ours.shape[1]], ours), "the tokenizers differ"
     loader = OneBatch((images, ids))
     data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
@@ -146,15 +158,15 @@ class OneBatch(list):
         self.num_batches, self.num_samples = 1, len(batch[0])
 
 
-def our_step(batch: Batch, precision: str) -> tuple[Step, CLIP, Optimizer]:
+def our_step(batch: Batch, precision: str, name: str = MODEL, device_name: str = "cpu") -> tuple[Step, CLIP, Optimizer]:
     """Returns our training step, as in the trainer, our model and its optimizer."""
+    world = World(0, 1, torch.device(device_name))
     torch.manual_seed(0)
-    method = CLIP(CLIPConfig(), TowerSpec(MODEL, load_tokenizer("clip").vocab_size, CONTEXT))
-    method.train().to(memory_format=torch.channels_last)
+    method = CLIP(CLIPConfig(), TowerSpec(name, load_tokenizer("clip").vocab_size, CONTEXT))
+    method.train().to(world.device).to(memory_format=torch.channels_last)
     config = OptimizerConfig(lr=LR, start_lr=LR, final_lr=LR, weight_decay=DECAY, betas=(0.9, 0.98), eps=1e-6)
     optimizers = build_optimizers(method.parameter_groups(), config, method)
     parameters = optimizers.parameters()
-    world = World(0, 1, torch.device("cpu"))
     gather, autocast, info = RankGather(world), autocast_dtype(precision, world.device), StepInfo(0, 1000)
 
     def step() -> float:

@@ -31,16 +31,17 @@ FASTER, MEMORY, PRODUCTS, SCALE_GB = 5.0, 8.0, 2.0, 1.5  # the targets
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def inputs(pairs: int) -> Inputs:
+def inputs(pairs: int, device: str | torch.device = "cpu") -> Inputs:
     """Returns embeddings [pair, view, dim], and 1/τ and b of the three domain combinations."""
     torch.manual_seed(0)
     embeds = F.normalize(torch.randn(pairs, IMAGES + TEXTS, DIM), dim=-1)
-    return embeds.requires_grad_(), torch.tensor([14.0, 20.0, 10.0]).requires_grad_(), torch.zeros(3).requires_grad_()
+    values = (embeds.to(device), torch.tensor([14.0, 20.0, 10.0], device=device), torch.zeros(3, device=device))
+    return tuple(value.requires_grad_() for value in values)
 
 
 def ours(values: Inputs) -> Tensor:
     embeds, scales, offsets = values
-    positions = torch.arange(len(embeds))
+    positions = torch.arange(len(embeds), device=embeds.device)
     return mp_nce(compare_views(embeds, embeds, scales[DOMAINS], offsets[DOMAINS], (positions, positions)), WEIGHTS)
 
 
@@ -49,11 +50,11 @@ def dense(values: Inputs) -> Tensor:
     embeds, scales, offsets = values
     pairs = len(embeds)
     logits = (torch.einsum("ivd,jwd->ivjw", embeds, embeds) - offsets[DOMAINS][:, None]) * scales[DOMAINS][:, None]
-    rows = torch.arange(pairs)
+    rows = torch.arange(pairs, device=embeds.device)
     own = logits[rows, :, rows]  # [pair, view, view]
-    same = torch.eye(pairs, dtype=torch.bool)[:, None, :, None]
+    same = torch.eye(pairs, dtype=torch.bool, device=embeds.device)[:, None, :, None]
     negatives = logits.masked_fill(same, -torch.inf).flatten(2).logsumexp(2)
-    return -(WEIGHTS * F.logsigmoid(own - negatives[:, :, None])).sum()
+    return -(WEIGHTS.to(own) * F.logsigmoid(own - negatives[:, :, None])).sum()
 
 
 def products(values: Inputs) -> None:

@@ -61,7 +61,7 @@ OPTIONS = {
     "micro-batch epochs optimizer lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
     "max-non-finite probe train-fraction unpaired-captions val-by captions-from prompts skip-data-checks group-column "
-    "group-look-alikes image-cache device-views temperature max-logit-scale multi-positive",
+    "gradient-checkpointing group-look-alikes image-cache device-views temperature max-logit-scale multi-positive",
     "profile": "data recipe steps device model batch-size micro-batch workers lr temperature",
     "eval": "tasks weights split classes label captions-from prompts data-root preprocess similarity precision cache epochs train-data "
     "json report device workers",

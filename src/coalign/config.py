@@ -204,6 +204,8 @@ class TrainConfig:
     """Global batch size: image-text pairs per step, over all processes."""
     micro_batch: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
     """Encode this many pairs per process at once, to save memory. None: all. Gradient caching keeps the gradient exact."""
+    gradient_checkpointing: bool = setting(False, may_change_on_resume=True)
+    """Recompute the blocks of the encoders in the backward pass instead of keeping their activations, to save memory."""
     shard: bool = setting(False, may_change_on_resume=True)
     """Shard parameters, gradients and optimizer states over the processes (FSDP2), for models too large for one device."""
     epochs: float = setting(32, valid=POSITIVE, identifies_trial=True, on_card=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor
 from torch.nn import functional as F
+
+from coalign.networks.checkpointing import recomputed
 
 
 class LengthGroup(NamedTuple):
@@ -100,7 +102,7 @@ def run_blocks(
     """
     attend, last = partial(packing.attend, causal=causal), len(transformer.resblocks) - 1
     for index, block in enumerate(transformer.resblocks):
-        x = _block(block, x, attend, read if index == last else None)
+        x = _run(transformer, block, x, attend, read if index == last else None)
     return x
 
 
@@ -113,8 +115,13 @@ def run_padded_blocks(transformer: Transformer, x: Tensor, mask: Tensor | None =
         return _attention(q, k, v, mask, causal=False).transpose(1, 2).flatten(2)
 
     for block in transformer.resblocks:
-        x = _block(block, x, attend)
+        x = _run(transformer, block, x, attend)
     return x
+
+
+def _run(transformer: Transformer, *args: Any) -> Tensor:
+    """Returns `_block(*args)`, with gradient checkpointing if it is on."""
+    return recomputed(_block, *args) if transformer.grad_checkpointing else _block(*args)
 
 
 def _block(

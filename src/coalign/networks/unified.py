@@ -9,11 +9,12 @@ import open_clip
 import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIPVisionCfg
-from open_clip.transformer import Transformer
+from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
+from coalign.networks.checkpointing import recomputed
 from coalign.networks.positions import sincos_1d, sincos_2d
 from coalign.networks.towers.spec import Tower, TowerSpec, model_config
 from coalign.networks.transformer import pack, run_blocks
@@ -175,8 +176,8 @@ class UnifiedTower(Tower):
         y, context_lengths = self._sequence(context)
         valid = torch.arange(y.shape[1], device=y.device) < context_lengths[:, None]  # [batch, key]
         for block in self.transformer.resblocks:
-            x, y = (z + attend(block.attn, block.ln_1(z), block.ln_1(y), valid) for z in (x, y))  # both from the same y
-            x, y = (z + block.mlp(block.ln_2(z)) for z in (x, y))
+            args = (block, x, y, valid)
+            x, y = recomputed(_given_block, *args) if self.transformer.grad_checkpointing else _given_block(*args)
         is_token = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return _states(self.norm(x).masked_fill(~is_token[..., None], 0), tokens)
 
@@ -189,6 +190,12 @@ class UnifiedTower(Tower):
 def _states(x: Tensor, tokens: Tokens) -> States:
     cls, patches, words = x.split([1, tokens.patches.shape[1], tokens.words.shape[1]], dim=1)
     return States(cls[:, 0], patches, words, tokens.lengths)
+
+
+def _given_block(block: ResidualAttentionBlock, x: Tensor, y: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = (z + attend(block.attn, block.ln_1(z), block.ln_1(y), valid) for z in (x, y))  # both from the same y
+    x, y = (z + block.mlp(block.ln_2(z)) for z in (x, y))
+    return x, y
 
 
 def attend(

@@ -1,6 +1,7 @@
 """Cost per step, against arithmetic by hand, counted calls, and measurements of larger batches than the estimate's two pairs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
 
 from coalign.config import OptimizerConfig, RoleConfig
 from coalign.methods import METHODS, recipe
+from coalign.networks.checkpointing import checkpoint_blocks
+from coalign.networks.towers.spec import find_towers
 from coalign.training.distributed import RankGather, World
 from coalign.workflows.train import step_cost as cost
 from coalign.workflows.train.step_cost import measure_step
@@ -150,6 +153,44 @@ def test_activations_of_a_larger_batch_are_predicted(tmp_path, name, model):
     (name,) = [name for name in memory if name.startswith("encoder activations")]
     assert name == "encoder activations, 24 pairs"
     assert memory[name] == pytest.approx(saved, rel=0.03)
+
+
+@pytest.mark.parametrize("model", [TRANSFORMER, BATCH_NORM])
+def test_gradient_checkpointing_keeps_inputs_of_blocks_and_one_block(tmp_path, monkeypatch, model):
+    """Compared with the peak of all tensors in forward and backward pass."""
+    layers = {"image_size": 32, "layers": 6, "width": 32, "patch_size": 8, "head_width": 16}
+    model = {**model, "vision_cfg": layers} if model is TRANSFORMER else model
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    from memory import TensorPeak
+
+    def peak_of_encode(method, batch):
+        with TensorPeak() as memory:
+            features = method.encode(batch, cost.MIDWAY)
+            sum(x.sum() for x in features.values() if x.requires_grad).backward()
+        return memory.peak * 2**30
+
+    def activations(method):
+        batch = make_batch(method.view_plan, 64)
+        memory = step_cost(method, batch, settings(batch_size=64), 1, None).memory
+        return memory["encoder activations, 64 pairs"], batch
+
+    plain, checkpointed = build("clip", tmp_path, model), build("clip", tmp_path, model)
+    for tower in find_towers(checkpointed):
+        checkpoint_blocks(tower)
+    (full, batch), (reduced, _) = activations(plain), activations(checkpointed)
+    peaks = [peak_of_encode(method, batch) for method in (plain, checkpointed)]
+    assert reduced / full == pytest.approx(peaks[1] / peaks[0], rel=0.15)
+
+
+def test_gradient_checkpointing_recomputes_the_blocks(tmp_path):
+    plain, checkpointed = build("clip", tmp_path), build("clip", tmp_path)
+    for tower in find_towers(checkpointed):
+        checkpoint_blocks(tower)
+    before, after = estimate(plain).flops, estimate(checkpointed).flops
+    name = "block recompute (--gradient-checkpointing)"
+    assert 0 < after[name] < before["encoder forward"]
+    assert {key: value for key, value in after.items() if key != name} == before
 
 
 def test_with_micro_batches_only_the_larger_activations_count(tmp_path):

@@ -23,6 +23,7 @@ from coalign.data.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.checkpointing import checkpoint_blocks
 from coalign.networks.towers.spec import find_towers
 from coalign.randomness import stable_hash
 from coalign.runs.folder import TOKENIZER, read_config
@@ -163,6 +164,12 @@ def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> M
     if config.init_from:
         init_from_run(method, config)
     _check_batch_norm(method, config, world)
+    for tower in find_towers(method) if config.gradient_checkpointing else ():
+        if not checkpoint_blocks(tower):
+            raise UserError(
+                f"An encoder of {config.model} is not made of blocks that can be recomputed; omit --gradient-checkpointing or use a "
+                "model of residual blocks, such as ViT-B-32 or RN50."
+            )
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from coalign.config import TrainConfig
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.checkpointing import recorded_blocks
 from coalign.networks.towers.spec import Tower, find_towers
 from coalign.training.distributed import RankGather, World
 from coalign.types import Batch, Features, StepInfo
@@ -49,7 +50,8 @@ class StepMeasurement:
 
     method: Method
     pairs: Batch
-    encode: _Usage
+    encode: _Usage  # with gradient checkpointing, includes the largest block's activations, as blocks are recomputed one at a time
+    block_flops: float  # of all blocks that gradient checkpointing recomputes
     # part of `encode.saved_bytes` that does not grow with the batch: half-precision copies of the weights
     cast_bytes: float
     encode_targets: _Usage
@@ -64,7 +66,7 @@ def step_cost(measured: StepMeasurement, config: TrainConfig, num_processes: int
     micro_batch = min(config.micro_batch or local, local)
     caching = micro_batch < local
     objective = _extrapolate([usage.flops for usage in measured.objective], local, total)
-    forward = measured.encode.flops / NUM_MEASURED * local
+    forward, blocks = (flops / NUM_MEASURED * local for flops in (measured.encode.flops, measured.block_flops))
     teacher = measured.encode_targets.flops / NUM_MEASURED * local
     flops = {
         "encoder forward": forward,
@@ -72,6 +74,7 @@ def step_cost(measured: StepMeasurement, config: TrainConfig, num_processes: int
         **({"teacher forward": teacher} if teacher else {}),
         "objective forward": objective,
         "backward": 2 * (forward + objective),
+        **({"block recompute (--gradient-checkpointing)": blocks} if blocks else {}),
     }
     encoder_activations = (measured.encode.saved_bytes - casts) / NUM_MEASURED * micro_batch + casts
     activations = {
@@ -113,16 +116,22 @@ def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> 
     device = pairs.indices.device
     gather = _CountingGather(device)
 
-    def measure(work: Callable[[], Any]) -> tuple[Any, _Usage]:
+    def measure(work: Callable[[], Any], kept: Iterable[Any] = ()) -> tuple[Any, _Usage]:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-            return _measure(method, work)
+            return _measure(method, work, kept)
 
-    features, encode = measure(lambda: method.encode(pairs, MIDWAY))
+    def measure_encode(batch: Batch) -> tuple[Features, _Usage, float]:
+        with recorded_blocks() as blocks:
+            features, usage = measure(lambda: method.encode(batch, MIDWAY))
+        recomputed = [measure(block, block.args)[1] for block in blocks]
+        usage.saved_bytes += max((block.saved_bytes for block in recomputed), default=0.0)
+        return features, usage, sum(block.flops for block in recomputed)
+
+    features, encode, block_flops = measure_encode(pairs)
     casts = 0.0
     if autocast is not None:
         doubled = pairs[torch.arange(NUM_MEASURED, device=device).repeat(2)]  # type: ignore[index]
-        doubled_bytes = measure(lambda: method.encode(doubled, MIDWAY))[1].saved_bytes
-        casts = max(0.0, 2 * encode.saved_bytes - doubled_bytes)
+        casts = max(0.0, 2 * encode.saved_bytes - measure_encode(doubled)[1].saved_bytes)
     features = {name: value.detach() for name, value in features.items()}
     with torch.no_grad():
         targets, encode_targets = measure(lambda: method.encode_targets(pairs, MIDWAY))
@@ -142,7 +151,7 @@ def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> 
     objective = [measure_objective(1)]
     gathered += float(gather.bytes - before)
     objective += [measure_objective(2), measure_objective(3)]
-    return StepMeasurement(method, pairs, encode, casts, encode_targets, objective, gathered)
+    return StepMeasurement(method, pairs, encode, block_flops, casts, encode_targets, objective, gathered)
 
 
 def _state_bytes(method: Method, config: TrainConfig) -> dict[str, float]:
@@ -168,9 +177,10 @@ def _state_bytes(method: Method, config: TrainConfig) -> dict[str, float]:
 # ---------------------------------------------------------------- measuring
 
 
-def _measure(method: Method, work: Callable[[], Any]) -> tuple[Any, _Usage]:
-    """Returns the result of `work` and its usage."""
-    state = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+def _measure(method: Method, work: Callable[[], Any], kept: Iterable[Any] = ()) -> tuple[Any, _Usage]:
+    """Returns the result of `work` and its usage, to which weights, buffers and the tensors in `kept` do not count."""
+    kept = (*method.parameters(), *method.buffers(), *(value for value in kept if isinstance(value, Tensor)))
+    state = {tensor.untyped_storage().data_ptr() for tensor in kept}
     saved: dict[int, Tensor] = {}  # keeps the tensors alive, so that no address is reused
 
     def save(tensor: Tensor) -> Tensor:
