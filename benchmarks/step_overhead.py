@@ -26,8 +26,8 @@ from lines import line
 from torch import Tensor
 
 from coalign.config import OptimizerConfig
-from coalign.data.text.tokenizer import load_tokenizer
-from coalign.data.text.views import text_view
+from coalign.data.text.tokenizer import load_tokenizer, pad
+from coalign.data.text.views import eda, mask_tokens
 from coalign.method import Method
 from coalign.methods import METHODS, config_class, method_class
 from coalign.networks.queue import FeatureQueue
@@ -36,7 +36,7 @@ from coalign.networks.two_towers import TwoTowers
 from coalign.optim import build_optimizers, clip_gradients
 from coalign.training.distributed import RankGather, World
 from coalign.training.step import forward_backward
-from coalign.types import NOT_MASKED, Batch, ImageView, StepInfo, TextView, ViewPlan
+from coalign.types import Batch, ImageView, StepInfo, TextView, ViewPlan
 
 TARGET, CONTEXT, SIDE, PATCH = 1.15, 77, 64, 16
 MODEL = {
@@ -62,15 +62,12 @@ def make_batch(plan: ViewPlan, size: int, side: int = SIDE, patch: int = PATCH) 
     }
     texts = {}
     for name, policy in plan.texts.items():
-        views = [text_view(caption, policy, generator, tokenizer, CONTEXT) for caption in captions]
-        lengths = torch.tensor([len(view.ids) for view in views])
-        ids = torch.zeros(size, int(lengths.max()), dtype=torch.long)
-        labels = torch.full_like(ids, NOT_MASKED)
-        for row, view in enumerate(views):
-            ids[row, : len(view.ids)] = torch.tensor(view.ids)
-            if view.labels is not None:
-                labels[row, : len(view.ids)] = torch.tensor(view.labels)
-        texts[name] = TextView(ids, lengths, labels if policy.mask_p else None)
+        changed = [eda(caption, generator) if policy.kind == "eda" else caption for caption in captions]
+        ids, lengths = pad([tokenizer.encode(caption, CONTEXT) for caption in changed])
+        masked, labels = mask_tokens(
+            ids.numpy(), lengths.numpy(), policy.mask_p, generator.random((3, *ids.shape)), tokenizer
+        )
+        texts[name] = TextView(torch.from_numpy(masked), lengths, torch.from_numpy(labels) if policy.mask_p else None)
     tags = torch.randint(1000, (size, 5)) if plan.tags else None
     return Batch(rows, images, texts, rows, rows >= 0, tags)
 

@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from torchvision import transforms
 
 from coalign.data.images.cache import ImageCache
 from coalign.data.images.decode import open_image
-from coalign.data.images.views import make_views
-from coalign.randomness import generator
+from coalign.data.images.views import AnyImage, make_views
+from coalign.randomness import Draws
 from coalign.types import STRONG, WEAK
 
 SIZE = 224
+count = 0  # of calls, which make different views
 POLICIES = {"base": WEAK, "first": STRONG, "second": STRONG}
 
 
@@ -63,7 +64,7 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
-def slip_pipeline() -> Callable[[bytes], object]:
+def slip_pipeline() -> Callable[[list[bytes]], object]:
     normalize = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     base = transforms.Compose([transforms.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), transforms.ToTensor(), normalize])
     augment = transforms.Compose(
@@ -82,41 +83,33 @@ def slip_pipeline() -> Callable[[bytes], object]:
         image = Image.open(BytesIO(data)).convert("RGB")
         return base(image), augment(image), augment(image)
 
-    return views
+    return lambda files: [views(data) for data in files]
 
 
-def our_pipeline() -> Callable[[bytes], object]:
-    count = 0
-
-    def views(data: bytes) -> object:
-        nonlocal count
-        count += 1
-        return make_views(data, POLICIES, lambda name: generator(0, 0, count, 0, name), SIZE)
-
-    return views
+def our_pipeline() -> Callable[[list[bytes]], object]:
+    return lambda files: our_views([open_image(data) for data in files], finish=True)
 
 
-def cached_pipeline(folder: Path, files: list[bytes], finish: bool) -> Callable[[bytes], object]:
+def our_views(images: Sequence[AnyImage], finish: bool) -> object:
+    global count
+    count += 1
+    return make_views(images, POLICIES, Draws(0, count, np.arange(len(images))).uniform, SIZE, finish=finish)
+
+
+def cached_pipeline(folder: Path, files: list[bytes], finish: bool) -> Callable[[list[bytes]], object]:
     """Ours, with all images in the cache."""
-    cache, positions, count = (
-        ImageCache(folder, len(files), 1e10),
-        {id(data): position for position, data in enumerate(files)},
-        0,
-    )
+    cache = ImageCache(len(files), 1e10, folder / "images")
 
-    def views(data: bytes) -> object:
-        nonlocal count
-        count += 1
-        image = cache.open(positions[id(data)], lambda: data)
-        return make_views(image, POLICIES, lambda name: generator(0, 0, count, 0, name), SIZE, finish=finish)
+    def views(files: list[bytes]) -> object:
+        images = [cache.open(position, lambda data=data: data) for position, data in enumerate(files)]
+        return our_views(images, finish)
 
     return views
 
 
-def seconds(pipeline: Callable[[bytes], object], files: list[bytes]) -> float:
+def seconds(pipeline: Callable[[list[bytes]], object], files: list[bytes]) -> float:
     start = time.thread_time()
-    for data in files:
-        pipeline(data)
+    pipeline(files)
     return (time.thread_time() - start) / len(files)
 
 
@@ -135,7 +128,7 @@ def main() -> None:
         "ours": our_pipeline(),
         "ours, cached": cached_pipeline(Path(folder.name), files, finish=True),
         "ours, cached, without color and blur": cached_pipeline(Path(folder.name), files, finish=False),
-        "decoding": lambda data: open_image(data).decode(),
+        "decoding": lambda files: [open_image(data).decode() for data in files],
     }
     times: dict[str, list[float]] = {name: [] for name in pipelines}
     for pipeline in pipelines.values():

@@ -20,7 +20,6 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,16 @@ import torch
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
-from coalign.data.images.views import make_views
+from coalign.data.images.views import NUM_DRAWS, make_view
 from coalign.data.scenes.source import Scenes
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import embed_texts
 from coalign.experiments.launch_script import run_name
 from coalign.experiments.tables import TABLES
 from coalign.methods.uniclip.method import UniCLIP
-from coalign.randomness import generator
+from coalign.randomness import Draws
 from coalign.runs.run import Run, load
-from coalign.types import EVALUATION, STRONG, AugmentationParams, Foil
+from coalign.types import STRONG, AugmentationParams, Foil
 from coalign.version import __version__
 
 SCENES, VIEWS, BATCH = 500, 4, 250
@@ -65,10 +64,7 @@ def embed(run: Run, pixels: Tensor, params: Sequence[AugmentationParams] | None 
 def whole(source: Scenes, indices: Sequence[int], size: int, flip: bool = False) -> Tensor:
     """Returns the full images in the evaluation view."""
     images = [source.image(index)[:, ::-1] if flip else source.image(index) for index in indices]
-    unused = partial(generator, 0, 0, 0, 0)  # the evaluation view is not random
-    return torch.stack(
-        [make_views(np.ascontiguousarray(image), {"v": EVALUATION}, unused, size)["v"][0] for image in images]
-    )
+    return torch.stack([make_view(np.ascontiguousarray(image), size)[0] for image in images])
 
 
 def broken_facts(run: Run, source: Scenes) -> float:
@@ -78,8 +74,8 @@ def broken_facts(run: Run, source: Scenes) -> float:
     before = (embed(run, whole(source, indices, size)) - texts).norm(dim=1)
     ratios, shares = [], []
     for number in range(VIEWS):
-        draws = [partial(generator, 0, number, index, 0) for index in indices]
-        views = [make_views(source.image(i), {"v": STRONG}, draw, size)["v"] for i, draw in zip(indices, draws)]
+        draws = Draws(0, number, np.array(indices)).uniform("view", NUM_DRAWS)
+        views = [make_view(source.image(i), size, STRONG, draw) for i, draw in zip(indices, draws)]
         params = [drawn for _, drawn in views]
         after = (embed(run, torch.stack([pixels for pixels, _ in views]), params) - texts).norm(dim=1)
         ratios.append((after / before).numpy())

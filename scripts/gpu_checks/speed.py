@@ -15,7 +15,7 @@ from captions import CAPTIONS
 from torch.utils.flop_counter import FlopCounterMode
 
 from coalign.data.images.device_views import finish
-from coalign.data.images.views import sample_params
+from coalign.data.images.views import NUM_DRAWS, sample_params
 from coalign.networks.checkpointing import checkpoint_blocks
 from coalign.networks.towers.spec import find_towers
 from coalign.training.distributed import World
@@ -142,8 +142,8 @@ def data_sheet_peak(machine: Machine) -> float | None:
 def device_views(machine: Machine) -> list[Row]:
     """Color jitter and blur on the device, compared with the CPU: values, and views per second."""
     size, side = (16, 32) if machine.toy else (1024, 224)
-    rng = np.random.default_rng(0)
-    params = torch.tensor([sample_params(rng, STRONG, (side, side)).vector() for _ in range(size)])
+    draws = np.random.default_rng(0).random((size, NUM_DRAWS))
+    params = torch.from_numpy(sample_params(draws, STRONG, np.full((size, 2), side))).float()
     pixels = torch.randint(256, (size, 3, side, side), dtype=torch.uint8)
     some = slice(0, 64)
     exact = finish(pixels[some], params[some], torch.device("cpu"))

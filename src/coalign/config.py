@@ -222,11 +222,12 @@ class TrainConfig:
     """Group size of batch normalization, in samples, for image encoders with BatchNorm layers."""
     seed: int = setting(0, compared=False, on_card=True)
     """Random seed of the initial weights, the order of the samples and the augmentations."""
+    # Data loading workers per process. 0: a thread of the process. None: CPU cores over processes, at most 8; 0 up to 10,000 pairs whose
+    # decoded images are kept. Does not affect the results.
     workers: int | None = setting(None, valid=at_least(0), may_change_on_resume=True)
-    """Data loading workers per process. None: CPU cores over processes, at most 8. Does not affect the results."""
-    # Gigabytes of decoded images to cache in the system's temporary folder, per machine (0: off). Helps if much of the dataset fits.
-    # JPEGs are cached at each scale that the views decode, which takes up to a third more space.
-    image_cache: float = setting(0.0, valid=at_least(0), may_change_on_resume=True)
+    # Keep decoded images for the epochs after the first. None: in memory, if they fit in a quarter of what is available. Otherwise
+    # gigabytes on disk, in the system's temporary folder, per machine; 0: off. Does not affect the results.
+    image_cache: float | None = setting(None, valid=at_least(0), may_change_on_resume=True)
     device_views: bool = setting(False)
     """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
     reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig, metadata=marks())

@@ -25,3 +25,12 @@ def percent(fraction: float) -> str:
 def foil_kind(kind: str) -> str:
     """Formats a kind of foils. The stored kind "colour" keeps its spelling: it seeds generators."""
     return kind.replace("_", " ").replace("colour", "color")
+
+
+def data_size(num_bytes: float) -> str:
+    """Formats a number of bytes: 12,345,678 -> "12 MB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.{0 if num_bytes >= 9.95 or unit == 'bytes' else 1}f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"

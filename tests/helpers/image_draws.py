@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coalign.data.images.views import sample_params
+from coalign.data.images.views import NUM_DRAWS, sample_params
 from coalign.types import AugmentationParams, AugmentationPolicy
 
 
@@ -27,5 +27,5 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def draws(policy: AugmentationPolicy, size: tuple[int, int], count: int) -> list[AugmentationParams]:
-    rng = np.random.default_rng(0)
-    return [sample_params(rng, policy, size) for _ in range(count)]
+    numbers = np.random.default_rng(0).random((count, NUM_DRAWS))
+    return [AugmentationParams(*row) for row in sample_params(numbers, policy, np.tile(size, (count, 1))).tolist()]

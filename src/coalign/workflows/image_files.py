@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from coalign.data.images.decode import open_image
-from coalign.data.images.views import make_views
+from coalign.data.images.views import make_view
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
-from coalign.randomness import generator
-from coalign.types import EVALUATION, DualEncoder
+from coalign.types import DualEncoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,8 +73,7 @@ def read_image(path: str | Path, side: int, preprocess: Callable[[Any], Tensor] 
 
 def evaluation_view(image: bytes | np.ndarray, side: int) -> Tensor:
     """Returns the resized and center-cropped image, uint8 [3, side, side]. Raises BadSample if it cannot be decoded."""
-    views = make_views(image, {"evaluation": EVALUATION}, lambda _: generator(0, 0, 0, 0, "picture"), side)
-    return views["evaluation"][0]
+    return make_view(image, side)[0]
 
 
 def thumbnail(source: Source, index: int) -> np.ndarray:

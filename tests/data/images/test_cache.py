@@ -1,9 +1,12 @@
 """Cached images equal decoded ones, whichever process wrote them; without a usable cache, images are decoded."""
 
 import dataclasses
+import gc
 import io
 import multiprocessing
 import os
+import pickle
+import tempfile
 
 import numpy as np
 import pytest
@@ -48,7 +51,7 @@ def is_kept(cache: ImageCache, index: int) -> bool:
 
 @pytest.mark.parametrize("data", [encoded(0), encoded(1), rotated(), np.zeros((5, 7, 3), np.uint8)])
 def test_cached_images_are_not_read_again_and_equal_decoded_ones(tmp_path, data):
-    cache = ImageCache(tmp_path / "cache", 4, PLENTY)
+    cache = ImageCache(4, PLENTY, tmp_path / "cache" / "images")
     for _ in range(2):
         for scale in SCALES:
             cached = cache.open(2, lambda: data)
@@ -57,7 +60,7 @@ def test_cached_images_are_not_read_again_and_equal_decoded_ones(tmp_path, data)
             assert np.array_equal(cached.decode(scale), plain.decode(scale))
     for scale in SCALES:
         assert np.array_equal(cache.open(2, unread).decode(scale), open_image(data).decode(scale))
-    other = ImageCache(tmp_path / "cache", 4, PLENTY)  # as in a resumed run
+    other = ImageCache(4, PLENTY, tmp_path / "cache" / "images")  # as in a resumed run
     assert np.array_equal(other.open(2, unread).decode(1.0), open_image(data).decode(1.0))
     with pytest.raises(AssertionError, match="read again"):
         other.open(3, unread)
@@ -66,69 +69,105 @@ def test_cached_images_are_not_read_again_and_equal_decoded_ones(tmp_path, data)
 def test_images_reduced_by_any_factor_are_not_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "TILE", 32)
     data = encoded(1)
-    cache = ImageCache(tmp_path / "cache", 1, PLENTY)
+    cache = ImageCache(1, PLENTY, tmp_path / "cache" / "images")
     for scale in (1.0, 0.3):
         assert cache.open(0, lambda: data).decode(scale).shape == open_image(data).decode(scale).shape
     assert not is_kept(cache, 0)
 
 
 def test_the_cache_stays_within_its_limit(tmp_path):
-    cache = ImageCache(tmp_path / "cache", 8, 3.5 * 90 * 60 * 3 + 10_000)  # 3.5 images and the index
+    cache = ImageCache(8, 3.5 * 90 * 60 * 3 + 1_000, tmp_path / "cache" / "images")  # 3.5 images and the index
     for index in range(8):
         cache.open(index, lambda: encoded(index)).decode(1.0)  # noqa: B023
     kept = [index for index in range(8) if is_kept(cache, index)]
     assert kept == [0, 1, 2]
-    assert sum(path.stat().st_size for path in cache.folder.iterdir()) <= cache.max_bytes
+    assert (tmp_path / "cache" / "images").stat().st_size <= cache.max_bytes
 
 
-def test_images_are_decoded_if_the_disk_is_full(tmp_path, monkeypatch):
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("written", [0, 2], ids=["nothing", "the index"])
+def test_images_are_decoded_without_space(tmp_path, monkeypatch, place, written):
+    """Also if there was only enough for the index, which takes two writes."""
+    writes = []
+    original = os.pwrite
 
-    cache = ImageCache(tmp_path / "cache", 2, PLENTY)
-    monkeypatch.setattr(os, "write", no_space)
+    def pwrite(*arguments):
+        writes.append(arguments)
+        if len(writes) > written:
+            raise OSError(28, "No space left on device")
+        return original(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    cache = ImageCache(2, PLENTY, tmp_path / "cache" / "images" if place == "disk" else None)
     for _ in range(2):
         pixels = cache.open(0, lambda: encoded(0)).decode(1.0)
         assert np.array_equal(pixels, open_image(encoded(0)).decode(1.0))
+    assert len(writes) > written
 
 
-def test_images_are_decoded_if_the_index_cannot_be_allocated(tmp_path, monkeypatch):
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_cache_without_a_path_is_shared_and_leaves_no_file(tmp_path, monkeypatch, in_memory):
+    """Forked processes and those that receive it share it."""
+    if not in_memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache = ImageCache(4, PLENTY)
+    child = os.fork()
+    if child == 0:
+        cache.open(1, lambda: encoded(1)).decode(1.0)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert is_kept(cache, 1)
+    assert np.array_equal(cache.open(1, unread).decode(1.0), open_image(encoded(1)).decode(1.0))
+    sent = pickle.loads(pickle.dumps(cache))
+    assert is_kept(sent, 1)
+    sent.open(2, lambda: encoded(2)).decode(1.0)
+    assert is_kept(cache, 2)
+    assert len(list(tmp_path.iterdir())) == (not in_memory)
+    del cache, sent
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr(os, "posix_fallocate", no_space)
-    cache = ImageCache(tmp_path / "cache", 2, PLENTY)
-    assert np.array_equal(cache.open(0, lambda: encoded(0)).decode(1.0), open_image(encoded(0)).decode(1.0))
+
+def test_a_cache_in_memory_is_freed():
+    cache = ImageCache(4, PLENTY)
+    cache.open(1, lambda: encoded(1)).decode(1.0)
+    pixels, file = cache.open(1, unread).decode(1.0), cache._file
+    del cache
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(file)
+    assert pixels.shape == (60, 90, 3)
 
 
 @pytest.mark.parametrize("damage", ["removed", "emptied", "cut", "zeros"])
 def test_images_of_a_damaged_cache_file_are_decoded_again(tmp_path, damage):
     """Damage as left by a cleaner of temporary files or a crashed machine."""
-    ImageCache(tmp_path / "cache", 2, PLENTY).open(0, lambda: encoded(0)).decode(1.0)
-    (path,) = (path for path in (tmp_path / "cache").iterdir() if path.name != "index")
-    size = path.stat().st_size
+    ImageCache(2, PLENTY / 1000, tmp_path / "cache" / "images").open(0, lambda: encoded(0)).decode(1.0)
+    path = tmp_path / "cache" / "images"
+    content = path.read_bytes()[:20_000]  # what is used
     path.unlink()
     if damage != "removed":
-        path.write_bytes(b"\0" * {"emptied": 0, "cut": size // 2, "zeros": size}[damage])
-    again = ImageCache(tmp_path / "cache", 2, PLENTY).open(0, lambda: encoded(0))
+        path.write_bytes({"emptied": b"", "cut": content[:9_000], "zeros": bytes(len(content))}[damage])
+    again = ImageCache(2, PLENTY, tmp_path / "cache" / "images").open(0, lambda: encoded(0))
     assert np.array_equal(again.decode(1.0), open_image(encoded(0)).decode(1.0))
 
 
 def test_only_the_owner_can_read_the_cache(tmp_path):
-    cache = ImageCache(tmp_path / "cache", 2, PLENTY)
+    cache = ImageCache(2, PLENTY, tmp_path / "cache" / "images")
     cache.open(0, lambda: encoded(0)).decode(1.0)
-    assert [path.stat().st_mode & 0o077 for path in (cache.folder, *cache.folder.iterdir())] == [0, 0, 0]
+    assert [path.stat().st_mode & 0o077 for path in (cache.shared_path.parent, cache.shared_path)] == [0, 0]
 
 
 def test_bad_images_raise_every_time(tmp_path):
-    cache = ImageCache(tmp_path / "cache", 1, PLENTY)
+    cache = ImageCache(1, PLENTY, tmp_path / "cache" / "images")
     for _ in range(2):
         with pytest.raises(BadSample, match="not an image"):
             cache.open(0, lambda: b"not an image")
 
 
 def fill(folder, numbers):
-    cache = ImageCache(folder, 64, PLENTY)
+    cache = ImageCache(64, PLENTY, folder / "images")
     for index in numbers:
         cache.open(index, lambda: encoded(index)).decode(1.0)  # noqa: B023
 
@@ -142,7 +181,7 @@ def test_processes_can_write_concurrently(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    cache = ImageCache(tmp_path / "cache", 64, PLENTY)
+    cache = ImageCache(64, PLENTY, tmp_path / "cache" / "images")
     for index in range(64):
         assert np.array_equal(cache.open(index, unread).decode(1.0), open_image(encoded(index)).decode(1.0))
 
@@ -150,7 +189,7 @@ def test_processes_can_write_concurrently(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_the_cache(tmp_path, workers):
     plain = list(make_loader(Pairs(**BAD)).batches(0, 12))
-    cache = ImageCache(tmp_path / "cache", 40, PLENTY)
+    cache = ImageCache(40, PLENTY, tmp_path / "cache" / "images")
     assert_same_batches(list(make_loader(Pairs(**BAD), workers=workers, cache=cache).batches(0, 12)), plain)
     source = Pairs(**BAD)
     reads = []
@@ -172,7 +211,7 @@ def test_substitute_images_do_not_depend_on_the_cache(tmp_path):
     plan = dataclasses.replace(PLAN, imageless=True)
     broken = {1, 4, 7, 10, 20, 22}
     plain = list(make_loader(Imageless(no_image=broken), plan=plan).batches(0, 12))
-    cache = ImageCache(tmp_path / "cache", 40, PLENTY)
+    cache = ImageCache(40, PLENTY, tmp_path / "cache" / "images")
     assert_same_batches(list(make_loader(Imageless(no_image=broken), plan=plan, cache=cache).batches(0, 12)), plain)
 
 
@@ -188,7 +227,7 @@ def test_samples_repeated_in_an_epoch_are_cached_once(tmp_path):
 
     indices = np.arange(80)
     plain = list(make_loader(Repeated(), indices).batches(0, 12))
-    cache = ImageCache(tmp_path / "cache", 40, PLENTY)
+    cache = ImageCache(40, PLENTY, tmp_path / "cache" / "images")
     assert_same_batches(list(make_loader(Repeated(), indices, cache=cache).batches(0, 12)), plain)
 
 

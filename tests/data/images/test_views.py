@@ -13,10 +13,10 @@ from PIL import Image
 from scipy.stats import chi2_contingency, ks_2samp, kstest
 from torchvision import transforms
 
-from coalign.data.images.decode import OpenedImage
-from coalign.data.images.views import apply, make_views, sample_params
+from coalign.data.images.decode import OpenedImage, open_image
+from coalign.data.images.views import NUM_DRAWS, apply, make_view, make_views
 from coalign.errors import BadSample
-from coalign.randomness import generator
+from coalign.randomness import Draws
 from coalign.types import EVALUATION, STRONG, WEAK, AugmentationParams, AugmentationPolicy
 
 IDENTITY = AugmentationParams()
@@ -55,7 +55,7 @@ def test_boxes_have_torchvisions_distribution(size: tuple[int, int], scale: tupl
 def test_fallback_box_is_torchvisions(size: tuple[int, int]) -> None:
     """A crop of the whole area never fits into an elongated image."""
     top, left, height, width = transforms.RandomResizedCrop.get_params(Image.new("L", size), [1.0, 1.0], [3 / 4, 4 / 3])
-    drawn = sample_params(np.random.default_rng(0), AugmentationPolicy(crop_scale=(1.0, 1.0)), size)
+    (drawn,) = draws(AugmentationPolicy(crop_scale=(1.0, 1.0)), size, 1)
     ours = (drawn.y * size[1], drawn.x * size[0], drawn.h * size[1], drawn.w * size[0])
     assert ours == pytest.approx((top, left, height, width))
 
@@ -103,12 +103,8 @@ def test_weak_and_evaluation_views_change_no_color() -> None:
     for policy in (WEAK, EVALUATION):
         for drawn in draws(policy, (500, 375), 50):
             assert drawn.vector()[4:] == (0.0,) * 7
-    assert sample_params(np.random.default_rng(0), EVALUATION, (500, 375)) == AugmentationParams(
-        x=62 / 500, y=0, w=375 / 500, h=1
-    )
-    assert sample_params(np.random.default_rng(0), EVALUATION, (30, 50)) == AugmentationParams(
-        x=0, y=10 / 50, w=1, h=30 / 50
-    )
+    assert draws(EVALUATION, (500, 375), 1)[0] == AugmentationParams(x=62 / 500, y=0, w=375 / 500, h=1)
+    assert draws(EVALUATION, (30, 50), 1)[0] == AugmentationParams(x=0, y=10 / 50, w=1, h=30 / 50)
 
 
 # ---------------------------------------------------------------- applying parameters
@@ -227,7 +223,7 @@ def test_hue_rotates_as_in_hsv_and_preserves_gray_and_luma() -> None:
 
 
 def test_hue_differs_from_hsv_as_documented() -> None:
-    """Over all colors, as stated in the docstring of `apply`."""
+    """Over all colors, as stated in the docstring of `colors.finish`."""
     colors = np.stack(np.meshgrid(*[np.linspace(0, 255, 16)] * 3), axis=-1).reshape(64, 64, 3).astype(np.uint8)
     for turns in (-0.1, 0.1):
         hsv = tensor(np.asarray(tv.adjust_hue(Image.fromarray(colors), turns)))
@@ -276,7 +272,7 @@ def test_evaluation_view_is_resize_and_center_crop(size: tuple[int, int]) -> Non
     theirs = transforms.Compose([transforms.Resize(224, interpolation, antialias=True), transforms.CenterCrop(224)])(
         Image.fromarray(image)
     )
-    view, _ = make_views(image, {"image": EVALUATION}, lambda _: np.random.default_rng(0), 224)["image"]
+    view, _ = make_view(image, 224)
     assert difference(view, tensor(np.asarray(theirs))).float().mean() < 1.0
 
 
@@ -289,18 +285,39 @@ def jpeg(image: np.ndarray, **options: object) -> bytes:
     return out.getvalue()
 
 
-def test_views_are_a_function_of_their_generators() -> None:
-    data = jpeg(photograph(500, 375))
-    policies = {"base": WEAK, "first": STRONG, "second": STRONG}
-    once = make_views(data, policies, lambda name: generator(3, 1, 4, 0, name), 224)
-    again = make_views(data, dict(reversed(policies.items())), lambda name: generator(3, 1, 4, 0, name), 224)
-    assert list(once) == ["base", "first", "second"]
-    for name, (view, params) in once.items():
-        assert view.shape == (3, 224, 224)
-        assert torch.equal(view, again[name][0])
-        assert params == again[name][1]
-        assert params == sample_params(generator(3, 1, 4, 0, name), policies[name], (500, 375))
-    assert once["first"][1] != once["second"][1]
+SAMPLES = Draws(3, 1, np.array([4, 9, 2]))
+STACKS = {"base": WEAK, "first": STRONG, "second": STRONG}
+
+
+def opened(*images: bytes | np.ndarray) -> list[OpenedImage]:
+    return [open_image(image) for image in images]
+
+
+def test_views_are_a_function_of_their_draws() -> None:
+    """Not of the other views, nor of the images that are made at the same time."""
+    images = [jpeg(photograph(500, 375)), photograph(90, 200), photograph(40, 40)]
+    once = make_views(opened(*images), STACKS, SAMPLES.uniform, 100)
+    assert once.pixels.shape == (3, 3, 3, 100, 100)
+    assert not once.failures
+    reversed_once = make_views(opened(*images), dict(reversed(STACKS.items())), SAMPLES.uniform, 100)
+    assert (once.pixels == reversed_once.pixels[::-1]).all()
+    assert (once.params == reversed_once.params[::-1]).all()
+    for row, image in enumerate(images):
+        alone = make_views(opened(image), STACKS, SAMPLES[np.array([row])].uniform, 100)
+        assert (alone.pixels[:, 0] == once.pixels[:, row]).all()
+        assert (alone.params[:, 0] == once.params[:, row]).all()
+    assert (once.params[1] != once.params[2]).any(1).all()
+
+
+def test_views_show_their_parameters() -> None:
+    """Views made together equal those that `apply` makes of their parameters one by one."""
+    count = 40
+    images = [photograph(60 + row, 80 - row, seed=row) for row in range(count)]
+    views = make_views(opened(*images), STACKS, Draws(0, 0, np.arange(count)).uniform, 32)
+    for view, policy in enumerate(STACKS):
+        for row, image in enumerate(images):
+            params = AugmentationParams(*views.params[view, row].tolist())
+            assert torch.equal(apply(image, params, 32), torch.from_numpy(views.pixels[view, row])), policy
 
 
 def test_images_are_decoded_once_at_the_lowest_sufficient_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,15 +330,20 @@ def test_images_are_decoded_once_at_the_lowest_sufficient_resolution(monkeypatch
         return original(self, min_scale)
 
     monkeypatch.setattr(OpenedImage, "decode", spy)
-    data = jpeg(photograph(1603, 1201))
-    (_, params), *others = make_views(
-        data, {"a": STRONG, "b": STRONG}, lambda name: generator(0, 0, 0, 0, name), 64
-    ).values()
+    data, uniform = jpeg(photograph(1603, 1201)), Draws(0, 0, np.zeros(1, int)).uniform
+    params = make_views(opened(data), {"a": STRONG, "b": STRONG}, uniform, 64).params[:, 0]
     assert len(scales) == 1
-    boxes = [side for p in (params, *(p for _, p in others)) for side in (p.w * 1603, p.h * 1201)]
-    assert scales[0] == pytest.approx(64 / min(boxes))
-    make_views(data, {"a": STRONG, "b": EVALUATION}, lambda name: generator(0, 0, 0, 0, name), 1400)
+    assert scales[0] == pytest.approx(64 / (params[:, 2:4] * [1603, 1201]).min())
+    make_views(opened(data), {"a": STRONG, "b": EVALUATION}, uniform, 1400)
     assert scales[1] == 1.0
+
+
+def test_images_that_cannot_be_decoded_do_not_affect_the_others() -> None:
+    image, broken = photograph(60, 50), jpeg(photograph(300, 200))[:2000]
+    views = make_views(opened(image, broken, image), STACKS, SAMPLES.uniform, 32)
+    assert {row: bad.reason for row, bad in views.failures.items()} == {1: "truncated image"}
+    expected = make_views(opened(image, image), STACKS, SAMPLES[np.array([0, 2])].uniform, 32)
+    assert (views.pixels[:, [0, 2]] == expected.pixels).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -330,7 +352,7 @@ def test_reduced_decoding_changes_views_little(seed: int) -> None:
     image = photograph(1603, 1201, seed=seed)
     data = jpeg(image)
     policy = AugmentationPolicy(crop_scale=(0.3, 0.8))
-    view, params = make_views(data, {"a": policy}, lambda _: np.random.default_rng(seed), 96)["a"]
+    view, params = make_view(data, 96, policy, np.random.default_rng(seed).random(NUM_DRAWS))
     full = apply(image, params, 96)
     two_pixels_off = replace(params, x=params.x + 2 * params.w / 96)
     assert (
@@ -344,12 +366,13 @@ def test_rotated_images_have_upright_boxes() -> None:
     image = photograph(300, 200)
     data = jpeg(np.ascontiguousarray(np.rot90(image)), exif=exif)
     for policy in (WEAK, EVALUATION):
-        view, params = make_views(data, {"a": policy}, lambda _: np.random.default_rng(5), 128)["a"]
-        expected, same = make_views(image, {"a": policy}, lambda _: np.random.default_rng(5), 128)["a"]
+        numbers = np.random.default_rng(5).random(NUM_DRAWS)
+        view, params = make_view(data, 128, policy, numbers)
+        expected, same = make_view(image, 128, policy, numbers)
         assert params == same
         assert difference(view, expected).float().mean() < 2.0
 
 
 def test_truncated_images_are_bad_samples() -> None:
     with pytest.raises(BadSample, match="truncated image"):
-        make_views(jpeg(photograph(300, 200))[:2000], {"a": WEAK}, lambda _: np.random.default_rng(0), 64)
+        make_view(jpeg(photograph(300, 200))[:2000], 64)

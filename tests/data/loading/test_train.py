@@ -20,15 +20,17 @@ from helpers.pairs import (
 )
 from PIL import Image
 
-from coalign.data.images.views import make_views
+from coalign.data.images.decode import open_image
+from coalign.data.images.views import make_view, make_views
 from coalign.data.loading import train as loader
 from coalign.data.loading.eval import image_batches
 from coalign.data.loading.order import order
-from coalign.data.loading.train import BadEntry, tag_vocabulary
+from coalign.data.loading.samples import BadEntry
+from coalign.data.loading.train import tag_vocabulary
 from coalign.data.sources.open import open_source
 from coalign.errors import BadSample, UserError
-from coalign.randomness import generator
-from coalign.types import EVALUATION, STRONG, WEAK, Record, TextPolicy, ViewPlan
+from coalign.randomness import Draws
+from coalign.types import STRONG, WEAK, Record, TextPolicy, ViewPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -70,6 +72,23 @@ def test_ranks_load_slices_of_the_global_batch(world_size):
 
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
 def test_resumes_at_any_step_without_replay(start):
+    source = Pairs()
+    read = []
+    original = source.image
+    source.image = lambda index: (read.append(index), original(index))[1]
+    whole = list(make_loader().batches(0, 12))
+    assert_same_batches(list(make_loader(source).batches(start, 12)), whole[start:])
+    assert len(read) == (12 - start) * 8
+
+
+def test_kept_records_change_nothing():
+    """Loading an epoch or more at once keeps what is read; single batches are read as they are loaded."""
+    whole = list(make_loader(Pairs(**BAD)).batches(0, 7))
+    pair_loader = make_loader(Pairs(**BAD))
+    assert_same_batches([next(pair_loader.batches(step, step + 1)) for step in range(7)], whole)
+
+
+def test_records_are_read_once():
     class Counting(Pairs):
         read = 0
 
@@ -78,9 +97,8 @@ def test_resumes_at_any_step_without_replay(start):
             return super().record(index)
 
     source = Counting()
-    whole = list(make_loader().batches(0, 12))
-    assert_same_batches(list(make_loader(source).batches(start, 12)), whole[start:])
-    assert source.read == (12 - start) * 8
+    assert len(list(make_loader(source).batches(0, 20))) == 20
+    assert source.read == 40
 
 
 def test_views_are_drawn_from_seed_epoch_sample_and_name():
@@ -90,13 +108,11 @@ def test_views_are_drawn_from_seed_epoch_sample_and_name():
     [loaded] = pair_loader.batches(6, 7)
     expected = 2 + order(38, 7, epoch)[np.arange(position * 8, position * 8 + 8)]
     assert loaded.batch.indices.tolist() == expected.tolist()
-    for row, index in enumerate(expected.tolist()):
-        views = make_views(
-            source.image(index), PLAN.images, lambda name, i=index: generator(7, epoch, i, 0, name), SIZE
-        )
-        for name, (pixels, params) in views.items():
-            assert torch.equal(loaded.batch.images[name].pixels[row], pixels)
-            assert torch.equal(loaded.batch.images[name].params[row], torch.tensor(params.vector()))
+    images = [open_image(source.image(index)) for index in expected.tolist()]
+    views = make_views(images, PLAN.images, Draws(7, epoch, expected).uniform, SIZE)
+    for view, name in enumerate(PLAN.images):
+        assert (loaded.batch.images[name].pixels.numpy() == views.pixels[view]).all()
+        assert (loaded.batch.images[name].params.numpy() == views.params[view].astype(np.float32)).all()
 
 
 # ---------------------------------------------------------------- epochs
@@ -331,7 +347,7 @@ def test_a_bug_is_not_treated_as_a_bad_sample(workers):
 
     with pytest.raises(ZeroDivisionError) as caught:
         list(make_loader(Buggy(), workers=workers).batches(0, 5))
-    assert "pair-9" in str(caught.value) + str(getattr(caught.value, "__notes__", ""))
+    assert "pairs[9]" in str(caught.value) + str(getattr(caught.value, "__notes__", ""))
 
 
 # ---------------------------------------------------------------- user errors
@@ -371,9 +387,7 @@ def test_image_batches_yield_evaluation_views_in_order(workers):
     ]
     for good, pixels, _ in batches:
         for index, view in zip(good, pixels):
-            expected = make_views(source.image(index), {"v": EVALUATION}, lambda _: np.random.default_rng(1), SIZE)[
-                "v"
-            ][0]
+            expected, _ = make_view(source.image(index), SIZE)
             assert torch.equal(view, expected)
 
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def _crash(task: int) -> int:
 def test_other_errors_are_raised_as_they_are(workers):
     with pytest.raises(ZeroDivisionError, match="integer division"):
         list(fetch_all(_crash, range(2), workers, ahead=1))
+
+
+def test_a_thread_runs_ahead_and_ends():
+    """With 0 workers: by `ahead` tasks. Closing waits for the task in progress."""
+    started: list[int] = []
+    results = fetch_all(lambda task: (started.append(task), threading.current_thread())[1], range(100), 0, ahead=3)
+    thread = next(results)
+    assert thread is not threading.current_thread()
+    deadline = time.monotonic() + 10
+    while len(started) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert started == [0, 1, 2, 3]
+    results.close()
+    assert not thread.is_alive()
+    assert started == [0, 1, 2, 3]
 
 
 def _die(task: int) -> int:

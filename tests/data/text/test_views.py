@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +11,14 @@ from coalign.data.text import views as text_views
 from coalign.data.text.lexicon import synonyms
 from coalign.data.text.tokenizer import Tokenizer, load_tokenizer
 from coalign.data.text.views import (
-    choose_caption,
+    choose_paraphrases,
     delete_words,
     eda,
     mask_tokens,
     replace_synonym,
     swap_words,
-    text_view,
 )
-from coalign.types import TextPolicy
+from coalign.errors import BadSample
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "text.npz"
 CAPTION = "A small dog chases the red ball, near a Polar T-shirt."
@@ -134,9 +132,14 @@ def test_eda_is_deterministic_given_the_generator() -> None:
 # ---------------------------------------------------------------- masking
 
 
+def masked_one(ids: list[int], mask_p: float, generator: np.random.Generator, clip: Tokenizer) -> list[list[int]]:
+    draws = generator.random((3, 1, len(ids)))
+    return [row[0].tolist() for row in mask_tokens(np.array([ids]), np.array([len(ids)]), mask_p, draws, clip)]
+
+
 def test_mask_rates(clip: Tokenizer) -> None:
     ids = [clip.start_id, *rng(1).integers(1000, 2000, size=200_000).tolist(), clip.end_id]
-    masked, labels = (np.array(row) for row in mask_tokens(ids, 0.15, rng(), clip))
+    masked, labels = (np.array(row) for row in masked_one(ids, 0.15, rng(), clip))
     selected = labels != -100
     assert_rate(selected.sum(), 200_000, 0.15)
     assert (labels[selected] == np.array(ids)[selected]).all()
@@ -154,23 +157,16 @@ def test_mask_rates(clip: Tokenizer) -> None:
 
 def test_masking_everything_and_nothing(clip: Tokenizer) -> None:
     ids = [clip.start_id, 5, clip.mask_id, 6, clip.end_id]
-    assert mask_tokens(ids, 0.0, rng(), clip) == (ids, [-100] * 5)
-    assert mask_tokens(ids, 1.0, rng(), clip)[1] == [-100, 5, -100, 6, -100]
-    assert mask_tokens([clip.start_id, clip.end_id], 1.0, rng(), clip) == ([clip.start_id, clip.end_id], [-100, -100])
+    assert masked_one(ids, 0.0, rng(), clip) == [ids, [-100] * 5]
+    assert masked_one(ids, 1.0, rng(), clip)[1] == [-100, 5, -100, 6, -100]
+    assert masked_one([clip.start_id, clip.end_id], 1.0, rng(), clip) == [[clip.start_id, clip.end_id], [-100, -100]]
 
 
-class Replay:
-    """A generator that replays the Bernoulli draws of DeCLIP's code as uniform numbers on the same side of our thresholds."""
-
-    def __init__(self, selected: np.ndarray, masked: np.ndarray, random: np.ndarray, words: np.ndarray) -> None:
-        self.draws = [np.where(selected, 0.0, 0.999), np.where(masked, 0.5, np.where(random, 0.85, 0.95))]
-        self.words = words
-
-    def random(self, size: int) -> np.ndarray:
-        return self.draws.pop(0)[:size]
-
-    def integers(self, high: int, size: int) -> np.ndarray:
-        return self.words[:size]
+def test_padding_is_not_masked(clip: Tokenizer) -> None:
+    ids, lengths = np.array([[clip.start_id, 5, clip.end_id, 0, 0], [clip.start_id, 5, 6, 7, clip.end_id]]), [3, 5]
+    masked, labels = mask_tokens(ids, np.array(lengths), 1.0, rng().random((3, 2, 5)), clip)
+    assert masked[0, 3:].tolist() == [0, 0]
+    assert labels.tolist() == [[-100, 5, -100, -100, -100], [-100, 5, 6, 7, -100]]
 
 
 def test_declip_mask_oracle(clip: Tokenizer) -> None:
@@ -186,43 +182,37 @@ def test_declip_mask_oracle(clip: Tokenizer) -> None:
     torch.manual_seed(123)
     decisions = [torch.bernoulli(torch.full((size,), p)).bool().numpy() for p in (0.15, 0.8, 0.5)]
     words = torch.randint(int(arrays["vocab"]), (size,)).numpy()
-    replay: Any = Replay(*decisions, words)
-    masked, labels = mask_tokens(ours(arrays["tokens"]), 0.15, replay, clip)
+    selected, masked, random = decisions
+    draws = np.stack(  # uniform numbers on the same side of our thresholds
+        [
+            np.where(selected, 0.0, 0.999),
+            np.where(masked, 0.5, np.where(random, 0.85, 0.95)),
+            (words + 0.5) / clip.start_id,
+        ]
+    )[:, None]
+    ids = np.array([ours(arrays["tokens"])])
+    masked, labels = (row[0].tolist() for row in mask_tokens(ids, np.array([size]), 0.15, draws, clip))
     assert masked == ours(arrays["masked"])
     assert labels == arrays["labels"].tolist()
 
 
-# ---------------------------------------------------------------- views
+# ---------------------------------------------------------------- paraphrases
 
 
-def test_view_kinds(clip: Tokenizer) -> None:
-    plain = clip.encode(CAPTION, 77)
-    assert text_view(CAPTION, TextPolicy(), rng(), clip, 77) == text_views.TokenizedView(plain, None)
-    assert text_view(CAPTION, TextPolicy("eda"), rng(3), clip, 77).ids == clip.encode(eda(CAPTION, rng(3)), 77)
-    stored = ["ein hund", "un chien"]
-    paraphrase, generator = TextPolicy("paraphrase"), rng()
-    views = [text_view(CAPTION, paraphrase, generator, clip, 77, stored) for _ in range(2000)]
-    counts = Counter(clip.decode(view.ids) for view in views)
-    assert set(counts) == set(stored)
-    assert_rate(counts["un chien"], 2000, 0.5)
-    assert text_view(CAPTION, TextPolicy("paraphrase"), rng(), clip, 77).ids == plain
-    assert text_view(CAPTION, TextPolicy(), rng(), clip, 77, stored).ids == plain
-
-
-def test_views_are_truncated_before_masking(clip: Tokenizer) -> None:
-    for seed in range(20):
-        view = text_view("dog " * 100, TextPolicy(mask_p=0.5), rng(seed), clip, 12)
-        assert len(view.ids) == len(view.labels or []) == 12
-        assert (view.ids[0], view.ids[-1]) == (clip.start_id, clip.end_id)
-        dog = clip.encode("dog", 3)[1]
-        assert set(view.labels or []) == {-100, dog}
-    assert text_view("dog", TextPolicy("eda", mask_p=0.15), rng(), clip, 12) == text_view(
-        "dog", TextPolicy("eda", mask_p=0.15), rng(), clip, 12
-    )
-
-
-def test_captions_are_drawn_uniformly() -> None:
+def test_paraphrases_are_distinct_as_far_as_available() -> None:
     generator = rng()
-    counts = Counter(choose_caption(("a", "b", "c"), generator) for _ in range(9000))
-    for caption in "abc":
-        assert_rate(counts[caption], 9000, 1 / 3)
+    stored = {CAPTION: ["ein hund", "un chien"]}
+    for count, pool in ((1, set(stored[CAPTION])), (2, set(stored[CAPTION])), (3, {CAPTION, *stored[CAPTION]})):
+        drawn = [tuple(choose_paraphrases(CAPTION, stored, count, generator)) for _ in range(3000)]
+        assert all(set(texts) <= pool and len(set(texts)) == count for texts in drawn)
+        counts = Counter(texts[0] for texts in drawn)
+        for text in pool:
+            assert_rate(counts[text], 3000, 1 / len(pool))
+    for nothing in (None, {}, {"another": ["x"]}, {CAPTION: []}):
+        assert choose_paraphrases(CAPTION, nothing, 2, generator) == [CAPTION] * 2
+
+
+@pytest.mark.parametrize("stored", ["text", ["text"], {CAPTION: "text"}, {CAPTION: [1]}])
+def test_malformed_paraphrases(stored: object) -> None:
+    with pytest.raises(BadSample, match="malformed paraphrases"):
+        choose_paraphrases(CAPTION, stored, 1, rng())

@@ -18,13 +18,13 @@ def dry_run(capsys, *args, **options):
 def test_a_batch_larger_than_the_dataset(tmp_path, pairs, model_file, capsys, monkeypatch):
     """A paper's recipe on 64 pairs reads only a few of them."""
     read = []
-    original = loader.PairLoader._sample
+    original = loader.PairLoader._open_image
 
-    def sample(self, record, *args, **options):
-        read.append(record.key)
-        return original(self, record, *args, **options)
+    def open_image(self, index):
+        read.append(index)
+        return original(self, index)
 
-    monkeypatch.setattr(loader.PairLoader, "_sample", sample)
+    monkeypatch.setattr(loader.PairLoader, "_open_image", open_image)
     options = {"recipe": "clip-yfcc15m", "batch-size": 4096, "workers": 3}
     printed = dry_run(capsys, pairs, tmp_path / "run", model_file, **options)
     assert len(read) == 16  # 8 to print, 8 to time

@@ -55,7 +55,7 @@ def test_slow_data_loading_is_detected(settings, monkeypatch):
     chunk = loader.PairLoader._chunk
 
     def slow(self, task):
-        time.sleep(0.5)
+        time.sleep(1.5)
         return chunk(self, task)
 
     monkeypatch.setattr(loader.PairLoader, "_chunk", slow)

@@ -25,7 +25,7 @@ from coalign.training.distributed import World
 from coalign.training.trainer import Trainer
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
-from coalign.workflows.train import batches, run_report, setup
+from coalign.workflows.train import image_cache, run_report, setup
 from coalign.workflows.train import train as train_module
 from coalign.workflows.train.train import train
 
@@ -395,12 +395,13 @@ def test_more_bad_samples_than_the_budget(tmp_path, model_file, capsys, monkeypa
     data = tiny.write_pairs(tmp_path / "data", 64)
     for path in sorted(data.rglob("*.png"))[::2]:
         path.write_bytes(b"")
-    monkeypatch.setattr(batches, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(image_cache, "gettempdir", lambda: str(tmp_path / "temporary"))
     error = error_of(capsys, data, tmp_path / "run", model_file, epochs=3, image_cache=1)
     assert "budget of 1 %" in error
     assert "empty file" in error
     assert not list((tmp_path / "temporary").iterdir())  # no decoded images are left
     assert go(data, tmp_path / "run", model_file, epochs=3, resume="auto", max_bad_fraction=1) == 0
+    assert "Decoded images are kept in memory: about " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- resuming
@@ -670,7 +671,7 @@ def test_the_image_cache_survives_an_interruption_but_not_the_run(
     pairs, model_file, trained, tmp_path, monkeypatch, capsys
 ):
     """A resumed run trains the same with the cached images, and removes them at its end."""
-    monkeypatch.setattr(batches, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(image_cache, "gettempdir", lambda: str(tmp_path / "temporary"))
     original = Trainer._one_step
 
     def one_step(self, step, loader, stop):
@@ -683,8 +684,8 @@ def test_the_image_cache_survives_an_interruption_but_not_the_run(
         assert go(pairs, tmp_path / "run", model_file, image_cache=1) == cli.INTERRUPTED
     (folder,) = (tmp_path / "temporary").iterdir()
     assert f"The decoded images are kept in {folder}." in capsys.readouterr().out
-    used = np.fromfile(folder / "index", np.uint64, 2)  # bytes of the first files
-    assert used[0] > 0
+    used, samples = np.fromfile(folder / "images", np.uint64, 2).tolist()
+    assert used > 3 * samples * 8
     assert go(pairs, tmp_path / "run", model_file, image_cache=1, resume="auto") == 0
     assert not list((tmp_path / "temporary").iterdir())
     one, other = (checkpoint.load(folder / "last").model for folder in (trained, tmp_path / "run"))

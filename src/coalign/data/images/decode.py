@@ -66,7 +66,7 @@ class OpenedImage:
     """An image of which only the header has been read.
 
     size: (width, height) after EXIF rotation. reducible: whether the decoder can reduce the resolution, which saves time. format, mode:
-    Pillow's names of the file format and the color mode.
+    Pillow's names of the file format and the color mode. num_bytes: memory that the undecoded image holds.
     """
 
     def __init__(self, data: bytes | np.ndarray) -> None:
@@ -86,6 +86,7 @@ class OpenedImage:
             self.reducible = image.format == "JPEG"
             self.format, self.mode = image.format or "unknown", image.mode
         self._data = data
+        self.num_bytes = data.nbytes if isinstance(data, np.ndarray) else len(data)
 
     def decode(self, min_scale: float = 1.0) -> np.ndarray:
         """Decodes to upright RGB, uint8 [height, width, 3].

@@ -1,79 +1,86 @@
-"""Image views: `sample_params` draws random augmentation parameters, and `apply` applies them deterministically."""
+"""Image views: `sample_params` turns random numbers into augmentation parameters, and `make_views` applies them to some images at once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coalign.data.images.cache import CachedImage
+from coalign.data.images.colors import finish as finish_colors
 from coalign.data.images.decode import OpenedImage, open_image
-from coalign.types import AugmentationParams, AugmentationPolicy
+from coalign.errors import BadSample
+from coalign.types import EVALUATION, AugmentationParams, AugmentationPolicy
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_GRAY = np.tile(LUMA, (3, 1))  # projects a color onto its gray value
-_CHROMA = np.eye(3) - _GRAY  # the remaining chroma, which a hue shift rotates in the I-Q plane of YIQ color space
-_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-# Rotates hue by a quarter turn, from red toward yellow as in HSV.
-_QUARTER_TURN = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, 1], [0, -1, 0]]) @ _YIQ
+AnyImage = OpenedImage | CachedImage
+NUM_PARAMS = len(AugmentationParams().vector())
+_X, _Y, _W, _H, *_, _BLUR, _FLIPPED, _GRAYED = range(NUM_PARAMS)
+BOX_ATTEMPTS = 10
+NUM_DRAWS = 9 + 4 * BOX_ATTEMPTS  # uniform numbers per view
+HELD_BYTES = 32 << 20  # of undecoded images whose views are made at once
 
 
 # ---------------------------------------------------------------- sampling parameters
 
 
-def sample_params(
-    generator: np.random.Generator, policy: AugmentationPolicy, size: tuple[int, int]
-) -> AugmentationParams:
-    """Draws the parameters of one view of an image of `size` (width, height).
+def sample_params(draws: np.ndarray, policy: AugmentationPolicy, sizes: np.ndarray) -> np.ndarray:
+    """Draws the parameters of one view of each image.
+
+    draws: uniform numbers in [0, 1), float64 [image, NUM_DRAWS]. sizes: int64 [image, 2], width and height.
+    Returns float64 [image, 11]: the fields of `AugmentationParams` in order.
 
     Distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur under RandomApply, and
     RandomHorizontalFlip. The box is aligned to pixels of the full image.
     """
-    left, top, width, height = _box(generator, policy, size)
-    # One call for all numbers is faster than nine. Factors are uniform on [max(0, 1 - strength), 1 + strength].
-    u = generator.random(9).tolist()
-    changes = [
-        -min(1.0, strength) + (min(1.0, strength) + strength) * u[i]
-        for i, strength in enumerate((policy.brightness, policy.contrast, policy.saturation))
-    ]
-    if u[4] >= policy.jitter_p:
-        changes = [0.0, 0.0, 0.0]
+    u = draws.T
+    params = np.zeros((NUM_PARAMS, len(draws)))
+    boxes = _central_square(sizes) if policy.crop_scale is None else _random_boxes(draws[:, 9:], policy, sizes)
+    params[:4] = (boxes / np.tile(sizes, 2)).T
+    jittered = u[4] < policy.jitter_p
+    for row, strength in enumerate((policy.brightness, policy.contrast, policy.saturation), _H + 1):
+        least = -min(1.0, strength)  # the factor is uniform on [max(0, 1 - strength), 1 + strength]
+        params[row] = np.where(jittered, least + (strength - least) * u[row - _H - 1], 0.0)
+    params[_BLUR - 1] = np.where(jittered, policy.hue * (2 * u[3] - 1), 0.0)
     min_sigma, max_sigma = policy.blur_sigma
-    return AugmentationParams(
-        x=left / size[0],
-        y=top / size[1],
-        w=width / size[0],
-        h=height / size[1],
-        brightness=changes[0],
-        contrast=changes[1],
-        saturation=changes[2],
-        hue=policy.hue * (2 * u[3] - 1) if u[4] < policy.jitter_p else 0.0,
-        blur=min_sigma + (max_sigma - min_sigma) * u[5] if u[6] < policy.blur_p else 0.0,
-        flipped=float(u[7] < policy.flip_p),
-        grayed=float(u[8] < policy.gray_p),
-    )
+    params[_BLUR] = np.where(u[6] < policy.blur_p, min_sigma + (max_sigma - min_sigma) * u[5], 0.0)
+    params[_FLIPPED] = u[7] < policy.flip_p
+    params[_GRAYED] = u[8] < policy.gray_p
+    return params.T
 
 
-def _box(
-    generator: np.random.Generator, policy: AugmentationPolicy, size: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Draws the crop box (left, top, width, height) in pixels. The evaluation view takes the central square."""
-    width, height = size
-    if policy.crop_scale is None:
-        side = min(size)
-        return round((width - side) / 2), round((height - side) / 2), side, side
+def _central_square(sizes: np.ndarray) -> np.ndarray:
+    """Boxes (left, top, width, height) in pixels, int64 [image, 4]."""
+    sides = np.repeat(sizes.min(1, keepdims=True), 2, axis=1)
+    return np.concatenate([np.rint((sizes - sides) / 2).astype(np.int64), sides], axis=1)
+
+
+def _random_boxes(draws: np.ndarray, policy: AugmentationPolicy, sizes: np.ndarray) -> np.ndarray:
+    """Random crop boxes: the first of `BOX_ATTEMPTS` drawn boxes that fits, else the largest central box with an allowed ratio.
+
+    draws: [image, 4 · BOX_ATTEMPTS]. Returns boxes (left, top, width, height) in pixels, int64 [image, 4].
+    """
+    assert policy.crop_scale is not None
     (min_scale, max_scale), (min_ratio, max_ratio) = policy.crop_scale, policy.crop_ratio
-    for _ in range(10):
-        u = generator.random(4).tolist()
-        area = width * height * (min_scale + (max_scale - min_scale) * u[0])
-        ratio = min_ratio * (max_ratio / min_ratio) ** u[1]
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1)), w, h
-    w, h = width, height  # none of the drawn boxes fits: take the largest central box with an allowed ratio
+    u = draws.reshape(len(draws), 4, BOX_ATTEMPTS)
+    width, height = sizes[:, :1], sizes[:, 1:]
+    area = width * height * (min_scale + (max_scale - min_scale) * u[:, 0])
+    ratio = min_ratio * (max_ratio / min_ratio) ** u[:, 1]
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [image, attempt]
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    drawn = np.stack([u[:, 2] * (width - w + 1), u[:, 3] * (height - h + 1), w, h], axis=1)
+    first = fits.argmax(1)
+    boxes = np.take_along_axis(drawn, first[:, None, None], axis=2)[:, :, 0].astype(np.int64)
+    for row in np.flatnonzero(~fits.any(1)).tolist():
+        boxes[row] = _largest_box(int(sizes[row, 0]), int(sizes[row, 1]), min_ratio, max_ratio)
+    return boxes
+
+
+def _largest_box(width: int, height: int, min_ratio: float, max_ratio: float) -> tuple[int, int, int, int]:
+    w, h = width, height
     if width / height < min_ratio:
         h = max(1, round(width / min_ratio))
     elif width / height > max_ratio:
@@ -83,6 +90,32 @@ def _box(
 
 # ---------------------------------------------------------------- applying parameters
 
+_RESIZE: dict[str, Any] = {
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+}
+
+
+def crop_resize(image: np.ndarray, params: Sequence[float], out: np.ndarray, interpolation: str = "bilinear") -> None:
+    """Crops and resizes with antialiasing in one pass.
+
+    image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels. out: uint8 [size, size, 3].
+    interpolation: "bilinear" or "bicubic".
+    """
+    height, width = image.shape[:2]
+    size = len(out)
+    x, y, w, h, *_ = params
+    columns, rows = max(1, round(w * width)), max(1, round(h * height))
+    left, top = min(round(x * width), width - columns), min(round(y * height), height - rows)
+    crop = image[top : top + rows, left : left + columns]
+    if (columns, rows) == (size, size):
+        out[:] = crop
+        return
+    # interpolate(antialias=True) calls the same function, but returns planar memory, and the conversion costs as much as resizing.
+    # With `out`, it stays in channels-last memory, where it is fast.
+    source, target = (torch.from_numpy(each[None]).permute(0, 3, 1, 2) for each in (crop.copy(), out))
+    _RESIZE[interpolation](source, (size, size), False, out=target)
+
 
 def apply(
     image: np.ndarray,
@@ -91,147 +124,110 @@ def apply(
     interpolation: str = "bilinear",
     finish: bool = True,
 ) -> Tensor:
-    """Makes a view: crop and antialiased resize in one pass, flip, color, blur. Deterministic.
+    """Makes a view of known parameters: crop and resize, flip, color, blur. Returns uint8 [3, output_size, output_size]."""
+    vector = np.array([params.vector()])
+    view = np.empty((1, output_size, output_size, 3), np.uint8)
+    crop_resize(image, params.vector(), view[0], interpolation)
+    return torch.from_numpy(_finished(view, vector, finish)[0])
 
-    image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels.
-    interpolation: "bilinear" or "bicubic".
-    finish: whether to apply color and blur; if not, `device_views` applies them.
-    Returns uint8 [3, output_size, output_size].
 
-    Color is one affine map in the fixed order brightness, contrast (about the view's mean gray), saturation, hue, grayscale, clipped
-    once at the end. torchvision draws the order at random, clips after every operation and rotates hue in HSV; here, hue rotates in
-    YIQ, which preserves luma. For a rotation by 0.1 turns, the results differ by 22 of 255 on average over all colors and by about 125
-    at most; over muted colors (channels from 90 to 165), by 3.5 on average.
+def _finished(views: np.ndarray, params: np.ndarray, finish: bool) -> np.ndarray:
+    """Flips the views, and applies color and blur unless that is left to the device: [view, size, size, 3] -> [view, 3, size, size]."""
+    planar = np.ascontiguousarray(views.transpose(0, 3, 1, 2))
+    flipped = np.flatnonzero(params[:, _FLIPPED])
+    planar[flipped] = planar[flipped][..., ::-1]
+    if finish:
+        finish_colors(planar, params)
+    return planar
+
+
+# ---------------------------------------------------------------- all views of some images
+
+
+def in_groups(images: Iterable[tuple[int, AnyImage]]) -> Iterator[tuple[list[int], list[AnyImage]]]:
+    """Groups numbered images whose views to make at once, as lists of numbers and images. Undecoded images take much memory."""
+    numbers: list[int] = []
+    group: list[AnyImage] = []
+    held = 0
+    for number, image in images:
+        numbers.append(number)
+        group.append(image)
+        held += image.num_bytes
+        if held > HELD_BYTES:
+            yield numbers, group
+            numbers, group, held = [], [], 0
+    if numbers:
+        yield numbers, group
+
+
+@dataclass
+class Views:
+    """Views of some images."""
+
+    pixels: np.ndarray  # uint8 [view, image, 3, size, size]
+    params: np.ndarray  # float64 [view, image, 11], as `sample_params` returns
+    failures: dict[int, BadSample]  # by image: those that could not be decoded
+
+
+def draw_views(
+    policies: Mapping[str, AugmentationPolicy],
+    uniform: Callable[[str, int], np.ndarray],
+    sizes: np.ndarray,
+    output_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the parameters of all views, [view, image, 11], and computes the scale at which to decode each image, [image].
+
+    It is the lowest that upsamples no view, except views larger than their box in the full image. The other arguments are those of
+    `make_views` and `sample_params`.
     """
-    view = _crop_resize(image, params, output_size, interpolation)  # [size, size, 3]
-    if params.flipped:
-        view = view[:, ::-1]
-    view = np.ascontiguousarray(view.transpose(2, 0, 1))
-    if not finish:
-        return torch.from_numpy(view)
-    if params.brightness or params.contrast or params.saturation or params.hue or params.grayed:
-        view = _color(view, params)
-    if params.blur:
-        view = _blur(view, params.blur * output_size / 224)
-    return torch.from_numpy(view if len(view) == 3 else view.repeat(3, axis=0))
-
-
-_RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
-
-
-def _crop_resize(image: np.ndarray, params: AugmentationParams, size: int, interpolation: str) -> np.ndarray:
-    height, width = image.shape[:2]
-    w, h = max(1, round(params.w * width)), max(1, round(params.h * height))
-    left, top = min(round(params.x * width), width - w), min(round(params.y * height), height - h)
-    crop = image[top : top + h, left : left + w].copy()
-    if (w, h) == (size, size):
-        return crop
-    # interpolate(antialias=True) calls the same operator, but returns planar memory, and the conversion costs as much as resizing.
-    # With `out`, the operator stays in channels-last memory, where it is fast.
-    result = np.empty((1, size, size, 3), np.uint8)
-    source, target = torch.from_numpy(crop[None]).permute(0, 3, 1, 2), torch.from_numpy(result).permute(0, 3, 1, 2)
-    _RESIZE[interpolation](source, [size, size], False, None, None, out=target)
-    return result[0]
-
-
-def _color(view: np.ndarray, params: AugmentationParams) -> np.ndarray:
-    """uint8 [3, size, size] -> uint8 [3 (1 if grayed), size, size]."""
-    pixels = torch.from_numpy(view).reshape(3, -1).to(torch.float32)
-    matrix = torch.from_numpy(gray_matrix(params)[:1] if params.grayed else color_matrix(params))
-    offset = 0.5  # makes the truncating cast below round
-    if params.contrast:
-        offset -= params.contrast * (1 + params.brightness) * float(pixels.mean(1).numpy() @ LUMA)
-    changed = (matrix @ pixels).add_(offset).clamp_(0, 255.5)
-    # numpy casts, because torch casts float to uint8 slowly.
-    return changed.numpy().astype(np.uint8).reshape(-1, *view.shape[1:])
-
-
-def _gain(params: AugmentationParams) -> float:
-    return (1 + params.brightness) * (1 + params.contrast)
-
-
-def gray_matrix(params: AugmentationParams) -> np.ndarray:
-    """`color_matrix` of a grayscale view."""
-    return (_gain(params) * _GRAY).astype(np.float32)
-
-
-def color_matrix(params: AugmentationParams) -> np.ndarray:
-    """Linear map of brightness, contrast, saturation and hue, applied in this order; contrast also shifts colors along the gray axis.
-
-    Returns float32 [3, 3], or [view, 3, 3] for parameters that are arrays [view, 1, 1]. The form is simple because saturation and hue
-    preserve gray and luma.
-    """
-    angle = 2 * math.pi * params.hue
-    colorful = (1 + params.saturation) * (np.cos(angle) * _CHROMA + np.sin(angle) * _QUARTER_TURN)
-    return (_gain(params) * (_GRAY + colorful)).astype(np.float32)
-
-
-def blur_weights(sigma: float, size: int) -> np.ndarray:
-    """Blur weights of the neighbors at distance 1, 2, …, uint16 in units of 1/256. The center's weight completes the sum to 256."""
-    taps = np.arange(1, min(size - 1, math.ceil(3 * sigma)) + 1)
-    half = np.exp(-0.5 * (taps / sigma) ** 2)
-    # Rounding cumulative sums instead of weights keeps the total at 256 for any sigma.
-    sums = np.rint(np.cumsum(256 * half / (1 + 2 * half.sum())))
-    return np.trim_zeros(np.diff(sums, prepend=0).astype(np.uint16), "b")
-
-
-def _blur(view: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur with reflected borders, in 16-bit fixed point: uint8 [channel, size, size] -> uint8 [channel, size, size].
-
-    Weights are multiples of 1/256, so that sums fit in 16 bits. Channels are blurred one by one, so that the arrays fit in a core's cache.
-    """
-    size = view.shape[-1]
-    weights = blur_weights(sigma, size)
-    radius = len(weights)
-    if radius == 0:
-        return view
-    padded = size + 2 * radius
-    source, blurred, pair = np.empty((3, padded * padded), np.uint16)
-    image = source.reshape(padded, padded)
-    result = np.empty_like(view)
-    for channel in range(len(view)):
-        image[radius:-radius, radius:-radius] = view[channel]
-        image[:radius] = image[2 * radius : radius : -1]
-        image[-radius:] = image[-radius - 2 : -2 * radius - 2 : -1]
-        image[:, :radius] = image[:, 2 * radius : radius : -1]
-        image[:, -radius:] = image[:, -radius - 2 : -2 * radius - 2 : -1]
-        for step, read, write in ((1, source, blurred), (padded, blurred, source)):  # along rows, then columns
-            # All rows as one long row: values that cross a border end up in the padding.
-            np.multiply(read, np.uint16(256 - 2 * int(weights.sum())), out=write)
-            for tap, weight in enumerate(weights, 1):
-                shift = tap * step
-                both, middle = pair[2 * shift :], write[shift:-shift]
-                np.add(read[2 * shift :], read[: -2 * shift], out=both)
-                np.multiply(both, weight, out=both)
-                np.add(middle, both, out=middle)
-            write += 128
-            write >>= 8
-        result[channel] = image[radius:-radius, radius:-radius]
-    return result
+    params = np.empty((len(policies), len(sizes), NUM_PARAMS))
+    for view, (name, policy) in enumerate(policies.items()):
+        params[view] = sample_params(uniform(name, NUM_DRAWS), policy, sizes)
+    return params, np.minimum(1.0, (output_size / (params[:, :, [_W, _H]] * sizes)).max((0, 2), initial=0.0))
 
 
 def make_views(
-    data: bytes | np.ndarray | OpenedImage | CachedImage,
+    images: Sequence[AnyImage],
     policies: Mapping[str, AugmentationPolicy],
-    generators: Callable[[str], np.random.Generator],
+    uniform: Callable[[str, int], np.ndarray],
     output_size: int,
     finish: bool = True,
-) -> dict[str, tuple[Tensor, AugmentationParams]]:
-    """Makes all views of one image: name -> (pixels uint8 [3, output_size, output_size], parameters).
+) -> Views:
+    """Makes all views of some images, from the draws `uniform(view name, NUM_DRAWS)` [image, NUM_DRAWS].
 
-    Parameters are drawn given the size in the header. The image is then decoded once, at the lowest resolution that upsamples no view,
-    except views larger than their box in the full image. Evaluation views are resized bicubically, as in CLIP. Without `finish`, color and
-    blur are left to `device_views`. Raises `BadSample` if the image cannot be decoded.
+    Parameters are drawn given the sizes in the headers. Each image is then decoded once. Evaluation views are resized bicubically, as in
+    CLIP. Without `finish`, color and blur are left to `device_views`.
     """
-    image = open_image(data) if isinstance(data, (bytes, np.ndarray)) else data
-    width, height = image.size
-    params = {name: sample_params(generators(name), policy, image.size) for name, policy in policies.items()}
-    scale = max(max(output_size / (p.w * width), output_size / (p.h * height)) for p in params.values())
-    pixels = image.decode(min(1.0, scale))
-    return {
-        name: (
-            apply(pixels, view, output_size, "bicubic" if policies[name].crop_scale is None else "bilinear", finish),
-            view,
-        )
-        for name, view in params.items()
-    }
+    sizes = np.array([image.size for image in images], np.int64).reshape(-1, 2)
+    params, scales = draw_views(policies, uniform, sizes, output_size)
+    cropped = np.zeros((len(policies), len(images), output_size, output_size, 3), np.uint8)
+    resampling = ["bicubic" if policy.crop_scale is None else "bilinear" for policy in policies.values()]
+    boxes = params[:, :, :4].transpose(1, 0, 2).tolist()
+    failures: dict[int, BadSample] = {}
+    for row, image in enumerate(images):
+        try:
+            pixels = image.decode(scales[row])
+        except BadSample as bad:
+            failures[row] = bad
+            continue
+        for view, (box, interpolation) in enumerate(zip(boxes[row], resampling)):
+            crop_resize(pixels, box, cropped[view, row], interpolation)
+    finished = _finished(cropped.reshape(-1, *cropped.shape[2:]), params.reshape(-1, NUM_PARAMS), finish)
+    return Views(finished.reshape(*cropped.shape[:2], 3, output_size, output_size), params, failures)
+
+
+def make_view(
+    data: bytes | np.ndarray,
+    output_size: int,
+    policy: AugmentationPolicy = EVALUATION,
+    draws: np.ndarray | None = None,
+) -> tuple[Tensor, AugmentationParams]:
+    """Makes one view of an image: uint8 [3, output_size, output_size]. Raises `BadSample` if the image cannot be decoded.
+
+    draws: uniform numbers in [0, 1), [NUM_DRAWS]. The evaluation view needs none.
+    """
+    numbers = np.zeros(NUM_DRAWS) if draws is None else draws
+    views = make_views([open_image(data)], {"view": policy}, lambda *_: numbers[None], output_size)
+    if views.failures:
+        raise views.failures[0]
+    return torch.from_numpy(views.pixels[0, 0]), AugmentationParams(*views.params[0, 0].tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coalign.data.images.decode import open_image
-from coalign.data.images.views import make_views
-from coalign.data.loading.train import BadEntry
+from coalign.data.images.decode import OpenedImage, open_image
+from coalign.data.images.views import in_groups, make_views
+from coalign.data.loading.samples import BadEntry, sample_key
 from coalign.data.loading.workers import fetch_all
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample
-from coalign.randomness import generator
+from coalign.randomness import Draws
 from coalign.types import EVALUATION, AugmentationPolicy
 
 
@@ -53,27 +53,26 @@ def _image_batch(
     epoch: int,
     task: int,
 ) -> tuple[list[int], Tensor, list[BadEntry]]:
-    batch = indices[task * batch_size : (task + 1) * batch_size].tolist()
-    pixels = np.empty((len(batch), 3, size, size), np.uint8)
-    good: list[int] = []
-    bad: list[BadEntry] = []
-    for index in batch:
-        try:
-            if preprocess is None:
-                draw = partial(generator, 0, epoch, index, 0)
-                view, _ = make_views(source.image(index), {"evaluation": policy}, draw, size)["evaluation"]
-            else:
-                view = preprocess(Image.fromarray(open_image(source.image(index)).decode(1.0)))
-            pixels[len(good)] = view.numpy()
-            good.append(index)
-        except BadSample as error:
-            bad.append(BadEntry(sample_key(source, index), error.reason, error.detail, 0))
-    return good, torch.from_numpy(pixels[: len(good)]), bad
+    batch = indices[task * batch_size : (task + 1) * batch_size]
+    pixels = np.zeros((len(batch), 3, size, size), np.uint8)
+    failures: dict[int, BadSample] = {}
 
+    def opened() -> Iterator[tuple[int, OpenedImage]]:
+        for row, index in enumerate(batch.tolist()):
+            try:
+                image = open_image(source.image(index))
+                if preprocess is None:
+                    yield row, image
+                else:
+                    pixels[row] = preprocess(Image.fromarray(image.decode(1.0))).numpy()
+            except BadSample as error:
+                failures[row] = error
 
-def sample_key(source: Source, index: int) -> str:
-    """The key of a sample; for an unusable sample, the source's name and the index."""
-    try:
-        return source.record(index).key
-    except BadSample:
-        return f"{source.name}[{index}]"
+    for rows, images in in_groups(opened()):
+        draws = Draws(0, epoch, batch[rows])
+        views = make_views(images, {"evaluation": policy}, draws.uniform, size)
+        pixels[rows] = views.pixels[0]
+        failures |= {rows[row]: error for row, error in views.failures.items()}
+    bad = [BadEntry(sample_key(source, int(batch[i])), e.reason, e.detail, 0) for i, e in sorted(failures.items())]
+    good = np.setdiff1d(np.arange(len(batch)), list(failures))
+    return batch[good].tolist(), torch.from_numpy(pixels if len(good) == len(batch) else pixels[good]), bad

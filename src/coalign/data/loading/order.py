@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from coalign.randomness import stable_hash
+from coalign.randomness import mix, stable_hash
 
 _ROUNDS = 4
 _U = np.uint64
@@ -41,16 +41,9 @@ class Permutation:
     def _feistel(self, values: np.ndarray) -> np.ndarray:
         row, column = np.divmod(values, self._columns)
         for row_key, column_key in self._keys:
-            row = (row + _mix(column + row_key) % self._rows) % self._rows
-            column = (column + _mix(row + column_key) % self._columns) % self._columns
+            row = (row + mix(column + row_key) % self._rows) % self._rows
+            column = (column + mix(row + column_key) % self._columns) % self._columns
         return row * self._columns + column
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer: flipping any input bit flips each output bit with probability one half."""
-    values = (values ^ (values >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> _U(27))) * _U(0x94D049BB133111EB)
-    return values ^ (values >> _U(31))
 
 
 def order(n: int, seed: int, epoch: int) -> Permutation:

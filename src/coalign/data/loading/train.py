@@ -8,46 +8,39 @@ lets several workers share a batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coalign.data.images.cache import CachedImage, ImageCache
-from coalign.data.images.decode import OpenedImage, open_image
+from coalign.data.images.cache import ImageCache
+from coalign.data.images.decode import open_image
 from coalign.data.images.device_views import finish_views
-from coalign.data.images.views import make_views
+from coalign.data.images.views import NUM_PARAMS, AnyImage, in_groups, make_views
 from coalign.data.loading.order import order
+from coalign.data.loading.samples import BadEntry, Samples, naming, read_samples, sample_key
+from coalign.data.loading.texts import text_views
 from coalign.data.loading.workers import fetch_all
 from coalign.data.sources.base import Source
 from coalign.data.text.captions import require_captions
 from coalign.data.text.tokenizer import Tokenizer
-from coalign.data.text.views import choose_caption, text_view
 from coalign.errors import BadSample, NoImage, UserError
-from coalign.randomness import generator, stable_hash
-from coalign.types import AugmentationParams, Batch, ImageView, Record, TextView, ViewPlan
+from coalign.randomness import Draws, stable_hash
+from coalign.types import Batch, ImageView, Record, TextView, ViewPlan
 
 CHUNK = 64  # samples that a worker loads at a time; more if a batch would otherwise have more than MAX_CHUNKS chunks
 MAX_CHUNKS = 64  # each takes a file descriptor in transit
 MAX_ATTEMPTS = 20  # replacements to try for a bad sample
-_PARAMS = len(AugmentationParams().vector())
+_BELOW_ONE = np.float32(1 - 2.0**-24)
+MAX_KEPT = 100_000  # samples of which captions are kept in memory
 
 
 # ---------------------------------------------------------------- loaded batches
-
-
-@dataclass(frozen=True)
-class BadEntry:
-    """A sample that could not be used, and why."""
-
-    key: str
-    reason: str
-    detail: str
-    epoch: int
 
 
 @dataclass
@@ -64,7 +57,7 @@ class _Chunk:
 
     pixels: Tensor  # uint8 [view, sample, 3, size, size]
     rows: np.ndarray  # structured [sample]
-    tags: list[list[int]]
+    tags: list[np.ndarray]
     bad: list[BadEntry]
 
 
@@ -82,13 +75,15 @@ class PairLoader:
     The incomplete last batch of an epoch is dropped. A bad sample is replaced by one that depends only on (seed, epoch,
     sample, attempt). A sample without captions is bad if the plan has texts and is not `captionless`.
 
-    An image view draws from generator(seed, epoch, index, occurrence, NAME), its patch ranks from NAME/patches, a text
-    view from text/NAME. All text views of a sample show the same caption, drawn from "caption". `caption_ids` are equal
+    All random numbers are `Draws` of (seed, epoch, index, occurrence): an image view uses those named NAME, its patch ranks NAME/patches,
+    a text view text/NAME. All text views of a sample show the same caption, drawn from "caption". `caption_ids` are equal
     exactly where captions are equal; a sample without captions has a unique id. With a `group_column`, `group_ids` are equal exactly where
     the values in this column are; a sample without a value is its own group.
 
     Paraphrases are stored in the record's facts: {"paraphrases": {caption: [paraphrase, …]}}. Views of kind "paraphrase"
     get distinct ones, assigned by a draw from "paraphrases"; the caption itself is added if there are too few.
+
+    To load an epoch or more, the records of up to `MAX_KEPT` samples are read once, before the first batch, and kept as tokens.
     """
 
     def __init__(
@@ -125,6 +120,7 @@ class PairLoader:
         self._local = batch_size // world_size
         self._chunk_size = max(CHUNK, -(-self._local // MAX_CHUNKS))
         self._num_chunks = -(-self._local // self._chunk_size)  # per batch of this rank
+        self._kept: Samples | None = None
         self._row = _row_type(plan, context_length, patch_grid if plan.patch_ranks else None)
 
     def batches(self, start_step: int, stop_step: int) -> Generator[LoadedBatch, None, None]:
@@ -132,6 +128,8 @@ class PairLoader:
 
         Raises UserError if no usable replacement is found for a bad sample. Closing the generator terminates the workers.
         """
+        if self._kept is None and len(self.indices) <= MAX_KEPT and stop_step - start_step >= self.steps_per_epoch:
+            self._kept = self._read_samples(self.indices)
         tasks = range(start_step * self._num_chunks, stop_step * self._num_chunks)
         chunks: list[_Chunk] = []
         with closing(fetch_all(self._chunk, tasks, self.workers, ahead=self._num_chunks)) as fetched:
@@ -150,52 +148,95 @@ class PairLoader:
         positions = np.arange(first + start, first + stop)
         indices = self.indices[order(len(self.indices), self.seed, epoch)[positions]]
 
-        pixels = np.empty((len(self.plan.images), len(indices), 3, self.image_size, self.image_size), np.uint8)
-        rows = np.zeros(len(indices), self._row)
-        rows["labels"] = -100
-        chunk = _Chunk(torch.from_numpy(pixels), rows, [], [])
-        for i, index in enumerate(indices.tolist()):
-            self._fill(chunk, pixels[:, i], rows[i], index, epoch)
-        return chunk
-
-    def _fill(self, chunk: _Chunk, pixels: np.ndarray, row: np.void, index: int, epoch: int) -> None:
-        """Writes the sample, or its replacement if it is bad, to its position in the chunk."""
-        candidate = index
-        tried: list[BadEntry] = []
+        pixels = torch.zeros(
+            (len(self.plan.images), len(indices), 3, self.image_size, self.image_size), dtype=torch.uint8
+        )
+        chunk = _Chunk(pixels, np.zeros(len(indices), self._row), [np.empty(0)] * len(indices), [])
+        tried: list[list[BadEntry]] = [[] for _ in indices]
+        positions, candidates = np.arange(len(indices)), indices
         for attempt in range(MAX_ATTEMPTS + 1):
-            key = f"{self.source.name}[{candidate}]"  # in case the record cannot be read
-            try:
-                record = self.source.record(candidate)
-                key = record.key
-                if self.plan.texts and not self.plan.captionless:
-                    require_captions(record)
-                chunk.tags.append(self._sample(record, pixels, row, candidate, epoch, occurrence=attempt))
-                chunk.bad += tried
-                return
-            except BadSample as bad:
-                tried.append(BadEntry(key, bad.reason, bad.detail, epoch))
-            except UserError:
-                raise
-            except Exception as error:
-                error.add_note(f"while loading sample {key!r}")
-                raise
-            candidate = int(self.indices[stable_hash(self.seed, epoch, index, attempt) % len(self.indices)])
-        raise UserError(_unusable_message(self.source.name, tried))
+            failures = self._fill(chunk, positions, Draws(self.seed, epoch, candidates, occurrence=attempt))
+            for row, bad in failures.items():
+                key = sample_key(self.source, int(candidates[row]))
+                tried[positions[row]].append(BadEntry(key, bad.reason, bad.detail, epoch))
+            positions = positions[sorted(failures)]
+            if not len(positions):
+                chunk.bad += [entry for entries in tried for entry in entries]
+                return chunk
+            hashes = [stable_hash(self.seed, epoch, index, attempt) for index in indices[positions].tolist()]
+            candidates = self.indices[[each % len(self.indices) for each in hashes]]
+        raise UserError(_unusable_message(self.source.name, tried[positions[0]]))
 
-    def _image_or_none(self, index: int) -> OpenedImage | CachedImage | None:
-        try:
-            return self._open_image(index)
-        except NoImage:
-            if not self.plan.imageless:
-                raise
-            return None
+    def _fill(self, chunk: _Chunk, positions: np.ndarray, draws: Draws) -> dict[int, BadSample]:
+        """Writes samples with their views to `positions` of the chunk. Returns the unusable ones, by their row in `positions`."""
+        samples = self._kept or self._read_samples(draws.indices)
+        rows = samples.rows(draws.indices)
+        failures = {row: samples.bad[each] for row, each in enumerate(rows.tolist()) if each in samples.bad}
+        chunk.rows["index"][positions] = draws.indices
+        chunk.rows["group_id"][positions] = samples.group_ids[rows]
+        if self.plan.tags:
+            for position, tags in zip(positions.tolist(), samples.tags[rows]):
+                chunk.tags[position] = tags
+        texts = text_views(samples, rows, draws, self.plan.texts, self.tokenizer, self.context_length)
+        for name in ("has_caption", "caption_id", "ids", "lengths", "labels"):
+            chunk.rows[name][positions] = getattr(texts, name)
+        failures |= texts.failures
+        return failures | self._add_images(chunk, positions, draws, failures)
 
-    def _open_image(self, index: int) -> OpenedImage | CachedImage:
-        if self.cache is None:
-            return open_image(self.source.image(index))
-        return self.cache.open(index, lambda: self.source.image(index))
+    def _read_samples(self, indices: np.ndarray) -> Samples:
+        encode = partial(self.tokenizer.encode, context_length=self.context_length)
+        check = require_captions if self.plan.texts and not self.plan.captionless else _no_check
+        return read_samples(self.source, indices, encode, check, self._vocabulary, self._group_column)
 
-    def _substitute_image(self, index: int, epoch: int) -> OpenedImage | CachedImage | None:
+    # ------------------------------------------------------------ images
+
+    def _add_images(
+        self, chunk: _Chunk, positions: np.ndarray, draws: Draws, failed: Mapping[int, BadSample]
+    ) -> dict[int, BadSample]:
+        """Adds the image views of the samples that have not failed."""
+        failures: dict[int, BadSample] = {}
+
+        def opened() -> Iterator[tuple[int, AnyImage]]:
+            for row, index in enumerate(draws.indices.tolist()):
+                if row in failed:
+                    continue
+                image: AnyImage | None = None
+                try:
+                    image = self._open_image(index)
+                except NoImage as bad:
+                    if not self.plan.imageless:
+                        failures[row] = bad
+                        continue
+                except BadSample as bad:
+                    failures[row] = bad
+                    continue
+                chunk.rows["has_image"][positions[row]] = image is not None
+                if self.plan.images and (image := image or self._substitute_image(index, draws.epoch)):
+                    yield row, image
+
+        pixels = chunk.pixels.numpy()
+        pixels[:, positions], chunk.rows["params"][positions] = 0, 0
+        for rows, images in in_groups(opened()):
+            uniform = draws[np.array(rows)].uniform
+            views = make_views(images, self.plan.images, uniform, self.image_size, finish=self.finish_on is None)
+            pixels[:, positions[rows]] = views.pixels
+            chunk.rows["params"][positions[rows]] = views.params.transpose(1, 0, 2)
+            failures |= {rows[row]: bad for row, bad in views.failures.items()}
+        if self.plan.patch_ranks:
+            grid = chunk.rows["patch_ranks"].shape[2:]
+            for view, name in enumerate(self.plan.images):
+                ranks = draws.uniform(f"{name}/patches", grid[0] * grid[1]).reshape(-1, *grid)
+                chunk.rows["patch_ranks"][positions, view] = np.minimum(ranks, _BELOW_ONE)
+        return failures
+
+    def _open_image(self, index: int) -> AnyImage:
+        def read() -> bytes | np.ndarray:
+            with naming(self.source, index):
+                return self.source.image(index)
+
+        return open_image(read()) if self.cache is None else self.cache.open(index, read)
+
+    def _substitute_image(self, index: int, epoch: int) -> AnyImage | None:
         """Another sample's image for a sample without one, which keeps batch statistics those of images. None if no attempt finds one."""
         for attempt in range(10 * MAX_ATTEMPTS):  # many, since a large share of the samples may have no image
             position = stable_hash(self.seed, epoch, index, "image", attempt) % len(self.indices)
@@ -203,74 +244,7 @@ class PairLoader:
                 return self._open_image(int(self.indices[position]))
         return None
 
-    def _sample(
-        self, record: Record, pixels: np.ndarray, row: np.void, index: int, epoch: int, occurrence: int
-    ) -> list[int]:
-        """Makes the views of one sample and writes them to `pixels` [view, …] and `row`. Returns the tag ids."""
-
-        def draw(name: str) -> np.random.Generator:
-            return generator(self.seed, epoch, index, occurrence, name)
-
-        texts, caption_id = self._texts(record, index, draw)
-        image = self._image_or_none(index)
-
-        row["index"], row["caption_id"], row["has_caption"] = index, caption_id, bool(record.captions)
-        if self._group_column:
-            group = record.fact(self._group_column)
-            row["group_id"] = stable_hash("group", group) if group else index
-        row["has_image"], row["params"] = image is not None, 0
-        if image is None and self.plan.images:
-            image = self._substitute_image(index, epoch)
-        if image is None:
-            pixels[:] = 0
-        else:
-            views = make_views(image, self.plan.images, draw, self.image_size, finish=self.finish_on is None)
-            for view, (view_pixels, params) in enumerate(views[name] for name in self.plan.images):
-                pixels[view] = view_pixels.numpy()
-                row["params"][view] = params.vector()
-        for view, (ids, labels) in enumerate(texts):
-            row["lengths"][view] = len(ids)
-            row["ids"][view, : len(ids)] = ids
-            if labels is not None:
-                row["labels"][view, : len(labels)] = labels
-        if self.plan.patch_ranks:
-            for view, name in enumerate(self.plan.images):
-                draw(f"{name}/patches").random(dtype=np.float32, out=row["patch_ranks"][view])
-        return sorted({self._vocabulary[tag] for tag in record.tags if tag in self._vocabulary})
-
-    def _texts(
-        self, record: Record, index: int, draw: Callable[[str], np.random.Generator]
-    ) -> tuple[list[tuple[list[int], list[int] | None]], int]:
-        """(token ids, labels) of the plan's text views, and the caption id."""
-        if not record.captions:
-            empty = self.tokenizer.encode("", self.context_length)
-            return [(empty, None) for _ in self.plan.texts], stable_hash("no caption", index)
-        caption = choose_caption(record.captions, draw("caption"))
-        paraphrases = self._paraphrases(record, caption, draw)
-        views = [
-            text_view(
-                caption, policy, draw(f"text/{name}"), self.tokenizer, self.context_length, paraphrases.get(name, ())
-            )
-            for name, policy in self.plan.texts.items()
-        ]
-        return [(view.ids, view.labels) for view in views], stable_hash(caption)
-
-    def _paraphrases(
-        self, record: Record, caption: str, draw: Callable[[str], np.random.Generator]
-    ) -> dict[str, tuple[str]]:
-        """A paraphrase for each text view of kind "paraphrase"; distinct ones as far as available."""
-        views = [name for name, policy in self.plan.texts.items() if policy.kind == "paraphrase"]
-        if not views:
-            return {}
-        stored = record.facts.get("paraphrases") or {}
-        paraphrases = stored.get(caption, []) if isinstance(stored, dict) else None
-        if not isinstance(paraphrases, list) or not all(isinstance(paraphrase, str) for paraphrase in paraphrases):
-            raise BadSample("malformed paraphrases", "expected {caption: [paraphrase, …]}")
-        choices = list(dict.fromkeys(paraphrases))
-        if len(choices) < len(views) and caption not in choices:
-            choices.append(caption)
-        shuffled = draw("paraphrases").permutation(len(choices)).tolist()
-        return {name: (choices[shuffled[i % len(choices)]],) for i, name in enumerate(views)}
+    # ------------------------------------------------------------ batches
 
     def _collate(self, chunks: list[_Chunk]) -> Batch:
         rows = np.concatenate([chunk.rows for chunk in chunks])
@@ -309,6 +283,10 @@ def _concatenate_pixels(chunks: list[_Chunk], view: int) -> Tensor:
     return torch.cat(parts, out=torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
 
 
+def _no_check(record: Record) -> None:
+    pass
+
+
 def _row_type(plan: ViewPlan, context_length: int, patch_grid: tuple[int, int] | None) -> np.dtype:
     """Structured dtype of a sample's fixed-size data (all but pixels and tags), which is cheap to send and to concatenate."""
     images, texts = len(plan.images), len(plan.texts)
@@ -318,7 +296,7 @@ def _row_type(plan: ViewPlan, context_length: int, patch_grid: tuple[int, int] |
         ("group_id", np.int64),
         ("has_caption", np.bool_),
         ("has_image", np.bool_),
-        ("params", np.float32, (images, _PARAMS)),
+        ("params", np.float32, (images, NUM_PARAMS)),
         ("lengths", np.int32, (texts,)),
         ("ids", np.int32, (texts, context_length)),
         ("labels", np.int32, (texts, context_length)),
@@ -333,7 +311,7 @@ def _tensor(values: np.ndarray, dtype: type = np.int64) -> Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def _pad(tags: list[list[int]]) -> Tensor:
+def _pad(tags: list[np.ndarray]) -> Tensor:
     """int64 [sample, max_tags], padded with -1."""
     padded = np.full((len(tags), max([1, *map(len, tags)])), -1, np.int64)
     for row, sample in zip(padded, tags):

@@ -1,11 +1,13 @@
-"""Loader workers: processes that compute a function of the task number ahead of time and reliably terminate."""
+"""Loader workers: processes, or a thread, that compute a function of the task number ahead of time and reliably terminate."""
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +24,12 @@ _WORKER_KILLED = (
 def fetch_all(make: Callable[[int], T], tasks: range, workers: int, ahead: int) -> Generator[T, None, None]:
     """Yields `make(task)` for all tasks, in order.
 
-    Workers run ahead of the consumer by about `ahead` tasks in total, plus one each; with 0 workers, tasks run in this process. A
-    UserError in a worker is re-raised unchanged. Closing the generator terminates the workers.
+    Workers are processes, which run ahead of the consumer by about `ahead` tasks in total, plus one each. With 0 workers, a thread of this
+    process runs ahead by `ahead` tasks, at least one. A UserError is re-raised unchanged. Closing the generator terminates the workers.
     """
+    if workers == 0:
+        yield from _in_thread(make, tasks, max(1, ahead))
+        return
     results = _results(_Tasks(make), tasks, min(workers, len(tasks)), ahead)
     try:
         for result in results:
@@ -37,6 +42,41 @@ def fetch_all(make: Callable[[int], T], tasks: range, workers: int, ahead: int) 
         raise
     finally:
         del results  # terminates the workers
+
+
+@dataclass
+class _Failure:
+    error: BaseException
+
+
+def _in_thread(make: Callable[[int], T], tasks: range, ahead: int) -> Generator[T, None, None]:
+    results: queue.SimpleQueue[T | _Failure] = queue.SimpleQueue()
+    slots, closed = threading.Semaphore(ahead), threading.Event()
+
+    def work() -> None:
+        for task in tasks:
+            slots.acquire()
+            if closed.is_set():
+                return
+            try:
+                results.put(make(task))
+            except BaseException as error:
+                results.put(_Failure(error))
+                return
+
+    thread = threading.Thread(target=work, name="loader", daemon=True)
+    thread.start()
+    try:
+        for _ in tasks:
+            result = results.get()
+            slots.release()
+            if isinstance(result, _Failure):
+                raise result.error
+            yield result
+    finally:
+        closed.set()
+        slots.release()  # the thread may be waiting for one
+        thread.join()
 
 
 class _Tasks(Dataset):
@@ -53,8 +93,8 @@ class _Tasks(Dataset):
 
 
 def _results(dataset: _Tasks, tasks: range, workers: int, ahead: int) -> Iterator[Any]:
-    if workers == 0:
-        return map(dataset.__getitem__, tasks)
+    if not tasks:
+        return iter(())
     loader = DataLoader(
         dataset,
         batch_size=None,

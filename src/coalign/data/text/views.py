@@ -1,4 +1,4 @@
-"""Text views of a caption: unchanged, augmented by easy data augmentation (EDA), or paraphrased, with optional token masking.
+"""Augmentation of text views: easy data augmentation (EDA) of a caption, distinct paraphrases, and token masking.
 
 All functions are deterministic given their arguments and the state of the generator.
 """
@@ -7,46 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from coalign.data.text.lexicon import synonyms
 from coalign.data.text.tokenizer import Tokenizer
-from coalign.types import NOT_MASKED, TextPolicy
+from coalign.errors import BadSample
+from coalign.types import NOT_MASKED
 
 DELETION_P = 0.1
 _PUNCTUATION = re.compile(r"^[\W_]+|[\W_]+$")  # around a word
-
-
-@dataclass(frozen=True)
-class TokenizedView:
-    ids: list[int]  # from start to end token
-    labels: list[int] | None = None  # MLM labels: the original id of a selected token, else NOT_MASKED
-
-
-def text_view(
-    caption: str,
-    policy: TextPolicy,
-    generator: np.random.Generator,
-    tokenizer: Tokenizer,
-    context_length: int,
-    paraphrases: Sequence[str] = (),
-) -> TokenizedView:
-    """Returns one view of a caption. A "paraphrase" view is one of the stored paraphrases, or the caption itself if there are none."""
-    if policy.kind == "eda":
-        caption = eda(caption, generator)
-    elif policy.kind == "paraphrase" and paraphrases:
-        caption = choose_caption(paraphrases, generator)
-    ids = tokenizer.encode(caption, context_length)
-    if not policy.mask_p:
-        return TokenizedView(ids)
-    return TokenizedView(*mask_tokens(ids, policy.mask_p, generator, tokenizer))
-
-
-def choose_caption(captions: Sequence[str], generator: np.random.Generator) -> str:
-    """Returns one of the captions, drawn uniformly. There must be at least one."""
-    return captions[int(generator.integers(len(captions)))]
 
 
 def eda(caption: str, generator: np.random.Generator) -> str:
@@ -87,18 +57,34 @@ def delete_words(words: Sequence[str], generator: np.random.Generator) -> list[s
     return kept or [words[int(generator.integers(len(words)))]]
 
 
+def choose_paraphrases(caption: str, stored: object, count: int, generator: np.random.Generator) -> list[str]:
+    """Draws paraphrases of a caption for `count` views: distinct ones as far as available. If there are too few, the caption is one.
+
+    stored: {caption: [paraphrase, …]}, or None. Raises BadSample for anything else.
+    """
+    stored = stored or {}
+    paraphrases = stored.get(caption, []) if isinstance(stored, dict) else None
+    if not isinstance(paraphrases, list) or not all(isinstance(paraphrase, str) for paraphrase in paraphrases):
+        raise BadSample("malformed paraphrases", "expected {caption: [paraphrase, …]}")
+    choices = list(dict.fromkeys(paraphrases))
+    if len(choices) < count and caption not in choices:
+        choices.append(caption)
+    shuffled = generator.permutation(len(choices)).tolist()
+    return [choices[shuffled[i % len(choices)]] for i in range(count)]
+
+
 def mask_tokens(
-    ids: Sequence[int], mask_p: float, generator: np.random.Generator, tokenizer: Tokenizer
-) -> tuple[list[int], list[int]]:
+    ids: np.ndarray, lengths: np.ndarray, mask_p: float, draws: np.ndarray, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
     """Masks tokens as BERT does. Returns the masked ids and the labels: the original ids of selected tokens, else NOT_MASKED.
+
+    ids: int [text, token], padded to the right. lengths: [text]. draws: uniform numbers in [0, 1), float [3, text, token].
 
     Each ordinary token is selected with probability `mask_p`, independently as in DeCLIP's released code, so a short caption may have no
     masked token. A selected token becomes the mask token (80 %) or a random ordinary token (10 %), or stays unchanged (10 %).
     """
-    original = np.asarray(ids, dtype=np.int64)
-    selected = (generator.random(len(original)) < mask_p) & (original < tokenizer.start_id)
-    action = generator.random(len(original))
-    random_ids = generator.integers(tokenizer.start_id, size=len(original))
-    masked = np.where(selected & (action < 0.8), tokenizer.mask_id, original)
-    masked = np.where(selected & (action >= 0.8) & (action < 0.9), random_ids, masked)
-    return masked.tolist(), np.where(selected, original, NOT_MASKED).tolist()
+    selection, action, token = draws
+    selected = (selection < mask_p) & (ids < tokenizer.start_id) & (np.arange(ids.shape[1]) < lengths[:, None])
+    changed = np.where(action < 0.8, tokenizer.mask_id, (token * tokenizer.start_id).astype(ids.dtype))
+    masked = np.where(selected & (action < 0.9), changed, ids)
+    return masked.astype(ids.dtype), np.where(selected, ids, NOT_MASKED).astype(ids.dtype)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coalign.data.loading.eval import image_batches, sample_key
+from coalign.data.loading.eval import image_batches
+from coalign.data.loading.samples import sample_key
 from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import ClassificationSource
 from coalign.data.text.prompts import templates

@@ -10,7 +10,8 @@ import torch
 
 from coalign.config import DETECT, DataConfig
 from coalign.data.account import account_lines
-from coalign.data.loading.eval import image_batches, sample_key
+from coalign.data.loading.eval import image_batches
+from coalign.data.loading.samples import sample_key
 from coalign.data.sources.open import open_source
 from coalign.embeds import similarities
 from coalign.errors import UserError

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import gettempdir
 
 import numpy as np
 
@@ -16,7 +14,6 @@ from coalign.data.loading.train import PairLoader, tag_vocabulary
 from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.method import Method
-from coalign.randomness import stable_hash
 from coalign.runs.run import image_size, patch_grid
 from coalign.training.distributed import World
 
@@ -55,9 +52,9 @@ def pair_loader(
     world: World,
     batch_size: int,
     tag_ids: Mapping[str, int],
-    cache_folder: Path | None = None,
+    cache: ImageCache | None = None,
 ) -> PairLoader:
-    """Returns a loader of the pairs with the method's views. It caches decoded images in `cache_folder` if `config.image_cache` is set."""
+    """Returns a loader of the pairs with the method's views."""
     return PairLoader(
         source,
         indices,
@@ -72,19 +69,7 @@ def pair_loader(
         world_size=world.size,
         tag_vocabulary=tag_ids,
         patch_grid=patch_grid(method),
-        cache=ImageCache(cache_folder, len(source), config.image_cache * 1e9)
-        if cache_folder and config.image_cache
-        else None,
+        cache=cache,
         group_column=config.reading.group_column,
         finish_on=world.device if config.device_views else None,
     )
-
-
-def image_cache_folder(out: Path, source: Source) -> Path:
-    """Returns the folder for decoded images of the run in `out`.
-
-    It is the same for all processes of this machine, and for a resumed run on a source of the same size, until the machine reboots.
-    """
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    key = (out.resolve(), len(source), boot_id.read_text() if boot_id.exists() else "")
-    return Path(gettempdir()) / f"coalign-images-{stable_hash(*key):016x}"

@@ -21,6 +21,7 @@ from coalign.training.distributed import join_world
 from coalign.training.stopwatch import Stopwatch
 from coalign.training.trainer import Trainer
 from coalign.workflows.train.batches import pair_loader
+from coalign.workflows.train.image_cache import RunImageCache
 from coalign.workflows.train.setup import (
     ConfigFn,
     compile_towers,
@@ -51,12 +52,12 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         raise UserError(f"--steps is {steps}, but must be at least 1.")
     world = join_world(check_device(device))
     pairs, config = open_data(data, config_for, world)
-    config = replace(resolve_workers(config, world), evals=0)
+    config = replace(resolve_workers(config, len(pairs.train), world), evals=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run_tokenizer(config, pairs, Path(folder))
         method = initial_method(config, tokenizer, world)
         shard_model(method, config, world)
-        tags = pairs.tag_ids(method.view_plan.tags)
+        tags, images = pairs.tag_ids(method.view_plan.tags), RunImageCache(config, method, pairs, Path(folder), world)
         loader = pair_loader(
             method,
             config,
@@ -66,7 +67,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             world,
             config.batch_size,
             tags,
-            Path(folder) / "images",
+            images.cache,
         )
         trainer = Trainer(
             method, config, world, Path(folder),
@@ -86,11 +87,21 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
     seconds = statistics.fmean(sum(step.values()) for step in measured)
     stages = dict(sorted(means.items(), key=lambda item: -item[1]))
     on_gpu = world.device.type != "cpu"
-    return Profile(seconds, stages, config.batch_size / seconds, advice(stages, seconds, config, cores, on_gpu))
+    return Profile(
+        seconds,
+        stages,
+        config.batch_size / seconds,
+        advice(stages, seconds, config, cores, on_gpu, images.cache is not None),
+    )
 
 
 def advice(
-    stages: Mapping[str, float], seconds: float, config: TrainConfig, cores: int, on_gpu: bool = False
+    stages: Mapping[str, float],
+    seconds: float,
+    config: TrainConfig,
+    cores: int,
+    on_gpu: bool = False,
+    images_are_kept: bool = False,
 ) -> list[str]:
     """Returns one sentence per expensive stage, with what would make it faster. cores: CPU cores per process."""
     workers = config.workers or 0
@@ -98,7 +109,7 @@ def advice(
         f"raise --workers (now {workers}; {cores} cores per process)" if workers < cores else "all cores are in use"
     )
     remedies = [
-        *(["cache decoded images with --image-cache GB if they fit"] if not config.image_cache else []),
+        *(["keep decoded images on disk with --image-cache GB if they fit"] if not images_are_kept else []),
         *(["apply color jitter and blur on the GPU with --device-views"] if on_gpu and not config.device_views else []),
         "store images no larger than training needs",
     ]

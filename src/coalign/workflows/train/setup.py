@@ -36,6 +36,7 @@ from coalign.workflows.train.batches import MAX_VOCABULARY_PAIRS, TrainingData
 _WITHOUT_BATCH_NORM = (
     ", or use a model without BatchNorm, such as ViT-B-32 or convnext_tiny, which allows any batch size"
 )
+MAX_THREAD_PAIRS = 10_000  # training pairs that a thread loads by default
 ConfigFn = Callable[[int], TrainConfig]  # number of training pairs -> configuration
 
 
@@ -198,10 +199,15 @@ def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None
                 )
 
 
-def resolve_workers(config: TrainConfig, world: World) -> TrainConfig:
-    """Sets the number of loader workers per process if it is unset: CPU cores over processes, at most 8."""
+def resolve_workers(config: TrainConfig, num_pairs: int, world: World) -> TrainConfig:
+    """Sets the number of loader workers per process if it is unset: CPU cores over processes, at most 8.
+
+    It is 0, a thread, for few pairs whose images are decoded only once: starting processes takes longer than loading.
+    """
     if config.workers is not None:
         return config
+    if num_pairs <= MAX_THREAD_PAIRS and config.image_cache != 0:
+        return replace(config, workers=0)
     return replace(config, workers=max(1, min(8, num_cores() // world.size)))
 
 

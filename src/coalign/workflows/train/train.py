@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, Literal
 
 from rich.console import Console
@@ -39,7 +38,8 @@ from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.training.sharding import unsharded
 from coalign.training.trainer import Trainer, TrainResult
-from coalign.workflows.train.batches import TrainingData, image_cache_folder, pair_loader
+from coalign.workflows.train.batches import TrainingData, pair_loader
+from coalign.workflows.train.image_cache import RunImageCache
 from coalign.workflows.train.preflight import open_and_check
 from coalign.workflows.train.setup import (
     ConfigFn,
@@ -94,7 +94,7 @@ def train(
         _check_folder(out, resume)
     resumed = resume == "auto" and (out / CONFIG).exists()
     pairs, settings, tokenizer = open_and_check(data, config_for, console, world, out, resumed)
-    settings = resolve_workers(settings, world)
+    settings = resolve_workers(settings, len(pairs.train), world)
     method = initial_method(settings, tokenizer, world)
     if dry_run:
         if world.is_first:
@@ -103,9 +103,9 @@ def train(
             print_dry_run(console, data, out, settings, method, tokenizer, pairs, world)
         return None
     shard_model(method, settings, world)
-    tags, cache = pairs.tag_ids(method.view_plan.tags), image_cache_folder(out, pairs.source)
+    tags, images = pairs.tag_ids(method.view_plan.tags), RunImageCache(settings, method, pairs, out, world)
     loader = pair_loader(
-        method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, cache
+        method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, images.cache
     )
     total_steps = max(1, round(settings.epochs * loader.steps_per_epoch))
     trainer = Trainer(
@@ -121,10 +121,12 @@ def train(
         first_step = trainer.resume() if resume == "auto" else 0
         if world.is_first:
             console.print(_start_lines(settings, method, pairs, tags, total_steps, first_step, world))
-        result = _fit(trainer, cache, world)
+            if images.description and first_step < total_steps:
+                console.print(images.description)
+        result = _fit(trainer, images, world)
         with unsharded(method):
             if world.is_first and result.ended == "interrupted":
-                console.print(_interrupted_line(result, cache))
+                console.print(_interrupted_line(result, images.folder))
             elif world.is_first and result.step == first_step and _is_reported(out, first_step):
                 console.print(f"The run is already complete. Report: {out / REPORT}")
             elif world.is_first:
@@ -133,19 +135,19 @@ def train(
     return result
 
 
-def _fit(trainer: Trainer, image_cache: Path, world: World) -> TrainResult:
+def _fit(trainer: Trainer, images: RunImageCache, world: World) -> TrainResult:
     """Trains, and removes the image cache afterwards unless the run was interrupted and can be resumed."""
     if trainer.progress.step == 0:
-        rmtree(image_cache, ignore_errors=True)  # left by an abandoned run in the same folder
+        images.remove()  # left by an abandoned run in the same folder
     world.barrier()
     try:
         result = trainer.fit()
         world.barrier()  # no process reads the cache after this
     except Exception:
-        rmtree(image_cache, ignore_errors=True)
+        images.remove()
         raise
     if result.ended != "interrupted":
-        rmtree(image_cache, ignore_errors=True)
+        images.remove()
     return result
 
 
