@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install demo test test-slow lint docs bench
 
 help:
-	@echo "make demo       train CLIP and MCD on synthetic images, and compare them (about 10 minutes on two cores)"
+	@echo "make demo       train CLIP and MCD on synthetic images, and compare them (a few minutes on two cores)"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run the slow tests"
 	@echo "make lint       check style, types, the import rules and the wording"

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from evidence.other_pages import clip_page, detection_page, misalignment_page
+from evidence.small_models import small_models_page
 from evidence.speed import speed_page
 from evidence.summary import summary_page
 from evidence.table_page import table_page
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs/evidence"
 
 
-def read(name: str) -> Values:
+def read(name: str) -> Any:
     return json.loads((ROOT / f"results/{name}.json").read_text())
 
 
@@ -39,6 +41,7 @@ def pages(tables: dict[str, Values]) -> dict[str, str]:
         "clip-openclipart": clip_page(read("openclipart_clip")),
         "detection": detection_page(read("detection-scenes")),
         "misalignment": misalignment_page(read("misalignment-scenes")),
+        "small-models": small_models_page(read("small-models")),
         "speed": speed_page(read("benchmarks")),
     }
 

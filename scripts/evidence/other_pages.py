@@ -11,6 +11,7 @@ from evidence.text import (
     commands,
     interval,
     minus,
+    model_note,
     page,
     paragraph,
     results_link,
@@ -73,6 +74,7 @@ def clip_page(values: Values) -> str:
             f"{len(runs['seeds'])} seeds, 95 % CI over seeds."
         ),
         paragraph(split_note(values)),
+        paragraph(model_note(values)),
         table(["", *(f"R@{rank}" for rank in ranks)], rows),
         paragraph(
             f"The bootstrap interval over the held-out pairs is ± {' and '.join(widths)} percentage points for R@1 in the two directions."

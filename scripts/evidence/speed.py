@@ -24,6 +24,10 @@ MEASURED_APART = (
 )  # fmt: skip
 # a row is what, compared with, and a script with patterns of the file's lines
 FASTER = (
+    (
+        "Training CLIP with `tiny` on emoji, 48 pixels, batch 128, second epoch on, with data loading, bf16, one core", OPEN_CLIP,
+        "small_models.py", ["open_clip's time over ours"],
+    ),
     ("CLIP ViT-B/32 training step, batch 32, captions of 13 tokens on average, fp32", OPEN_CLIP, "step_clip.py", ["fp32.*time over ours"]),
     ("The same in bf16", OPEN_CLIP, "step_clip.py", ["bf16.*time over ours"]),
     ("Its peak memory, fp32; bf16", OPEN_CLIP, "step_clip.py", ["fp32.*memory", "bf16.*memory"]),
@@ -44,6 +48,8 @@ FASTER = (
     ("Search for the penalty of a linear probe", "the sweep over all 97 values", "linear_probe.py", ["time"]),
 )  # fmt: skip
 OVERHEAD = (
+    ("Time outside the towers in the training of `tiny`, as above", "the whole step", "small_models.py", ["outside the towers"]),
+    ("Time of a step over CLIP's: UniCLIP; MCD", "the ratio of their tower passes", "small_models.py", ["^UniCLIP", "^MCD"]),
     ("UniCLIP's loss and its gradient, as above", "the four matrix products of that size alone", "tiled_losses.py", ["products"]),
     (
         "Time of a step in micro-batches (`--micro-batch`), lowest for {lowest}, highest for {highest}", "the same step without",

@@ -18,6 +18,7 @@ from evidence.text import (
     factor_text,
     group,
     metric_title,
+    model_note,
     page,
     paragraph,
     shared_settings,
@@ -123,6 +124,7 @@ def which_method(tables: Mapping[str, Values]) -> list[str]:
         ),
         table([*header, "Cost per step, 48 pixels"], rows),
         paragraph(split_note(tables["two-towers-openclipart"])),
+        paragraph(model_note(tables["two-towers-openclipart"])),
         "\n".join(bullet(text) for text in findings(tables)),
     ]
 
@@ -267,6 +269,7 @@ def experiments(tables: Mapping[str, Values]) -> list[str]:
         f"{link('clip-openclipart')}: one CLIP model, trained for 30 epochs with the default settings, 3 seeds.",
         f"{link('detection')}: does a pretrained image encoder help a detector?",
         f"{link('misalignment')}: do models trained on scenes detect views and captions that do not match?",
+        f"{link('small-models')}: the default models below 100,000 pairs, compared with others of their size.",
         f"{link('speed')}: time and memory, compared with open_clip, CLIP_benchmark and SLIP's image pipeline.",
     ]
     return [

@@ -20,6 +20,7 @@ from evidence.text import (
     factor_text,
     metric_title,
     minus,
+    model_note,
     page,
     paragraph,
     results_link,
@@ -107,7 +108,7 @@ def setup(values: Values) -> list[str]:
         f"Data: {what}. {settings['num_train']:,} training pairs; held out: {held_out}. {splits}",
         f"Model: `{settings['model']}`{others} at {settings['image_size']} pixels. {pretraining if sweep.pretraining_scenes else ''}",
         f"Training: {settings['epochs']:g} epochs, batch size {settings['batch_size']}; {seeds}. {sweep.note}",
-        *filter(None, [split_note(values)]),
+        *filter(None, [split_note(values), model_note(values)]),
         *notes(values, sweep, untrained, data),
     ]
     return [

@@ -15,6 +15,10 @@ OLD_SPLITS = (
     "These results were obtained with splits that did not keep look-alikes together: on Open Clip Art, 253 of 686 held-out pictures have a "
     "near-duplicate in training, 71 of 518 with the current split (cosine of EfficientNet-Lite0 features above 0.9)."
 )
+OLD_MODEL = (
+    "These results were obtained with the previous `tiny`, a ResNet-18 with fewer blocks and channels, with a default learning rate of "
+    "1e-3 instead of 2e-3, and with BatchNorm over groups of 32. [Small models](small-models.md) compares it with the current `tiny`."
+)
 
 Values = dict[str, Any]  # the content of a file in results/
 
@@ -54,6 +58,12 @@ def split_note(values: Values) -> str:
     """Returns a sentence on look-alikes for results on Open Clip Art from before the default split kept them together, else ""."""
     settings = shared_settings(values)
     return OLD_SPLITS if settings["data"] in OPEN_CLIP_ART and "group_look_alikes" not in settings else ""
+
+
+def model_note(values: Values) -> str:
+    """Returns a sentence on the model for results with `tiny` from before it was replaced, else ""."""
+    settings = shared_settings(values)
+    return OLD_MODEL if settings["model"] == "tiny" and settings["optimizer.lr"] == 1e-3 else ""
 
 
 def results_link(name: str) -> str:

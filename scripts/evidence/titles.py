@@ -26,6 +26,7 @@ OTHERS = {
     "clip-openclipart": "CLIP on Open Clip Art",
     "detection": "Detectors on scenes",
     "misalignment": "Misalignment",
+    "small-models": "Small models",
     "speed": "Speed",
 }
 METHODS = {

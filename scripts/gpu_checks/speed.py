@@ -64,9 +64,7 @@ def open_clip_step(machine: Machine) -> list[Row]:
     # the third step amplifies rounding: the rate is high and the weights are random
     differences = [abs(a / b - 1) for a, b in zip(ours[0][:2], theirs[0][:2])]
     return [
-        measured(
-            "losses of two steps, relative difference", max(differences), at_most=2e-2
-        ),
+        measured("losses of two steps, relative difference", max(differences), at_most=2e-2),
         measured("pairs per second", len(batch) / ours[1], "/s"),
         measured("time of open_clip over ours", theirs[1] / ours[1], at_least=machine.limit(1.0)),
         measured("peak memory of open_clip over ours", theirs[2] / ours[2], at_least=machine.limit(1.0)),

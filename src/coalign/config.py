@@ -218,8 +218,8 @@ class TrainConfig:
     """Autocast precision. auto: bf16 if the device is fast at it, else fp32."""
     compile: bool = setting(False)
     """Compile the image encoders with torch.compile."""
-    batch_norm_group: int = setting(32, valid=at_least(1))
-    """Group size of batch normalization, in samples, for image encoders with BatchNorm layers."""
+    batch_norm_group: int | None = setting(None, valid=at_least(1))
+    """Group size of batch normalization, in samples, for image encoders with BatchNorm layers. None: all that a process encodes at once."""
     seed: int = setting(0, compared=False, on_card=True)
     """Random seed of the initial weights, the order of the samples and the augmentations."""
     # Data loading workers per process. 0: a thread of the process. None: CPU cores over processes, at most 8; 0 up to 10,000 pairs whose

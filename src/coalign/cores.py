@@ -18,10 +18,13 @@ def num_cores() -> int:
 def set_up_threads() -> None:
     """Sets OpenMP's environment variables that are unset.
 
-    Threads that wait sleep instead of spinning: beside other programs, spinning threads take the time that working ones need. OpenMP
-    respects the affinity, but not the container's limit, so that sets the number of threads.
+    Threads that wait for long sleep instead of spinning: beside other programs, spinning threads take the time that working ones need.
+    They spin for a few microseconds (GNU's OpenMP, which PyTorch has on Linux), because operations of small models follow each other
+    faster than a thread wakes up. OpenMP respects the affinity, but not the container's limit, so that sets the number of threads.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if _container_limit() < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
 

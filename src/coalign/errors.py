@@ -21,6 +21,10 @@ class BadSample(Exception):
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:  # pickled by data loading workers
         return BadSample, (self.reason, self.detail)
 
+    def copy(self) -> "BadSample":
+        """Returns this error without traceback and cause, which keep the local variables of all functions that it passed."""
+        return type(self)(self.reason, self.detail)
+
 
 class NoImage(BadSample):
     """A sample without an image. Methods that train on unpaired captions can still use it."""

@@ -157,7 +157,7 @@ def test_differing_and_shared_settings_are_separated(tmp_path):
     assert own[2]["method_config.ssl_scale"] == 1.0
     assert set(own[0]) == {"epochs", "method"}  # neither seed nor workers, nor the folder of the same data
     assert comparison.settings["data"] == "photos"
-    assert comparison.settings["optimizer.lr"] == 1e-3
+    assert comparison.settings["optimizer.lr"] == 2e-3
     assert not set(comparison.settings) & set(own[2])
     values = comparison.to_json()
     assert str(tmp_path) not in json.dumps(values)

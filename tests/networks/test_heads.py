@@ -43,7 +43,7 @@ def test_global_batch_norm_equals_torch(affine):
     (ours(one, no_sum) ** 3).sum().backward()
     (theirs(other) ** 3).sum().backward()
     torch.testing.assert_close(one.grad, other.grad)
-    ours.move_statistics(no_sum, keep=True)
+    ours.move_statistics(ours.take_statistics())
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(x, no_sum), theirs.eval()(x))
 
@@ -52,10 +52,10 @@ def test_running_statistics_ignore_skipped_steps_and_no_grad_passes():
     norm = GlobalBatchNorm1d(5)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     norm(torch.randn(7, 5), no_sum)
-    norm.move_statistics(no_sum, keep=False)
+    assert norm.take_statistics() is not None  # a skipped step's are taken, but not moved
     with torch.no_grad():
         norm(torch.randn(7, 5), no_sum)
-    norm.move_statistics(no_sum, keep=True)
+    assert norm.take_statistics() is None
     torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
 
@@ -116,8 +116,8 @@ def test_batch_apart_has_separate_statistics_per_kind():
     for _ in range(200):
         head(given, no_sum)
         for module in head.modules():
-            if hasattr(module, "move_statistics"):
-                module.move_statistics(no_sum, keep=True)
+            if hasattr(module, "take_statistics") and (totals := module.take_statistics()) is not None:
+                module.move_statistics(totals)
     head.eval()
     for kind in given:
         evaluated = head({kind: given[kind]}, no_sum)[kind]

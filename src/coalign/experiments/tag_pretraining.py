@@ -35,7 +35,7 @@ def train(number: int, image_size: int, path: Path) -> None:
     mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     vision = model_config(MODEL)["vision_cfg"]
     torch.manual_seed(0)
-    network: Any = timm.create_model(vision["timm_model_name"], num_classes=tags.shape[1], **vision["timm_kwargs"])
+    network: Any = timm.create_model(vision["timm_model_name"], num_classes=tags.shape[1])
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     steps = number // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=EPOCHS * steps, pct_start=0.1)

@@ -11,8 +11,8 @@ def default_config(num_pairs: int, method: str, method_config: Any) -> TrainConf
     """Returns settings chosen by the number of training pairs.
 
     Below 20,000 pairs the model is `tiny`, below 100,000 `small`: both take 64-pixel images, train their own vocabulary and run for 30
-    epochs. Below a million pairs it is ViT-S-32, above that ViT-B-32 as in the papers. On small data, a batch holds at most a tenth of the
-    pairs, so that an epoch has several steps.
+    epochs with a learning rate of 2e-3. Below a million pairs it is ViT-S-32, above that ViT-B-32 as in the papers. On small data, a
+    batch holds at most a tenth of the pairs, so that an epoch has several steps.
     """
     if num_pairs < 100_000:
         batch_size = _power_of_two(max(2, min(256, num_pairs // 10)))
@@ -23,10 +23,9 @@ def default_config(num_pairs: int, method: str, method_config: Any) -> TrainConf
             context_length=48,
             tokenizer="captions",
             batch_size=batch_size,
-            batch_norm_group=min(32, batch_size),
             epochs=30,
             optimizer=OptimizerConfig(
-                lr=1e-3,
+                lr=2e-3,
                 weight_decay=0.2,
                 warmup_fraction=0.1,
                 final_lr=1e-5,

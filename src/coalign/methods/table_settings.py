@@ -8,7 +8,8 @@ from typing import Any
 from coalign.methods.table import Arm
 
 TWO_TOWERS = ("clip", "slip", "declip", "uniclip", "mcd")
-# The better of 1e-3 and 3e-3 by mean recall in `learning-rates-openclipart`; UniCLIP's two were equal.
+# The better of 1e-3 and 3e-3 by mean recall in `learning-rates-openclipart`; UniCLIP's two were equal. Found with the previous
+# `tiny`, a narrow ResNet-18.
 TUNED_LR = {"clip": 1e-3, "slip": 3e-3, "declip": 3e-3, "uniclip": 1e-3, "mcd": 3e-3}
 # The queue size the small recipe would derive for the tables' batches of 128.
 SMALL_QUEUE: dict[str, dict[str, Any]] = {"mct": {"queue_size": 256}}

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 class StepStatistics:
     """Running statistics that are updated once per step.
 
-    The statistics of each forward pass are kept in `pending` until the trainer calls `move_statistics`. Only passes with gradient count,
-    because a step has exactly one of them for each view of each sample.
+    The statistics of each forward pass are kept in `pending` until the trainer takes them. Only passes with gradient count, because a
+    step has exactly one of them for each view of each sample.
     """
 
     running_mean: Tensor
@@ -24,13 +24,17 @@ class StepStatistics:
     momentum: float
     pending: list[Tensor]  # [2, channel] each: mean, unbiased variance
 
-    def move_statistics(self, sum_over_ranks: Callable[[Tensor], Tensor], keep: bool) -> None:
-        """Updates the running statistics with the mean of this step's over all ranks, or discards these if the step is skipped."""
+    def take_statistics(self) -> Tensor | None:
+        """Removes this step's statistics. Returns the sum of the means, of the variances, and the number of passes, [2 · channel + 1];
+        None if there are none."""
         pending, self.pending = self.pending, []
-        if not keep or not pending:
-            return
+        if not pending:
+            return None
         total = torch.stack(pending).sum(0)
-        totals = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(pending)])]))
+        return torch.cat([total.flatten(), total.new_tensor([len(pending)])])
+
+    def move_statistics(self, totals: Tensor) -> None:
+        """Updates the running statistics with the mean of a step's. totals: what `take_statistics` returns, summed over ranks."""
         mean, variance = (totals[:-1] / totals[-1]).view(2, -1)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance, self.momentum)
@@ -38,28 +42,34 @@ class StepStatistics:
 
 
 class GroupedBatchNorm2d(StepStatistics, nn.BatchNorm2d):  # type: ignore[misc]
-    """BatchNorm over groups of `group` consecutive samples. Batches and micro-batches of each rank must be multiples of `group`."""
+    """BatchNorm over groups of `group` consecutive samples. Batches and micro-batches of each rank must be multiples of `group`.
 
-    def __init__(self, num_features: int, group: int, eps: float, momentum: float) -> None:
+    `after`, without parameters, is applied to the result: the dropout and the activation of timm's fused layers.
+    """
+
+    def __init__(
+        self, num_features: int, group: int, eps: float, momentum: float, after: nn.Module | None = None
+    ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
-        self.group = group
+        self.group, self.after = group, after or nn.Identity()
         self.pending = []
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(input)
+            return self.after(super().forward(input))
         if len(input) % self.group:
             raise ValueError(
                 f"The number of samples is {len(input)}, but must be a multiple of the batch-norm group of {self.group}."
             )
         outputs = []
-        for chunk in input.split(self.group):
+        # split copies the gradient, even of a single chunk
+        for chunk in input.split(self.group) if len(input) > self.group else (input,):
             statistics = torch.zeros(2, self.num_features, dtype=self.running_mean.dtype, device=input.device)
             mean, variance = statistics.unbind()  # overwritten by F.batch_norm, as momentum is 1
             outputs.append(F.batch_norm(chunk, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
             if torch.is_grad_enabled():
                 self.pending.append(statistics)
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.after(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
 
 class GlobalBatchNorm1d(StepStatistics, nn.BatchNorm1d):  # type: ignore[misc]
@@ -116,11 +126,10 @@ def group_batch_norms(module: nn.Module, group: int) -> nn.Module:
     Returns `module`."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            grouped = GroupedBatchNorm2d(child.num_features, group, child.eps, child.momentum or 0.1)
+            after = nn.Sequential(*(getattr(child, part) for part in ("drop", "act") if hasattr(child, part)))
+            grouped = GroupedBatchNorm2d(child.num_features, group, child.eps, child.momentum or 0.1, after)
             grouped.load_state_dict(child.state_dict())
-            # timm's BatchNormAct2d also applies dropout and an activation
-            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
-            setattr(module, name, nn.Sequential(grouped, *activation) if activation else grouped)
+            setattr(module, name, grouped)
         else:
             group_batch_norms(child, group)
     return module

@@ -173,7 +173,7 @@ def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
         config.context_length,
         config.image_size,
         config.pretrained,
-        config.batch_norm_group,
+        config.batch_norm_group or config.batch_size,
     )
     try:
         return method_class(config.method)(config.method_config, towers)

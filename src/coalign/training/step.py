@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,9 +94,13 @@ def evaluate_loss(method: Method, batch: Batch, step: StepInfo, world: World, au
 
 def move_statistics(method: Method, world: World, keep: bool) -> None:
     """Updates the running statistics of all batch norms from all ranks. With `keep` False (a skipped step), discards this step's."""
-    for module in method.modules():
-        if callable(move := getattr(module, "move_statistics", None)):
-            move(world.sum, keep)
+    norms: list[Any] = [module for module in method.modules() if hasattr(module, "take_statistics")]
+    taken = [(norm, totals) for norm in norms if (totals := norm.take_statistics()) is not None]
+    if not keep or not taken:
+        return
+    summed = world.sum(torch.cat([totals for _, totals in taken]))  # at once, as each communication takes its time
+    for (norm, totals), part in zip(taken, summed.split([len(totals) for _, totals in taken])):
+        norm.move_statistics(part.to(totals.dtype))
 
 
 def _reduce_terms(terms: list[LossTerm], world: World) -> tuple[Tensor, float, dict[str, float]]:

@@ -71,6 +71,28 @@ def test_available_memory_is_limited_by_the_control_group(tmp_path):
     assert available_memory(tmp_path) == 0
 
 
+def test_available_memory_is_limited_by_nested_control_groups(tmp_path):
+    """As in a Slurm job, whose limit is not that of the root group."""
+
+    def write(path, limit, usage, names=("memory.max", "memory.current")):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, text in zip(names, (limit, usage)):
+            (tmp_path / path / name).write_text(f"{text}\n")
+
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(
+        "4:cpu,memory:/slurm/job_7\n1:name=systemd:/a:b\n0::/slurm/job_7/step_0\n"
+    )
+    write("sys/fs/cgroup/slurm/job_7/step_0", "max", 500)
+    write("sys/fs/cgroup/slurm/job_7", 5000, 1000)
+    assert available_memory(tmp_path) == 4000
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    write("sys/fs/cgroup/memory/slurm", 2000, 500, names)
+    assert available_memory(tmp_path) == 1500
+    write("sys/fs/cgroup/memory/slurm/job_7", 700, 500, names)
+    assert available_memory(tmp_path) == 200
+
+
 def test_available_memory_is_known_without_proc(tmp_path):
     assert available_memory(tmp_path) > 2**28
     assert 2**20 < available_memory() < 2**48

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 
@@ -20,7 +21,7 @@ from helpers.pairs import (
 )
 from PIL import Image
 
-from coalign.data.images.decode import open_image
+from coalign.data.images.decode import OpenedImage, open_image
 from coalign.data.images.views import make_view, make_views
 from coalign.data.loading import train as loader
 from coalign.data.loading.eval import image_batches
@@ -486,3 +487,25 @@ def test_group_ids_stand_for_the_values_of_a_column():
     ]
     of_ranks = [next(part.batches(0, 1)).batch.group_ids for part in parts]
     assert torch.equal(torch.cat(of_ranks), ids)
+
+
+def test_bad_samples_do_not_keep_the_memory_of_their_batch():
+    """Without garbage collection, which may come late: the traceback of an error refers to all that its functions have."""
+
+    def images_in_memory() -> int:
+        return sum(type(each) is OpenedImage for each in gc.get_objects())
+
+    source = Pairs(**BAD)
+    source.image = lambda index: source.__class__.image(source, index)[: 100 if index == 8 else None]  # truncated
+    gc.collect()
+    gc.disable()
+    try:
+        before = images_in_memory()
+        [loaded] = make_loader(source, batch_size=32).batches(0, 1)
+        assert len(loaded.bad) > 3
+        assert images_in_memory() == before
+        [(_, _, bad)] = image_batches(source, np.arange(32), SIZE)
+        assert len(bad) == 5
+        assert images_in_memory() == before
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,22 @@ def test_a_thread_runs_ahead_and_ends():
     results.close()
     assert not thread.is_alive()
     assert started == [0, 1, 2, 3]
+
+
+def test_only_the_loaders_thread_is_limited_to_one_thread_of_torch():
+    def in_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        results = fetch_all(lambda _: torch.get_num_threads(), range(2), 0, ahead=1)
+        assert [next(results), torch.get_num_threads(), in_new_thread()] == [1, 3, 3]
+        results.close()
+        assert [torch.get_num_threads(), in_new_thread()] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 def _die(task: int) -> int:

@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from coalign.errors import UserError
-from coalign.networks.batch_norm import GroupedBatchNorm2d
+from coalign.networks.batch_norm import GroupedBatchNorm2d, group_batch_norms
 from coalign.networks.towers.image import build_image_tower, timm_part
 from coalign.networks.towers.spec import TowerSpec, model_config, model_names
 from coalign.networks.towers.text import build_text_tower
@@ -106,7 +107,7 @@ def test_invalid_text_tower_arguments(tiny):
 
 @pytest.mark.parametrize(
     ("name", "image_millions", "text_millions"),
-    [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 2.91, 2.97), ("tiny", 1.31, 1.16)],
+    [("ViT-B-32", 87.85, 63.43), ("RN50", 38.32, 63.69), ("small", 3.11, 2.97), ("tiny", 0.27, 1.16)],
 )
 def test_parameter_counts(name, image_millions, text_millions):
     config = model_config(name)
@@ -365,13 +366,29 @@ def test_grouped_batch_norm():
     peer = torch.nn.BatchNorm2d(4).double()
     torch.testing.assert_close(grouped(x), torch.cat([peer(x[:3]), peer(x[3:])]))
     assert grouped.running_mean.abs().max() == 0  # unchanged until move_statistics
-    grouped.move_statistics(lambda t: t, keep=False)
+    grouped.take_statistics()
     assert grouped.running_mean.abs().max() == 0
     with torch.no_grad():
         grouped(x)  # gradient caching's pass without gradient does not count
     grouped(x[:3]), grouped(x[3:])
-    grouped.move_statistics(lambda t: t, keep=True)
+    grouped.move_statistics(grouped.take_statistics())
     means = torch.stack([x[:3].mean((0, 2, 3)), x[3:].mean((0, 2, 3))]).mean(0)
     torch.testing.assert_close(grouped.running_mean, 0.1 * means)
     with pytest.raises(ValueError, match="multiple"):
         grouped(x[:4])
+
+
+# timm's BatchNorm is a layer of its own in a ResNet; in the others it includes dropout and activation
+@pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "test_efficientnet", "regnety_002"])
+def test_grouped_batch_norms_compute_and_are_named_as_timms(name):
+    torch.manual_seed(0)
+    peer = timm.create_model(name, num_classes=0)
+    grouped = group_batch_norms(copy.deepcopy(peer), group=4)
+    assert any(isinstance(module, GroupedBatchNorm2d) for module in grouped.modules())
+    assert {key: value.shape for key, value in grouped.state_dict().items()} == {
+        key: value.shape for key, value in peer.state_dict().items()
+    }
+    x = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(grouped.train()(x), peer.train()(x), atol=1e-4, rtol=1e-4)
+    peer.load_state_dict(grouped.state_dict())
+    torch.testing.assert_close(grouped.eval()(x), peer.eval()(x))

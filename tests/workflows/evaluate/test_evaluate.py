@@ -455,7 +455,9 @@ def test_fine_tuning_any_model(models, tmp_path, capsys, monkeypatch, name):
     options = {"preprocess": "coalign", "classes": tmp_path / "classes.txt"}
     options["reading"] = DataConfig(prompts=(str(tmp_path / "prompts.txt"),))
     tuned, zero_shot = evaluate(model, tasks, EvalConfig(epochs=12, **options)).values()
-    assert tuned["metrics"]["alpha_0.acc1"].items() >= untitled(zero_shot["metrics"]["acc1"]).items()
+    # up to one image whose two best classes are tied within rounding
+    assert value(tuned, "alpha_0.acc1") == pytest.approx(value(zero_shot, "acc1"), abs=1 / 40)
+    assert tuned["metrics"]["alpha_0.acc1"]["count"] == zero_shot["metrics"]["acc1"]["count"] == 40
     assert tuned["unreadable"] == {"empty file": 1}
     assert tuned["main_metric"] == "acc1"
     assert value(tuned, "acc1") > value(zero_shot, "acc1") + 0.2

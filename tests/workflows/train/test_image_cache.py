@@ -1,5 +1,6 @@
 """Decoded images are kept in memory if they fit, and on disk if it is set. Runs do not depend on it."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from coalign.training.distributed import World
 from coalign.workflows.train import image_cache
 from coalign.workflows.train.batches import TrainingData
 from coalign.workflows.train.image_cache import RunImageCache
-from coalign.workflows.train.setup import resolve_workers
+from coalign.workflows.train.setup import resolve
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -74,7 +75,7 @@ class Processes:
     """Ranks in one process, one after the other, on the machines that are given."""
 
     def __init__(self, machines):
-        self.machines, self.paths = machines, [None] * len(machines)
+        self.machines, self.caches = machines, [None] * len(machines)
 
     def rank(self, rank):
         calls = []
@@ -83,8 +84,8 @@ class Processes:
             calls.append(value)
             if len(calls) == 1:
                 return self.machines
-            self.paths[rank] = value
-            return list(self.paths)
+            self.caches[rank] = value
+            return pickle.loads(pickle.dumps(self.caches))
 
         return SimpleNamespace(rank=rank, size=len(self.machines), gather_objects=gather_objects)
 
@@ -98,10 +99,22 @@ def test_ranks_of_a_machine_share_the_memory(kept):
         image_of(other.cache, unread)
 
 
+def test_ranks_that_share_the_memory_have_one_limit(kept, monkeypatch):
+    """A rank reads all that the others write, although less memory was available when it started."""
+    ranks = Processes(["a", "a"])
+    first = kept(world=ranks.rank(0)).cache
+    monkeypatch.setattr(image_cache, "available_memory", lambda: 40_000.0)  # a quarter: 10 kB
+    second = kept(world=ranks.rank(1)).cache
+    second.open(39, lambda: Pairs().image(39))  # maps the memory first
+    for index in range(40):
+        first.open(index, lambda index=index: Pairs().image(index)).decode(1.0)
+    assert all((second.open(index, unread).decode(1.0) == Pairs().image(index)).all() for index in range(1, 40, 2))
+
+
 def test_a_rank_that_cannot_open_the_memory_decodes(kept):
     ranks = Processes(["a", "a"])
     kept(world=ranks.rank(0))
-    ranks.paths[0] = Path("/proc/0/fd/1")
+    ranks.caches[0].shared_path = Path("/proc/0/fd/1")
     images = kept(world=ranks.rank(1))
     for _ in range(2):
         reads = []
@@ -112,8 +125,8 @@ def test_a_rank_that_cannot_open_the_memory_decodes(kept):
 def test_few_pairs_are_loaded_by_a_thread(monkeypatch):
     monkeypatch.setattr("coalign.workflows.train.setup.num_cores", lambda: 12)
     config = recipe("clip")(40)
-    assert resolve_workers(config, 10_000, ONE).workers == 0
-    assert resolve_workers(config, 10_001, ONE).workers == 8
-    assert resolve_workers(config, 10_001, World(0, 4, torch.device("cpu"))).workers == 3
-    assert resolve_workers(replace(config, image_cache=0.0), 100, ONE).workers == 8
-    assert resolve_workers(replace(config, workers=2), 100, ONE).workers == 2
+    assert resolve(config, 10_000, ONE).workers == 0
+    assert resolve(config, 10_001, ONE).workers == 8
+    assert resolve(config, 10_001, World(0, 4, torch.device("cpu"))).workers == 3
+    assert resolve(replace(config, image_cache=0.0), 100, ONE).workers == 8
+    assert resolve(replace(config, workers=2), 100, ONE).workers == 2

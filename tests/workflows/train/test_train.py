@@ -494,10 +494,12 @@ def test_every_setting_that_may_change_on_resume_may_change(copy, pairs, model_f
         "micro_batch": 4, "evals": 5,
     }  # fmt: skip
     # the run has no classes, which --probe needs
-    assert {*changes, "shard", "probe", "skip_data_checks"} == set(fields_marked(TrainConfig, "may_change_on_resume"))
+    assert {*changes, "shard", "gradient_checkpointing", "probe", "skip_data_checks"} == set(
+        fields_marked(TrainConfig, "may_change_on_resume")
+    )
     capsys.readouterr()
-    arguments = [*tiny.train_args(pairs, copy, model_file, resume="auto", **changes), "--shard", "--skip-data-checks"]
-    assert cli.main(arguments) == 0
+    flags = ["--shard", "--gradient-checkpointing", "--skip-data-checks"]
+    assert cli.main([*tiny.train_args(pairs, copy, model_file, resume="auto", **changes), *flags]) == 0
     assert "The run is already complete." in capsys.readouterr().out
 
 

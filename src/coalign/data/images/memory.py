@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -19,8 +19,11 @@ from coalign.types import AugmentationPolicy
 SHARE = 0.25  # of the available memory that decoded images may take
 _SAMPLED = 64  # images of which the header is read
 _DRAWN = 30  # views of each of them, as in so many epochs
-# (limit, usage) of a control group of version 2 and of version 1, as a container sees its own
-_CONTROL_GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+# Of control groups, version 2 and version 1: folder of the root group, controller in /proc/self/cgroup, and names of limit and usage.
+_CONTROL_GROUPS = (
+    ("", "", "memory.max", "memory.current"),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def decoded_bytes(
@@ -40,15 +43,27 @@ def decoded_bytes(
 
 
 def available_memory(root: Path = Path("/")) -> float:
-    """Bytes of memory that can be used without swapping: what the system has available, within the limit of the control group."""
+    """Bytes of memory that can be used without swapping: what the system has available, within the limits of the control groups."""
     available = [float("inf")]
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
         available.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    for limit, used in _CONTROL_GROUPS:
-        folder = root / "sys/fs/cgroup"
+    for limit, used in _limits(root):
         with suppress(OSError, ValueError):  # "max": no limit
-            available.append(float(int((folder / limit).read_text())) - int((folder / used).read_text()))
+            available.append(float(int(limit.read_text())) - int(used.read_text()))
     if available == [float("inf")]:  # another system than Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     return max(0.0, min(available))
+
+
+def _limits(root: Path) -> Iterator[tuple[Path, Path]]:
+    """The files of limit and usage of this process's control groups, such as a Slurm job's, and of all groups around them."""
+    groups: dict[str, str] = {}  # controller -> this process's group; a container may see only the root group
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            groups |= dict.fromkeys(controllers.split(","), path.strip("/"))
+    for folder, controller, limit, used in _CONTROL_GROUPS:
+        group = PurePath(groups.get(controller, ""))
+        for each in (group, *group.parents):
+            yield root / "sys/fs/cgroup" / folder / each / limit, root / "sys/fs/cgroup" / folder / each / used

@@ -208,7 +208,7 @@ def make_views(
         try:
             pixels = image.decode(scales[row])
         except BadSample as bad:
-            failures[row] = bad
+            failures[row] = bad.copy()
             continue
         for view, (box, interpolation) in enumerate(zip(boxes[row], resampling)):
             crop_resize(pixels, box, cropped[view, row], interpolation)

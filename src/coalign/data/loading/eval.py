@@ -66,7 +66,7 @@ def _image_batch(
                 else:
                     pixels[row] = preprocess(Image.fromarray(image.decode(1.0))).numpy()
             except BadSample as error:
-                failures[row] = error
+                failures[row] = error.copy()
 
     for rows, images in in_groups(opened()):
         draws = Draws(0, epoch, batch[rows])

@@ -95,7 +95,7 @@ def read_samples(
                 record = source.record(index)
             check(record)
         except BadSample as error:
-            bad[row], record = error, Record("", ())
+            bad[row], record = error.copy(), Record("", ())
         tags.append(sorted({vocabulary[tag] for tag in record.tags if tag in vocabulary}))
         group = record.fact(group_column) if group_column else ""
         groups.append(stable_hash("group", group) if group else index)

@@ -90,7 +90,7 @@ def _paraphrases(
                 generator = draws.generator(position, "paraphrases")
                 chosen = choose_paraphrases(caption, samples.paraphrases.get(row), count, generator)
             except BadSample as bad:
-                failures[position] = bad
+                failures[position] = bad.copy()
         for view, text in zip(texts, chosen):
             view.append(text)
     return texts

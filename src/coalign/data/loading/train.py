@@ -203,13 +203,10 @@ class PairLoader:
                 image: AnyImage | None = None
                 try:
                     image = self._open_image(index)
-                except NoImage as bad:
-                    if not self.plan.imageless:
-                        failures[row] = bad
-                        continue
                 except BadSample as bad:
-                    failures[row] = bad
-                    continue
+                    if not (isinstance(bad, NoImage) and self.plan.imageless):
+                        failures[row] = bad.copy()
+                        continue
                 chunk.rows["has_image"][positions[row]] = image is not None
                 if self.plan.images and (image := image or self._substitute_image(index, draws.epoch)):
                     yield row, image

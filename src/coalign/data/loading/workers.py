@@ -51,9 +51,12 @@ class _Failure:
 
 def _in_thread(make: Callable[[int], T], tasks: range, ahead: int) -> Generator[T, None, None]:
     results: queue.SimpleQueue[T | _Failure] = queue.SimpleQueue()
-    slots, closed = threading.Semaphore(ahead), threading.Event()
+    slots, started, closed = threading.Semaphore(ahead), threading.Event(), threading.Event()
+    threads = torch.get_num_threads()
 
     def work() -> None:
+        torch.set_num_threads(1)  # a second team of threads would slow down the step's
+        started.set()
         for task in tasks:
             slots.acquire()
             if closed.is_set():
@@ -67,6 +70,8 @@ def _in_thread(make: Callable[[int], T], tasks: range, ahead: int) -> Generator[
     thread = threading.Thread(target=work, name="loader", daemon=True)
     thread.start()
     try:
+        started.wait()
+        torch.set_num_threads(threads)  # the loader's thread has also set the default of threads that start later
         for _ in tasks:
             result = results.get()
             slots.release()

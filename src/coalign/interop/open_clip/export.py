@@ -60,8 +60,8 @@ def _image(vision: dict[str, Any], tower: ImageTower) -> tuple[dict[str, Any], d
     """Returns vision_cfg, and the state_dict of open_clip's image tower."""
     if vision.pop("timm_kwargs", None):
         raise UserError(
-            f"open_clip cannot represent this image tower: timm's {vision['timm_model_name']} with a custom architecture, as in `tiny` "
-            "and `small`; train a model named by open_clip or `timm:` to export it."
+            f"open_clip cannot represent this image tower: timm's {vision['timm_model_name']} with a custom architecture "
+            "(`timm_kwargs`); train a model file without `timm_kwargs` to export it."
         )
     vision["image_size"] = tower.image_size
     trunk, projection = tower.trunk, tower.projection

@@ -194,8 +194,8 @@ def _check_towers(image: ImageTower, text: TextTower) -> None:
     trunk = image.trunk
     if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
         raise UserError(
-            "CLIPModel cannot represent this image tower, which is not a plain ViT; export the image tower to timm, or the model "
-            "to open_clip."
+            "CLIPModel cannot represent this image tower, which is not a plain ViT; export the model to open_clip, or train a plain ViT, "
+            "such as ViT-S-32."
         )
     is_clip_vit = trunk.pool_type == "tok" and trunk.attn_pool is None and isinstance(trunk.ln_pre, nn.LayerNorm)
     if not is_clip_vit or trunk.final_ln_after_pool is True or _has_layer_scale(trunk):

@@ -49,7 +49,6 @@ class RunImageCache:
         source = pairs.source
         machines = world.gather_objects(_machine())
         is_first = machines.index(machines[world.rank]) == world.rank  # of this machine's processes
-        path = None
         if is_first:
             indices = np.unique(pairs.train % len(source))
             needed = decoded_bytes(source, indices, method.view_plan.images, image_size(method))
@@ -57,16 +56,14 @@ class RunImageCache:
             if needed <= SHARE * available:
                 self.cache = ImageCache(len(source), SHARE * available)
                 self.description = f"Decoded images are kept in memory: about {data_size(needed)} of the {data_size(available)} available."
-                path = self.cache.shared_path
             else:
                 self.description = (
                     f"Images are decoded in every epoch: together they would take about {data_size(needed)} of memory, and "
                     f"{data_size(available)} are available. --image-cache GB keeps them on disk."
                 )
-        paths = world.gather_objects(path)
-        shared = paths[machines.index(machines[world.rank])]
-        if shared is not None and not is_first:
-            self.cache = ImageCache(len(source), SHARE * available_memory(), shared)
+        caches = world.gather_objects(self.cache)  # equal limits too: a process cannot read beyond its own
+        if not is_first:
+            self.cache = caches[machines.index(machines[world.rank])]
 
 
 def _machine() -> tuple[str, str]:

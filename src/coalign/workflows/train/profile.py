@@ -24,10 +24,11 @@ from coalign.workflows.train.batches import pair_loader
 from coalign.workflows.train.image_cache import RunImageCache
 from coalign.workflows.train.setup import (
     ConfigFn,
+    add_workers,
     compile_towers,
     initial_method,
     open_data,
-    resolve_workers,
+    resolve,
     run_tokenizer,
     shard_model,
 )
@@ -52,12 +53,14 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         raise UserError(f"--steps is {steps}, but must be at least 1.")
     world = join_world(check_device(device))
     pairs, config = open_data(data, config_for, world)
-    config = replace(resolve_workers(config, len(pairs.train), world), evals=0)
+    workers_given, config = config.workers, replace(resolve(config, len(pairs.train), world), evals=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run_tokenizer(config, pairs, Path(folder))
         method = initial_method(config, tokenizer, world)
         shard_model(method, config, world)
         tags, images = pairs.tag_ids(method.view_plan.tags), RunImageCache(config, method, pairs, Path(folder), world)
+        if workers_given is None and images.cache is None:
+            config = add_workers(config, world)
         loader = pair_loader(
             method,
             config,

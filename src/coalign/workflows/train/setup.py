@@ -199,16 +199,32 @@ def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None
                 )
 
 
-def resolve_workers(config: TrainConfig, num_pairs: int, world: World) -> TrainConfig:
-    """Sets the number of loader workers per process if it is unset: CPU cores over processes, at most 8.
+def resolve(config: TrainConfig, num_pairs: int, world: World, resumed: Path | None = None) -> TrainConfig:
+    """Sets what depends on the data and the number of processes, if it is unset.
 
-    It is 0, a thread, for few pairs whose images are decoded only once: starting processes takes longer than loading.
+    Loader workers are 0, a thread, for few pairs whose images are to be decoded only once (see `add_workers`): starting processes takes
+    longer than loading. A group of BatchNorm is what a process encodes at once; a resumed run keeps its group size, also with another
+    number of processes or another micro-batch.
     """
-    if config.workers is not None:
-        return config
-    if num_pairs <= MAX_THREAD_PAIRS and config.image_cache != 0:
-        return replace(config, workers=0)
-    return replace(config, workers=max(1, min(8, num_cores() // world.size)))
+    workers, group = config.workers, config.batch_norm_group
+    if workers is None:
+        few = num_pairs <= MAX_THREAD_PAIRS and config.image_cache != 0 and config.epochs > 1
+        workers = 0 if few else _default_workers(world)
+    if group is None and resumed is not None:
+        group = read_config(resumed).config.batch_norm_group
+    if group is None:
+        group = config.micro_batch or max(1, config.batch_size // world.size)
+    return replace(config, workers=workers, batch_norm_group=group)
+
+
+def add_workers(config: TrainConfig, world: World) -> TrainConfig:
+    """Sets the default number of loader workers for images that are decoded in every epoch, because they do not fit in memory."""
+    return replace(config, workers=_default_workers(world))
+
+
+def _default_workers(world: World) -> int:
+    """Returns the loader workers per process: CPU cores over processes, at most 8."""
+    return max(1, min(8, num_cores() // world.size))
 
 
 def run_tokenizer(config: TrainConfig, pairs: TrainingData, out: Path) -> Tokenizer:

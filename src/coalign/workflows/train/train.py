@@ -43,10 +43,11 @@ from coalign.workflows.train.image_cache import RunImageCache
 from coalign.workflows.train.preflight import open_and_check
 from coalign.workflows.train.setup import (
     ConfigFn,
+    add_workers,
     compile_towers,
     fingerprint,
     initial_method,
-    resolve_workers,
+    resolve,
     shard_model,
 )
 from coalign.workflows.train.validation import evaluate_held_out, validation
@@ -94,7 +95,7 @@ def train(
         _check_folder(out, resume)
     resumed = resume == "auto" and (out / CONFIG).exists()
     pairs, settings, tokenizer = open_and_check(data, config_for, console, world, out, resumed)
-    settings = resolve_workers(settings, len(pairs.train), world)
+    workers_given, settings = settings.workers, resolve(settings, len(pairs.train), world, out if resumed else None)
     method = initial_method(settings, tokenizer, world)
     if dry_run:
         if world.is_first:
@@ -104,6 +105,8 @@ def train(
         return None
     shard_model(method, settings, world)
     tags, images = pairs.tag_ids(method.view_plan.tags), RunImageCache(settings, method, pairs, out, world)
+    if workers_given is None and images.cache is None:
+        settings = add_workers(settings, world)
     loader = pair_loader(
         method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, images.cache
     )

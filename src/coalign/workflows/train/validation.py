@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +70,9 @@ def validation(
 
     def validate(step: StepInfo) -> ValidationResult:
         total = 0.0
-        for loaded in loader.batches(0, loader.steps_per_epoch):
-            total += evaluate_loss(method, loaded.batch.to(world.device), step, world, autocast)
+        with closing(loader.batches(0, loader.steps_per_epoch)) as batches:
+            for loaded in batches:
+                total += evaluate_loss(method, loaded.batch.to(world.device), step, world, autocast)
         values = {"val/loss": total / loader.steps_per_epoch}
         if world.is_first:
             if not images:
