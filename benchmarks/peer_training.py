@@ -66,6 +66,18 @@ def build_tokenizer(vocab_size: int, context_length: int) -> SimpleTokenizer:
     return tokenizer
 
 
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """Returns open_clip's optimizer, as in its `main`: vectors (norms, biases, class embedding, scale) do not decay."""
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    return torch.optim.AdamW(
+        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": args.wd}],
+        lr=args.lr,
+        betas=(args.beta1, args.beta2),
+        eps=args.eps,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="tab-separated, with the columns filepath and title")
@@ -86,15 +98,7 @@ def main() -> None:
     init_distributed_device(args)
     vocab_size = max(options.vocab_size, SMALLEST_VOCABULARY)
     model = build_model(options.model, options.image_size, options.context_length, vocab_size)
-    # by open_clip's rule: norms, biases, scale
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": args.wd}],
-        lr=args.lr,
-        betas=(args.beta1, args.beta2),
-        eps=args.eps,
-    )
+    optimizer = build_optimizer(model, args)
     transform = open_clip.image_transform(options.image_size, is_train=True)
     tokenizer = build_tokenizer(vocab_size, options.context_length)
     data = {"train": get_csv_dataset(args, transform, is_train=True, tokenizer=tokenizer)}

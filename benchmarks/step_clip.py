@@ -35,6 +35,7 @@ from limits import product_flops
 from lines import line
 from open_clip_train import params, train
 from open_clip_train.distributed import init_distributed_device
+from peer_training import build_optimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -112,15 +113,7 @@ def peer_step(
     device = init_distributed_device(args)
     torch.manual_seed(0)
     model = open_clip.create_model(name, precision=args.precision, device=device, output_dict=True)
-    # by open_clip's rule: norms, biases, class embedding, scale
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": args.wd}],
-        lr=args.lr,
-        betas=(args.beta1, args.beta2),
-        eps=args.eps,
-    )
+    optimizer = build_optimizer(model, args)
     loss = RecordingLoss(open_clip.create_loss(args))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     pixels = batch.images["image"].pixels

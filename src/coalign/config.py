@@ -225,7 +225,7 @@ class TrainConfig:
     # Data loading workers per process. 0: a thread of the process. None: CPU cores over processes, at most 8; 0 up to 10,000 pairs whose
     # decoded images are kept. Does not affect the results.
     workers: int | None = setting(None, valid=at_least(0), may_change_on_resume=True)
-    # Keep decoded images for the epochs after the first. None: in memory, if they fit in a quarter of what is available. Otherwise
+    # Keep decoded images for the epochs after the first. None: in a quarter of the available memory, if they fit. Otherwise
     # gigabytes on disk, in the system's temporary folder, per machine; 0: off. Does not affect the results.
     image_cache: float | None = setting(None, valid=at_least(0), may_change_on_resume=True)
     device_views: bool = setting(False)

@@ -15,7 +15,7 @@ import numpy as np
 from coalign.data.scenes.captions import OPPOSITE_SIDES, SYNONYMS, Fact, true_facts
 from coalign.data.scenes.layout import COLORS, HELD_OUT, SHAPES, SIZES, BufferedRandom, Scene
 
-FULL_KINDS = ("shape", "colour", "size", "side")  # of the facts that these captions state
+FULL_KINDS = ("shape", "colour", "size", "side")  # of the facts in these captions
 LEFT_OUT = 0.2  # of the colors, sizes and places in standard captions
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 _UPPER = {"top": "upper", "middle": "middle", "bottom": "lower"}
@@ -86,7 +86,7 @@ def _describe(scene: Scene) -> list[Description]:
 
 
 def _leave_out(objects: Sequence[Description], rng: BufferedRandom) -> list[Description]:
-    """Leaves out some of what is stated, and shuffles the objects."""
+    """Leaves out some attributes, and shuffles the objects."""
     kept = []
     for item in rng.shuffled(objects):
         shape, color, size, row, column = item
