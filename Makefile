@@ -6,12 +6,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow lint docs bench
+.PHONY: help install demo test test-slow test-open-clip lint docs bench
 
 help:
 	@echo "make demo       train CLIP and MCD on synthetic images, and compare them (a few minutes on two cores)"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run the slow tests"
+	@echo "make test-open-clip OPEN_CLIP=folder  run the tests of towers, imports and exports with another version of open_clip"
 	@echo "make lint       check style, types, the import rules and the wording"
 	@echo "make docs       build the documentation site into site/"
 	@echo "make bench      run the benchmarks, one after another; DATA=folder adds the start-up benchmark"
@@ -38,6 +39,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# OPEN_CLIP is a checkout of open_clip, such as its main branch
+OPEN_CLIP_TESTS := networks training/test_sharding.py test_gradient_checkpointing.py data/text/test_tokenizer.py
+OPEN_CLIP_TESTS += methods/test_clip.py workflows/models workflows/evaluate/test_eval_model.py
+test-open-clip: $(STAMP)
+	@test -d "$(OPEN_CLIP)/src/open_clip" || { echo "OPEN_CLIP=$(OPEN_CLIP) is not a checkout of open_clip."; exit 1; }
+	@PYTHONPATH="$(abspath $(OPEN_CLIP))/src" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(addprefix tests/,$(OPEN_CLIP_TESTS))
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .

@@ -132,7 +132,7 @@ def sharded_gradients(world, folder, cases):
         gradients = []
         for checkpointed in (False, True):
             method = build(name, folder, model, checkpointed)
-            shard(method, world, min_numel=64)
+            shard(method, world, (), min_numel=64)
             assert any(is_sharded(p) for p in method.parameters())
             forward_backward(method, rank_share(batch_for(method), world), STEP, world)
             gradients.append(full_tensors({n: p.grad for n, p in method.named_parameters() if p.requires_grad}, True))

@@ -5,7 +5,7 @@ import json
 import pickle
 
 import numpy as np
-from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102

@@ -3,11 +3,12 @@
 import pytest
 import timm
 import torch
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip import CLIPVisionCfg
 from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.grad_cam import grad_cam
+from coalign.networks.open_clip_parts import build_visual
 from coalign.networks.towers.image import ImageTower
 
 
@@ -51,7 +52,7 @@ def test_convolutional_trunk(inputs):
 def test_open_clip_vit(inputs):
     pixels, text = inputs
     cfg = CLIPVisionCfg(image_size=64, layers=2, width=16, patch_size=16, head_width=8)
-    trunk = _build_vision_tower(8, cfg)
+    trunk = build_visual(8, cfg)
     trunk.proj = None
     tower = ImageTower(trunk, 16, 8, 64).double().eval()
     cam = grad_cam(tower, embed(tower), pixels, text)
@@ -64,7 +65,7 @@ def test_open_clip_vit(inputs):
 
     def finish(maps):
         tokens = torch.cat([normed[:, :1], maps.flatten(2).transpose(1, 2)], dim=1)
-        y = x + block.attn(tokens, tokens, tokens, need_weights=False)[0]
+        y = x + block.attention(tokens)
         y = y + block.mlp(block.ln_2(y))
         return tower.projection(trunk._pool(y)[0])
 

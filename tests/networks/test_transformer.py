@@ -1,7 +1,7 @@
 import pytest
 import torch
-from open_clip.transformer import Transformer
 
+from coalign.networks.open_clip_parts import Transformer
 from coalign.networks.transformer import group_by_length, pack, run_blocks
 
 WIDTH, HEADS = 24, 3

@@ -172,7 +172,7 @@ def test_given_uses_keys_and_values_of_the_context(tower):
         y = torch.cat([tower.cls[None], image.patches[row]])[None]
         for block in tower.transformer.resblocks:
             keys = block.ln_1(y)
-            x = x + block.attn(block.ln_1(x), keys, keys, need_weights=False)[0]
+            x = x + block.attention(block.ln_1(x), keys, keys)
             x = x + block.mlp(block.ln_2(x))
             y = block(y)
         x = tower.norm(x)[0]

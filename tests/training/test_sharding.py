@@ -8,13 +8,12 @@ import torch
 from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
 from helpers.processes import on_two_processes
 from helpers.steps import ALONE, MODELS, STEP, batch_for, rank_share, takes
-from open_clip.modified_resnet import AttentionPool2d
-from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
 from coalign.config import OptimizerConfig
 from coalign.dtensor import is_sharded
 from coalign.methods import METHODS
+from coalign.networks.open_clip_parts import AttentionPool2d, ResidualAttentionBlock
 from coalign.optim import build_optimizers, clip_gradients
 from coalign.training import sharding
 from coalign.training.distributed import RankGather
@@ -48,7 +47,7 @@ def sharded_steps(world, folder, cases):
     results = []
     for name, model, slices, state in cases:
         method = build_method(name, folder, MODELS[model])
-        shard(method, world, min_numel=64)
+        shard(method, world, (AttentionPool2d,), min_numel=64)
         num_sharded = sum(is_sharded(p) for p in method.parameters())
         half = rank_share(batch_for(method), world)
         results.append((num_sharded, run_steps(method, half, world, slices, state)))
@@ -88,11 +87,11 @@ def test_weights_read_without_a_layer_call_are_not_sharded(monkeypatch):
     sharded = []
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *_: None)
     monkeypatch.setattr(sharding, "fully_shard", lambda layer, **_: sharded.append(layer) or MagicMock())
-    model = nn.ModuleDict(
-        {"pool": AttentionPool2d(2, 16, 2), "block": ResidualAttentionBlock(16, 2), "out": nn.Linear(16, 16)}
-    )
-    shard(model, ALONE, min_numel=64)
-    assert sharded == [model["block"].mlp.c_fc, model["block"].mlp.c_proj, model["out"]]
+    parts = {"pool": AttentionPool2d(2, 16, 2), "attention": nn.MultiheadAttention(16, 2)}
+    model = nn.ModuleDict({**parts, "block": ResidualAttentionBlock(16, 2), "out": nn.Linear(16, 16)})
+    shard(model, ALONE, (AttentionPool2d,), min_numel=64)
+    own = [] if isinstance(model["block"].attn, nn.MultiheadAttention) else [model["block"].attn.out_proj]
+    assert sharded == [*own, model["block"].mlp.c_fc, model["block"].mlp.c_proj, model["out"]]
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from open_clip.transformer import Transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from coalign.networks.batch_norm import StepStatistics
+from coalign.networks.open_clip_parts import Transformer
 
 _calls: list[partial[Any]] | None = None  # see `recorded_blocks`
 

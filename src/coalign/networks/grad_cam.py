@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
+from coalign.networks.open_clip_parts import ModifiedResNet, VisionTransformer
 from coalign.networks.towers.image import ImageTower
 from coalign.types import Embeds, Similarity, dot_product
 

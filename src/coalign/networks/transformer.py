@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.networks.checkpointing import recomputed
+from coalign.networks.open_clip_parts import ResidualAttentionBlock, Transformer
 
 
 class LengthGroup(NamedTuple):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import open_clip
 import torch
 from jaxtyping import Bool, Float, Int
-from open_clip.model import CLIPVisionCfg
-from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.checkpointing import recomputed
+from coalign.networks.open_clip_parts import ResidualAttentionBlock, Transformer
 from coalign.networks.positions import sincos_1d, sincos_2d
 from coalign.networks.towers.spec import Tower, TowerSpec, model_config
 from coalign.networks.transformer import pack, run_blocks
@@ -199,7 +198,7 @@ def _given_block(block: ResidualAttentionBlock, x: Tensor, y: Tensor, valid: Ten
 
 
 def attend(
-    attention: nn.MultiheadAttention,
+    attention: Any,  # of a block
     x: Float[Tensor, "batch query width"],
     context: Float[Tensor, "batch key width"],
     valid: Bool[Tensor, "batch key"],
@@ -245,7 +244,8 @@ def build_unified_tower(spec: TowerSpec, masks_patches: bool) -> UnifiedTower:
     if spec.pretrained:
         raise UserError(f"A single tower is trained from scratch and cannot load {spec.pretrained}; omit --pretrained.")
     vision = dict(model_config(spec.name)["vision_cfg"])
-    cfg = CLIPVisionCfg(**{name: value for name, value in vision.items() if name in CLIPVisionCfg.__annotations__})
+    known = open_clip.CLIPVisionCfg.__annotations__
+    cfg = open_clip.CLIPVisionCfg(**{name: value for name, value in vision.items() if name in known})
     if cfg.timm_model_name or not isinstance(cfg.layers, int):
         raise UserError(
             f"A single tower needs the shape of a plain ViT, but the image tower of {spec.name} is not one; "

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,17 +18,17 @@ from coalign.training.distributed import World
 MIN_NUMEL = 1 << 16  # smaller layers are not worth a separate all-gather
 
 
-def shard(module: nn.Module, world: World, min_numel: int = MIN_NUMEL) -> None:
+def shard(module: nn.Module, world: World, whole: tuple[type[nn.Module], ...], min_numel: int = MIN_NUMEL) -> None:
     """Shards the weights of every layer with at least `min_numel` parameters. A layer is unsharded only while it computes.
 
-    Layers are sharded one by one, not by block, because methods call parts of blocks. Attention modules that read weights without
-    calling the layer (torch's `MultiheadAttention`, attention pooling of open_clip's ResNets) are not sharded.
+    Layers are sharded one by one, not by block, because methods call parts of blocks. Modules that read weights without calling the layer
+    are not sharded: torch's `MultiheadAttention`, and those of the types `whole`.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     excluded = {
         child
         for attention in module.modules()
-        if isinstance(attention, (nn.MultiheadAttention, AttentionPool2d))
+        if isinstance(attention, (nn.MultiheadAttention, *whole))
         for child in attention.modules()
     }
     layer_types = (nn.Linear, nn.Conv2d, nn.Embedding)

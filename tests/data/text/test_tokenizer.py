@@ -46,7 +46,7 @@ def clip() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def open_clip_tokenizer() -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
+    from open_clip import SimpleTokenizer
 
     return SimpleTokenizer()
 

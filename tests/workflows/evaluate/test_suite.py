@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import fake_datasets
-from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from open_clip import IMAGENET_CLASSNAMES
 
 from coalign.cli import main as cli
 from coalign.data.sources.benchmarks.classification import DATASETS, open_dataset

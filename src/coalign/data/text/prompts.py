@@ -77,7 +77,7 @@ def _templates(name: str) -> list[str]:
     if "{}" in name:
         return [name]
     if name == "imagenet":
-        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
     if name in TEMPLATES:

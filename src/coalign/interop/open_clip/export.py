@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import open_clip
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from coalign.errors import UserError
+from coalign.networks.open_clip_parts import TimmModel, VisionTransformer
 from coalign.networks.towers.image import ImageTower
 from coalign.networks.towers.text import TextTower
 

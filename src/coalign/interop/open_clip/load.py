@@ -10,12 +10,11 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor
 from torchvision import transforms
 
 from coalign.errors import UserError
+from coalign.networks.open_clip_parts import TextTransformer, VisionTransformer
 from coalign.networks.towers.image import ImageTower
 from coalign.networks.towers.pretrained import linear_from_matrix, take_projection
 from coalign.networks.towers.spec import check_activation
@@ -42,11 +41,12 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # the hub client and mismatched weights raise many types
         raise UserError(f"open_clip cannot load {spec}: {str(error).splitlines()[0]}") from error
-    cfg = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
-    size = cfg.size if isinstance(cfg.size, int) else cfg.size[0]
-    if not isinstance(cfg.size, int) and len(set(cfg.size)) > 1:
-        raise UserError(f"{spec} takes images of {cfg.size[0]} × {cfg.size[1]} pixels; only square ones are supported.")
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (cfg.mean, cfg.std))
+    cfg = open_clip.get_model_preprocess_cfg(model)
+    sides: Sequence[int] = (cfg["size"],) if isinstance(cfg["size"], int) else cfg["size"]
+    size = sides[0]
+    if len(set(sides)) > 1:
+        raise UserError(f"{spec} takes images of {sides[0]} × {sides[1]} pixels; only square ones are supported.")
+    mean, std = (torch.tensor(cfg[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
     image = _image_tower(model.visual, size)
     image.mean, image.std = mean * 255, std * 255
     encoders = _ImageEncoder(image), _text_encoder(model.text, tokenizer)
@@ -57,7 +57,7 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         name=spec,
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=lambda pixels: image(pixels.to(device)).pooled,
-        preprocess=open_clip_preprocess(cfg),
+        preprocess=open_clip_preprocess(size, cfg["resize_mode"], cfg["interpolation"], cfg["fill_color"]),
         modules=lambda: copy.deepcopy(encoders),
         weights=lambda: {**image.state_dict(), **model.state_dict()},
         num_tokens=lambda text: _num_tokens(tokenizer, text),
@@ -108,9 +108,14 @@ class _PackedTextEncoder(torch.nn.Module):
         return self.tower.projection(self.tower(ids[:, : int(lengths.max())], lengths).pooled)
 
 
-def open_clip_preprocess(cfg: PreprocessCfg) -> Any:
+def open_clip_preprocess(
+    size: int, resize_mode: str = "shortest", interpolation: str = "bicubic", fill_color: int = 0
+) -> Any:
     """Returns open_clip's transform without its normalization: PIL image -> uint8 [3, size, size]."""
-    *geometry, _, _ = image_transform_v2(cfg, is_train=False).transforms  # without ToTensor and Normalize
+    transform = open_clip.image_transform(
+        size, is_train=False, resize_mode=resize_mode, interpolation=interpolation, fill_color=fill_color
+    )
+    *geometry, _, _ = transform.transforms  # without ToTensor and Normalize
     return transforms.Compose([*geometry, transforms.PILToTensor()])
 
 

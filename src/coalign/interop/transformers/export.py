@@ -6,12 +6,12 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
 from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
 from coalign.errors import UserError
+from coalign.networks.open_clip_parts import VisionTransformer
 from coalign.networks.towers.image import ImageTower
 from coalign.networks.towers.text import TextTower
 from coalign.networks.transformer import is_plain
@@ -213,11 +213,11 @@ def _has_layer_scale(tower: Any) -> bool:
 def _shape(blocks: Any) -> dict[str, Any]:
     block = blocks[0]
     return {
-        "hidden_size": block.attn.embed_dim,
+        "hidden_size": block.attn.out_proj.in_features,
         "num_attention_heads": block.attn.num_heads,
         "num_hidden_layers": len(blocks),
         "intermediate_size": block.mlp.c_fc.out_features,
-        "hidden_act": "quick_gelu" if isinstance(block.mlp.gelu, QuickGELU) else "gelu",
+        "hidden_act": "gelu" if isinstance(block.mlp.gelu, nn.GELU) else "quick_gelu",
         "layer_norm_eps": block.ln_1.eps,
     }
 

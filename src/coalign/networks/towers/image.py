@@ -9,15 +9,19 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import group_batch_norms
+from coalign.networks.open_clip_parts import (
+    ModifiedResNet,
+    TimmModel,
+    VisionTransformer,
+    build_visual,
+    embed_patches,
+    pool_tokens,
+)
 from coalign.networks.towers.pretrained import is_trunk_weights, load_pretrained, take_projection, weights_file
 from coalign.networks.towers.spec import (
     ONE_TOWER_WEIGHTS,
@@ -68,7 +72,7 @@ class ImageTower(Tower):
         trunk, x = self.trunk, self.normalize(pixels)
         if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
             return _trunk_features(trunk, x, with_patches)
-        x = trunk._embeds(x)  # [batch, token, width]
+        x = embed_patches(trunk, x)  # [batch, token, width]
         (batch, num_tokens), x = x.shape[:2], x.flatten(0, 1)
         packing = pack([num_tokens] * batch, x.device)
         # the last block needs only the class token
@@ -82,7 +86,7 @@ class ImageTower(Tower):
         trunk, x = self.trunk, self.normalize(pixels)
         if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
             return _trunk_features(trunk, x, with_patches)
-        return _vit_features(trunk, run_padded_blocks(trunk.transformer, trunk._embeds(x)), with_patches)
+        return _vit_features(trunk, run_padded_blocks(trunk.transformer, embed_patches(trunk, x)), with_patches)
 
     def describe_pass(self, pixels: Tensor, *_: Any) -> tuple[str, int]:
         return "image", len(pixels)
@@ -94,7 +98,7 @@ class ImageTower(Tower):
 def _trunk_features(trunk: Any, x: Tensor, with_patches: bool) -> ImageFeatures:
     """Returns the features of normalized pixels by the trunk's own forward pass."""
     if isinstance(trunk, VisionTransformer):
-        return _vit_features(trunk, trunk.transformer(trunk._embeds(x)), with_patches)
+        return _vit_features(trunk, trunk.transformer(embed_patches(trunk, x)), with_patches)
     if not with_patches:
         return ImageFeatures(trunk(x), None)
     if isinstance(trunk, ModifiedResNet):
@@ -110,7 +114,7 @@ def _trunk_features(trunk: Any, x: Tensor, with_patches: bool) -> ImageFeatures:
 
 def _vit_features(trunk: VisionTransformer, states: Tensor, with_patches: bool) -> ImageFeatures:
     """states: outputs of the last block [batch, token, width], of the class token and then the patches."""
-    pooled = trunk._pool(states)[0]
+    pooled = pool_tokens(trunk, states)[0]
     if not with_patches:
         return ImageFeatures(pooled, None)
     rows, columns = trunk.grid_size
@@ -175,7 +179,7 @@ def build_image_tower(spec: TowerSpec) -> ImageTower:
         return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), width, embed_dim, size)
     else:
         vision.update(image_size=size, timm_model_pretrained=False)
-        visual = _build_vision_tower(embed_dim, CLIPVisionCfg(**vision), config.get("quick_gelu", False))
+        visual = build_visual(embed_dim, open_clip.CLIPVisionCfg(**vision), config.get("quick_gelu", False))
     width, projection = take_projection(visual, embed_dim)
     return ImageTower(group_batch_norms(visual, spec.batch_norm_group), width, embed_dim, size, projection)
 

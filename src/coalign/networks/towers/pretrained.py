@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from coalign.errors import UserError
+from coalign.networks.open_clip_parts import VisionTransformer
 from coalign.networks.towers.spec import TowerSpec, check_activation, model_config
 
 

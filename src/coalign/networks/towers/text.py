@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import open_clip
 import torch
 from jaxtyping import Int
-from open_clip.model import CLIPTextCfg, _build_text_tower
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
+from coalign.networks.open_clip_parts import TextTransformer, build_text_transformer
 from coalign.networks.towers.hugging_face import HuggingFaceTextTower, build_hugging_face_tower
 from coalign.networks.towers.pretrained import is_trunk_weights, linear_from_matrix, load_pretrained
 from coalign.networks.towers.spec import ONE_TOWER_WEIGHTS, TextFeatures, Tower, TowerSpec, model_config, new_projection
@@ -116,7 +116,7 @@ def build_text_tower(
             vocab_size=spec.vocab_size, context_length=spec.context_length, no_causal_mask=attention != "causal"
         )
         text.update(embed_cls=False, proj_type="linear", proj_bias=False)
-        tower = _build_text_tower(embed_dim, CLIPTextCfg(**text), config.get("quick_gelu", False))
+        tower = build_text_transformer(embed_dim, open_clip.CLIPTextCfg(**text), config.get("quick_gelu", False))
     if not is_plain(tower.transformer):
         raise UserError(
             f"The text tower of {spec.name} has norms or scales inside its attention, which are not supported; "

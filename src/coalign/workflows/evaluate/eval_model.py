@@ -111,12 +111,6 @@ LIBRARIES: dict[str, Callable[[str, str | torch.device], DualEncoder]] = {
 }
 
 
-def _open_clip(size: int) -> Callable:
-    from open_clip.transform import PreprocessCfg
-
-    return open_clip_preprocess(PreprocessCfg(size=size))
-
-
 def _transformers(size: int) -> Callable:
     try:
         from transformers import CLIPImageProcessor
@@ -130,6 +124,6 @@ def _transformers(size: int) -> Callable:
 
 PREPROCESSES: dict[str, Callable[[int], Callable | None]] = {
     "coalign": lambda size: None,
-    "open_clip": _open_clip,
+    "open_clip": open_clip_preprocess,
     "transformers": _transformers,
 }

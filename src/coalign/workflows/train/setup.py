@@ -24,6 +24,7 @@ from coalign.errors import BadSample, UserError
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.checkpointing import checkpoint_blocks
+from coalign.networks.open_clip_parts import AttentionPool2d
 from coalign.networks.towers.spec import find_towers
 from coalign.randomness import stable_hash
 from coalign.runs.folder import TOKENIZER, read_config
@@ -177,7 +178,7 @@ def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> M
 def shard_model(method: Method, config: TrainConfig, world: World) -> None:
     """Shards the weights over the processes if `config.shard` is set and there is more than one."""
     if config.shard and world.size > 1:
-        shard(method, world)
+        shard(method, world, whole=(AttentionPool2d,))
 
 
 def compile_towers(method: Method, config: TrainConfig) -> None:

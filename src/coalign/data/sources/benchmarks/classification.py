@@ -213,7 +213,7 @@ def _caltech(root: Path) -> DatasetContent:
 
 def _imagenet(root: Path) -> DatasetContent:
     """Reads the folders train (optional) and val, each with one folder per WordNet id. val is the test split: its labels are public."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from open_clip import IMAGENET_CLASSNAMES
 
     by_split: dict[str, tuple[list[Path], list[int]]] = {}
     wordnet_ids: list[str] = []
