@@ -41,7 +41,7 @@ def measure(run: Run, tower: str, data: str, epochs: int, control: int = 0) -> d
     assert encoder.modules is not None
     trunk, seed, config = encoder.modules()[0], run.config.seed, DetectionConfig(epochs=epochs)
     if tower == "detection":
-        others = open_detection(f"scenes:{control},seed=5,{data.partition(',')[2]}")
+        others = open_detection(f"scenes:{control}:hard,seed=5,{data.partition(',')[2]}")
         train_detector(fresh(trunk, others, seed), others, train_part(others), config, seed=seed)
     source = open_detection(data)
     detector = fresh(trunk, source, seed)
@@ -76,7 +76,7 @@ def main() -> None:
     rows = []
     for folder in args.runs:
         run = load(folder)
-        data = f"scenes:{args.scenes},size={run.encoder().image_size}"
+        data = f"scenes:{args.scenes}:hard,size={run.encoder().image_size}"
         for tower in ("pretrained", "random"):
             metrics = measure(run, tower, data, args.epochs)
             rows.append({"run": folder.name, "seed": run.config.seed, "tower": tower, "metrics": metrics})

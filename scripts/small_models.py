@@ -1,11 +1,13 @@
 """Compares small models and their settings: trains with each candidate, and records retrieval on the held-out pairs and
 processor time.
 
-A candidate is a name or a JSON file as for `--model`. Trials that the output has already are not repeated, so the search can be interrupted
-and extended. All other settings are the defaults for the size of the data. Single-threaded, so that processor time, which includes data
-loading, validation and the final evaluation, is comparable beside other programs.
+A candidate is a name or a JSON file as for `--model`, or `default`: the model that a recipe has for this size of data. Trials that the
+output has already are not repeated, so the search can be interrupted and extended. All other settings are the defaults for the size of the
+data. Single-threaded, so that processor time, which includes data loading, validation and the final evaluation, is comparable beside other
+programs.
 
-Run: python scripts/small_models.py DATA --models tiny FILE.json --epochs 60 --seeds 0 1 2 --out results/small-models.json
+Run: python scripts/small_models.py DATA --models tiny FILE.json --epochs 60 --out results/small-models.json
+     python scripts/small_models.py DATA --recipes clip oner --models default --lrs 0.002 0.004 --epochs 12 --out results/small-models.json
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 import coalign
-from coalign.config import TrainConfig
+from coalign.config import NOMINAL_PAIRS, TrainConfig
 from coalign.files import write_json
 from coalign.methods import recipe
 from coalign.networks.towers.spec import model_config
@@ -84,7 +86,8 @@ def main() -> None:
     trials: list[Trial] = json.loads(args.out.read_text()) if args.out.exists() else []
     done = {tuple(trial[key] for key in IDENTITY) for trial in trials}
     axes = (args.seeds, args.epochs, args.data, args.recipes, args.lrs, args.models)
-    for seed, epochs, data, name, lr, model in product(*axes):
+    for seed, epochs, data, name, lr, candidate in product(*axes):
+        model = recipe(name)(NOMINAL_PAIRS).model if candidate == "default" else candidate
         values = (Path(data).stem, name, Path(model).stem, lr, epochs, seed, args.image_size)
         if values not in done:
             result = run_trial(data, name, model, lr, epochs, seed, args.image_size, args.test_splits)

@@ -87,7 +87,7 @@ def clip_page(values: Values) -> str:
 def detection_page(values: Values) -> str:
     """Returns the page of `scripts/detection_transfer.py`."""
     metrics = {"box_ap": "AP", "box_ap50": "AP50", "box_ap75": "AP75"}
-    num_scenes, control = values["data"].split(",")[0].removeprefix("scenes:"), values["control"]
+    num_scenes, control = values["data"].split(":")[1], values["control"]
 
     def cells(found: dict[str, Any]) -> list[str]:
         shown = [found[name] for name in metrics]

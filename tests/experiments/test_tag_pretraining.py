@@ -16,7 +16,7 @@ from coalign.networks.towers.spec import TowerSpec
 
 def area_under_the_curve(pretrained):
     """ROC AUC of a linear probe for "blue", on the second half of other scenes."""
-    source = Scenes(600, seed=1, size=32, split="train")
+    source = Scenes(600, level="hard", seed=1, size=32, split="train")
     torch.manual_seed(0)
     tower = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=pretrained)).eval()
     pixels = torch.from_numpy(np.stack([source.image(index) for index in range(600)])).permute(0, 3, 1, 2)

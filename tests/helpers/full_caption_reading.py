@@ -23,7 +23,7 @@ def _any(names: set[str]) -> str:
 
 _PLACE = (
     r"(?:at the (?:upper|middle|lower) (?:left|center|right)|in the (?:top|middle|bottom) (?:left|center|right)|at the center|in the "
-    r"middle|(?:at the top|halfway up|at the bottom) (?:on the left|in the center|on the right))"
+    r"middle|(?:at the top|halfway up|at the bottom) (?:on the left|in the center|on the right)|on the (?:left|right))"
 )
 _PHRASE = re.compile(
     rf"(?:(?P<first>{_PLACE}) )?an? (?:(?P<size>{_any(SIZES)}) )?(?:(?P<colour>{_any(COLORS)}) )?(?P<shape>{_any(SHAPES)})(?![\w-])"
@@ -49,7 +49,8 @@ def _description(match: re.Match[str]) -> dict[str, Any]:
     for name in (_NAMES[word] for word in words if word):
         found["size" if name in SIZES else "colour"] = name
     if place := match["first"] or match["place"]:
-        found["cell"] = [_value(place, _ROWS), _value(place, _COLUMNS)]
+        row = None if place in ("on the left", "on the right") else _value(place, _ROWS)  # None: not stated
+        found["cell"] = [row, _value(place, _COLUMNS)]
     return found
 
 
@@ -61,15 +62,26 @@ def describes(descriptions: Sequence[Mapping[str, Any]], objects: Sequence[Mappi
     """Whether the descriptions can be assigned to all objects, one to one, such that each is true by labels and boxes."""
     if len(descriptions) != len(objects):
         return False
-    truths = [{"shape": o["shape"], "colour": o["colour"], "size": o["size"], "cell": _cell(o["box"])} for o in objects]
+    truths = [
+        {"shape": o["shape"], "colour": o["colour"], "size": o["size"], "cell": (_cell(o["box"]), _half(o["box"]))}
+        for o in objects
+    ]
     return any(
-        all(truth[name] == value for found, truth in zip(descriptions, order) for name, value in found.items())
+        all(
+            value in truth[name] if name == "cell" else value == truth[name]
+            for found, truth in zip(descriptions, order)
+            for name, value in found.items()
+        )
         for order in permutations(truths)
     )
 
 
 def _cell(box: Sequence[float]) -> list[int]:
     return [int(3 * (box[1] + box[3]) / 2), int(3 * (box[0] + box[2]) / 2)]
+
+
+def _half(box: Sequence[float]) -> list[int | None]:
+    return [None, 0 if box[0] + box[2] < 1 else 2]
 
 
 def stated_facts(descriptions: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
@@ -80,9 +92,8 @@ def stated_facts(descriptions: Sequence[Mapping[str, Any]]) -> set[tuple[str, st
         stated = {(kind, shape, found[kind]) for kind in ("colour", "size") if kind in found}
         if "cell" in found:
             row, column = found["cell"]
-            stated |= {
-                ("side", shape, ("top", "middle", "bottom")[row]),
-                ("side", shape, ("left", "center", "right")[column]),
-            }
+            stated.add(("side", shape, ("left", "center", "right")[column]))
+            if row is not None:
+                stated.add(("side", shape, ("top", "middle", "bottom")[row]))
         facts |= stated or {("shape", shape, "")}
     return facts

@@ -29,7 +29,7 @@ def train(number: int, image_size: int, path: Path) -> None:
     One logistic regression per tag on the trunk's features, without augmentation; deterministic. Raises UserError if the file cannot be
     written.
     """
-    source = Scenes(number, seed=SEED, size=image_size, split="train")
+    source = Scenes(number, level="hard", seed=SEED, size=image_size, split="train")
     pixels = torch.from_numpy(np.stack([source.image(index) for index in range(number)])).permute(0, 3, 1, 2)
     tags = _tags(source)
     mean, std = (255 * torch.tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))

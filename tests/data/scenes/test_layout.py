@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from coalign.data.scenes.captions import true_facts
 from coalign.data.scenes.layout import COLORS, DARK, HELD_OUT, LIGHT, SHAPES, SIZES, SPLITS, make_scene
 
 
@@ -42,17 +43,42 @@ def test_distribution_of_the_number_of_objects() -> None:
     np.testing.assert_allclose([counts[n] / 3000 for n in (1, 2, 3)], [0.2, 0.6, 0.2], atol=0.03)
 
 
-def test_objects_are_inside_their_cells_and_ordered_by_size() -> None:
+@pytest.mark.parametrize("simple", [False, True])
+def test_objects_are_inside_their_cells_and_ordered_by_size(simple: bool) -> None:
     areas: dict[str, list[float]] = {size: [] for size in SIZES}
     for index in range(600):
-        for item in make_scene(0, "train", index).objects:
+        for item in make_scene(0, "train", index, simple).objects:
             left, top, right, bottom = item.box
             row, column = item.cell
-            assert column / 3 - 1e-9 <= left < right <= (column + 1) / 3 + 1e-9
-            assert row / 3 - 1e-9 <= top < bottom <= (row + 1) / 3 + 1e-9
+            if simple:
+                assert row == 1
+                assert 0 <= top < bottom <= 1
+                assert column / 4 - 1e-9 <= left < right <= column / 4 + 0.5 + 1e-9
+            else:
+                assert column / 3 - 1e-9 <= left < right <= (column + 1) / 3 + 1e-9
+                assert row / 3 - 1e-9 <= top < bottom <= (row + 1) / 3 + 1e-9
             areas[item.size].append((right - left) * (bottom - top))
-    assert max(areas["small"]) < min(areas["medium"])
+    assert simple == (not areas["small"])
+    assert max(areas["small"], default=0) < min(areas["medium"])
     assert max(areas["medium"]) < min(areas["big"])
+
+
+def test_simple_scenes_have_one_or_two_large_objects_of_different_shapes() -> None:
+    scenes = [make_scene(0, split, i, simple=True) for split in SPLITS for i in range(600)]
+    assert Counter(len(scene.objects) for scene in scenes).keys() == {1, 2}
+    assert sum(len(scene.objects) == 1 for scene in scenes) / len(scenes) == pytest.approx(0.2, abs=0.03)
+    for scene in scenes:
+        assert len({item.shape for item in scene.objects}) == len(scene.objects)
+        assert len({item.cell for item in scene.objects}) == len(scene.objects)
+        assert {("size", item.shape, item.size) for item in scene.objects} <= true_facts(scene)
+        for item in scene.objects:
+            assert item.diameter == pytest.approx(1.5 * SIZES[item.size], rel=0.031)
+            assert ((item.shape, item.color) in HELD_OUT) <= (scene.split == "combinations")
+    assert all(
+        any((item.shape, item.color) in HELD_OUT for item in scene.objects)
+        for scene in scenes
+        if scene.split == "combinations"
+    )
 
 
 def test_nuisance_parameters_are_left_right_symmetric() -> None:

@@ -213,12 +213,14 @@ def test_scenes_have_classes_and_prompts(level):
 
     task = f"zeroshot:scenes:24:{level},size=32"
     result = evaluate(DualEncoder(model.encode_image, encode_text, 32), [task])[task]
-    source = Scenes(24, split="test")
+    source = Scenes(24, level=level, split="test")
     names = {facts["label"] for index in range(2000) if "label" in (facts := source.record(index).facts)}
     assert set(result["per_class"]) == names
     assert result["unlabeled"] == 2000 - result["metrics"]["acc1"]["count"]
     if level == "hard":
         assert set(texts) == {f"a photo of a {name}." for name in names}
+    elif level == "simple":
+        assert set(texts) == {f"a {name} on the {side}" for name in names for side in ("left", "right")}
     else:
         assert len(texts) == 27 * len(names)
         assert {

@@ -89,7 +89,7 @@ def test_queries_identify_one_object_and_have_its_mask():
 
 @pytest.mark.slow
 def test_scene_tasks_reject_other_data(oner, trained, tmp_path, capsys):
-    tasks = ["localization:scenes:32,size=32", "foils:scenes:32:hard,size=32"]
+    tasks = ["localization:scenes:32:hard,size=32", "foils:scenes:32:hard,size=32"]
     assert cli.main(["eval", str(oner), "--tasks", *tasks]) == 0
     printed = capsys.readouterr().out
     for name in ("Pointing game, image center", "IoU, other text", "Foils: bigger than"):

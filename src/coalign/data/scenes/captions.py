@@ -107,7 +107,7 @@ def _visible_objects(scene: Scene, params: AugmentationParams) -> list[_VisibleO
             _VisibleObject(
                 item.shape,
                 item.color if params is _IDENTITY or _color_is_preserved(item.color, params) else None,
-                item.diameter / (params.w * params.h) ** 0.5,
+                item.diameter / scene.zoom / (params.w * params.h) ** 0.5,
                 1 - x if params.flipped >= 0.5 else x,
                 ((top + bottom) / 2 - params.y) / params.h,
             )

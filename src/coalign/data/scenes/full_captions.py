@@ -1,7 +1,7 @@
 """Captions that describe every object of a scene, and their foils: the levels simple and standard.
 
-A simple caption states every object's size, color, shape and place, in reading order, with one word for each thing. A standard caption
-leaves some of these out, and varies the words, their order and the order of the objects.
+A simple caption states every object's color, shape and side, from left to right, with one word for each thing. A standard caption states
+sizes and places as well, leaves some of these out, and varies the words, their order and the order of the objects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from coalign.data.scenes.captions import OPPOSITE_SIDES, SYNONYMS, Fact, true_facts
 from coalign.data.scenes.layout import COLORS, HELD_OUT, SHAPES, SIZES, BufferedRandom, Scene
 
-FULL_KINDS = ("shape", "colour", "size", "side")  # of the facts in these captions
+SIMPLE_KINDS = ("shape", "colour", "side")  # of the facts in simple captions
+STANDARD_KINDS = ("shape", "colour", "size", "side")
 LEFT_OUT = 0.2  # of the colors, sizes and places in standard captions
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 _UPPER = {"top": "upper", "middle": "middle", "bottom": "lower"}
@@ -24,7 +25,7 @@ _ON_THE_LEFT = {"left": "on the left", "center": "in the center", "right": "on t
 
 
 class Description(NamedTuple):
-    """What a caption states of one object. An empty string is left out; row and column are left out together."""
+    """What a caption states of one object. An empty string is left out. Without a column there is no row."""
 
     shape: str
     color: str
@@ -45,7 +46,7 @@ class Style(NamedTuple):
     frame: str = "{}"
     place: int = 0  # at the upper left, in the top left, at the top on the left
     words: Mapping[str, str] = MappingProxyType({})  # synonyms of shapes, colors and sizes
-    sorts: bool = True  # names the objects in reading order
+    sorts: bool = True  # names the objects from left to right
 
     @classmethod
     def sample(cls, rng: BufferedRandom) -> Style:
@@ -63,8 +64,8 @@ _FRAMES = {"adjectives first": _PICTURES, "adjectives last": _PICTURES, "place f
 
 
 def simple_caption(scene: Scene) -> tuple[str, list[Fact]]:
-    """Returns the caption that states all, and its facts."""
-    objects = _describe(scene)
+    """Returns the caption of a simple scene, and its facts."""
+    objects = _describe_simply(scene)
     return _render(objects, Style()), _facts(objects)
 
 
@@ -83,6 +84,14 @@ def _describe(scene: Scene) -> list[Description]:
         Description(item.shape, item.color, item.size, _ROWS[item.cell[0]], _COLUMNS[item.cell[1]])
         for item in scene.objects
     ]
+
+
+def _describe_simply(scene: Scene) -> list[Description]:
+    """Describes a simple scene by shapes, colors and sides.
+
+    These are so few that images of a batch share colors and sides, so that a model has to learn shapes.
+    """
+    return [item._replace(size="", row="") for item in _describe(scene)]
 
 
 def _leave_out(objects: Sequence[Description], rng: BufferedRandom) -> list[Description]:
@@ -109,15 +118,15 @@ def _facts(objects: Sequence[Description]) -> list[Fact]:
 
 def _render(objects: Sequence[Description], style: Style) -> str:
     if style.sorts:
-        objects = sorted(objects, key=lambda item: (_ROWS.index(item.row), _COLUMNS.index(item.column)))
+        objects = sorted(objects, key=lambda item: _COLUMNS.index(item.column))
     phrases = [_phrase(item, style) for item in objects]
     return style.frame.format(" and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]])))
 
 
 def _phrase(item: Description, style: Style) -> str:
-    """Returns a phrase such as "a big pink diamond at the upper left" or "a diamond at the upper left that is big and pink"."""
+    """Returns a phrase such as "a pink diamond on the left" or "a diamond at the upper left that is big and pink"."""
     shape, *adjectives = (style.words.get(name, name) for name in (item.shape, item.size, item.color) if name)
-    place = [_place(item.row, item.column, style.place)] if item.row else []
+    place = [_place(item.row, item.column, style.place)] if item.column else []
     if style.order == "adjectives last":
         clause = [f"that is {' and '.join(adjectives)}"] if adjectives else []
         return " ".join([_with_article(shape), *place, *clause])
@@ -130,6 +139,8 @@ def _with_article(noun: str) -> str:
 
 
 def _place(row: str, column: str, way: int) -> str:
+    if not row:
+        return _ON_THE_LEFT[column]
     if way == 2:
         return f"{_AT_THE_TOP[row]} {_ON_THE_LEFT[column]}"
     if (row, column) == ("middle", "center"):
@@ -137,21 +148,24 @@ def _place(row: str, column: str, way: int) -> str:
     return f"at the {_UPPER[row]} {column}" if way == 0 else f"in the {row} {column}"
 
 
-# simple captions of one object, for its name, such as "pink heart"
-PROMPTS = tuple(f"a {size} {{}} {_place(row, column, 0)}" for size in SIZES for row in _ROWS for column in _COLUMNS)
+# captions of one object, for its name, such as "pink heart"
+SIMPLE_PROMPTS = tuple(f"a {{}} {_ON_THE_LEFT[column]}" for column in ("left", "right"))
+STANDARD_PROMPTS = tuple(
+    f"a {size} {{}} {_place(row, column, 0)}" for size in SIZES for row in _ROWS for column in _COLUMNS
+)
 
 
 # ---------------------------------------------------------------- foils
 
 
 def full_foils(scene: Scene, kind: str, generator: np.random.Generator, simple: bool) -> tuple[str, str, str] | None:
-    """Samples (true caption, foil, how the foil was made) of a kind in FULL_KINDS. Returns None if the sampled caption has no such foil.
+    """Samples (true caption, foil, how the foil was made) of a kind. Returns None if the sampled caption has no such foil.
 
     "replace" changes one object's shape, color, size or side, and "swap" exchanges these of two objects. As in `foils`, the captions alone
     do not reveal which one is true.
     """
     rng = BufferedRandom(generator, block_size=160)
-    true = _describe(scene) if simple else _leave_out(_describe(scene), rng)
+    true = _describe_simply(scene) if simple else _leave_out(_describe(scene), rng)
     style = Style() if simple else Style.sample(rng)
     truth = true_facts(scene)
     for how in rng.shuffled(("replace", "swap")):
@@ -183,7 +197,7 @@ def _swapped(true: Sequence[Description], kind: str) -> Iterator[list[Descriptio
     for first in range(len(true)):
         for second in range(first):
             a, b = ({name: getattr(true[i], name) for name in names} for i in (first, second))
-            if all((*a.values(), *b.values())):
+            if a[names[-1]] and b[names[-1]]:
                 false = list(true)
                 false[first], false[second] = true[first]._replace(**b), true[second]._replace(**a)
                 yield false
@@ -195,7 +209,7 @@ def _is_fair(true: Sequence[Description], false: Sequence[Description]) -> bool:
     No two objects of a scene have the same place, or the same color and shape, and held-out combinations of these are in both captions or
     in neither.
     """
-    places = [(item.row, item.column) for item in false if item.row]
+    places = [(item.row, item.column) for item in false if item.column]
     looks = [(item.shape, item.color) for item in false if item.color]
     held_out = [sum((item.shape, item.color) in HELD_OUT for item in objects) for objects in (true, false)]
     return len({*places}) == len(places) and len({*looks}) == len(looks) and held_out[0] == held_out[1]

@@ -44,6 +44,10 @@ COLORS: dict[str, RGB] = {
 # Two shapes of each color and two colors of each shape, which only the split `combinations` contains.
 HELD_OUT = frozenset((shape, tuple(COLORS)[(i + shift) % 8]) for i, shape in enumerate(SHAPES) for shift in (0, 3))
 
+Cell = tuple[int, int]  # row, column of the 3 × 3 grid
+GRID = {(row, column): ((column + 0.5) / 3, (row + 0.5) / 3) for row in range(3) for column in range(3)}  # centers x, y
+HALVES = {(1, 0): (0.25, 0.5), (1, 2): (0.75, 0.5)}  # of simple scenes
+
 PATTERNS = ("clouds", "stripes", "checks", "dots")
 SHIFTED_PATTERNS = ("plaid", "zigzag")
 TEXTURES = ("plain", "stripes", "checks", "dots", "clouds")
@@ -115,7 +119,7 @@ class SceneObject:
     shape: str
     color: str
     size: str
-    cell: tuple[int, int]  # row, column of the 3 × 3 grid
+    cell: Cell
     x: float  # center and diameter in fractions of the frame
     y: float
     diameter: float
@@ -158,6 +162,7 @@ class Scene:
     split: str
     index: int
     objects: tuple[SceneObject, ...]
+    zoom: float  # factor of the objects' sizes
     background: Pattern
     background_colors: tuple[RGB, RGB]
     clutter: tuple[Bar, ...]
@@ -173,29 +178,35 @@ class Scene:
 
 
 @lru_cache(maxsize=4096)
-def make_scene(seed: int, split: str, index: int) -> Scene:
-    """Returns the scene at an index of a split. It does not depend on the size of the split."""
+def make_scene(seed: int, split: str, index: int, simple: bool = False) -> Scene:
+    """Returns the scene at an index of a split. It does not depend on the size of the split.
+
+    A simple scene has one or two objects of different shapes, in the left and the right half. They are medium or big, and half again as
+    large as in other scenes.
+    """
     rng = BufferedRandom(generator(seed, 0, index, 0, f"scenes/{split}"), block_size=128)
     shifted = split == "shifted"
+    centers, sizes, zoom = (HALVES, ("medium", "big"), 1.5) if simple else (GRID, tuple(SIZES), 1.0)
     num_objects = (1, 2, 2, 2, 3)[int(rng() * 5)]
-    cells = rng.shuffled([(row, column) for row in range(3) for column in range(3)])[:num_objects]
+    cells = rng.shuffled(tuple(centers))[:num_objects]  # at most two of the halves
     pairs: list[tuple[str, str]] = []
-    while len(pairs) < num_objects:
+    while len(pairs) < len(cells):
         pair = (rng.choice(SHAPES), rng.choice(tuple(COLORS)))
         if split == "combinations":
             allowed = bool(pairs) or pair in HELD_OUT
         else:
             allowed = pair not in HELD_OUT
-        if allowed and pair not in pairs:
+        repeated = pair[0] in dict(pairs) if simple else pair in pairs
+        if allowed and not repeated:
             pairs.append(pair)
-    objects = tuple(_object(rng, *pair, cell) for pair, cell in zip(pairs, cells))
+    objects = tuple(_object(rng, *pair, cell, centers[cell], sizes, zoom) for pair, cell in zip(pairs, cells))
     background_color = _background_color(rng, (225.0, 114.0, 26.0)[max(0, int(rng() * 6) - 3)])
     kind = rng.choice(SHIFTED_PATTERNS if shifted else PATTERNS)
     num_bars = int(rng(6, 13)) if shifted else int(rng(0, 8))
     max_tint = 26.0 if shifted else 10.0
     red, blue = rng(-max_tint, max_tint), rng(-max_tint, max_tint)
     return Scene(
-        seed, split, index, objects,
+        seed, split, index, objects, zoom,
         background=_pattern(rng, kind, 0.05, 0.35),
         background_colors=(background_color, _jittered(rng, background_color)),
         clutter=tuple(
@@ -211,14 +222,22 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     )  # fmt: skip
 
 
-def _object(rng: BufferedRandom, shape: str, color: str, cell: tuple[int, int]) -> SceneObject:
-    size = rng.choice(tuple(SIZES))
-    diameter = SIZES[size] * rng(0.97, 1.03)
-    jitter = min(0.08, max(0.0, 1 / 6 - 0.6 * diameter))  # of the center, limited to keep the shape in its cell
+def _object(
+    rng: BufferedRandom,
+    shape: str,
+    color: str,
+    cell: Cell,
+    center: tuple[float, float],
+    sizes: Sequence[str],
+    zoom: float,
+) -> SceneObject:
+    size = rng.choice(sizes)
+    diameter = SIZES[size] * rng(0.97, 1.03) * zoom
+    jitter = min(0.08, max(0.0, zoom / 6 - 0.6 * diameter))  # of the center, limited to keep the shape in its cell
     return SceneObject(
         shape, color, size, cell,
-        x=(cell[1] + 0.5) / 3 + rng(-jitter, jitter),
-        y=(cell[0] + 0.5) / 3 + rng(-jitter, jitter),
+        x=center[0] + rng(-jitter, jitter),
+        y=center[1] + rng(-jitter, jitter),
         diameter=diameter,
         tilt=rng(-0.025, 0.025),
         texture=_pattern(rng, rng.choice(TEXTURES), 0.3, 1.2),

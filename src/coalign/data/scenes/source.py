@@ -24,7 +24,15 @@ from coalign.data.scenes.captions import (
 )
 from coalign.data.scenes.drawing import draw, masks
 from coalign.data.scenes.foils import foils
-from coalign.data.scenes.full_captions import FULL_KINDS, PROMPTS, full_foils, simple_caption, standard_captions
+from coalign.data.scenes.full_captions import (
+    SIMPLE_KINDS,
+    SIMPLE_PROMPTS,
+    STANDARD_KINDS,
+    STANDARD_PROMPTS,
+    full_foils,
+    simple_caption,
+    standard_captions,
+)
 from coalign.data.scenes.layout import SPLITS, Scene, make_scene
 from coalign.data.sources.base import Source
 from coalign.errors import UserError
@@ -36,15 +44,18 @@ EVALUATION_SIZE = 2000  # images in each split except train
 NUM_CAPTIONS = 4  # per image; 1 if they are simple
 Level = Literal["simple", "standard", "hard"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+_KINDS = {"simple": SIMPLE_KINDS, "standard": STANDARD_KINDS, "hard": KINDS}  # of foils
+_PROMPTS = {"simple": SIMPLE_PROMPTS, "standard": STANDARD_PROMPTS, "hard": Source.prompts}
 MAX_CACHE_BYTES = 256 << 20  # of drawn images kept in memory
 
 
 class Scenes(Source):
     """Drawn images with captions and ground truth: one split, or all splits, concatenated.
 
-    A scene depends only on the seed, the split and its number in the split, so smaller training sets are prefixes of larger ones. The level
-    changes only the captions: simple and standard ones describe every object (see `full_captions`), hard ones state one to three facts of
-    many kinds in many words. `swap` is the fraction of training samples with the captions and tags of another image, marked by
+    A scene depends only on the seed, the split, its number in the split, and whether the level is simple, so smaller training sets are
+    prefixes of larger ones. Simple scenes have one or two large objects, and captions of their colors, shapes and sides. Standard and hard
+    scenes are the same, with other captions: standard ones describe every object (see `full_captions`), hard ones state one to three facts
+    of many kinds in many words. `swap` is the fraction of training samples with the captions and tags of another image, marked by
     `Record.facts["swapped"]`.
     """
 
@@ -61,8 +72,7 @@ class Scenes(Source):
         split: str | None = None,
     ) -> None:
         self.level, self.seed, self.size, self.swap = level, seed, size, swap
-        self.kinds = KINDS if level == "hard" else FULL_KINDS  # of foils
-        self.prompts = Source.prompts if level == "hard" else PROMPTS
+        self.kinds, self.prompts = _KINDS[level], _PROMPTS[level]
         self._cache: dict[int, np.ndarray] = {}
         self.splits: dict[str, np.ndarray] = {}
         start = 0
@@ -90,7 +100,7 @@ class Scenes(Source):
         return self.splits[split]
 
     def scene(self, index: int) -> Scene:
-        return make_scene(self.seed, *self._locate(index))
+        return make_scene(self.seed, *self._locate(index), simple=self.level == "simple")
 
     def image(self, index: int) -> np.ndarray:
         image = self._cache.get(index)
@@ -115,7 +125,7 @@ class Scenes(Source):
         split, number = self._locate(index)
         swapped = split == "train" and stable_hash(self.seed, "swap", number // 2) / 2**63 < self.swap
         captions, stated_facts, tags = _captions_and_tags(self.level, self.seed, split, number ^ swapped)
-        objects = _objects(make_scene(self.seed, split, number))
+        objects = _objects(self.scene(index))
         facts: dict[str, Any] = {
             "split": split,
             "number": number,
@@ -170,7 +180,7 @@ def _captions_and_tags(
     level: Level, seed: int, split: str, number: int
 ) -> tuple[tuple[str, ...], list[list[Fact]], tuple[str, ...]]:
     """Returns the captions, the facts that each states, and the tags."""
-    scene = make_scene(seed, split, number)
+    scene = make_scene(seed, split, number, simple=level == "simple")
     if level == "simple":
         captions = [simple_caption(scene)]
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coalign.data.scenes.source import Scenes
 from coalign.data.sources.base import (
     FOLDER,
     IMAGES_PER_LABEL,
@@ -86,8 +87,11 @@ def label_source(source: Source, captions_from: str, templates: Sequence[str]) -
 
 
 def label_by_captions(source: Source) -> Source:
-    """Returns `source` with its captions as classes if they are class labels: few distinct ones, but two or more, over many images."""
-    if source.classes is not None:
+    """Returns `source` with its captions as classes if they are class labels: few distinct ones, but two or more, over many images.
+
+    Simple captions of scenes are few, but no labels.
+    """
+    if source.classes is not None or isinstance(source, Scenes):
         return source
     chosen = np.unique(np.random.default_rng(0).integers(len(source), size=_SAMPLE))
     if len(source) > _SAMPLE:  # nearly all are distinct: there is no need to read all of them
