@@ -38,6 +38,7 @@ SCRIPTS = {
     "data_at_scale.py": [],
     "queue_lookup.py": [],
     "linear_probe.py": [],
+    "feature_cache.py": [],
 }
 
 

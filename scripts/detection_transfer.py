@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ def measure(run: Run, tower: str, data: str, epochs: int, control: int = 0) -> d
     tower: the image encoder, as trained by the run ("pretrained"), randomly initialized ("random"), or randomly initialized and then
     trained in a detector on `control` other scenes ("detection").
     """
-    method = run.method if tower == "pretrained" else build_method(replace(run.config, pretrained=None), run.tokenizer)
-    encoder = dual_encoder(method, run.tokenizer, run.config.context_length, run.path.name)
+    method = run.method if tower == "pretrained" else build_method(run.config, run.tokenizer, run.path)
+    encoder = dual_encoder(method, run.tokenizer, run.path.name)
     assert encoder.modules is not None
     trunk, seed, config = encoder.modules()[0], run.config.seed, DetectionConfig(epochs=epochs)
     if tower == "detection":

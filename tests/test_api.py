@@ -20,7 +20,7 @@ from helpers import tiny
 import coalign
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
-FUNCTIONS = ("train", "evaluate", "load", "load_images", "open_data", "compare", "benchmark", "recipe")
+FUNCTIONS = ("train", "evaluate", "load", "load_images", "open_data", "compare", "benchmark", "recipe", "interpolate")
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_functions_modules():
@@ -71,12 +71,15 @@ def test_the_examples_of_docstrings_run(monkeypatch, tmp_path):
         "load_images",
         "evaluate",
         "compare",
+        "interpolate",
         "open_data",
         "recipe",
         "DualEncoder",
         "benchmark",
     ):
         example = re.search(r"```python\n(.*?)```", inspect.getdoc(getattr(coalign, name)), re.DOTALL)[1]
+        if name == "interpolate":  # between a run and one that could have started from it
+            shutil.copytree(tmp_path / "runs/clip", tmp_path / "runs/more")
         if name == "benchmark":
             monkeypatch.setattr(
                 coalign, name, lambda *args, **options: SimpleNamespace(advice=signature.bind(*args, **options))

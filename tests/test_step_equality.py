@@ -1,5 +1,7 @@
 """A step's gradient depends only on the global batch: whole, in unequal micro-batches, or on two processes. Covers every method."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from helpers.builders import BATCH_NORM, build_method
@@ -33,6 +35,7 @@ def boolean_flips(name):
 
 CASES = [(name, "transformer", changes) for name in METHODS for changes in boolean_flips(name)]
 CASES += [(name, "batch norm", {}) for name in METHODS if takes(name, BATCH_NORM)]
+CASES += [(name, "hugging face", {}) for name in ("clip", "declip") if find_spec("transformers")]
 
 
 class WrongCount(CLIP):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coalign.workflows.evaluate.config import EvalConfig
     from coalign.workflows.evaluate.evaluate import evaluate
     from coalign.workflows.image_files import load_images
+    from coalign.workflows.models.interpolate import interpolate
     from coalign.workflows.train.train import train
 
 set_up_threads()  # before torch is loaded
@@ -32,6 +33,7 @@ __all__ = [
     "benchmark",
     "compare",
     "evaluate",
+    "interpolate",
     "load",
     "load_images",
     "open_data",
@@ -46,6 +48,7 @@ _PUBLIC = {
     "benchmark": ("coalign.experiments.benchmark", "benchmark"),
     "compare": ("coalign.experiments.compare", "compare"),
     "evaluate": ("coalign.workflows.evaluate.evaluate", "evaluate"),
+    "interpolate": ("coalign.workflows.models.interpolate", "interpolate"),
     "load": ("coalign.runs.run", "load"),
     "load_images": ("coalign.workflows.image_files", "load_images"),
     "open_data": ("coalign.data.sources.open", "open_source"),

@@ -6,6 +6,7 @@ Does not import torch, to keep that help fast.
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from tyro.conf import Suppress, arg
 from coalign.errors import UserError
 
 Kind = Literal["adamw", "sgd"]
+PRETRAINED_LR = 1e-5  # default peak rate of parts that start from weights, FLYP's
+NEW_LR = 1e-3  # of new parts beside them
 NOMINAL_PAIRS = 10_000  # assumed dataset size until the data is split, and in the command line's help
 
 
@@ -27,8 +30,9 @@ class RoleConfig:
 
     kind: Kind | None = None  # Optimization algorithm.
     lr: float | None = None  # Peak learning rate.
+    new_lr: float | None = None  # Peak learning rate of parts that start from random values.
     start_lr: float | None = None  # Learning rate at the first warm-up step.
-    final_lr: float | None = None  # Learning rate at the end of the cosine decay.
+    final_lr: float | None = None  # Learning rate at the end of the run.
     lr_multiplier: float = 1.0  # Multiplier of the learning rate over the whole schedule.
     weight_decay: float | None = None  # Weight decay.
     betas: tuple[float, float] | None = None  # Betas of AdamW.
@@ -38,15 +42,23 @@ class RoleConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer and learning rate schedule: linear warm-up, then cosine decay. The defaults are those of CLIP in SLIP's experiments.
+    """Optimizer and learning rate schedule: linear warm-up, then cosine decay or a constant rate with a cool-down.
+
+    The defaults are those of CLIP in SLIP's experiments.
 
     Weight decay applies to parameters with at least two dimensions, so not to norms, biases and scales.
     """
 
     kind: Annotated[Kind, arg(name="optimizer")] = "adamw"  # Optimization algorithm.
     lr: float = 5e-4  # Peak learning rate, reached after warm-up.
-    start_lr: float = 1e-6  # Learning rate at the first warm-up step.
-    final_lr: float = 1e-5  # Learning rate at the end of the cosine decay.
+    # Peak learning rate of the parts that start from random values, if other parts start from weights. None: --lr.
+    new_lr: float | None = None
+    start_lr: float | None = None  # Learning rate at the first warm-up step. None: 1e-6, at most a tenth of --lr.
+    final_lr: float | None = None  # Learning rate at the end of the run. None: 1e-5, at most a tenth of --lr.
+    # After the warm-up: `cosine` decay to the final learning rate; or a `constant` rate, then a cool-down, so that the finished run can be
+    # extended.
+    schedule: Literal["cosine", "constant"] = "cosine"
+    cooldown_fraction: float = 0.2  # Fraction of the run used for the cool-down of a constant schedule.
     warmup_fraction: float = 0.04  # Fraction of the run used for warm-up (0.04: one of 25 epochs).
     warmup_steps: int | None = None  # Number of warm-up steps; overrides --warmup-fraction.
     reaches_final: bool = False  # Reach the final learning rate at the last step instead of one step after it.
@@ -56,21 +68,34 @@ class OptimizerConfig:
     momentum: float = 0.9  # Momentum of SGD.
     roles: Mapping[str, RoleConfig] = field(default_factory=dict)  # Overrides by parameter role.
 
-    def for_role(self, role: str) -> OptimizerConfig:
-        """Returns the settings of one role, with its overrides and multiplier applied. Raises UserError if a value is out of range."""
+    def for_role(self, role: str, is_new: bool = False) -> OptimizerConfig:
+        """Returns the settings of one role, with its overrides and multiplier applied. Raises UserError if a value is out of range.
+
+        is_new: of the parts that start from random values, in a model of which others do not (`new_lr`).
+        """
         override = self.roles.get(role, RoleConfig())
         changes = {
             name: value for name, value in vars(override).items() if value is not None and name != "lr_multiplier"
         }
         merged = replace(self, **changes, roles={})
-        rates = {name: getattr(merged, name) * override.lr_multiplier for name in ("lr", "start_lr", "final_lr")}
-        merged = replace(merged, **rates)
+        lr = merged.new_lr if is_new and merged.new_lr is not None else merged.lr
+        start_lr = min(1e-6, lr / 10) if merged.start_lr is None else merged.start_lr
+        final_lr = min(1e-5, lr / 10) if merged.final_lr is None else merged.final_lr
+        lr, start_lr, final_lr = (rate * override.lr_multiplier for rate in (lr, start_lr, final_lr))
+        merged = replace(merged, lr=lr, start_lr=start_lr, final_lr=final_lr)
         _check(role, merged)
         return merged
 
     def num_warmup_steps(self, total_steps: int) -> int:
         """Number of warm-up steps in a run of `total_steps`."""
         return round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+
+    def cooldown_start(self, total_steps: int) -> int | None:
+        """Number of steps before the cool-down in a run of `total_steps`. None: the schedule has no cool-down."""
+        if self.schedule == "cosine":
+            return None
+        start = max(total_steps - round(self.cooldown_fraction * total_steps), self.num_warmup_steps(total_steps))
+        return min(start, total_steps)
 
 
 def _check(role: str, config: OptimizerConfig) -> None:
@@ -85,6 +110,8 @@ def _check(role: str, config: OptimizerConfig) -> None:
     require(0 <= config.lr < math.inf, "lr", "finite and at least 0")
     for name in ("start_lr", "final_lr"):
         require(0 <= getattr(config, name) <= config.lr, name, f"between 0 and lr ({config.lr})")
+    require(config.schedule in ("cosine", "constant"), "schedule", "cosine or constant")
+    require(0 <= config.cooldown_fraction < 1, "cooldown_fraction", "at least 0 and less than 1")
     require(0 <= config.warmup_fraction <= 1, "warmup_fraction", "between 0 and 1")
     require((config.warmup_steps or 0) >= 0, "warmup_steps", "at least 0")
     require(config.weight_decay >= 0, "weight_decay", "at least 0")
@@ -111,6 +138,12 @@ def at_least(minimum: int, reason: str = "") -> Range:
 
 
 POSITIVE = Range("more than 0", lambda value: value > 0)
+# values of --image-tuning and --text-tuning
+TUNING = Range(
+    "full, locked or last:N with the number of blocks to train, such as last:2",
+    lambda value: re.fullmatch("full|locked|last:[0-9]+", value) is not None,
+)
+LAYER_DECAY = Range("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def marks(
@@ -188,18 +221,41 @@ class TrainConfig:
     # Model: an open_clip model name, `tiny`, `small`, `timm:NAME` (a timm image encoder), or a JSON file or folder in open_clip's
     # format. `coalign models` lists the names.
     model: str = setting("ViT-B-32", identifies_trial=True)
-    # Initialize from pretrained weights: an open_clip tag; a safetensors file or folder of an open_clip model; a safetensors file of a
-    # timm image encoder (see `coalign export --to timm`; the text encoder starts from random weights); `timm` for timm's own weights;
-    # or `hf` for the weights of a Hugging Face text encoder.
     pretrained: str | None = setting(None, identifies_trial=True, on_card=True)
+    """Initialize from the pretrained weights of an open_clip model: a tag of open_clip, or a safetensors file or folder."""
+    # Start from this pretrained image encoder, instead of --model's: `timm:NAME`, `timm:NAME:FILE`, `open_clip:NAME:TAG`, a
+    # folder of open_clip or timm, or a file of weights (.safetensors, .pth).
+    image_tower: str | None = setting(None, identifies_trial=True, on_card=True)
+    # Start from this pretrained text encoder, instead of --model's: `hf:NAME` (from Hugging Face), `open_clip:NAME:TAG`, or a folder of
+    # Hugging Face, sentence-transformers or open_clip.
+    text_tower: str | None = setting(None, identifies_trial=True, on_card=True)
     init_from: Path | None = setting(None, on_card=True)
     """Initialize from the weights of this run folder. Method and model must be the same; the image size may differ."""
+    head: Literal["linear", "mlp", "glu"] = setting("linear", identifies_trial=True, on_card=True)
+    """Form of new projections into the shared space, in models of two encoders. mlp and glu replace pretrained projections."""
+    # Which pretrained weights of the image encoder to train. full: all; locked: none, only a new projection is trained; last:N: the last N
+    # blocks, the norms after them and the projection; last:0: only the projection.
+    image_tuning: str = setting("full", valid=TUNING, identifies_trial=True, on_card=True)
+    text_tuning: str = setting("full", valid=TUNING, identifies_trial=True, on_card=True)
+    """The same for the text encoder."""
+    # Multiply the learning rate by this factor per block of the image encoder, counted from the projection: D for the last block, D² for
+    # the one before, …
+    image_layer_decay: float = setting(1.0, valid=LAYER_DECAY, identifies_trial=True, on_card=True)
+    text_layer_decay: float = setting(1.0, valid=LAYER_DECAY, identifies_trial=True, on_card=True)
+    """The same for the text encoder."""
+    head_epochs: float = setting(0.0, valid=at_least(0), identifies_trial=True, on_card=True)
+    """Train only the parts without pretrained weights for this many epochs first, then also the encoders (LP-FT)."""
+    # Compute the features of encoders without trained blocks once, for this many random views of each image view and each changed
+    # caption, and train on them. 1: the evaluation view. 0: run these encoders in every step.
+    feature_views: int = setting(1, valid=at_least(0), identifies_trial=True, on_card=True)
     image_size: int | None = setting(None, valid=at_least(1), identifies_trial=True, on_card=True)
     """Side of the square input images in pixels. None: the model's."""
-    context_length: int = setting(77, valid=at_least(3, "start token, one token, end token"), on_card=True)
-    """Maximum number of tokens per caption, start and end tokens included. Longer captions are truncated."""
-    tokenizer: str = setting("clip", on_card=True)
-    """`clip`, `captions` (a small byte-pair vocabulary trained on the training captions), `hf:NAME` (from Hugging Face), or a file."""
+    # Maximum number of tokens per caption, start and end tokens included. Longer captions are truncated. None: the text encoder's, of
+    # Hugging Face encoders at most 77. Pretrained positions are stretched to more.
+    context_length: int | None = setting(None, valid=at_least(3, "start token, one token, end token"), on_card=True)
+    # `clip`, `captions` (a small byte-pair vocabulary trained on the training captions), `hf:NAME` (from Hugging Face), or a file. None:
+    # the pretrained text encoder's; from scratch `clip`, or `captions` if the model has another vocabulary than CLIP's.
+    tokenizer: str | None = setting(None, on_card=True)
     batch_size: int = setting(256, identifies_trial=True, on_card=True)
     """Global batch size: image-text pairs per step, over all processes."""
     micro_batch: int | None = setting(None, valid=at_least(1), may_change_on_resume=True)
@@ -209,7 +265,7 @@ class TrainConfig:
     shard: bool = setting(False, may_change_on_resume=True)
     """Shard parameters, gradients and optimizer states over the processes (FSDP2), for models too large for one device."""
     epochs: float = setting(32, valid=POSITIVE, identifies_trial=True, on_card=True)
-    """Passes over the training pairs. Fractions are allowed."""
+    """Passes over the training pairs, those of --head-epochs included. Fractions are allowed."""
     optimizer: Annotated[OptimizerConfig, arg(name="")] = field(default_factory=OptimizerConfig, metadata=marks())
     """Optimizer settings."""
     max_grad_norm: float | None = setting(None, valid=POSITIVE)
@@ -230,6 +286,8 @@ class TrainConfig:
     image_cache: float | None = setting(None, valid=at_least(0), may_change_on_resume=True)
     device_views: bool = setting(False)
     """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
+    caption_safe_views: bool = setting(False)
+    """Shift no hues if captions name colors, and flip no images if they name sides. Views whose options are given are not changed."""
     reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig, metadata=marks())
     """How the data is read."""
     val_fraction: float = setting(0.05, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
@@ -252,6 +310,11 @@ class TrainConfig:
     """File of class names, one per line. Tracks zero-shot accuracy during training, on images whose label or tags include a class."""
     probe: bool = setting(False, may_change_on_resume=True)
     """At the end of the run, also train a linear classifier of --classes on frozen image features of the training pairs."""
+    # One or more tasks of `coalign eval`, such as zeroshot:birds: evaluate the start and the result of the run on them, and report what was
+    # gained and lost.
+    track: tuple[str, ...] = setting((), may_change_on_resume=True)
+    data_root: Path | None = setting(None, may_change_on_resume=True)
+    """Folder with the named datasets of --track, such as zeroshot:cifar100, each as torchvision unpacks it."""
     evals: int = setting(10, valid=at_least(0), may_change_on_resume=True)
     """Number of validations, evenly spaced over the run. The last one is at the end."""
     patience: int | None = setting(None, valid=at_least(1), may_change_on_resume=True, compared=True)
@@ -272,6 +335,11 @@ class TrainConfig:
             value, valid = getattr(self, each.name), each.metadata["valid"]
             if valid and value is not None and not valid.contains(value):
                 raise UserError(f"--{each.name.replace('_', '-')} is {value}, but must be {valid.requirement}.")
+        if self.pretrained and (self.image_tower or self.text_tower):
+            other = "--image-tower" if self.image_tower else "--text-tower"
+            raise UserError(
+                f"--pretrained loads both encoders, so it does not go with {other}; give them with --image-tower and --text-tower instead."
+            )
         if self.probe and not self.classes:
             raise UserError("--probe needs classes; give them with --classes FILE.")
         if self.unpaired_captions and self.train_fraction == 1:

@@ -10,6 +10,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the message of another library's error, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class BadSample(Exception):
     """A sample that cannot be used. `reason` is a fixed phrase to count by ("truncated image"), `detail` is specific to the sample."""
 

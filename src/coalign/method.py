@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ class Method(nn.Module, ABC):
     """
 
     view_plan: ViewPlan
+    # Terms of the loss that need more of a tower than its pooled features, such as patches or masked words: name of the tower, "image"
+    # or "text", -> name of the term. They cannot be computed from cached features.
+    token_terms: Mapping[str, str] = {}
 
     @abstractmethod
     def encode(self, batch: Batch, step: StepInfo) -> Features:
@@ -69,6 +72,9 @@ class Method(nn.Module, ABC):
     # else it raises UserError for two images.
     similarity: Similarity = staticmethod(dot_product)
 
+    # What depends on the length of the run, apart from the learning rate: phrases for the message of a run that is extended.
+    length_dependent: tuple[str, ...] = ()
+
     # Optional capabilities; None: the method does not have it.
     # pixels and, for each image, token ids and lengths, as one input -> embeds, as `encode_image`
     encode_joint: Callable[[Tensor, Tensor, Tensor], Any] | None = None
@@ -79,6 +85,11 @@ class Method(nn.Module, ABC):
     def has_joint(self) -> bool:
         """Whether `encode_joint` can be called, which may depend on the configuration."""
         return self.encode_joint is not None
+
+    def projections(self) -> dict[str, nn.Module]:
+        """Returns the modules that map the features of the towers `image` and `text` into the shared space, by role, if they may be
+        pretrained: not heads that always start from random values."""
+        return {}
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,34 @@ def lr_at(
     start: float = 0.0,
     final: float = 0.0,
     reaches_final: bool = False,
+    cooldown_start: int | None = None,
 ) -> float:
     """Learning rate of a step, counted from 0: linear warm-up from `start` to `base`, then cosine decay to `final`.
+
+    With `cooldown_start`, the rate is constant after the warm-up, and from that step on falls to `final` by 1 − √(fraction of the
+    cool-down), the best of the shapes that Hägele et al. 2024 ("Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+    Durations") compare.
 
     The warm-up includes both endpoints. By default (as in SLIP) the decay starts with another step at `base` and would reach `final` one
     step after the last. With `reaches_final` (as in DeCLIP) it starts one step later in the cosine, so that the last step uses `final`.
     """
     if step < warmup_steps:
         return start + (base - start) * step / max(1, warmup_steps - 1)
-    progress = (step - warmup_steps + reaches_final) / max(1, total_steps - warmup_steps)
+    decay_start = warmup_steps if cooldown_start is None else cooldown_start
+    progress = (step - decay_start + reaches_final) / max(1, total_steps - decay_start)
+    if cooldown_start is not None:
+        return base if step < cooldown_start else final + (base - final) * (1 - math.sqrt(min(1.0, progress)))
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What the learning rate of a parameter depends on, apart from its role."""
+
+    part: str = ""  # part of the role, such as "trunk"; "": the whole role
+    is_new: bool = False  # starts from random values, in a model of which other parts do not
+    scale: float = 1.0  # multiplier of the whole schedule (layer decay)
+    waits: bool = False  # is trained, from its warm-up on, after the head steps
 
 
 class Optimizers:
@@ -43,11 +62,11 @@ class Optimizers:
         self,
         optimizers: Mapping[str, torch.optim.Optimizer],
         names: Mapping[Tensor, str],
-        roles: Mapping[str, OptimizerConfig],
+        schedules: Mapping[tuple[str, Rate], OptimizerConfig],
     ) -> None:
         self.by_kind = dict(optimizers)
         self._names = dict(names)
-        self._roles = dict(roles)
+        self._schedules = dict(schedules)
         self._clear()
 
     @property
@@ -67,17 +86,28 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def set_lr(self, step: int, total_steps: int) -> dict[str, float]:
-        """Sets the learning rates of this step, which depend on nothing but the step, and returns them by role."""
-        lrs = {}
-        for role, config in self._roles.items():
-            warmup = config.num_warmup_steps(total_steps)
-            lrs[role] = lr_at(
-                step, total_steps, config.lr, warmup, config.start_lr, config.final_lr, config.reaches_final
-            )
+    def set_lr(self, step: int, total_steps: int, head_steps: int = 0) -> dict[str, float]:
+        """Sets the learning rates of this step, which depend on nothing but the step. Returns them by role, or by role and part, such as
+        "image.trunk"; of several in a part, the highest.
+
+        Parameters that wait have a rate of 0 in the first `head_steps`, and the schedule of a run of the other steps after them.
+        """
+        lrs: dict[str, float] = {}
+        by_group = {}
+        for (role, rate), config in self._schedules.items():
+            start = head_steps if rate.waits else 0
+            lr = 0.0
+            if step >= start:
+                steps = total_steps - start
+                warmup, cooldown = config.num_warmup_steps(steps), config.cooldown_start(steps)
+                values = (config.lr, warmup, config.start_lr or 0.0, config.final_lr or 0.0, config.reaches_final)
+                lr = rate.scale * lr_at(step - start, steps, *values, cooldown)
+            by_group[role, rate] = lr
+            name = f"{role}.{rate.part}" if rate.part else role
+            lrs[name] = max(lr, lrs.get(name, 0.0))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lrs[group["role"]]
+                group["lr"] = by_group[group["role"], group["rate"]]
         return lrs
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -140,9 +170,12 @@ def _copy_state(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:
 
 
 def build_optimizers(
-    groups: Mapping[str, Sequence[nn.Parameter]], config: OptimizerConfig, model: nn.Module | None = None
+    groups: Mapping[str, Sequence[nn.Parameter]],
+    config: OptimizerConfig,
+    model: nn.Module | None = None,
+    rates: Mapping[Tensor, Rate] | None = None,
 ) -> Optimizers:
-    """Builds the optimizers of parameters grouped by role.
+    """Builds the optimizers of parameters grouped by role. `rates`: of the parameters that do not have their role's.
 
     With `model`, the groups must contain exactly its trained parameters, and its parameter names are used in errors and in the state.
     Raises UserError if a setting is out of range or for an unknown role, and AssertionError if a parameter is in two groups or in none.
@@ -154,11 +187,17 @@ def build_optimizers(
         raise UserError(
             f"Optimizer settings are given for the role '{unknown[0]}', but the roles of this model are {', '.join(groups)}."
         )
-    roles = {role: config.for_role(role) for role in groups}
+    rates, plain = rates or {}, Rate()
+    members_of = {
+        (role, rate): [p for p in parameters if rates.get(p, plain) == rate]
+        for role, parameters in groups.items()
+        for rate in dict.fromkeys(rates.get(p, plain) for p in parameters)
+    }
+    schedules = {(role, rate): config.for_role(role, rate.is_new) for role, rate in members_of}
     names = _parameter_names(groups, model)
     torch_groups: dict[str, list[dict[str, Any]]] = {}
-    for role, parameters in groups.items():
-        settings = roles[role]
+    for (role, rate), parameters in members_of.items():
+        settings = schedules[role, rate]
         kwargs = (
             {"betas": settings.betas, "eps": settings.eps}
             if settings.kind == "adamw"
@@ -169,13 +208,20 @@ def build_optimizers(
             members = [p for p in parameters if (p.ndim >= 2) == decays and is_sharded(p) == sharded]
             if members:
                 decay = settings.weight_decay if decays else 0.0
-                group = {"params": members, "role": role, "lr": settings.lr, "weight_decay": decay, **kwargs}
+                group = {
+                    "params": members,
+                    "role": role,
+                    "rate": rate,
+                    "lr": settings.lr,
+                    "weight_decay": decay,
+                    **kwargs,
+                }
                 torch_groups.setdefault(settings.kind, []).append(group)
     # Fused optimizers make one pass over memory instead of ten. They exist for CPU and CUDA.
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in names)
     classes: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     optimizers = {kind: classes[kind](members, fused=fused) for kind, members in torch_groups.items()}
-    return Optimizers(optimizers, names, roles)
+    return Optimizers(optimizers, names, schedules)
 
 
 def _parameter_names(groups: Mapping[str, Sequence[nn.Parameter]], model: nn.Module | None) -> dict[Tensor, str]:

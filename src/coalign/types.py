@@ -256,6 +256,46 @@ class Gather(Protocol):
         ...
 
 
+# ---------------------------------------------------------------- preprocessing of images
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the input of an image tower: the geometry of its evaluation view, and the normalization of its pixels.
+
+    `shortest` crops the central square, `squash` distorts the image to a square, `longest` pads it to a square with black. The default is
+    CLIP's.
+    """
+
+    # of pixels in [0, 1], by channel
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Preprocess:
+        """Reads what open_clip calls `preprocess_cfg`; absent values are CLIP's. Raises ValueError for invalid values."""
+        known = {each.name: values[each.name] for each in fields(Preprocess) if each.name in values}
+        for name in ("mean", "std"):
+            if name in known:
+                known[name] = tuple(map(float, known[name]))
+                if len(known[name]) != 3:
+                    raise ValueError(f"{name} is {known[name]}, but must have three values")
+        if "interpolation" in known:  # open_clip and timm have others, such as "random"
+            known["interpolation"] = "bilinear" if known["interpolation"] == "bilinear" else "bicubic"
+        if known.get("resize_mode", "shortest") not in ("shortest", "squash", "longest"):
+            raise ValueError(f"resize_mode is {known['resize_mode']!r}, but must be shortest, squash or longest")
+        return Preprocess(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of open_clip's `preprocess_cfg`."""
+        return {each.name: list(v) if isinstance(v := getattr(self, each.name), tuple) else v for each in fields(self)}
+
+
+CLIP_PREPROCESS = Preprocess()
+
+
 # ---------------------------------------------------------------- evaluation
 
 # Embeddings of samples: a tensor [sample, …], or a NamedTuple of such tensors, such as token embeds and which of them are valid. Joining
@@ -290,7 +330,8 @@ class DualEncoder:
         name: The name in tables and reports.
         logit_scale: Factor of the similarities in softmax probabilities.
         image_features: The same pixels to float [batch, width], the image encoder's output before the projection. Needed by probes.
-        preprocess: An upright RGB PIL image to uint8 [3, size, size]. None: the evaluation view, which resizes and center-crops.
+        preprocess: How an image becomes pixels: the settings of the evaluation view, or a function from an upright RGB PIL image to uint8
+            [3, size, size]. The default resizes bicubically and center-crops.
         weights: Returns all weights by name. Their hash is the key of cached embeddings.
         num_tokens: The number of tokens of a text. With `context_length`, texts that are cut are reported.
         context_length: How many tokens of a text are kept.
@@ -313,7 +354,7 @@ class DualEncoder:
     name: str = "model"
     logit_scale: float = 100.0
     image_features: Callable[[Tensor], Tensor] | None = None
-    preprocess: Callable[[Any], Tensor] | None = None
+    preprocess: Preprocess | Callable[[Any], Tensor] = CLIP_PREPROCESS
     weights: Callable[[], Mapping[str, Tensor]] | None = None
     modules: Callable[[], tuple[nn.Module, nn.Module]] | None = None
     similarity: Similarity = dot_product

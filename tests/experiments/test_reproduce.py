@@ -23,7 +23,8 @@ from coalign.experiments import tables, trials
 from coalign.experiments.reproduce import reproduce, tag_pretraining
 from coalign.experiments.trials import Trial, _train
 from coalign.methods.table import Arm, Table
-from coalign.networks.towers.image import build_image_tower, timm_part
+from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.pretrained import timm_part
 from coalign.networks.towers.spec import TowerSpec
 from coalign.runs.folder import read_config
 from coalign.workflows.evaluate.config import EvalConfig
@@ -114,14 +115,14 @@ def test_arms_start_from_an_image_encoder_pretrained_on_tags(small, tmp_path, ca
     command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]
     assert cli.main(command) == 0
     assert "on the tags of 128 other scenes" in capsys.readouterr().out
-    tower = load_file("out/tag_encoder.safetensors")
+    tower = load_file("out/tag_encoder/model.safetensors")
     for arm in ("one", "other-longer"):
         config = read_config(tmp_path / f"out/{arm}-seed0").config
-        assert (config.model, config.pretrained) == ("tiny", str(tmp_path / "out/tag_encoder.safetensors"))
-        trunk = build_image_tower(TowerSpec("tiny", 100, image_size=32, pretrained=config.pretrained)).trunk
+        assert (config.model, config.image_tower) == ("tiny", str(tmp_path / "out/tag_encoder"))
+        trunk = build_image_tower(TowerSpec("tiny", 100, image_size=32, image_tower=config.image_tower)).trunk
         assert all(torch.equal(value, tower[name]) for name, value in timm_part(trunk).state_dict().items())
     values = json.loads((tmp_path / "out/table.json").read_text())
-    assert values["settings"]["pretrained"] == "tag_encoder.safetensors"
+    assert values["settings"]["image_tower"] == "tag_encoder"
     assert str(tmp_path) not in (tmp_path / "out/table.html").read_text()
     assert cli.main(command) == 0
     assert "on the tags of" not in capsys.readouterr().out  # it exists already

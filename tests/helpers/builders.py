@@ -14,6 +14,11 @@ TRANSFORMER = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
     "text_cfg": {"context_length": 12, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
 }
+BERT = {
+    "model_type": "bert", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 12,
+}  # fmt: skip
+HUGGING_FACE = {**TRANSFORMER, "text_cfg": {"hf_config": BERT, "hf_pooling": "mean"}}  # needs the extra "hf"
 BATCH_NORM = {**TRANSFORMER, "vision_cfg": {"image_size": 32, "timm_model_name": "test_resnet"}}
 
 

@@ -38,7 +38,8 @@ def write_folder(root: Path) -> Path:
     _write_openclipart(root / "data/openclipart", root, rows)
     _write_shards(root / "cc3m", root, rows)
     _write_coco(root / "coco", root, rows)
-    (root / VIT).write_text(json.dumps(tiny.MODEL))
+    model = tiny.MODEL | {"text_cfg": tiny.MODEL["text_cfg"] | {"context_length": 32}}
+    (root / VIT).write_text(json.dumps(model))
     (shown,) = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs/export.md").read_text(), re.MULTILINE | re.DOTALL)
     (root / "small-vit.json").write_text(shown)
     return root
@@ -122,6 +123,8 @@ def small(words: list[str]) -> list[str]:
             options |= {"--micro-batch": "16", "--batch-size": "32"}
         elif int(_value(words, "--batch-size") or 0) > 16:
             options["--batch-size"] = "16"
+        if "--head-epochs" in words:
+            options["--head-epochs"] = "0.5"
         words = with_options(words, options)
     if words[0] == "benchmark":
         words = with_options(_without(words, "--minutes"), {"--epochs": "1", "--seeds": "1"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.builders import BATCH_NORM, TRANSFORMER, build_method, make_batch
+from helpers.builders import BATCH_NORM, HUGGING_FACE, TRANSFORMER, build_method, make_batch
 
 from coalign.errors import UserError
 from coalign.training.distributed import RankGather, World
@@ -16,7 +16,7 @@ from coalign.types import StepInfo
 
 BATCH, STEP = 8, StepInfo(3, 10)
 ALONE = World(0, 1, torch.device("cpu"))
-MODELS = {"transformer": TRANSFORMER, "batch norm": BATCH_NORM}
+MODELS = {"transformer": TRANSFORMER, "batch norm": BATCH_NORM, "hugging face": HUGGING_FACE}
 
 
 def takes(name, model):

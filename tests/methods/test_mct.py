@@ -597,8 +597,8 @@ def test_invalid_settings_are_rejected(changes, message):
 
 def test_settings_match_the_paper():
     coco, stock = (RECIPES[name](118_000) for name in ("mct-coco-bert", "mct-stock"))
-    assert (coco.batch_size, coco.epochs, stock.epochs, coco.model) == (512, 200, 60, "MCT-RN50-BERT")
-    assert (coco.pretrained, coco.tokenizer, stock.model) == ("hf", "hf:bert-base-uncased", "MCT-RN50")
+    assert (coco.batch_size, coco.epochs, stock.epochs, coco.model) == (512, 200, 60, "MCT-RN50")
+    assert (coco.text_tower, stock.text_tower, stock.model) == ("hf:bert-base-uncased", None, "MCT-RN50")
     assert (coco.method_config.queue_size, stock.method_config.queue_size) == (32_768, 65_536)
     assert stock.method_config.margin_negatives == 65_536
     assert stock.method_config.num_tags == 18_157

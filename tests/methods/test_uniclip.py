@@ -162,7 +162,7 @@ def encode_with_features(method, batch):
 @pytest.mark.parametrize("head", ["linear", "mlp-3", "residual-1", "residual-3"])
 @pytest.mark.parametrize("change", ["shuffled", "identity"])
 def test_only_the_head_depends_on_the_augmentation(tmp_path, head, change):
-    method = randomized(tmp_path, head=head)
+    method = randomized(tmp_path, image_head=head)
     batch, other = make_batch(method.view_plan, 4), make_batch(method.view_plan, 4)
     for view in other.images.values():
         identity = torch.tensor(AugmentationParams().vector()).expand(4, -1)

@@ -193,6 +193,25 @@ def test_plain_lines_are_printed_at_the_first_and_last_step_and_at_intervals(tmp
     assert lines[-2].endswith("ETA 0 s")
 
 
+@pytest.mark.parametrize("interactive", [False, True])
+def test_only_distinct_rates_are_printed(tmp_path: Path, clock: Clock, interactive: bool) -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=interactive, color_system=None)
+    rates = {"lr": 1e-5, "lr/image.trunk": 1e-5, "lr/image.projection": 1e-3, "lr/text.projection": 1e-3}
+    with RunLog(tmp_path, 2, interactive, console=console) as run_log:
+        run_log.step(0, {"loss": 2.5, **rates}, pairs=32, wait_seconds=0)
+        run_log.step(1, {"loss": 2.5, **dict.fromkeys(rates, 1e-6)}, pairs=32, wait_seconds=0)
+        run_log.evaluation(1, {"val/loss": 0.75})
+        shown = run_log._shown
+    assert [name for name in shown if name.startswith("lr")] == ["lr"]
+    output = console.file.getvalue()
+    if not interactive:
+        first, second, _ = output.splitlines()
+        assert "  lr 1.00e-05  lr/image.projection 1.00e-03  pairs/s" in first
+        assert "  lr 1.00e-06  pairs/s" in second
+    assert "lr/image.trunk" not in output
+    assert {name: rows(tmp_path / "metrics.jsonl")[0][name] for name in rates} == rates
+
+
 def test_the_display_on_a_terminal_shows_everything(tmp_path: Path, clock: Clock) -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     with RunLog(tmp_path, 50, interactive=True, console=console) as run_log:

@@ -1,6 +1,7 @@
 """Weights sharded over two processes take the same steps as unsharded weights in one process."""
 
 import copy
+from importlib.util import find_spec
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,6 +23,7 @@ from coalign.training.step import forward_backward, move_statistics
 
 CASES = [(name, "transformer") for name in METHODS]
 CASES += [(name, "batch norm") for name in METHODS if takes(name, BATCH_NORM)]
+CASES += [("declip", "hugging face")] if find_spec("transformers") else []
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 
 

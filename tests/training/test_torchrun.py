@@ -152,8 +152,8 @@ from coalign.workflows.train import setup
 
 original = setup.shard
 
-def shard(method, world):  # no layer of the tiny model reaches the default size
-    original(method, world, min_numel=64)
+def shard(method, world, whole):  # no layer of the tiny model reaches the default size
+    original(method, world, whole, min_numel=64)
     assert sum(map(is_sharded, method.parameters())) > 4
 
 setup.shard = shard

@@ -10,9 +10,10 @@ import coalign
 from coalign.data.loading.eval import image_batches
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images
+from coalign.types import CLIP_PREPROCESS, Preprocess
 
 
-def encoder(preprocess=None):
+def encoder(preprocess=CLIP_PREPROCESS):
     return coalign.DualEncoder(
         lambda pixels: pixels.float().mean((2, 3)),
         lambda texts: torch.eye(3)[: len(texts)],
@@ -40,7 +41,7 @@ def photos(tmp_path):
     return coalign.open_data(str(tmp_path))
 
 
-@pytest.mark.parametrize("preprocess", [None, shrink])
+@pytest.mark.parametrize("preprocess", [CLIP_PREPROCESS, Preprocess(resize_mode="longest"), shrink])
 def test_pixels_equal_those_of_evaluation(photos, preprocess):
     model = encoder(preprocess)
     ((indices, expected, bad),) = image_batches(photos, range(len(photos)), model.image_size, preprocess=preprocess)

@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "search": use.search_command,
     "localize": use.localize_command,
     "space": use.space_command,
+    "interpolate": use.interpolate_command,
     "export": use.export_command,
     "import": use.import_command,
     "card": use.card_command,
@@ -45,7 +46,7 @@ GROUPS = {
     "Data": [name for name in COMMANDS if name.startswith("data ")],
     "Train": ["train", "profile", "models", "recipes"],
     "Evaluate": ["eval", "compare"],
-    "Use": ["search", "localize", "space", "export", "import", "card"],
+    "Use": ["search", "localize", "space", "interpolate", "export", "import", "card"],
     "Experiments": ["benchmark", "reproduce"],
 }
 

@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from coalign.cli.parse import Command, first_sentence, parse
 from coalign.config import NOMINAL_PAIRS, TrainConfig
 from coalign.methods import recipe, recipes
+from coalign.methods.defaults import START, fit_to_start
 
 # exit code after Ctrl-C, and after a signal that stopped training, so that a calling script stops too
 INTERRUPTED = 130
@@ -124,8 +125,19 @@ def recipes_command() -> None:
 
 
 def _parse_settings(args: list[str], num_pairs: int, name: str, command: Any) -> tuple[Any, TrainConfig]:
-    """Parses the command's own options, and the settings of the recipe for `num_pairs` training pairs with overrides."""
+    """Parses the command's own options, and the settings of the recipe for `num_pairs` training pairs with overrides.
+
+    If the options say what a model starts from, the defaults of the others are those that fit it.
+    """
     default = recipe(_value_of(args, "--recipe") or "clip")(num_pairs)
+    options, config = _parse_options(args, default, name, command)
+    if any(getattr(config, each) != getattr(default, each) for each in START):
+        started = dataclasses.replace(default, **{each: getattr(config, each) for each in START})
+        return _parse_options(args, fit_to_start(started), name, command)
+    return options, config
+
+
+def _parse_options(args: list[str], default: TrainConfig, name: str, command: Any) -> tuple[Any, TrainConfig]:
     options = dataclasses.make_dataclass(
         "Options",
         [

@@ -1,4 +1,4 @@
-"""Commands that use a trained model: search, localize, space, export, import, card."""
+"""Commands that use a trained model: search, localize, space, interpolate, export, import, card."""
 
 from __future__ import annotations
 
@@ -101,6 +101,26 @@ def space_command(
     for name, gap in space(run, data, out, pairs, device, similarity).items():
         print(f"{name}: modality gap {gap:.2f} (distance between the centroids of image and text embeddings)")
     print(out)
+
+
+def interpolate_command(
+    start: Positional[str], run: Positional[str], out: Path, alpha: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+) -> None:
+    """Interpolate the weights of a run with those that it started from, to keep what the start knew (WiSE-FT).
+
+    Writes a run with the weights (1 − α) · START + α · RUN for each α, and chooses α on the held-out pairs of RUN.
+
+    Example: coalign interpolate start runs/more --out between
+
+    Args:
+        start: a run, a folder in open_clip's format, or `start`: what RUN started from, if that was not random
+        run: the folder of a finished run
+        out: output folder, new or empty, which receives a run alpha-0.5 for each α
+        alpha: one or more values between 0 (START) and 1 (RUN)
+    """
+    from coalign.workflows.models.interpolate import interpolate, print_interpolation
+
+    print_interpolation(interpolate(start, run, out, alpha))
 
 
 def export_command(

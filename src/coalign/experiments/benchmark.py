@@ -230,6 +230,7 @@ def _table(settings: Mapping[str, Any], epochs: Mapping[str, float]) -> Table:
         reading=from_json(DataConfig, settings["reading"]),
         context_length=settings["context_length"],
         skip_data_checks=settings["skip_data_checks"],
+        caption_safe_views=True,
     )
 
 

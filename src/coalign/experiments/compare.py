@@ -113,11 +113,18 @@ def _read(folder: Path, name: str) -> Finished:
     parameters, ran = sum(results["parameters"].values()), results["run"]
     metrics = _metrics(results["tasks"], outcomes)
     flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
-    for key in ("classes", "pretrained"):
+    for key in ("classes", "pretrained", "image_tower", "text_tower"):
         if flat[key]:
             flat[key] = Path(flat[key]).name
+    if flat["tokenizer"]:
+        kind, _, path = flat["tokenizer"].rpartition(":")
+        flat["tokenizer"] = f"{kind}:{_shown_data(path)}" if kind else _shown_data(path)
     compared = {"data", "num_train", *fields_marked(TrainConfig, "compared")}
     settings = {key: value for key, value in flat.items() if key.partition(".")[0] in compared}
+    if saved.extended_from:
+        settings["extended_from"] = ", ".join(f"{each:g}" for each in saved.extended_from)
+    if saved.interpolated:
+        settings["weights"] = saved.interpolated
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
     return Finished(
         name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, metrics, validations

@@ -28,9 +28,10 @@ from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
 from coalign.methods.table import Table
 from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, write_config
+from coalign.types import AugmentationPolicy
 from coalign.workflows.train.train import train
 
-CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder.safetensors"
+CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder"
 # Of a finished run, what `train` needs to re-evaluate it; without results and report.
 KEPT = (TOKENIZER, MODEL, "metrics.jsonl", "bad_samples.jsonl", "non_finite.jsonl", "last", "best")
 
@@ -61,7 +62,7 @@ class Trial:
         config = replace(config, classes=self.out / CLASSES if sweep.classes else None, probe=sweep.probe)
         if not sweep.pretraining_scenes:
             return config
-        return replace(config, model=tag_pretraining.MODEL, pretrained=str((self.out / TAG_ENCODER).resolve()))
+        return replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
 
 
 def finished(trial: Trial) -> bool:
@@ -71,11 +72,26 @@ def finished(trial: Trial) -> bool:
     saved = read_config(trial.folder)
     expected = trial.config(saved.num_train)
     names = fields_marked(TrainConfig, "identifies_trial")
-    if changed := [name for name in names if _bare(getattr(saved.config, name)) != _bare(getattr(expected, name))]:
+    if changed := [name for name in names if not _is_same(name, saved.config, expected)]:
         raise UserError(
             f"{trial.folder} holds a run whose {changed[0]} differs from this table's; choose another --out."
         )
     return True
+
+
+def _is_same(name: str, saved: TrainConfig, expected: TrainConfig) -> bool:
+    """Whether a setting of a run is the expected one, apart from what training derives from weights and captions."""
+    theirs, ours = getattr(saved, name), getattr(expected, name)
+    if name != "method_config" or type(theirs) is not type(ours):
+        return bool(_bare(theirs) == _bare(ours))
+    derived = {key: value for key, value in vars(theirs).items() if getattr(ours, key) is None}  # the temperature
+    if expected.caption_safe_views:
+        safe: dict[str, Any] = {"hue": 0.0, "flip_p": 0.0}
+        theirs, ours = (
+            replace(each, **{k: replace(v, **safe) for k, v in vars(each).items() if isinstance(v, AugmentationPolicy)})
+            for each in (theirs, ours)
+        )
+    return bool(theirs == replace(ours, **derived))
 
 
 def _bare(value: Any) -> Any:

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from coalign.embeds import fields, map_fields
 from coalign.errors import UserError
 from coalign.networks.towers.spec import find_towers
-from coalign.types import DualEncoder, Embeds, Similarity, dot_product
+from coalign.types import DualEncoder, Embeds, Preprocess, Similarity, dot_product
 
-INFO = "onnx_model.json"  # image size, context length, special tokens, logit scale, outputs and similarity, for clients
+INFO = "onnx_model.json"  # image size and geometry, context length, special tokens, logit scale, outputs and similarity, for clients
 COSINE = "cosine"  # in INFO, instead of the similarity's file name
 OPSET = 18
 _MISSING = 'ONNX needs the extra "onnx": pip install "coalign[onnx]".'
@@ -202,6 +202,7 @@ def from_onnx(folder: Path, tokenize: Callable[[Sequence[str], int], tuple[Tenso
         encode_image=lambda pixels: to_embeds(image(pixels=pixels.cpu().numpy())),
         encode_text=encode_text,
         image_size=info["image_size"],
+        preprocess=Preprocess(interpolation=info["interpolation"], resize_mode=info["resize_mode"]),
         name=str(folder),
         logit_scale=info["logit_scale"],
         weights=lambda: {
@@ -248,6 +249,8 @@ def read_info(folder: Path) -> dict[str, Any]:
         info = json.loads((folder / INFO).read_text())
         return {
             "image_size": int(info["image_size"]),
+            "interpolation": str(info.get("interpolation", "bicubic")),
+            "resize_mode": str(info.get("resize_mode", "shortest")),
             "context_length": int(info["context_length"]),
             "logit_scale": float(info["logit_scale"]),
             "similarity": str(info.get("similarity", COSINE)),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coalign.config import TrainConfig
 from coalign.errors import UserError
+from coalign.methods.defaults import START, fit_to_start
 
 if TYPE_CHECKING:
     from coalign.method import Method
@@ -59,22 +61,25 @@ def recipes() -> dict[str, Recipe]:
     return registered
 
 
-def recipe(name: str) -> Recipe:
+def recipe(name: str, **settings: Any) -> Recipe:
     """Returns a recipe by name.
 
     Args:
         name: Such as "clip" or "uniclip-yfcc15m". `coalign recipes` lists all.
+        settings: Fields of `TrainConfig` to change. With pretrained weights, the defaults of the others change too, to those of
+            fine-tuning.
 
     Returns:
         A function from the number of training pairs to a `TrainConfig`. Change single settings with `dataclasses.replace`.
 
     Raises:
-        UserError: There is no recipe of this name.
+        UserError: There is no recipe or setting of this name.
 
     Example:
         ```python
         config = coalign.recipe("clip")(10_000)
         print(config.model, config.batch_size, config.epochs)
+        locked = coalign.recipe("clip", model="ViT-B-32", pretrained="openai", image_tuning="locked")
         ```
     """
     known = recipes()
@@ -82,4 +87,13 @@ def recipe(name: str) -> Recipe:
         near = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {', '.join(near)}?" if near else f"available recipes: {', '.join(sorted(known))}."
         raise UserError(f"Unknown recipe {name!r}; {hint}")
-    return known[name]
+    if unknown := sorted(set(settings) - {field.name for field in fields(TrainConfig)}):
+        raise UserError(f"TrainConfig has no setting {unknown[0]!r}.")
+    if not settings:
+        return known[name]
+
+    def changed(num_pairs: int) -> TrainConfig:
+        config = replace(known[name](num_pairs), **settings)
+        return replace(fit_to_start(config), **settings) if set(settings) & set(START) else config
+
+    return changed

@@ -57,6 +57,7 @@ class Table:
     pretraining_scenes: int = 0
     context_length: int | None = None  # None: the recipe's
     skip_data_checks: bool = False
+    caption_safe_views: bool = False
     test_splits: tuple[str, ...] = ()  # evaluated at the end in addition to the held-out pairs
     # (lower, higher): the second arm is better, according to the paper or to the purpose of a control
     claims: tuple[tuple[str, str], ...] = ()
@@ -94,6 +95,7 @@ class Table:
             context_length=self.context_length or config.context_length,
             reading=self.reading,
             skip_data_checks=self.skip_data_checks,
+            caption_safe_views=self.caption_safe_views,
             val_fraction=self.val_fraction,
             train_fraction=row.train_fraction,
             unpaired_captions=row.unpaired_captions,

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from coalign.networks.batch_norm import StepStatistics
+from coalign.networks.blocks import find_blocks
 from coalign.networks.open_clip_parts import Transformer
 
 _calls: list[partial[Any]] | None = None  # see `recorded_blocks`
@@ -27,26 +28,11 @@ def checkpoint_blocks(tower: nn.Module) -> bool:
     transformers = [module for module in tower.modules() if isinstance(module, Transformer)]
     for transformer in transformers:
         transformer.grad_checkpointing = True  # for open_clip's own forward pass, and for ours
-    blocks: list[Any] = find_blocks(tower)
+    blocks: list[Any] = find_blocks(tower, of_transformers=False)  # a Transformer's check its flag
     for block in blocks:
         norms = [module for module in block.modules() if isinstance(module, StepStatistics)]
         block.forward = partial(_with_statistics, norms, block.forward) if norms else partial(recomputed, block.forward)
     return bool(transformers or blocks)
-
-
-def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a trunk or encoder: the elements of its innermost lists of modules that have submodules themselves. Blocks of
-    open_clip's Transformers, which check their own flag, are not included."""
-    if isinstance(module, Transformer):
-        return []
-    is_list = isinstance(module, (nn.Sequential, nn.ModuleList))
-    if not is_list or not all(next(child.children(), None) is not None for child in module.children()):
-        return [block for child in module.children() for block in find_blocks(child)]
-    blocks = []
-    for child in module.children():
-        inner = find_blocks(child)
-        blocks += inner if inner or isinstance(child, nn.ModuleList) else [child]
-    return blocks
 
 
 def recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

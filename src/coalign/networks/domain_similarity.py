@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from coalign.networks.logit_scale import TEMPERATURE
+
 COMBINATIONS = ("image_image", "image_text", "text_text")  # D, in the order of `domain_combinations`
 
 
@@ -20,11 +22,13 @@ class DomainSimilarity(nn.Module):
 
     domains: Tensor
 
-    def __init__(self, domains: Int[Tensor, "view view"], temperature: float, shared: bool, offsets: bool) -> None:
+    def __init__(
+        self, domains: Int[Tensor, "view view"], temperature: float | None, shared: bool, offsets: bool
+    ) -> None:
         super().__init__()
         self.register_buffer("domains", domains * 0 if shared else domains, persistent=False)
         num_domains = 1 if shared else len(COMBINATIONS)
-        self.log_logit_scales = nn.Parameter(torch.full([num_domains], math.log(1 / temperature)))
+        self.log_logit_scales = nn.Parameter(torch.full([num_domains], math.log(1 / (temperature or TEMPERATURE))))
         self.offsets = nn.Parameter(torch.zeros(num_domains)) if offsets else None
 
     def forward(self) -> tuple[Float[Tensor, "view view"], Float[Tensor, "view view"]]:

@@ -49,6 +49,21 @@ class MLP(nn.Module):
         return x
 
 
+class GLU(nn.Module):
+    """SAIL's alignment layer, W₃(ReLU6(W₁x) ⊙ W₂x), with biases (Zhang et al. 2024, released code).
+
+    The hidden layer is twice as wide as x, as in the first released version. Later ones have up to eight times.
+    """
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.gate, self.value = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(2 * width, embed_dim)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch embed_dim"]:
+        return self.out(F.relu6(self.gate(x)) * self.value(x))
+
+
 class ModalityBlindMLP(nn.Module):
     """MoCo-v3's projector or predictor for several kinds of rows ("image", "text", …): linear layers without bias, a normalization after
     each (the last one without learned scale), and ReLU in between.

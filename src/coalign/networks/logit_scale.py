@@ -8,13 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+TEMPERATURE = 0.07  # CLIP's initial temperature
+
 
 class LogitScale(nn.Module):
     """1/τ, learned in log-space (CLIP, §2.3)."""
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float | None) -> None:
         super().__init__()
-        self.log = nn.Parameter(torch.tensor([math.log(1 / temperature)]))  # FSDP2 refuses 0-d parameters
+        self.log = nn.Parameter(
+            torch.tensor([math.log(1 / (temperature or TEMPERATURE))])
+        )  # FSDP2 refuses 0-d parameters
 
     def forward(self) -> Float[Tensor, 1]:
         return self.log.exp()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,23 @@ def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
     column = sincos_1d(torch.arange(columns).repeat(rows), dim // 2)
     row = sincos_1d(torch.arange(rows).repeat_interleave(columns), dim // 2)
     return torch.cat([column, row], dim=1)
+
+
+def stretch_positions(table: Tensor, length: int) -> Tensor:
+    """Returns the learned table of a text encoder [old, dim] for `length` positions: its first rows, or, if it has fewer, the first quarter
+    unchanged and the others interpolated linearly. The first positions are trained best, as most texts are short; of CLIP's 77, Long-CLIP
+    keeps 20 as well (Zhang et al. 2024, §3.2)."""
+    old = len(table)
+    if length <= old:
+        return table[:length].clone()
+    kept = num_kept(old)
+    rest = F.interpolate(table[kept:].T[None].float(), size=length - kept, mode="linear", align_corners=True)
+    return torch.cat([table[:kept], rest[0].T.to(table.dtype)])
+
+
+def num_kept(length: int) -> int:
+    """Returns how many of `length` positions `stretch_positions` leaves unchanged."""
+    return math.ceil(length / 4)
 
 
 def resize_positions(table: Tensor, length: int) -> Tensor:

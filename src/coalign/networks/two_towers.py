@@ -28,6 +28,9 @@ class TwoTowers(Method):
     def image_features(self, pixels: Tensor) -> Tensor:
         return self.image(pixels).pooled
 
+    def projections(self) -> dict[str, nn.Module]:
+        return {"image": self.image.projection, "text": self.text.projection}
+
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         """Returns the towers' parameters; a method with more of them adds its own."""
         return {"image": list(self.image.parameters()), "text": list(self.text.parameters())}

@@ -63,6 +63,7 @@ class UnifiedTower(Tower):
     """
 
     image_size: int
+    context_length: int
     patch_grid: tuple[int, int]
     mean: Tensor
     std: Tensor
@@ -241,9 +242,13 @@ def grid_positions(side: int, own_side: int, width: int) -> Float[Tensor, "patch
 def build_unified_tower(spec: TowerSpec, masks_patches: bool) -> UnifiedTower:
     """Builds a single tower with the width, layers, heads, patch size and image size of the model's image tower, which must be a plain ViT.
     Vocabulary and context length are the spec's. Raises UserError if the model does not fit."""
-    if spec.pretrained:
-        raise UserError(f"A single tower is trained from scratch and cannot load {spec.pretrained}; omit --pretrained.")
-    vision = dict(model_config(spec.name)["vision_cfg"])
+    for option in ("pretrained", "image_tower", "text_tower"):
+        if weights := getattr(spec, option):
+            raise UserError(
+                f"A single tower is trained from scratch and cannot load {weights}; omit --{option.replace('_', '-')}."
+            )
+    config = model_config(spec.name)
+    vision, context = dict(config["vision_cfg"]), spec.context_length or config["text_cfg"].get("context_length", 77)
     known = open_clip.CLIPVisionCfg.__annotations__
     cfg = open_clip.CLIPVisionCfg(**{name: value for name, value in vision.items() if name in known})
     if cfg.timm_model_name or not isinstance(cfg.layers, int):
@@ -267,4 +272,4 @@ def build_unified_tower(spec: TowerSpec, masks_patches: bool) -> UnifiedTower:
             "for a single tower."
         )
     transformer = Transformer(cfg.width, cfg.layers, cfg.width // cfg.head_width, cfg.mlp_ratio)
-    return UnifiedTower(transformer, spec.vocab_size, spec.context_length, patch, own_size, size, masks_patches)
+    return UnifiedTower(transformer, spec.vocab_size, context, patch, own_size, size, masks_patches)

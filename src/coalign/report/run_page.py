@@ -11,6 +11,7 @@ import numpy as np
 from coalign.formatting import percent
 from coalign.metric import Metric
 from coalign.report import figures
+from coalign.report.changes import Change, changes_section
 from coalign.report.class_results import ClassResults, class_results
 from coalign.report.left_out import LeftOutTable, left_out_sections
 from coalign.report.page import GalleryCell, Page
@@ -61,11 +62,14 @@ class RunSummary:
     classes: ClassResults | None = None  # of zero-shot classification
     cost: Mapping[str, Any] = field(default_factory=dict)  # in the reader's words: "training time": "4 min 12 s"
     parameters: Mapping[str, int] = field(default_factory=dict)  # by tower or role
+    frozen_parameters: int = 0
     bad_samples: Mapping[str, int] = field(default_factory=dict)  # reason -> count
     bad_examples: Sequence[tuple[str, str, str]] = ()  # (sample, reason, detail)
     samples_seen: int = 0
     left_out: LeftOutTable = field(default_factory=LeftOutTable)
     notes: Sequence[str] = ()
+    changes: Sequence[Change] = ()  # of tracked tasks, from the start of the run to its end
+    change_notes: Sequence[str] = ()
 
 
 def run_page(run: RunSummary) -> Page:
@@ -79,6 +83,7 @@ def run_page(run: RunSummary) -> Page:
             [(metric.title, metric.text(), _small_print(metric)) for metric in run.highlights or run.metrics[:4]]
         )
         _metrics(page, run)
+    changes_section(page, run.changes, run.change_notes)
     _curves(page, run)
     _retrieval(page, run)
     _embedding_space(page, run)
@@ -219,6 +224,8 @@ def _cost(page: Page, run: RunSummary) -> None:
     rows += [(f"trainable parameters, {role}", count) for role, count in run.parameters.items()]
     if len(run.parameters) > 1:
         rows.append(("trainable parameters, total", sum(run.parameters.values())))
+    if run.frozen_parameters:
+        rows.append(("frozen parameters", run.frozen_parameters))
     page.table(("", ""), rows)
     waits = [row["data_wait"] for row in run.history if isinstance(row.get("data_wait"), (int, float))]
     if waits and float(np.mean(waits)) > 0.2:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coalign.config import TrainConfig, fields_marked, flatten, to_json
+from coalign.data.text.tokenizer import load_tokenizer
 from coalign.methods import method_class
 from coalign.metric import metrics_from_json
-from coalign.runs.folder import RESULTS, SavedConfig, describe_samples, read_config, read_results
+from coalign.runs.folder import (
+    RESULTS,
+    TOKENIZER,
+    SavedConfig,
+    describe_model,
+    describe_samples,
+    read_config,
+    read_results,
+)
 from coalign.version import __version__
 
 _LOAD = {
@@ -26,7 +36,8 @@ images = CLIPImageProcessor.from_pretrained("FOLDER")""",
     "timm": """import json, timm
 
 options = json.load(open("FOLDER/timm_model.json"))
-trunk = timm.create_model(**options, checkpoint_path="FOLDER/model.safetensors")  # normalize with CLIP's mean and std""",
+trunk = timm.create_model(**options, checkpoint_path="FOLDER/model.safetensors").eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(trunk))""",
     "onnx": """import json, numpy as np, onnxruntime
 from tokenizers import Tokenizer
 
@@ -40,7 +51,7 @@ def embed_text(text):
     return texts.run(None, {"input_ids": np.array([[info["start_id"], *ids, info["end_id"]]])})[0]
 
 
-def embed_images(pixels):  # uint8 [batch, 3, size, size], size = info["image_size"]: resized bicubically, center-cropped
+def embed_images(pixels):  # uint8 [batch, 3, size, size]; info has image_size, interpolation, resize_mode
     return images.run(None, {"pixels": pixels})[0]""",
     "coalign": """import coalign
 
@@ -83,7 +94,7 @@ def card(
     lines = [
         f"# {config.method} on {data}",
         "",
-        f"A `{_public(config.model)}` model that embeds images and texts in a shared space, trained by coalign {__version__} with {paper}",
+        f"A `{_model(config)}` model that embeds images and texts in a shared space, trained by coalign {__version__} with {paper}",
         "",
         "## Data",
         "",
@@ -105,16 +116,18 @@ def card(
         "## Use",
         "",
         "```python",
-        _code(library, compares_cosines, export or folder.resolve().name),
+        _code(library, compares_cosines, load_tokenizer(folder / TOKENIZER).cleans, export or folder.resolve().name),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _code(library: str, compares_cosines: bool, folder: str) -> str:
+def _code(library: str, compares_cosines: bool, cleans_texts: bool, folder: str) -> str:
     """Returns the code that loads the model in the library. A folder name that is not valid inside its strings stays a placeholder."""
     code = _LOAD[library]
+    if not cleans_texts:  # a tokenizer of Hugging Face has its own rules
+        code = code.replace("text.lower()", "text")
     if library == "onnx" and not compares_cosines:  # the encoders have several outputs
         code = code.replace("})[0]", "})") + "\n" + _COMPARE
     return code.replace("FOLDER", folder) if re.fullmatch(r"[\w .+-]+", folder) else code
@@ -131,14 +144,24 @@ def _differences(weights: str, similarity: str | None) -> list[str]:
 
 
 def _public(value: Any) -> Any:
-    """Reduces an absolute path to its file name, so that a card reveals no local folders."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    """Reduces an absolute path to its file name, also after `timm:NAME:`, so that a card reveals no local folders."""
+    if not isinstance(value, str):
+        return value
+    kind, colon, path = value.rpartition(":")
+    return kind + colon + Path(path).name if Path(path).is_absolute() else value
+
+
+def _model(config: TrainConfig) -> str:
+    names = {name: _public(getattr(config, name)) for name in ("model", "image_tower", "text_tower")}
+    return describe_model(replace(config, **names))
 
 
 def _settings(folder: Path, saved: SavedConfig) -> dict[str, Any]:
     """Returns the settings to list by name. The precision of a finished run is the one that "auto" was resolved to."""
     flat, listed = flatten(to_json(saved.config)), fields_marked(TrainConfig, "on_card")
     shared = {name: _public(flat[name]) for name in listed if flat.get(name) is not None}
+    shared |= {"epochs": saved.describe_epochs()} if saved.extended_from else {}
+    shared |= {"weights": saved.interpolated} if saved.interpolated else {}
     if (folder / RESULTS).exists():
         shared["precision"] = read_results(folder)["run"].get("precision", shared["precision"])
     return shared | {

@@ -14,16 +14,21 @@ from coalign.methods import config_class
 
 # ends the names of tasks on pairs without look-alikes in training
 WITHOUT_LOOK_ALIKES = "_without_look_alikes"
-CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT = (
+CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, START_RESULTS, START_OUTCOMES = (
     "config.json",
     "tokenizer.json",
     "model.json",
     "results.json",
     "report.html",
     "held_out.npz",
+    "tracked_start.json",
+    "tracked_start.npz",
 )
 
-RUN_FILES = {CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, "metrics.jsonl", "bad_samples.jsonl"}
+RUN_FILES = {
+    *(CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, START_RESULTS, START_OUTCOMES),
+    *("metrics.jsonl", "bad_samples.jsonl"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,17 @@ class SavedConfig:
     num_train: int
     num_val: int
     fingerprint: str = ""  # of the training pairs
+    extended_from: tuple[float, ...] = ()  # epochs that the run had before each extension
+    interpolated: str = (
+        ""  # how weights that were not trained were made, such as "0.75 × clip-b32 + 0.25 × clip (WiSE-FT)"
+    )
+
+    def describe_epochs(self) -> str:
+        """Returns "20", or "20 (extended from 10)"."""
+        extended = (
+            f" (extended from {', '.join(f'{each:g}' for each in self.extended_from)})" if self.extended_from else ""
+        )
+        return f"{self.config.epochs:g}{extended}"
 
 
 def describe_samples(config: TrainConfig, number: int) -> str:
@@ -42,6 +58,22 @@ def describe_samples(config: TrainConfig, number: int) -> str:
     if config.unpaired_captions:
         return f"{number:,} samples ({100 * config.train_fraction:g} % pairs, the rest captions only)"
     return f"{number:,} pairs"
+
+
+def describe_model(config: TrainConfig) -> str:
+    """Returns the model's name, or the names of what its two encoders start from. Of a path, only the end."""
+    model, image, text = (name and end_of_path(name) for name in (config.model, config.image_tower, config.text_tower))
+    if image and text:
+        return f"{image} and {text}"
+    other = f"the text encoder of {model}" if image else f"the image encoder of {model}"
+    return " and ".join(name for name in (image, other, text) if name) if image or text else str(model)
+
+
+def end_of_path(name: str) -> str:
+    """Returns a file's name, or the last two parts of a folder, as "model" alone says little; also after `timm:NAME:`."""
+    kind, colon, path = name.rpartition(":")
+    parts = Path(path).parts
+    return kind + colon + str(Path(*parts[-1:] if Path(path).suffix else parts[-2:]))
 
 
 def write_config(folder: Path, saved: SavedConfig) -> None:
@@ -98,6 +130,7 @@ def read_config(folder: Path) -> SavedConfig:
         method_config = from_json(config_class(config["method"]), config.pop("method_config"))
         config = {"group_look_alikes": False, **config, "method_config": None}  # older runs were split without
         train_config = replace(from_json(TrainConfig, config), method_config=method_config)
-        return SavedConfig(**{**saved, "config": train_config})
+        extended_from = tuple(saved.get("extended_from", ()))
+        return SavedConfig(**{**saved, "config": train_config, "extended_from": extended_from})
     except (ValueError, TypeError, KeyError, UserError) as error:
         raise UserError(f"{path} cannot be read by this version of coalign: {str(error).rstrip('.')}.") from error

@@ -30,36 +30,38 @@ def item_hashes(source: Source, indices: Iterable[int], texts: Sequence[str]) ->
     return np.array([item(index) for index in indices], dtype=np.int64)
 
 
-def write_outcomes(folder: Path, metrics: Mapping[str, Sequence[Metric]], items: Mapping[str, np.ndarray]) -> None:
-    """Writes the outcomes of each task's metrics, and the hashes of its items, to held_out.npz."""
+def write_outcomes(
+    folder: Path, metrics: Mapping[str, Sequence[Metric]], items: Mapping[str, np.ndarray], name: str = HELD_OUT
+) -> None:
+    """Writes the outcomes of each task's metrics, and the hashes of its items, to held_out.npz or another file."""
     arrays: dict[str, np.ndarray] = {f"{task}/items": hashes for task, hashes in items.items()}
     for task, task_metrics in metrics.items():
         for metric in task_metrics:
             if metric.outcome is not None:
-                name = f"{task}.{metric.name}"
-                arrays[f"{name}/values"] = metric.outcome.values
-                arrays[f"{name}/statistic"] = np.array(metric.outcome.statistic)
+                key = f"{task}.{metric.name}"
+                arrays[f"{key}/values"] = metric.outcome.values
+                arrays[f"{key}/statistic"] = np.array(metric.outcome.statistic)
                 if metric.outcome.groups is not None:
-                    arrays[f"{name}/groups"] = metric.outcome.groups
+                    arrays[f"{key}/groups"] = metric.outcome.groups
 
     def write(temporary: Path) -> None:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
-    write_atomically(folder / HELD_OUT, write)
+    write_atomically(folder / name, write)
 
 
-def read_outcomes(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Outcome]]:
+def read_outcomes(folder: Path, name: str = HELD_OUT) -> tuple[dict[str, np.ndarray], dict[str, Outcome]]:
     """Reads held_out.npz: task -> hashes of its items, and metric (such as "retrieval.image_to_text.r1") -> outcome.
 
     Raises UserError if the file is missing or damaged.
     """
-    path = folder / HELD_OUT
+    path = folder / name
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no {HELD_OUT}, which comparisons need; run `coalign train … --resume auto` to write it."
+            f"{folder} has no {name}, which comparisons need; run `coalign train … --resume auto` to write it."
         ) from None
     except (OSError, ValueError, BadZipFile) as error:
         raise UserError(
@@ -68,9 +70,9 @@ def read_outcomes(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Outcom
     items: dict[str, np.ndarray] = {}
     outcomes: dict[str, Outcome] = {}
     for key, array in arrays.items():
-        name, _, part = key.rpartition("/")
+        whose, _, part = key.rpartition("/")
         if part == "items":
-            items[name] = array
+            items[whose] = array
         elif part == "values":
-            outcomes[name] = Outcome(array, arrays.get(f"{name}/groups"), str(arrays[f"{name}/statistic"]))  # type: ignore[arg-type]
+            outcomes[whose] = Outcome(array, arrays.get(f"{whose}/groups"), str(arrays[f"{whose}/statistic"]))  # type: ignore[arg-type]
     return items, outcomes

@@ -19,10 +19,13 @@ from coalign.method import Method
 from coalign.methods import method_class
 from coalign.networks.positions import resize_positions
 from coalign.networks.queue import FeatureQueue
-from coalign.networks.towers.spec import TowerSpec, find_towers, model_config
+from coalign.networks.towers.composition import compose
+from coalign.networks.towers.pretrained import check_pretrained
+from coalign.networks.towers.spec import Tower, TowerSpec, find_towers, model_config
+from coalign.networks.towers.text_sources import pretrained_tokenizer
 from coalign.runs.folder import MODEL, TOKENIZER, read_config
 from coalign.training import checkpoint
-from coalign.types import DualEncoder, JointEncoder
+from coalign.types import DualEncoder, JointEncoder, Preprocess
 
 
 @dataclass
@@ -45,9 +48,15 @@ class Run:
     method: Method
     checkpoint: str
 
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """The configuration of its towers in open_clip's format, with what coalign adds."""
+        saved = self.path / MODEL
+        return model_config(str(saved) if saved.is_file() else self.config.model)
+
     def encoder(self) -> DualEncoder:
         """Returns the functions that embed images and texts. They run without gradient, on the model's device."""
-        return dual_encoder(self.method, self.tokenizer, self.config.context_length, self.path.name)
+        return dual_encoder(self.method, self.tokenizer, self.path.name)
 
     def joint_encoder(self) -> JointEncoder:
         """Returns a function that embeds images with one text each as one input (OneR).
@@ -67,15 +76,15 @@ class Run:
         @torch.no_grad()
         def encode_joint(pixels: Tensor, texts: Sequence[str]) -> Any:
             method.eval()
-            ids, lengths = self.tokenizer(list(texts), self.config.context_length)
+            ids, lengths = self.tokenizer(list(texts), context_length(method))
             return encode(pixels.to(device), ids.to(device), lengths.to(device))
 
         return encode_joint
 
 
-def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name: str) -> DualEncoder:
+def dual_encoder(method: Method, tokenizer: Tokenizer, name: str) -> DualEncoder:
     """Wraps a method for evaluation. It encodes and compares on the method's device, in evaluation mode and without gradient."""
-    device = next(method.parameters()).device
+    device, context = next(method.parameters()).device, context_length(method)
 
     @torch.no_grad()
     def encode_image(pixels: Tensor) -> Any:
@@ -85,7 +94,7 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
     @torch.no_grad()
     def encode_text(texts: Sequence[str]) -> Any:
         method.eval()
-        ids, lengths = tokenizer(texts, context_length)
+        ids, lengths = tokenizer(texts, context)
         return method.encode_text(ids.to(device), lengths.to(device))
 
     @torch.no_grad()
@@ -95,7 +104,7 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
 
     def modules() -> tuple[nn.Module, nn.Module]:
         trainable = copy.deepcopy(method)
-        return _ImageEncoder(trainable), _TextEncoder(trainable, tokenizer, context_length)
+        return _ImageEncoder(trainable), _TextEncoder(trainable, tokenizer, context)
 
     scale = method.scalars().get("logit_scale", 100.0)
     return DualEncoder(
@@ -105,11 +114,12 @@ def dual_encoder(method: Method, tokenizer: Tokenizer, context_length: int, name
         name,
         float(scale),
         image_features,
+        preprocess(method),
         weights=method.state_dict,
         modules=modules,
         similarity=on_device(method.similarity, device),
         num_tokens=tokenizer.num_tokens,
-        context_length=context_length,
+        context_length=context,
     )
 
 
@@ -142,6 +152,16 @@ def image_size(method: Method) -> int:
     return next(tower.image_size for tower in find_towers(method) if tower.image_size is not None)
 
 
+def context_length(method: Method) -> int:
+    """Returns the maximum number of tokens of the method's texts."""
+    return next(tower.context_length for tower in find_towers(method) if tower.context_length is not None)
+
+
+def preprocess(method: Method) -> Preprocess:
+    """Returns how the method's images are preprocessed."""
+    return next(tower.preprocess for tower in find_towers(method) if tower.image_size is not None)
+
+
 def patch_grid(method: Method) -> tuple[int, int] | None:
     """Returns the rows and columns of the patches that the method masks, or None if it does not mask patches."""
     return next((tower.patch_grid for tower in find_towers(method) if tower.patch_grid), None)
@@ -164,24 +184,77 @@ def check_device(name: str | None) -> str | None:
     return name
 
 
-def build_method(config: TrainConfig, tokenizer: Tokenizer) -> Method:
-    """Builds the method and its towers, initialized from the configuration's seed. Raises UserError if a model file is invalid."""
+def build_method(config: TrainConfig, tokenizer: Tokenizer, run: Path | None = None) -> Method:
+    """Builds the method and its towers, initialized from the configuration's seed. Raises UserError if a model file is invalid.
+
+    run: a run of this model, whose weights are loaded afterwards. The towers are then built without their pretrained weights.
+    """
     torch.manual_seed(config.seed)
-    towers = TowerSpec(
-        config.model,
-        tokenizer.vocab_size,
-        config.context_length,
-        config.image_size,
-        config.pretrained,
-        config.batch_norm_group or config.batch_size,
-    )
+    config = _of_run(config, run)
+    starts = None if run is None else model_config(config.model).get("starts")
+    towers = replace(_tower_spec(config, tokenizer.vocab_size), starts=starts)
     try:
         return method_class(config.method)(config.method_config, towers)
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        if not config.model.endswith(".json"):
+        sources = config.model, config.image_tower, config.text_tower
+        files = [name for name in sources if name and Path(name).exists()]
+        if not files:
             raise
         reason = str(error) if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"The model {config.model} cannot be built ({' '.join(reason.split())}).") from error
+        raise UserError(f"The model {' and '.join(files)} cannot be built ({' '.join(reason.split())}).") from error
+
+
+def _of_run(config: TrainConfig, run: Path | None) -> TrainConfig:
+    """Returns a configuration of the run's model without the weights that it started from."""
+    if run is None:
+        return config
+    model = str(run / MODEL) if (run / MODEL).is_file() else config.model
+    return replace(config, model=model, pretrained=None, image_tower=None, text_tower=None)
+
+
+def text_context(config: TrainConfig, run: Path | None = None) -> int:
+    """Returns the maximum number of tokens per text, as of the method that `build_method` builds."""
+    if config.context_length is not None:
+        return config.context_length
+    text = compose(_tower_spec(_of_run(config, run), 0)).config["text_cfg"]
+    return int(text.get("context_length", 77)) if isinstance(text, dict) else 77
+
+
+def text_weights(config: TrainConfig) -> tuple[str | None, str | None]:
+    """Returns the pretrained weights of the text encoder, and the tokenizer they were trained with, None if it is not known. (None, None):
+    the encoder starts from random weights."""
+    if config.text_tower:
+        source = compose(_tower_spec(config, 0)).text
+        return config.text_tower, source.tokenizer if source else None
+    if config.pretrained:
+        check_pretrained(config.model, config.pretrained)
+        return config.pretrained, pretrained_tokenizer(config.model, config.pretrained)
+    return None, None
+
+
+def saved_model(config: TrainConfig) -> dict[str, Any] | None:
+    """Returns the content of a new run's model.json, from which its towers can be built without the files and downloads that they come
+    from. None for a plain model name."""
+    if config.init_from:
+        folder = Path(config.init_from)
+        return model_config(str(folder / MODEL)) if (folder / MODEL).is_file() else None
+    if not (Path(config.model).exists() or config.pretrained or config.image_tower or config.text_tower):
+        return None
+    return compose(_tower_spec(config, 0)).to_json()
+
+
+def _tower_spec(config: TrainConfig, vocab_size: int) -> TowerSpec:
+    return TowerSpec(
+        name=config.model,
+        vocab_size=vocab_size,
+        context_length=config.context_length,
+        image_size=config.image_size,
+        pretrained=config.pretrained,
+        image_tower=config.image_tower,
+        text_tower=config.text_tower,
+        batch_norm_group=config.batch_norm_group or config.batch_size,
+        head=config.head,
+    )
 
 
 def init_from_run(method: Method, config: TrainConfig) -> None:
@@ -191,15 +264,17 @@ def init_from_run(method: Method, config: TrainConfig) -> None:
     """
     folder = Path(config.init_from or "")
     source_config = read_config(folder).config
-    for name in ("method", "model"):
+    for name in ("method", "model", "head"):
         theirs, ours = getattr(source_config, name), getattr(config, name)
         if theirs != ours:
             raise UserError(
                 f"The run {folder} of --init-from has the {name} {theirs}, but this run has {ours}; use the same {name}."
             )
+    for name in ("pretrained", "image_tower", "text_tower"):
+        if getattr(config, name) not in (None, getattr(source_config, name)):
+            raise UserError(f"The weights come from --init-from {folder}; omit --{name.replace('_', '-')}.")
     initial, weights = method.state_dict(), checkpoint.load(folder / "last").model
-    queues = tuple(f"{name}." for name, module in method.named_modules() if isinstance(module, FeatureQueue))
-    weights |= {name: value for name, value in initial.items() if queues and name.startswith(queues)}
+    weights |= {name: value for name, value in initial.items() if name.startswith(queue_names(method))}
     for name in weights.keys() & initial.keys():
         if name.endswith("trunk.positional_embedding"):
             weights[name] = resize_positions(weights[name], len(initial[name]))
@@ -209,6 +284,42 @@ def init_from_run(method: Method, config: TrainConfig) -> None:
         raise UserError(
             f"The weights of --init-from {folder} do not fit the settings of this run: {str(error).splitlines()[-1].strip()}"
         ) from error
+
+
+def start_from_run(method: Method, folder: Path) -> None:
+    """Notes that all parts of the towers start from the weights of a run, and what those started from, if they were pretrained."""
+    for tower in find_towers(method):
+        pretrained = tower.starts
+        tower.starts = {
+            part: f"{folder} ({pretrained[part]})" if part in pretrained else str(folder)
+            for part in ("trunk", "projection")
+        }
+
+
+def initial_weights(method: Method, config: TrainConfig) -> dict[str, Tensor]:
+    """Returns those weights of the untrained method that do not start from random values: all but queues after `config.init_from`, else
+    the parts of its towers that were loaded."""
+    weights = method.state_dict()
+    if config.init_from:
+        return {name: value for name, value in weights.items() if not name.startswith(queue_names(method))}
+    loaded: list[str] = []
+    for name, tower in method.named_modules():
+        if isinstance(tower, Tower) and tower.starts:
+            projection = f"{name}.projection."
+            own = [each for each in weights if each.startswith(f"{name}.")]
+            loaded += [
+                each for each in own if ("projection" if each.startswith(projection) else "trunk") in tower.starts
+            ]
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    for role, module in method.projections().items():  # UniCLIP's is in its head
+        if "projection" in getattr(method, role).starts:
+            loaded += [names[parameter] for parameter in module.parameters()]
+    return {name: weights[name] for name in dict.fromkeys(loaded)}
+
+
+def queue_names(method: Method) -> tuple[str, ...]:
+    """Returns the prefixes of the names of queues in the method's state. They hold features, not weights."""
+    return tuple(f"{name}." for name, module in method.named_modules() if isinstance(module, FeatureQueue))
 
 
 def load(
@@ -241,10 +352,7 @@ def load(
         saved = replace(saved, config=_with_similarity(saved.config, similarity))
     loaded = checkpoint.load(folder / weights)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    if not Path(saved.config.model).exists() and (folder / MODEL).is_file():  # the original model file is gone
-        saved = replace(saved, config=replace(saved.config, model=str(folder / MODEL)))
-    config = replace(saved.config, pretrained=None)
-    method = build_method(config, tokenizer)
+    method = build_method(saved.config, tokenizer, folder)
     try:
         method.load_state_dict(loaded.model)
     except RuntimeError as error:

@@ -33,7 +33,7 @@ from coalign.files import save_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"(last|best|step-\d+)(\.new|\.previous)?")
+_NAME = re.compile(r"(last|best|stable|start|step-\d+)(\.new|\.previous)?")
 
 
 @dataclass
@@ -55,7 +55,7 @@ class _DamagedError(Exception):
 
 
 def save(run_dir: Path, name: str, model: Mapping[str, Tensor], optimizer: Any = None, trainer: Any = None) -> Path:
-    """Saves to run_dir/name ("last", "best", "step-120") and returns that path.
+    """Saves to run_dir/name ("last", "best", "stable", "start", "step-120") and returns that path.
 
     model: name -> tensor; tensors that share memory are saved as separate copies. optimizer, trainer: nested dicts, lists and tuples of
     tensors, strings, numbers, bools and None; a checkpoint without an optimizer cannot be resumed from. If saving fails at any point,
@@ -208,6 +208,11 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     Damaged checkpoints are skipped with a warning. Raises UserError if all are damaged.
     """
     return _newest_intact(_directories(run_dir), only_resumable=True)
+
+
+def exists(run_dir: Path) -> bool:
+    """Returns whether there is a checkpoint that `load_latest` may load."""
+    return any(_sequence(path) and _manifest(path)["resumable"] for path in _directories(run_dir))
 
 
 def _newest_intact(paths: list[Path], only_resumable: bool = False) -> Checkpoint | None:

@@ -136,9 +136,9 @@ class RunLog:
         self._restart_window()
         timings = (round(now - self._began, 3), round(speed, 2), round(wait, 4))
         self._write(step, numbers, dict(zip(TIMINGS, timings)))
-        shown = {name: _number(name, value) for name, value in numbers.items()}
+        shown = _distinct_rates({name: _number(name, value) for name, value in numbers.items()})
         shown |= {"pairs/s": f"{speed:,.4g}", "data wait": f"{wait:.0%}", "bad samples": f"{bad_samples:,}"}
-        self._shown |= shown
+        self._shown = {name: text for name, text in self._shown.items() if not name.startswith("lr/")} | shown
         if self._live is None and (last or now - self._last_line >= self._line_seconds):
             self._last_line = now
             line = "  ".join(f"{name} {value}" for name, value in shown.items())
@@ -206,6 +206,19 @@ def _tensorboard(run_dir: Path, start_step: int) -> Any:
 def _number(name: str, value: Any) -> str:
     value = float(value)
     return f"{value:.2e}" if name.split("/")[0] == "lr" else f"{value:.4g}"
+
+
+def _distinct_rates(shown: Mapping[str, str]) -> dict[str, str]:
+    """Returns the values without the learning rates of parts that are printed the same as an earlier one."""
+    rates: set[str] = set()
+    kept = {}
+    for name, text in shown.items():
+        if name == "lr" or name.startswith("lr/"):
+            if text in rates:
+                continue
+            rates.add(text)
+        kept[name] = text
+    return kept
 
 
 class BadSampleLog:

@@ -94,7 +94,8 @@ def evaluate_loss(method: Method, batch: Batch, step: StepInfo, world: World, au
 
 def move_statistics(method: Method, world: World, keep: bool) -> None:
     """Updates the running statistics of all batch norms from all ranks. With `keep` False (a skipped step), discards this step's."""
-    norms: list[Any] = [module for module in method.modules() if hasattr(module, "take_statistics")]
+    # of the class: a module without it would search its parameters, buffers and submodules in every step
+    norms: list[Any] = [module for module in method.modules() if hasattr(type(module), "take_statistics")]
     taken = [(norm, totals) for norm in norms if (totals := norm.take_statistics()) is not None]
     if not keep or not taken:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from coalign.config import TrainConfig
 from coalign.errors import UserError
 from coalign.method import Method
-from coalign.optim import build_optimizers, clip_gradients
+from coalign.optim import Rate, build_optimizers, clip_gradients
 from coalign.training import checkpoint
 from coalign.training.allocator import keep_freed_memory
 from coalign.training.distributed import RankGather, World
@@ -35,6 +35,19 @@ class Loaded(Protocol):
     bad: list[Any]  # each has key, reason, detail, epoch
 
 
+class Tuning(Protocol):
+    """Which parts of the method are trained, and at which rates."""
+
+    def groups(self) -> Mapping[str, Sequence[torch.nn.Parameter]]:
+        """Returns the parameters that are trained, by role."""
+
+    def rates(self) -> Mapping[Tensor, Rate]:
+        """Returns the rates of the parameters that do not have their role's."""
+
+    def set_heads_only(self, on: bool) -> None:
+        """Freezes the parts that wait in the head steps, or trains them."""
+
+
 @dataclass
 class ValidationResult:
     """Metrics to log, and the score that selects the best checkpoint (higher is better)."""
@@ -48,6 +61,7 @@ class Progress:
     """Progress of a run. Checkpoints store it with the weights and the optimizer."""
 
     step: int = 0  # completed steps
+    total_steps: int = 0  # of the run at this time; an extended run has more
     best_score: float | None = None
     best_step: int | None = None
     evals_since_best: int = 0
@@ -85,6 +99,7 @@ class Trainer:
     batches: (first step, stop step) -> iterator of this rank's `Loaded`.
     validate: called on all ranks in evaluation mode, `config.evals` times, evenly spaced.
     save_checkpoints: False writes no "last" checkpoints.
+    tuning: None trains all parameters at the rates of their roles. The first `head_steps` train only what does not wait.
     Call `resume` before `fit` to continue from the newest checkpoint.
     """
 
@@ -101,28 +116,43 @@ class Trainer:
         validate: Callable[[StepInfo], ValidationResult] | None = None,
         interactive: bool = False,
         save_checkpoints: bool = True,
+        tuning: Tuning | None = None,
+        head_steps: int = 0,
     ) -> None:
         self.method, self.config, self.world, self.run_dir = method, config, world, run_dir
         self.batches, self.num_pairs, self.total_steps, self.validate = batches, num_pairs, total_steps, validate
         self.interactive, self.save_checkpoints = interactive, save_checkpoints
         self.autocast = autocast_dtype(config.precision, world.device)
         self.scaler = torch.amp.GradScaler(init_scale=2.0**12) if self.autocast == torch.float16 else None
-        self.optimizers = build_optimizers(method.parameter_groups(), config.optimizer, method)
+        self.tuning, self.head_steps = tuning, head_steps
+        groups, rates = (method.parameter_groups(), {}) if tuning is None else (tuning.groups(), tuning.rates())
+        self.optimizers = build_optimizers(groups, config.optimizer, method, rates)
         self.parameters = self.optimizers.parameters()
         self.gather = RankGather(world)
-        self.progress = Progress()
+        self.progress = Progress(total_steps=total_steps)
+        self.stable_step = config.optimizer.cooldown_start(total_steps)
         self.eval_steps = {round(total_steps * (k + 1) / config.evals) for k in range(config.evals)} - {0}
 
     def resume(self) -> int:
-        """Loads the newest intact checkpoint of the run folder, if there is one. Returns the number of completed steps."""
+        """Loads the newest intact checkpoint of the run folder, if there is one. Returns the number of completed steps.
+
+        If the run is longer than when the checkpoint was saved and that was in its cool-down, loads the one before the cool-down, "stable".
+        """
         latest = checkpoint.load_latest(self.run_dir)
         if latest is None:
             return 0
         for warning in latest.warnings if self.world.is_first else []:
             print(warning)
+        saved = Progress(**latest.trainer)
+        cooldown_start = self.config.optimizer.cooldown_start(saved.total_steps)
+        if saved.total_steps != self.total_steps and cooldown_start is not None and saved.step > cooldown_start:
+            latest = checkpoint.load(self.run_dir / "stable")
         load_weights(self.method, latest.model)
         self.optimizers.load_state_dict(latest.optimizer)
         self.progress = Progress(**latest.trainer)
+        if saved.total_steps != self.total_steps:  # `best` is the best so far, also of a cool-down that is left out
+            self.progress.best_score, self.progress.best_step = saved.best_score, saved.best_step
+            self.progress.total_steps, self.progress.evals_since_best = self.total_steps, 0
         if self.scaler:
             self.scaler.load_state_dict(self.progress.state["scaler"])
         return self.progress.step
@@ -154,6 +184,8 @@ class Trainer:
                 if self._out_of_patience():
                     ended = "stopped early"
                     break
+                if self.tuning and self.head_steps and step in (start, self.head_steps):
+                    self.tuning.set_heads_only(step < self.head_steps)
                 with timed("other"):
                     interrupted = self._one_step(step, loader, signal)
                 self._after_step(step, interrupted)
@@ -180,7 +212,7 @@ class Trainer:
         info = StepInfo(step, self.total_steps)
         with timed("copy to device"):
             batch = loaded.batch.to(self.world.device)
-        lrs = self.optimizers.set_lr(step, self.total_steps)
+        lrs = self.optimizers.set_lr(step, self.total_steps, self.head_steps)
         result = forward_backward(
             self.method, batch, info, self.world, slices=self._slices(len(batch)), autocast=self.autocast, scaler=self.scaler,
             seed=self.config.seed,
@@ -199,6 +231,7 @@ class Trainer:
                 "loss": result.loss,
                 **({f"loss/{name}": value for name, value in result.terms.items()} if len(result.terms) > 1 else {}),
                 "lr": next(iter(lrs.values())),
+                **({f"lr/{name}": lr for name, lr in lrs.items()} if any("." in name for name in lrs) else {}),
                 "grad_norm": grad_norm,
                 **self.method.scalars(),
             }
@@ -235,6 +268,10 @@ class Trainer:
         save_every = self.config.save_every
         due = num_steps in self.eval_steps if save_every is None else num_steps % save_every == 0
         ends = interrupted or num_steps == self.total_steps or self._out_of_patience()
+        if (
+            self.save_checkpoints and num_steps == self.stable_step
+        ):  # before `last`, from which the step is not repeated
+            self._save("stable")
         if self.save_checkpoints and (due or ends or self._time_to_save()):
             self._save()
 
@@ -258,7 +295,7 @@ class Trainer:
         else:
             progress.evals_since_best += 1
 
-    def _save(self) -> None:
+    def _save(self, name: str = "last") -> None:
         self._last_save = time.monotonic()
         weights, optimizer = (
             full_tensors(each.state_dict(), self.world.is_first) for each in (self.method, self.optimizers)
@@ -270,7 +307,7 @@ class Trainer:
             self.progress.seconds = time.monotonic() - self._began
             scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
             self.progress.state = {"guard": self._guard.state_dict(), "bad": self._bad.state_dict(), **scaler}
-            checkpoint.save(self.run_dir, "last", weights, optimizer, vars(self.progress))
+            checkpoint.save(self.run_dir, name, weights, optimizer, vars(self.progress))
         self.world.barrier()
 
     def _time_to_save(self) -> bool:

@@ -15,7 +15,7 @@ from coalign.data.images.decode import open_image
 from coalign.data.images.views import make_view
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
-from coalign.types import DualEncoder
+from coalign.types import CLIP_PREPROCESS, DualEncoder, Preprocess
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +27,8 @@ _THUMBNAIL = 128  # pixels
 def load_images(paths: str | Path | Sequence[str | Path], encoder: DualEncoder) -> Tensor:
     """Reads image files as the pixels that an encoder takes, the same that evaluation feeds it.
 
-    Images are rotated upright (EXIF), transparency is put on white, and all modes are converted to RGB. Then they are resized and
-    center-cropped to `encoder.image_size`, or preprocessed by `encoder.preprocess` if it is set.
+    Images are rotated upright (EXIF), transparency is put on white, and all modes are converted to RGB. Then they are resized to
+    `encoder.image_size` as `encoder.preprocess` says.
 
     Args:
         paths: One or more image files: JPEG, PNG, GIF, WebP, BMP, TIFF and others that Pillow decodes.
@@ -52,8 +52,8 @@ def load_images(paths: str | Path | Sequence[str | Path], encoder: DualEncoder) 
     return torch.cat([read_image(path, encoder.image_size, encoder.preprocess) for path in chosen])
 
 
-def read_image(path: str | Path, side: int, preprocess: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """Reads an image file as its evaluation view, or as the output of `preprocess`: uint8 [1, 3, side, side].
+def read_image(path: str | Path, side: int, preprocess: Preprocess | Callable[[Any], Tensor]) -> Tensor:
+    """Reads an image file as its evaluation view, or as the output of a function `preprocess`: uint8 [1, 3, side, side].
 
     Raises UserError if the file cannot be read or is not an image.
     """
@@ -62,18 +62,18 @@ def read_image(path: str | Path, side: int, preprocess: Callable[[Any], Tensor] 
     except OSError as error:
         raise UserError(f"The image {path} could not be read: {error.strerror}.") from error
     try:
-        if preprocess is not None:
-            return preprocess(Image.fromarray(open_image(data).decode(1.0)))[None]
-        return evaluation_view(data, side)[None]
+        if isinstance(preprocess, Preprocess):
+            return evaluation_view(data, side, preprocess)[None]
+        return preprocess(Image.fromarray(open_image(data).decode(1.0)))[None]
     except BadSample as bad:
         raise UserError(
             f"The image {path} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
         ) from bad
 
 
-def evaluation_view(image: bytes | np.ndarray, side: int) -> Tensor:
-    """Returns the resized and center-cropped image, uint8 [3, side, side]. Raises BadSample if it cannot be decoded."""
-    return make_view(image, side)[0]
+def evaluation_view(image: bytes | np.ndarray, side: int, preprocess: Preprocess = CLIP_PREPROCESS) -> Tensor:
+    """Returns the evaluation view of an image, uint8 [3, side, side]. Raises BadSample if it cannot be decoded."""
+    return make_view(image, side, preprocess=preprocess)[0]
 
 
 def thumbnail(source: Source, index: int) -> np.ndarray:

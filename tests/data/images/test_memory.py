@@ -13,9 +13,10 @@ from coalign.data.images.views import make_views
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.randomness import Draws
-from coalign.types import STRONG, WEAK, Record
+from coalign.types import CLIP_PREPROCESS, EVALUATION, STRONG, WEAK, Preprocess, Record
 
 POLICIES = {"weak": WEAK, "strong": STRONG}
+PADDED = Preprocess(resize_mode="longest")
 
 
 class Photos(Source):
@@ -42,15 +43,16 @@ class Photos(Source):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("broken", [0, 10])
-def test_the_estimate_is_what_a_cache_takes(kind, broken):
+@pytest.mark.parametrize(("policies", "preprocess"), [(POLICIES, CLIP_PREPROCESS), ({"view": EVALUATION}, PADDED)])
+def test_the_estimate_is_what_a_cache_takes(kind, broken, policies, preprocess):
     """JPEGs are decoded at several resolutions. Unreadable images take nothing."""
     source, usable = Photos(kind, broken), np.arange(broken, 29)
     cache = ImageCache(30, 1e8)
     for epoch in range(30):
         images = [cache.open(index, lambda index=index: source.image(index)) for index in usable.tolist()]
-        make_views(images, POLICIES, Draws(0, epoch, usable).uniform, 32)
+        make_views(images, policies, Draws(0, epoch, usable).uniform, 32, preprocess=preprocess)
     taken = int(cache._used[0])
-    estimated = decoded_bytes(source, np.arange(30), POLICIES, 32)
+    estimated = decoded_bytes(source, np.arange(30), policies, 32, preprocess)
     assert 0.8 * taken < estimated < 1.1 * taken
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torchvision.transforms.functional as tv
@@ -14,10 +15,10 @@ from scipy.stats import chi2_contingency, ks_2samp, kstest
 from torchvision import transforms
 
 from coalign.data.images.decode import OpenedImage, open_image
-from coalign.data.images.views import NUM_DRAWS, apply, make_view, make_views
+from coalign.data.images.views import NUM_DRAWS, apply, draw_views, make_view, make_views
 from coalign.errors import BadSample
 from coalign.randomness import Draws
-from coalign.types import EVALUATION, STRONG, WEAK, AugmentationParams, AugmentationPolicy
+from coalign.types import EVALUATION, STRONG, WEAK, AugmentationParams, AugmentationPolicy, Preprocess
 
 IDENTITY = AugmentationParams()
 SIZE = 64
@@ -274,6 +275,31 @@ def test_evaluation_view_is_resize_and_center_crop(size: tuple[int, int]) -> Non
     )
     view, _ = make_view(image, 224)
     assert difference(view, tensor(np.asarray(theirs))).float().mean() < 1.0
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("size", [(500, 375), (120, 300), (97, 96)])
+def test_evaluation_views_are_those_of_open_clip(size, resize_mode, interpolation) -> None:
+    image = photograph(*size)
+    transform = open_clip.image_transform(64, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
+    *geometry, _, _ = transform.transforms  # without the normalization
+    theirs = tensor(np.asarray(transforms.Compose(geometry)(Image.fromarray(image))))
+    preprocess = Preprocess(resize_mode=resize_mode, interpolation=interpolation)
+    view, _ = make_view(image, 64, preprocess=preprocess)
+    # crops are half a pixel apart where the margins are odd
+    assert difference(view, theirs).float().mean() < (4.0 if resize_mode == "shortest" else 1.0)
+    if resize_mode == "longest":
+        assert torch.equal(view.amax(0) == 0, theirs.amax(0) == 0)  # the padding
+    reduced, _ = make_view(jpeg(image), 64, preprocess=preprocess)  # decoded at a lower resolution
+    assert difference(reduced, view).float().mean() < 4.0
+
+
+@pytest.mark.parametrize(("resize_mode", "scale"), [("shortest", 0.5), ("squash", 0.5), ("longest", 0.125)])
+def test_images_are_decoded_as_large_as_the_evaluation_view_needs(resize_mode, scale) -> None:
+    size, preprocess = np.array([[800, 200]]), Preprocess(resize_mode=resize_mode)
+    _, scales = draw_views({"view": EVALUATION}, lambda *_: np.zeros((1, NUM_DRAWS)), size, 100, preprocess)
+    assert scales.tolist() == [scale]
 
 
 # ---------------------------------------------------------------- all views of a sample

@@ -31,7 +31,7 @@ from coalign.data.loading.train import tag_vocabulary
 from coalign.data.sources.open import open_source
 from coalign.errors import BadSample, UserError
 from coalign.randomness import Draws
-from coalign.types import STRONG, WEAK, Record, TextPolicy, ViewPlan
+from coalign.types import EVALUATION, STRONG, WEAK, Preprocess, Record, TextPolicy, ViewPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -390,6 +390,19 @@ def test_image_batches_yield_evaluation_views_in_order(workers):
         for index, view in zip(good, pixels):
             expected, _ = make_view(source.image(index), SIZE)
             assert torch.equal(view, expected)
+
+
+@pytest.mark.parametrize("resize_mode", ["squash", "longest"])
+def test_evaluation_views_in_training_are_those_of_evaluation(resize_mode):
+    """With the preprocessing of the image tower. Random crops have none."""
+    preprocess = Preprocess(interpolation="bilinear", resize_mode=resize_mode)
+    plan = ViewPlan({"fixed": EVALUATION, "random": WEAK}, {"base": TextPolicy()})
+    batch = next(make_loader(Pairs(), plan=plan, preprocess=preprocess).batches(0, 1)).batch
+    ((_, pixels, _),) = image_batches(Pairs(), batch.indices.numpy(), SIZE, preprocess=preprocess)
+    assert torch.equal(batch.images["fixed"].pixels, pixels)
+    other = next(make_loader(Pairs(), plan=plan).batches(0, 1)).batch
+    assert torch.equal(batch.images["random"].pixels, other.images["random"].pixels)
+    assert not torch.equal(batch.images["fixed"].pixels, other.images["fixed"].pixels)
 
 
 def test_image_batches_of_no_indices():

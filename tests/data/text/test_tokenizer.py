@@ -175,7 +175,7 @@ def test_invalid_tokenizers_are_user_errors(tmp_path: Path) -> None:
         (tmp_path, "cannot be read"),
         (tmp_path / "bytes.json", "cannot be read"),
         (tmp_path / "text.json", "is not a tokenizer file"),
-        (tmp_path / "other.json", "last two tokens of the tokenizer other are not"),
+        (tmp_path / "other.json", "tokenizer other does not add a start and an end token"),
     ]:
         with pytest.raises(UserError, match=message):
             load_tokenizer(spec)

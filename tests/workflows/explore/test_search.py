@@ -11,6 +11,7 @@ from coalign.cli import main as cli
 from coalign.data.scenes.source import open_scenes
 from coalign.errors import UserError
 from coalign.runs.run import load
+from coalign.types import CLIP_PREPROCESS
 from coalign.workflows.explore.search import search
 from coalign.workflows.image_files import read_image
 from coalign.workflows.models.export import export
@@ -32,7 +33,7 @@ def test_hits_are_the_nearest_images(trained, pairs):
     assert len(everything.hits) == everything.num_images
     assert [hit.key for hit in everything.hits[:5]] == [hit.key for hit in result.hits]
     for hit in result.hits:
-        pixels = read_image(Path(pairs) / hit.key, encoder.image_size)
+        pixels = read_image(Path(pairs) / hit.key, encoder.image_size, encoder.preprocess)
         with torch.no_grad():
             image = normalize(encoder.encode_image(pixels))[0]
         assert hit.score == pytest.approx(float(image @ query), abs=1e-4)
@@ -47,11 +48,13 @@ def test_image_finds_itself_and_a_text_moves_the_query(trained, pairs):
     both = search(trained, str(pairs), "a blue thing", path, top=3)
     assert both.query == "mean of the similarities to image and text"
     with torch.no_grad():
-        image = normalize(encoder.encode_image(read_image(path, encoder.image_size)))[0]
+        image = normalize(encoder.encode_image(read_image(path, encoder.image_size, encoder.preprocess)))[0]
         text = normalize(encoder.encode_text(["a blue thing"]))[0]
-        best = normalize(encoder.encode_image(read_image(Path(pairs) / both.hits[0].key, encoder.image_size)))[0]
+        best = normalize(
+            encoder.encode_image(read_image(Path(pairs) / both.hits[0].key, encoder.image_size, encoder.preprocess))
+        )[0]
         images = [
-            normalize(encoder.encode_image(read_image(file, encoder.image_size)))[0]
+            normalize(encoder.encode_image(read_image(file, encoder.image_size, encoder.preprocess)))[0]
             for file in sorted(Path(pairs).rglob("*.png"))
         ]
     assert both.hits[0].score == pytest.approx(float((image + text) @ best) / 2, abs=1e-4)
@@ -70,13 +73,15 @@ def test_oner_embeds_both_as_one_sequence(oner, tmp_path, capsys):
     assert page.count("<img") == 5  # the query and its hits
     assert "as one sequence" in page
     run = load(oner)
-    pixels = read_image(query_path, run.encoder().image_size)
+    pixels = read_image(query_path, run.encoder().image_size, run.encoder().preprocess)
     with torch.no_grad():
         query = run.joint_encoder()(pixels, ["a red ring"])
     best = search(oner, "scenes:32,size=32", "a red ring", query_path, top=1, split="val").hits[0]
     Image.fromarray(open_scenes("32,size=32").image(best.index)).save(tmp_path / "best.png")
     with torch.no_grad():
-        embeds = run.encoder().encode_image(read_image(tmp_path / "best.png", run.encoder().image_size))
+        embeds = run.encoder().encode_image(
+            read_image(tmp_path / "best.png", run.encoder().image_size, CLIP_PREPROCESS)
+        )
     assert best.score == pytest.approx(float(run.method.similarity(embeds, query)), abs=1e-4)
 
 

@@ -12,6 +12,7 @@ from helpers.pairs import CLIP_PLAN, Pairs
 
 from coalign.methods import recipe
 from coalign.training.distributed import World
+from coalign.types import CLIP_PREPROCESS
 from coalign.workflows.train import image_cache
 from coalign.workflows.train.batches import TrainingData
 from coalign.workflows.train.image_cache import RunImageCache
@@ -23,6 +24,7 @@ ONE = World(0, 1, torch.device("cpu"))
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "image_size", lambda method: 16)
+    monkeypatch.setattr(image_cache, "preprocess", lambda method: CLIP_PREPROCESS)
     monkeypatch.setattr(image_cache, "gettempdir", lambda: str(tmp_path / "temporary"))
     source = Pairs()
     pairs = TrainingData(source, np.arange(40), source, np.arange(0))

@@ -89,6 +89,17 @@ def test_flops_of_clip_by_hand(tmp_path):
     assert flops["backward"] == 2 * (flops["encoder forward"] + flops["objective forward"])
 
 
+def test_frozen_trunks_have_no_backward_pass(tmp_path):
+    method = build("clip", tmp_path)
+    for tower in (method.image, method.text):
+        for name, parameter in tower.named_parameters():
+            parameter.requires_grad_(name.startswith("projection."))
+    flops, whole = estimate(method).flops, estimate(build("clip", tmp_path)).flops
+    assert flops["encoder forward"] == whole["encoder forward"]
+    projections = 64 * 2 * (32 + 16) * 16  # the gradients of the two matrices
+    assert flops["backward"] == pytest.approx(projections + 2 * flops["objective forward"])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_objective_of_a_larger_batch_is_predicted_from_two_pairs(tmp_path, name):
     """FLOPs and saved bytes, against a measurement on 24 pairs."""

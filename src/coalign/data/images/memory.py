@@ -14,7 +14,7 @@ from coalign.data.images.views import draw_views
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.randomness import Draws
-from coalign.types import AugmentationPolicy
+from coalign.types import AugmentationPolicy, Preprocess
 
 SHARE = 0.25  # of the available memory that decoded images may take
 _SAMPLED = 64  # images of which the header is read
@@ -27,7 +27,11 @@ _CONTROL_GROUPS = (
 
 
 def decoded_bytes(
-    source: Source, indices: np.ndarray, policies: Mapping[str, AugmentationPolicy], output_size: int
+    source: Source,
+    indices: np.ndarray,
+    policies: Mapping[str, AugmentationPolicy],
+    output_size: int,
+    preprocess: Preprocess,
 ) -> float:
     """Estimates the bytes of all images, decoded at every resolution that their views need, from some of them."""
     sampled = np.asarray(indices)[np.unique(np.linspace(0, len(indices) - 1, _SAMPLED).astype(int))]
@@ -36,7 +40,7 @@ def decoded_bytes(
         with suppress(BadSample):
             image = open_image(source.image(index))
             draws = Draws(0, 0, np.arange(_DRAWN))
-            _, scales = draw_views(policies, draws.uniform, np.tile(image.size, (_DRAWN, 1)), output_size)
+            _, scales = draw_views(policies, draws.uniform, np.tile(image.size, (_DRAWN, 1)), output_size, preprocess)
             reductions = {jpeg_reduction(scale) if image.reducible else 1 for scale in scales.tolist()}
             sizes.append(sum(3.0 * image.size[0] * image.size[1] / reduction**2 for reduction in reductions))
     return len(indices) * sum(sizes) / len(sampled)

@@ -14,7 +14,7 @@ from coalign.data.images.cache import CachedImage
 from coalign.data.images.colors import finish as finish_colors
 from coalign.data.images.decode import OpenedImage, open_image
 from coalign.errors import BadSample
-from coalign.types import EVALUATION, AugmentationParams, AugmentationPolicy
+from coalign.types import CLIP_PREPROCESS, EVALUATION, AugmentationParams, AugmentationPolicy, Preprocess
 
 AnyImage = OpenedImage | CachedImage
 NUM_PARAMS = len(AugmentationParams().vector())
@@ -27,18 +27,22 @@ HELD_BYTES = 32 << 20  # of undecoded images whose views are made at once
 # ---------------------------------------------------------------- sampling parameters
 
 
-def sample_params(draws: np.ndarray, policy: AugmentationPolicy, sizes: np.ndarray) -> np.ndarray:
+def sample_params(
+    draws: np.ndarray, policy: AugmentationPolicy, sizes: np.ndarray, resize_mode: str = "shortest"
+) -> np.ndarray:
     """Draws the parameters of one view of each image.
 
-    draws: uniform numbers in [0, 1), float64 [image, NUM_DRAWS]. sizes: int64 [image, 2], width and height.
-    Returns float64 [image, 11]: the fields of `AugmentationParams` in order.
+    draws: uniform numbers in [0, 1), float64 [image, NUM_DRAWS]. sizes: int64 [image, 2], width and height. resize_mode: of evaluation
+    views, as in `Preprocess`. Returns float64 [image, 11]: the fields of `AugmentationParams` in order. The box of a padded evaluation
+    view is larger than the image.
 
     Distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur under RandomApply, and
     RandomHorizontalFlip. The box is aligned to pixels of the full image.
     """
     u = draws.T
     params = np.zeros((NUM_PARAMS, len(draws)))
-    boxes = _central_square(sizes) if policy.crop_scale is None else _random_boxes(draws[:, 9:], policy, sizes)
+    is_evaluation = policy.crop_scale is None
+    boxes = _evaluation_boxes(sizes, resize_mode) if is_evaluation else _random_boxes(draws[:, 9:], policy, sizes)
     params[:4] = (boxes / np.tile(sizes, 2)).T
     jittered = u[4] < policy.jitter_p
     for row, strength in enumerate((policy.brightness, policy.contrast, policy.saturation), _H + 1):
@@ -52,9 +56,12 @@ def sample_params(draws: np.ndarray, policy: AugmentationPolicy, sizes: np.ndarr
     return params.T
 
 
-def _central_square(sizes: np.ndarray) -> np.ndarray:
-    """Boxes (left, top, width, height) in pixels, int64 [image, 4]."""
-    sides = np.repeat(sizes.min(1, keepdims=True), 2, axis=1)
+def _evaluation_boxes(sizes: np.ndarray, resize_mode: str) -> np.ndarray:
+    """The central square, the whole image, or the square around it: boxes (left, top, width, height) in pixels, int64 [image, 4]."""
+    if resize_mode == "squash":
+        return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+    side = sizes.max(1, keepdims=True) if resize_mode == "longest" else sizes.min(1, keepdims=True)
+    sides = np.repeat(side, 2, axis=1)
     return np.concatenate([np.rint((sizes - sides) / 2).astype(np.int64), sides], axis=1)
 
 
@@ -99,22 +106,30 @@ _RESIZE: dict[str, Any] = {
 def crop_resize(image: np.ndarray, params: Sequence[float], out: np.ndarray, interpolation: str = "bilinear") -> None:
     """Crops and resizes with antialiasing in one pass.
 
-    image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels. out: uint8 [size, size, 3].
+    image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels, and may be larger than the image.
+    out: uint8 [size, size, 3].
     interpolation: "bilinear" or "bicubic".
     """
     height, width = image.shape[:2]
     size = len(out)
     x, y, w, h, *_ = params
     columns, rows = max(1, round(w * width)), max(1, round(h * height))
+    if columns > width or rows > height:  # padded with black
+        inner = np.empty((max(1, round(size * height / rows)), max(1, round(size * width / columns)), 3), np.uint8)
+        crop_resize(image, (0.0, 0.0, 1.0, 1.0), inner, interpolation)
+        top, left = ((size - side) // 2 for side in inner.shape[:2])
+        out[:] = 0
+        out[top : top + len(inner), left : left + inner.shape[1]] = inner
+        return
     left, top = min(round(x * width), width - columns), min(round(y * height), height - rows)
     crop = image[top : top + rows, left : left + columns]
-    if (columns, rows) == (size, size):
+    if crop.shape == out.shape:
         out[:] = crop
         return
     # interpolate(antialias=True) calls the same function, but returns planar memory, and the conversion costs as much as resizing.
     # With `out`, it stays in channels-last memory, where it is fast.
     source, target = (torch.from_numpy(each[None]).permute(0, 3, 1, 2) for each in (crop.copy(), out))
-    _RESIZE[interpolation](source, (size, size), False, out=target)
+    _RESIZE[interpolation](source, out.shape[:2], False, out=target)
 
 
 def apply(
@@ -174,6 +189,7 @@ def draw_views(
     uniform: Callable[[str, int], np.ndarray],
     sizes: np.ndarray,
     output_size: int,
+    preprocess: Preprocess = CLIP_PREPROCESS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the parameters of all views, [view, image, 11], and computes the scale at which to decode each image, [image].
 
@@ -182,7 +198,7 @@ def draw_views(
     """
     params = np.empty((len(policies), len(sizes), NUM_PARAMS))
     for view, (name, policy) in enumerate(policies.items()):
-        params[view] = sample_params(uniform(name, NUM_DRAWS), policy, sizes)
+        params[view] = sample_params(uniform(name, NUM_DRAWS), policy, sizes, preprocess.resize_mode)
     return params, np.minimum(1.0, (output_size / (params[:, :, [_W, _H]] * sizes)).max((0, 2), initial=0.0))
 
 
@@ -192,16 +208,17 @@ def make_views(
     uniform: Callable[[str, int], np.ndarray],
     output_size: int,
     finish: bool = True,
+    preprocess: Preprocess = CLIP_PREPROCESS,
 ) -> Views:
     """Makes all views of some images, from the draws `uniform(view name, NUM_DRAWS)` [image, NUM_DRAWS].
 
-    Parameters are drawn given the sizes in the headers. Each image is then decoded once. Evaluation views are resized bicubically, as in
-    CLIP. Without `finish`, color and blur are left to `device_views`.
+    Parameters are drawn given the sizes in the headers. Each image is then decoded once. `preprocess` has the interpolation and
+    the geometry of evaluation views. Without `finish`, color and blur are left to `device_views`.
     """
     sizes = np.array([image.size for image in images], np.int64).reshape(-1, 2)
-    params, scales = draw_views(policies, uniform, sizes, output_size)
+    params, scales = draw_views(policies, uniform, sizes, output_size, preprocess)
     cropped = np.zeros((len(policies), len(images), output_size, output_size, 3), np.uint8)
-    resampling = ["bicubic" if policy.crop_scale is None else "bilinear" for policy in policies.values()]
+    resampling = [preprocess.interpolation if policy.crop_scale is None else "bilinear" for policy in policies.values()]
     boxes = params[:, :, :4].transpose(1, 0, 2).tolist()
     failures: dict[int, BadSample] = {}
     for row, image in enumerate(images):
@@ -221,13 +238,16 @@ def make_view(
     output_size: int,
     policy: AugmentationPolicy = EVALUATION,
     draws: np.ndarray | None = None,
+    preprocess: Preprocess = CLIP_PREPROCESS,
 ) -> tuple[Tensor, AugmentationParams]:
     """Makes one view of an image: uint8 [3, output_size, output_size]. Raises `BadSample` if the image cannot be decoded.
 
     draws: uniform numbers in [0, 1), [NUM_DRAWS]. The evaluation view needs none.
     """
     numbers = np.zeros(NUM_DRAWS) if draws is None else draws
-    views = make_views([open_image(data)], {"view": policy}, lambda *_: numbers[None], output_size)
+    views = make_views(
+        [open_image(data)], {"view": policy}, lambda *_: numbers[None], output_size, preprocess=preprocess
+    )
     if views.failures:
         raise views.failures[0]
     return torch.from_numpy(views.pixels[0, 0]), AugmentationParams(*views.params[0, 0].tolist())

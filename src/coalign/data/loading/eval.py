@@ -18,7 +18,7 @@ from coalign.data.loading.workers import fetch_all
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.randomness import Draws
-from coalign.types import EVALUATION, AugmentationPolicy
+from coalign.types import CLIP_PREPROCESS, EVALUATION, AugmentationPolicy, Preprocess
 
 
 def image_batches(
@@ -27,15 +27,15 @@ def image_batches(
     image_size: int,
     batch_size: int = 256,
     workers: int = 0,
-    preprocess: Callable[[Any], Tensor] | None = None,
+    preprocess: Preprocess | Callable[[Any], Tensor] = CLIP_PREPROCESS,
     policy: AugmentationPolicy = EVALUATION,
     epoch: int = 0,
 ) -> Generator[tuple[list[int], Tensor, list[BadEntry]], None, None]:
     """Yields (indices, uint8 pixels [batch, 3, size, size], bad samples) for the images at `indices`, in order.
 
     Bad samples are omitted from indices and pixels and listed separately, with epoch 0; a batch may be empty. Images are shown in the
-    evaluation view; with `preprocess`, they are what it returns for the upright RGB PIL image; with another `policy`, views of that policy
-    and epoch.
+    evaluation view, or are what a function `preprocess` returns for the upright RGB PIL image; with another `policy`, they are views of
+    that policy and epoch.
     """
     make = partial(
         _image_batch, source, np.asarray(indices, np.int64), image_size, batch_size, preprocess, policy, epoch
@@ -48,7 +48,7 @@ def _image_batch(
     indices: np.ndarray,
     size: int,
     batch_size: int,
-    preprocess: Callable[[Any], Tensor] | None,
+    preprocess: Preprocess | Callable[[Any], Tensor],
     policy: AugmentationPolicy,
     epoch: int,
     task: int,
@@ -61,7 +61,7 @@ def _image_batch(
         for row, index in enumerate(batch.tolist()):
             try:
                 image = open_image(source.image(index))
-                if preprocess is None:
+                if isinstance(preprocess, Preprocess):
                     yield row, image
                 else:
                     pixels[row] = preprocess(Image.fromarray(image.decode(1.0))).numpy()
@@ -70,7 +70,8 @@ def _image_batch(
 
     for rows, images in in_groups(opened()):
         draws = Draws(0, epoch, batch[rows])
-        views = make_views(images, {"evaluation": policy}, draws.uniform, size)
+        assert isinstance(preprocess, Preprocess)  # else nothing is opened
+        views = make_views(images, {"evaluation": policy}, draws.uniform, size, preprocess=preprocess)
         pixels[rows] = views.pixels[0]
         failures |= {rows[row]: error for row, error in views.failures.items()}
     bad = [BadEntry(sample_key(source, int(batch[i])), e.reason, e.detail, 0) for i, e in sorted(failures.items())]

@@ -70,7 +70,7 @@ class Samples:
     def choose_captions(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The number of one caption of each sample, drawn uniformly. draws: in [0, 1), [row]."""
         counts = self.num_captions[rows]
-        return np.where(counts, self.first_caption[rows] + (draws * counts).astype(np.int64), len(self.captions) - 1)
+        return np.where(counts, self.first_caption[rows] + (draws * counts).astype(np.int64), len(self.caption_ids) - 1)
 
 
 def read_samples(

@@ -19,6 +19,7 @@ from coalign.types import NOT_MASKED, TextPolicy
 class Texts:
     """Text views of samples."""
 
+    captions: np.ndarray  # int64 [sample], numbers of the captions that are shown
     has_caption: np.ndarray  # bool [sample]
     caption_id: np.ndarray  # int64 [sample]
     ids: np.ndarray  # int32 [sample, view, token], padded with 0
@@ -39,6 +40,7 @@ def text_views(
     captions = samples.choose_captions(rows, draws.uniform("caption", 1)[:, 0])
     shape = (len(rows), len(policies), context_length)
     texts = Texts(
+        captions=captions,
         has_caption=samples.num_captions[rows] > 0,
         caption_id=samples.caption_ids[captions],
         ids=np.zeros(shape, np.int32),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from coalign.data.images.cache import ImageCache
 from coalign.data.images.decode import open_image
 from coalign.data.images.device_views import finish_views
 from coalign.data.images.views import NUM_PARAMS, AnyImage, in_groups, make_views
+from coalign.data.loading.cached_views import NOTHING_CACHED, CachedViews, to_float
 from coalign.data.loading.order import order
 from coalign.data.loading.samples import BadEntry, Samples, naming, read_samples, sample_key
 from coalign.data.loading.texts import text_views
@@ -31,7 +32,7 @@ from coalign.data.text.captions import require_captions
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.errors import BadSample, NoImage, UserError
 from coalign.randomness import Draws, stable_hash
-from coalign.types import Batch, ImageView, Record, TextView, ViewPlan
+from coalign.types import CLIP_PREPROCESS, Batch, ImageView, Preprocess, Record, TextView, ViewPlan
 
 CHUNK = 64  # samples that a worker loads at a time; more if a batch would otherwise have more than MAX_CHUNKS chunks
 MAX_CHUNKS = 64  # each takes a file descriptor in transit
@@ -59,6 +60,8 @@ class _Chunk:
     rows: np.ndarray  # structured [sample]
     tags: list[np.ndarray]
     bad: list[BadEntry]
+    # bits of bfloat16, uint16 [view, sample, width], of image and of text views; empty if none are cached
+    features: tuple[np.ndarray, np.ndarray]
 
 
 # ---------------------------------------------------------------- training loader
@@ -70,7 +73,9 @@ class PairLoader:
     indices: indices of the source's samples to train on.
     batch_size: the global batch size; this rank loads its consecutive slice.
     cache: keeps decoded images.
+    cached: views whose features take the place of pixels and ids, float32 [batch, width].
     finish_on: device to which batches are moved, and on which color and blur are applied.
+    preprocess: of the evaluation views.
 
     The incomplete last batch of an epoch is dropped. A bad sample is replaced by one that depends only on (seed, epoch,
     sample, attempt). A sample without captions is bad if the plan has texts and is not `captionless`.
@@ -105,6 +110,8 @@ class PairLoader:
         cache: ImageCache | None = None,
         group_column: str | None = None,
         finish_on: torch.device | None = None,
+        preprocess: Preprocess = CLIP_PREPROCESS,
+        cached: CachedViews = NOTHING_CACHED,
     ) -> None:
         _check_sizes(len(indices), batch_size, world_size)
         if plan.tags and tag_vocabulary is None:
@@ -113,15 +120,22 @@ class PairLoader:
             raise ValueError("a plan with patch_ranks needs patch_grid")
         self.source, self.indices, self.plan, self.tokenizer = source, np.asarray(indices), plan, tokenizer
         self.image_size, self.context_length, self.batch_size, self.seed = image_size, context_length, batch_size, seed
-        self.workers, self.rank, self.cache, self.finish_on = workers, rank, cache, finish_on
+        self.workers, self.rank, self.cache, self.cached = workers, rank, cache, cached
+        self.preprocess = preprocess
+        self.finish_on = finish_on if cached.images is None else None
+        # the views that are made, not read from the cache
+        self._images = plan.images if cached.images is None else {}
+        self._texts = plan.texts if cached.texts is None else {}
         self._group_column = group_column
         self.steps_per_epoch = len(indices) // batch_size
         self._vocabulary = tag_vocabulary or {}
         self._local = batch_size // world_size
         self._chunk_size = max(CHUNK, -(-self._local // MAX_CHUNKS))
         self._num_chunks = -(-self._local // self._chunk_size)  # per batch of this rank
-        self._kept: Samples | None = None
-        self._row = _row_type(plan, context_length, patch_grid if plan.patch_ranks else None)
+        self._kept = cached.texts.samples if cached.texts else None
+        self._row = _row_type(
+            replace(plan, texts=self._texts), context_length, patch_grid if plan.patch_ranks else None
+        )
 
     def batches(self, start_step: int, stop_step: int) -> Generator[LoadedBatch, None, None]:
         """Yields the batches of steps start_step … stop_step - 1; step s is batch s % steps_per_epoch of its epoch.
@@ -148,10 +162,10 @@ class PairLoader:
         positions = np.arange(first + start, first + stop)
         indices = self.indices[order(len(self.indices), self.seed, epoch)[positions]]
 
-        pixels = torch.zeros(
-            (len(self.plan.images), len(indices), 3, self.image_size, self.image_size), dtype=torch.uint8
+        pixels = torch.zeros((len(self._images), len(indices), 3, self.image_size, self.image_size), dtype=torch.uint8)
+        chunk = _Chunk(
+            pixels, np.zeros(len(indices), self._row), [np.empty(0)] * len(indices), [], self.cached.empty(len(indices))
         )
-        chunk = _Chunk(pixels, np.zeros(len(indices), self._row), [np.empty(0)] * len(indices), [])
         tried: list[list[BadEntry]] = [[] for _ in indices]
         positions, candidates = np.arange(len(indices)), indices
         for attempt in range(MAX_ATTEMPTS + 1):
@@ -177,10 +191,17 @@ class PairLoader:
         if self.plan.tags:
             for position, tags in zip(positions.tolist(), samples.tags[rows]):
                 chunk.tags[position] = tags
-        texts = text_views(samples, rows, draws, self.plan.texts, self.tokenizer, self.context_length)
+        texts = text_views(samples, rows, draws, self._texts, self.tokenizer, self.context_length)
         for name in ("has_caption", "caption_id", "ids", "lengths", "labels"):
             chunk.rows[name][positions] = getattr(texts, name)
         failures |= texts.failures
+        if self.cached.texts:
+            chunk.features[1][:, positions] = self.cached.texts.draw(texts.captions, draws)
+        if self.cached.images:
+            features, params, bad = self.cached.images.draw(draws)
+            chunk.features[0][:, positions], chunk.rows["has_image"][positions] = features, True
+            chunk.rows["params"][positions] = params.transpose(1, 0, 2)
+            return bad | failures
         return failures | self._add_images(chunk, positions, draws, failures)
 
     def _read_samples(self, indices: np.ndarray) -> Samples:
@@ -208,14 +229,14 @@ class PairLoader:
                         failures[row] = bad.copy()
                         continue
                 chunk.rows["has_image"][positions[row]] = image is not None
-                if self.plan.images and (image := image or self._substitute_image(index, draws.epoch)):
+                if self._images and (image := image or self._substitute_image(index, draws.epoch)):
                     yield row, image
 
         pixels = chunk.pixels.numpy()
         pixels[:, positions], chunk.rows["params"][positions] = 0, 0
         for rows, images in in_groups(opened()):
             uniform = draws[np.array(rows)].uniform
-            views = make_views(images, self.plan.images, uniform, self.image_size, finish=self.finish_on is None)
+            views = make_views(images, self._images, uniform, self.image_size, self.finish_on is None, self.preprocess)
             pixels[:, positions[rows]] = views.pixels
             chunk.rows["params"][positions[rows]] = views.params.transpose(1, 0, 2)
             failures |= {rows[row]: bad for row, bad in views.failures.items()}
@@ -248,11 +269,17 @@ class PairLoader:
         images, texts = {}, {}
         for view, name in enumerate(self.plan.images):
             images[name] = ImageView(
-                pixels=_concatenate_pixels(chunks, view),
+                pixels=_concatenate_features(chunks, 0, view)
+                if self.cached.images
+                else _concatenate_pixels(chunks, view),
                 params=_tensor(rows["params"][:, view], np.float32),
                 patch_ranks=_tensor(rows["patch_ranks"][:, view], np.float32) if self.plan.patch_ranks else None,
             )
-        for view, (name, policy) in enumerate(self.plan.texts.items()):
+        for view, name in enumerate(self.plan.texts if self.cached.texts else ()):
+            texts[name] = TextView(
+                _concatenate_features(chunks, 1, view), lengths=torch.zeros(len(rows), dtype=torch.int64)
+            )
+        for view, (name, policy) in enumerate(self._texts.items()):
             lengths = rows["lengths"][:, view]
             longest = lengths.max()
             texts[name] = TextView(
@@ -278,6 +305,12 @@ def _concatenate_pixels(chunks: list[_Chunk], view: int) -> Tensor:
     parts = [chunk.pixels[view] for chunk in chunks]
     shape = (sum(map(len, parts)), *parts[0].shape[1:])
     return torch.cat(parts, out=torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()))
+
+
+def _concatenate_features(chunks: list[_Chunk], kind: int, view: int) -> Tensor:
+    """The features of one image view (kind 0) or text view (kind 1) of all chunks, float32 [sample, width]."""
+    features = to_float(np.concatenate([chunk.features[kind][view] for chunk in chunks]))
+    return features.pin_memory() if torch.cuda.is_available() else features
 
 
 def _no_check(record: Record) -> None:

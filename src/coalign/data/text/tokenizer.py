@@ -1,7 +1,9 @@
-"""Byte-pair tokenizers, based on the `tokenizers` library: CLIP's tokenizer, and small ones trained on the captions of a dataset.
+"""Tokenizers, based on the `tokenizers` library: CLIP's, small ones trained on captions, and those of Hugging Face encoders.
 
-All tokenizers use the same order of ids: ordinary tokens 0 … vocab_size - 3, then the start token, then the end token, so that the end
-token has the largest id. The mask token follows at id vocab_size, outside the vocabulary; `encode` never returns it.
+CLIP's and trained ones have the same order of ids: ordinary tokens 0 … vocab_size - 3, then the start token, then the end token, so that
+the end token has the largest id. The mask token follows at id vocab_size, outside the vocabulary. A tokenizer of a Hugging Face encoder
+keeps its own ids and special tokens, such as [CLS], [SEP] and [MASK], so that the encoder gets what it was trained with. `encode` never
+returns a mask token.
 """
 
 from __future__ import annotations
@@ -29,8 +31,21 @@ if TYPE_CHECKING:
 
 START, END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"
+CLIP_VOCABULARY = 49408
 _CLIP_MERGES = 49152 - 256 - 2
+_COMPARED = ("A Café’s “Bücher”, ½ price!", "TWO  red apples &amp; a &lt;b&gt;", "狗在雪地里跑", "supercalifragilistic")
 _CLIP_PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+# files of which a Hugging Face tokenizer has at least one
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 
 
 def clean_text(text: str) -> str:
@@ -44,33 +59,58 @@ def clean_text(text: str) -> str:
 
 
 class Tokenizer:
-    """Converts text to token ids and back. Can be pickled for data loading workers."""
+    """Converts text to token ids and back. Can be pickled for data loading workers.
+
+    Attributes:
+        vocab_size: One more than the largest id.
+        start_id, end_id: Ids of the tokens around each text.
+        mask_id: Id of the mask token; None if the tokenizer has none.
+        special_ids: Ids that stand for no text.
+        cleans: Whether text is cleaned as CLIP does; a tokenizer of a Hugging Face encoder has its own rules.
+    """
 
     def __init__(self, backend: Backend, name: str) -> None:
-        """Raises UserError unless the last two ids of `backend` are the start and the end token."""
+        """Raises UserError if `backend` has no start and end token."""
         self.name = name
-        self.vocab_size = backend.get_vocab_size()
-        self.start_id = self.vocab_size - 2
-        self.end_id = self.vocab_size - 1
-        self.mask_id = self.vocab_size
         self._backend = backend
         backend.encode_special_tokens = True  # encode special tokens in a caption as ordinary text
-        if (backend.token_to_id(START), backend.token_to_id(END)) != (self.start_id, self.end_id):
-            raise UserError(
-                f"The last two tokens of the tokenizer {name} are not {START} and {END}: "
-                "create a tokenizer with `coalign data tokenizer`."
-            )
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        last = self.vocab_size - 2, self.vocab_size - 1
+        self.cleans = (backend.token_to_id(START), backend.token_to_id(END)) == last
+        self.mask_id: int | None
+        if self.cleans:
+            around: tuple[int, ...] = last
+            self.special_ids, self.mask_id = around, self.vocab_size
+        else:
+            special = {key: token.content for key, token in backend.get_added_tokens_decoder().items() if token.special}
+            self.special_ids, around = tuple(sorted(special)), tuple(backend.encode("").ids)
+            self.mask_id = next((key for key, content in special.items() if "mask" in content.lower()), None)
+            if len(around) != 2 or not set(around) <= set(special):
+                raise UserError(
+                    f"The tokenizer {name} does not add a start and an end token to each text; use the tokenizer of an encoder like BERT, "
+                    "or create one with `coalign data tokenizer`."
+                )
+        self.start_id, self.end_id = around
 
     def encode(self, text: str, context_length: int) -> list[int]:
         """Returns at most `context_length` ids from start to end token. A longer text is truncated before the end token."""
         if context_length < 2:
             raise ValueError(f"context_length is {context_length}, but must be at least 2 for the start and end tokens")
-        ids = self._backend.encode(clean_text(text), add_special_tokens=False).ids
-        return [self.start_id, *ids[: context_length - 2], self.end_id]
+        return [self.start_id, *self._encode(text)[: context_length - 2], self.end_id]
 
     def num_tokens(self, text: str) -> int:
         """Returns the number of tokens of a text that is not truncated, including the start and end tokens."""
-        return len(self._backend.encode(clean_text(text), add_special_tokens=False).ids) + 2
+        return len(self._encode(text)) + 2
+
+    def _encode(self, text: str) -> list[int]:
+        text = clean_text(text) if self.cleans else text.encode("utf-8", "replace").decode()
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def equals(self, other: Tokenizer) -> bool:
+        """Whether both have the same vocabulary and rules, as far as a few texts show."""
+        if self._backend.get_vocab() != other._backend.get_vocab():
+            return False
+        return all(self.encode(text, 77) == other.encode(text, 77) for text in _COMPARED)
 
     def __call__(self, texts: Sequence[str], context_length: int) -> tuple[Tensor, Tensor]:
         """Returns ids, int64 [batch, longest], padded with 0, and lengths, int64 [batch], including the start and end tokens."""
@@ -80,12 +120,13 @@ class Tokenizer:
         """Returns the cleaned text of token ids, without start and end tokens, with [MASK] for mask tokens."""
         pieces: list[str] = []
         tokens: list[int] = []  # since the last mask
-        for token in [*ids, self.mask_id]:
-            if token != self.mask_id:
-                tokens += [token] if token < self.start_id else []
-                continue
-            pieces.append(self._backend.decode(tokens).strip())
-            tokens = []
+        for token in ids:
+            if token == self.mask_id:
+                pieces.append(self._backend.decode(tokens).strip())
+                tokens = []
+            elif token not in self.special_ids:
+                tokens.append(token)
+        pieces.append(self._backend.decode(tokens).strip())
         return " [MASK] ".join(pieces).strip()
 
     def save(self, path: str | Path) -> None:
@@ -177,6 +218,12 @@ def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, f"bpe-{len(vocab)}")
 
 
+def has_tokenizer(spec: str) -> bool:
+    """Whether `spec` is not "hf:FOLDER" of a folder without a tokenizer, for which transformers would make up one."""
+    folder = Path(spec.removeprefix("hf:"))
+    return not (spec.startswith("hf:") and folder.is_dir()) or any((folder / file).is_file() for file in _VOCABULARIES)
+
+
 @cache
 def _clip_tokenizer() -> Tokenizer:
     """Builds CLIP's tokenizer (49,408 tokens) from the merges shipped with open_clip, without importing open_clip."""
@@ -209,7 +256,9 @@ def _clip_tokenizer() -> Tokenizer:
 
 
 def _hugging_face_tokenizer(name: str) -> Tokenizer:
-    """Loads a Hugging Face tokenizer and appends our start and end tokens, which are used in place of its own."""
+    """Loads the tokenizer of a Hugging Face encoder, from the hub or a folder."""
+    if not has_tokenizer(f"hf:{name}"):
+        raise UserError(f"The folder {name} has no tokenizer; give the one of its model with --tokenizer.")
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -221,7 +270,6 @@ def _hugging_face_tokenizer(name: str) -> Tokenizer:
     backend = Backend.from_str(backend.to_str())
     backend.no_padding()
     backend.no_truncation()
-    backend.add_special_tokens([START, END])
     return Tokenizer(backend, Path(name).name)
 
 

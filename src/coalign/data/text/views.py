@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -73,6 +74,11 @@ def choose_paraphrases(caption: str, stored: object, count: int, generator: np.r
     return [choices[shuffled[i % len(choices)]] for i in range(count)]
 
 
+@cache
+def _ordinary_ids(vocab_size: int, special_ids: tuple[int, ...]) -> np.ndarray:
+    return np.setdiff1d(np.arange(vocab_size), special_ids)
+
+
 def mask_tokens(
     ids: np.ndarray, lengths: np.ndarray, mask_p: float, draws: np.ndarray, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -80,11 +86,15 @@ def mask_tokens(
 
     ids: int [text, token], padded to the right. lengths: [text]. draws: uniform numbers in [0, 1), float [3, text, token].
 
-    Each ordinary token is selected with probability `mask_p`, independently as in DeCLIP's released code, so a short caption may have no
-    masked token. A selected token becomes the mask token (80 %) or a random ordinary token (10 %), or stays unchanged (10 %).
+    The tokenizer must have a mask token. Each ordinary token is selected with probability `mask_p`, independently as in DeCLIP's released
+    code, so a short caption may have no masked token. A selected token becomes the mask token (80 %) or a random ordinary token (10 %), or
+    stays unchanged (10 %).
     """
     selection, action, token = draws
-    selected = (selection < mask_p) & (ids < tokenizer.start_id) & (np.arange(ids.shape[1]) < lengths[:, None])
-    changed = np.where(action < 0.8, tokenizer.mask_id, (token * tokenizer.start_id).astype(ids.dtype))
+    is_text = ~np.isin(ids, tokenizer.special_ids) & (ids != tokenizer.mask_id)
+    is_text &= np.arange(ids.shape[1]) < lengths[:, None]
+    selected = (selection < mask_p) & is_text
+    ordinary = _ordinary_ids(tokenizer.vocab_size, tokenizer.special_ids)
+    changed = np.where(action < 0.8, tokenizer.mask_id, ordinary[(token * len(ordinary)).astype(np.int64)])
     masked = np.where(selected & (action < 0.9), changed, ids)
     return masked.astype(ids.dtype), np.where(selected, ids, NOT_MASKED).astype(ids.dtype)

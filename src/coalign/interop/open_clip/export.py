@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import open_clip
 from torch import Tensor, nn
 
 from coalign.errors import UserError
 from coalign.networks.open_clip_parts import TimmModel, VisionTransformer
 from coalign.networks.towers.image import ImageTower
+from coalign.networks.towers.pretrained import take_own_settings
 from coalign.networks.towers.text import TextTower
 
 
@@ -24,10 +24,18 @@ def to_open_clip(
         raise UserError(
             "open_clip cannot represent this text tower, whose attention is bidirectional: open_clip would attend to padding."
         )
-    vision, image_state = _image(dict(model_cfg["vision_cfg"]), image)
+    vision, vision_own = take_own_settings(model_cfg["vision_cfg"])
+    text_cfg, text_own = take_own_settings(model_cfg["text_cfg"])
+    shared = model_cfg.get("quick_gelu", False)
+    image_gelu, text_gelu = (bool(own.get("quick_gelu", shared)) for own in (vision_own, text_own))
+    if image_gelu != text_gelu and "timm_model_name" not in vision:  # timm's models have their own activations
+        raise UserError(
+            "open_clip cannot represent towers of which only one has QuickGELU; use --to transformers or onnx."
+        )
+    vision, image_state = _image(vision, image)
     transformer = text.transformer
     text_cfg = {
-        **model_cfg["text_cfg"],
+        **text_cfg,
         "context_length": text.context_length,
         "vocab_size": transformer.token_embedding.num_embeddings,
         "proj_type": "linear",
@@ -42,15 +50,10 @@ def to_open_clip(
             "embed_dim": image.embed_dim,
             "vision_cfg": vision,
             "text_cfg": text_cfg,
-            "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+            "quick_gelu": text_gelu,
             "custom_text": True,
         },
-        "preprocess_cfg": {
-            "mean": list(open_clip.OPENAI_DATASET_MEAN),
-            "std": list(open_clip.OPENAI_DATASET_STD),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": image.preprocess.to_json(),
     }
     return config, {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
@@ -72,6 +75,8 @@ def _image(vision: dict[str, Any], tower: ImageTower) -> tuple[dict[str, Any], d
         return vision, dict(trunk.state_dict())
     weight = {"head.proj.weight": projection.get_parameter("weight")}
     if isinstance(trunk, TimmModel):
+        if not vision.get("timm_proj"):  # a new projection after a trunk that had none
+            vision["timm_proj"] = "linear"
         return vision, {**trunk.state_dict(), **weight}
     vision |= {"timm_pool": "", "timm_proj": "linear"}  # keep the trunk's own pooling
     return vision, {**{f"trunk.{name}": value for name, value in trunk.state_dict().items()}, **weight}

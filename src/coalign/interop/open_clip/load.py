@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from coalign.networks.towers.pretrained import linear_from_matrix, take_projecti
 from coalign.networks.towers.spec import check_activation
 from coalign.networks.towers.text import TextTower
 from coalign.networks.transformer import is_plain
-from coalign.types import DualEncoder
+from coalign.types import DualEncoder, Preprocess
 
 _MAX_TOKENS = 4096
 CONFIG = "open_clip_config.json"  # identifies a folder as an open_clip model
@@ -46,9 +48,8 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
     size = sides[0]
     if len(set(sides)) > 1:
         raise UserError(f"{spec} takes images of {sides[0]} × {sides[1]} pixels; only square ones are supported.")
-    mean, std = (torch.tensor(cfg[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    image = _image_tower(model.visual, size)
-    image.mean, image.std = mean * 255, std * 255
+    settings = Preprocess.from_json(cfg)
+    image = _image_tower(model.visual, size, settings).to(device)
     encoders = _ImageEncoder(image), _text_encoder(model.text, tokenizer)
     return DualEncoder(
         encode_image=lambda pixels: encoders[0](pixels.to(device)),
@@ -57,7 +58,7 @@ def from_open_clip(spec: str, device: str | torch.device = "cpu") -> DualEncoder
         name=spec,
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=lambda pixels: image(pixels.to(device)).pooled,
-        preprocess=open_clip_preprocess(size, cfg["resize_mode"], cfg["interpolation"], cfg["fill_color"]),
+        preprocess=OpenClipPreprocess(size, settings, cfg["fill_color"]),
         modules=lambda: copy.deepcopy(encoders),
         weights=lambda: {**image.state_dict(), **model.state_dict()},
         num_tokens=lambda text: _num_tokens(tokenizer, text),
@@ -108,15 +109,28 @@ class _PackedTextEncoder(torch.nn.Module):
         return self.tower.projection(self.tower(ids[:, : int(lengths.max())], lengths).pooled)
 
 
-def open_clip_preprocess(
-    size: int, resize_mode: str = "shortest", interpolation: str = "bicubic", fill_color: int = 0
-) -> Any:
-    """Returns open_clip's transform without its normalization: PIL image -> uint8 [3, size, size]."""
-    transform = open_clip.image_transform(
-        size, is_train=False, resize_mode=resize_mode, interpolation=interpolation, fill_color=fill_color
-    )
-    *geometry, _, _ = transform.transforms  # without ToTensor and Normalize
-    return transforms.Compose([*geometry, transforms.PILToTensor()])
+@dataclass(frozen=True)
+class OpenClipPreprocess:
+    """open_clip's transform without its normalization: PIL image -> uint8 [3, size, size]."""
+
+    size: int
+    settings: Preprocess
+    fill_color: int = 0
+
+    @cached_property
+    def _transform(self) -> Any:
+        transform = open_clip.image_transform(
+            self.size,
+            is_train=False,
+            resize_mode=self.settings.resize_mode,
+            interpolation=self.settings.interpolation,
+            fill_color=self.fill_color,
+        )
+        *geometry, _, _ = transform.transforms  # without ToTensor and Normalize
+        return transforms.Compose([*geometry, transforms.PILToTensor()])
+
+    def __call__(self, image: Any) -> Tensor:
+        return self._transform(image)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -146,11 +160,11 @@ def _parse(spec: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _image_tower(visual: Any, size: int) -> ImageTower:
+def _image_tower(visual: Any, size: int, preprocess: Preprocess) -> ImageTower:
     if isinstance(visual, VisionTransformer) and visual.proj is None:
-        return ImageTower(visual, visual.output_dim, visual.output_dim, size, torch.nn.Identity())
+        return ImageTower(visual, visual.output_dim, visual.output_dim, size, torch.nn.Identity(), preprocess)
     width, projection = take_projection(visual, int(getattr(visual, "output_dim", 0)))
-    return ImageTower(visual, width, 0, size, projection).eval()
+    return ImageTower(visual, width, 0, size, projection, preprocess).eval()
 
 
 def _text_encoder(text: Any, tokenizer: Any) -> torch.nn.Module:

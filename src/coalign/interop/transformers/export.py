@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import open_clip
 import torch
 from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as Backend
@@ -15,6 +14,7 @@ from coalign.networks.open_clip_parts import VisionTransformer
 from coalign.networks.towers.image import ImageTower
 from coalign.networks.towers.text import TextTower
 from coalign.networks.transformer import is_plain
+from coalign.types import Preprocess
 
 
 def to_transformers(image: ImageTower, text: TextTower, log_logit_scale: Tensor, start_id: int, end_id: int) -> Any:
@@ -151,22 +151,39 @@ _BLOCK = {  # open_clip's names in a block -> transformers' names in a layer
 }
 
 
-def preprocessor(size: int) -> dict[str, Any]:
-    """Returns the content of preprocessor_config.json for the evaluation view; transformers also resizes with Pillow."""
+def preprocessor(size: int, preprocess: Preprocess) -> dict[str, Any]:
+    """Returns the content of preprocessor_config.json for the evaluation view; transformers also resizes with Pillow. Raises UserError if
+    transformers cannot represent it."""
+    if preprocess.resize_mode == "longest":
+        raise UserError("transformers' CLIPImageProcessor cannot pad images to a square; use --to open_clip or onnx.")
+    square, crops = {"height": size, "width": size}, preprocess.resize_mode == "shortest"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "size": {"shortest_edge": size} if crops else square,
+        "resample": _RESAMPLE[preprocess.interpolation],
+        "do_center_crop": crops,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(open_clip.OPENAI_DATASET_MEAN),
-        "image_std": list(open_clip.OPENAI_DATASET_STD),
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
     }
+
+
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
+
+def read_preprocessor(processor: Any) -> Preprocess:
+    """Returns the preprocessing of an image processor of transformers."""
+    return Preprocess(
+        tuple(processor.image_mean),
+        tuple(processor.image_std),
+        "bilinear" if int(processor.resample) == _RESAMPLE["bilinear"] else "bicubic",
+        "shortest" if getattr(processor, "do_center_crop", False) else "squash",
+    )
 
 
 def to_tokenizer(backend_json: str, start: str, end: str, context_length: int) -> Any:

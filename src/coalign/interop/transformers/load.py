@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from coalign.errors import UserError
-from coalign.types import DualEncoder
+from coalign.interop.transformers.export import read_preprocessor
+from coalign.types import DualEncoder, Preprocess
 
 
 def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEncoder:
@@ -102,6 +103,10 @@ class TransformersPreprocess:
     """An image processor's geometry, without its scaling and normalization: PIL image -> uint8 [3, size, size]."""
 
     processor: Any
+
+    @property
+    def settings(self) -> Preprocess:
+        return read_preprocessor(self.processor)
 
     def __call__(self, image: Any) -> Tensor:
         values = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]

@@ -15,14 +15,15 @@ from coalign.types import WEAK, AugmentationPolicy
 class CLIPConfig:
     """CLIP (Radford et al. 2021): one image view, one caption, InfoNCE in both directions."""
 
-    temperature: float = 0.07  # Initial temperature τ, learned as log(1/τ).
+    # Initial temperature τ, learned as log(1/τ). None: of the pretrained model, or 0.07.
+    temperature: float | None = 0.07
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
     image_view: AugmentationPolicy = WEAK  # Augmentation of the image view.
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}, but must be finite and above 0.")
         if not 1 <= self.max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale is {self.max_logit_scale}, but must be finite and at least 1.")
@@ -41,7 +42,7 @@ def clip_cc3m(num_pairs: int) -> TrainConfig:
         model="ViT-B-16",
         batch_size=4096,
         epochs=40,
-        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.5, warmup_fraction=1 / 40, final_lr=1e-5),
+        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.5, warmup_fraction=1 / 40),
     )
 
 
@@ -53,7 +54,7 @@ def clip_yfcc15m(num_pairs: int) -> TrainConfig:
         model="ViT-B-32",
         batch_size=4096,
         epochs=32,
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=1 / 32, final_lr=1e-5),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.2, warmup_fraction=1 / 32),
     )
 
 

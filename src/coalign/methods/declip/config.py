@@ -49,7 +49,8 @@ class DeCLIPConfig:
     projector_width: int = 1024  # Width of SimSiam's three-layer projector and output width of its predictor.
     predictor_width: int = 512  # Hidden width of SimSiam's predictor.
     text_attention: Literal["causal", "bidirectional"] = "causal"  # "bidirectional": BERT, pooled at the start token.
-    temperature: float = 0.07  # Initial temperature τ, learned as log(1/τ).
+    # Initial temperature τ, learned as log(1/τ). None: of the pretrained model, or 0.07.
+    temperature: float | None = 0.07
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # Do not use pairs of a batch as negatives of each other if their captions, or their neighbors' captions, are equal. Off in the paper.
     multi_positive: bool = False
@@ -60,7 +61,7 @@ class DeCLIPConfig:
             if not condition:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be {requirement}.")
 
-        check(0 < self.temperature < math.inf, "temperature", "finite and above 0")
+        check(self.temperature is None or 0 < self.temperature < math.inf, "temperature", "finite and above 0")
         check(0 < self.mask_p <= 1, "mask_p", "above 0 and at most 1")
         check(0 <= self.neighbor_start <= 1, "neighbor_start", "between 0 and 1")
         for name in ("max_logit_scale", "queue_size", "projector_width", "predictor_width"):

@@ -34,6 +34,8 @@ class DeCLIP(TwoTowers):
     images with the nearest neighbor of the text in a queue.
     """
 
+    length_dependent = ("when the nearest-neighbor term starts",)
+
     def __init__(self, config: DeCLIPConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
@@ -51,6 +53,7 @@ class DeCLIP(TwoTowers):
             self.projector = MLP([dim, width, width, width], last_norm=True)
             self.predictor = MLP([width, config.predictor_width, width])
         if config.text_ss:
+            self.token_terms = {"text": "text_ss"}
             self.mlm_head = MaskedLanguageHead(self.text.width, towers.vocab_size)
         if config.neighbors:
             empty = torch.tensor(-1)

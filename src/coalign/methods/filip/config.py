@@ -16,7 +16,8 @@ from coalign.types import STRONG, WEAK, AugmentationPolicy
 class FILIPConfig:
     """FILIP (Yao et al. 2021): InfoNCE in both directions, with similarities of patches and tokens."""
 
-    temperature: float = 0.07  # Initial temperature τ, learned as log(1/τ).
+    # Initial temperature τ, learned as log(1/τ). None: of the pretrained model, or 0.07.
+    temperature: float | None = 0.07
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
@@ -25,7 +26,7 @@ class FILIPConfig:
     text_view: Literal["original", "paraphrase"] = "original"
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}, but must be finite and above 0.")
         if not 1 <= self.max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale is {self.max_logit_scale}, but must be finite and at least 1.")

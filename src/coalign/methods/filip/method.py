@@ -88,11 +88,14 @@ class FILIP(Method):
     def __init__(self, config: FILIPConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
+        self.token_terms = {"image": "filip", "text": "filip"}
         self.view_plan = ViewPlan(images={"image": config.image_view}, texts={"caption": TextPolicy(config.text_view)})
         self.image = build_image_tower(towers)
         projection, width = self.image.projection, self.image.patch_width
-        fits = isinstance(projection, nn.Linear) and projection.in_features == width  # of a ViT, it may be pretrained
-        self.patch_projection = projection if fits else new_projection(width, self.image.embed_dim)
+        fits = not isinstance(projection, nn.Identity) and self.image.width == width  # of a ViT, it may be pretrained
+        self.patch_projection = projection if fits else new_projection(width, self.image.embed_dim, towers.head)
+        if not fits:
+            self.image.starts.pop("projection", None)
         self.image.projection = nn.Identity()  # the pooled features are not used
         self.text = build_text_tower(towers, attention="causal", pooling="end")
         self.logit_scale = LogitScale(config.temperature)
@@ -156,6 +159,9 @@ class FILIP(Method):
         words = (position > 0) & (position < lengths[:, None] - 1)  # [batch, token]
         products = torch.einsum("brcd,btd->brct", patches, texts.vectors)
         return products.masked_fill(~words[:, None, None], -1.0).amax(3)
+
+    def projections(self) -> dict[str, nn.Module]:
+        return {"image": self.patch_projection, "text": self.text.projection}
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         return {

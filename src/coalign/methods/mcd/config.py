@@ -16,7 +16,8 @@ from coalign.types import STRONG, WEAK, AugmentationPolicy
 class MCDConfig:
     """MCD (Kim et al. 2023): MP-NCE over an image, its augmented view and its caption, and log-ratio distillation from an EMA teacher."""
 
-    temperature: float = 0.07  # Initial temperature τ, learned as log(1/τ).
+    # Initial temperature τ, learned as log(1/τ). None: of the pretrained model, or 0.07.
+    temperature: float | None = 0.07
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # Learn separate τ and b for image-image, image-text and text-text pairs, as in UniCLIP. Off: one τ.
     domain_similarity: bool = True
@@ -46,7 +47,7 @@ class MCDConfig:
         return self.distill_positive or self.distill_negative or self.distill_noisy
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}, but must be finite and above 0.")
         if not 1 <= self.max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale is {self.max_logit_scale}, but must be finite and at least 1.")
@@ -85,7 +86,7 @@ def _paper(model: str, epochs: int, lr: float, weight_decay: float) -> TrainConf
         model=model,
         batch_size=4096,
         epochs=epochs,
-        optimizer=OptimizerConfig(lr=lr, weight_decay=weight_decay, warmup_fraction=1 / epochs, final_lr=1e-5),
+        optimizer=OptimizerConfig(lr=lr, weight_decay=weight_decay, warmup_fraction=1 / epochs),
     )
 
 

@@ -36,6 +36,8 @@ AUGMENTED, ORIGINAL, TEXT = 0, 1, 2  # the views of a pair: ṽ, v, t; in this o
 class MCD(TwoTowers):
     """L = (1−λ)·L_con(v, ṽ, t) + λ·[L_con(v, t) + L_distill] + β·L_MLM (Eq. 13); λ rises from 0 to 1 over the run."""
 
+    length_dependent = ("λ, the weight of the distillation", "the momentum of the teacher")
+
     def __init__(self, config: MCDConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
@@ -53,6 +55,7 @@ class MCD(TwoTowers):
         self.text = build_text_tower(replace(towers, vocab_size=vocab_size), attention="causal", pooling="end")
         self.teacher = ema_copy(self.image) if config.distills else None
         self.mlm_head = MaskedLanguageHead(self.text.width, towers.vocab_size) if config.mlm else None
+        self.token_terms = {"text": "mlm"} if config.mlm else {}
 
         # UniCLIP's τ_D and b_D for each combination D of image and text; with a single τ, b would cancel
         self.domain_similarity = DomainSimilarity(

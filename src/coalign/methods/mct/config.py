@@ -140,7 +140,7 @@ def mct_coco(num_pairs: int) -> TrainConfig:
 def mct_coco_bert(num_pairs: int) -> TrainConfig:
     """MCT on COCO with a pretrained BERT, trained by SGD with lr 4e-5 (the paper's default). Needs coalign[hf] and access to the hub."""
     config = _paper(MCTConfig(num_tags=80), 200, PRETRAINED)
-    return replace(config, model="MCT-RN50-BERT", pretrained="hf", tokenizer="hf:bert-base-uncased")
+    return replace(config, text_tower="hf:bert-base-uncased")
 
 
 def mct_stock(num_pairs: int) -> TrainConfig:

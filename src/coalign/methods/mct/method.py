@@ -38,6 +38,8 @@ class MCT(TwoTowers):
     Queries are encoded from one view of image and caption, keys from another view by momentum encoders. Queues hold earlier keys.
     """
 
+    length_dependent = ("the momentum of the momentum encoders",)
+
     def __init__(self, config: MCTConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
@@ -198,6 +200,9 @@ class MCT(TwoTowers):
     def encode_text(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return F.normalize(self.heads[self._head_name("text_inter")](self.text(ids, lengths).pooled), dim=-1)
 
+    def projections(self) -> dict[str, nn.Module]:
+        return {}
+
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         groups: dict[str, Sequence[nn.Parameter]] = {}
         for modality, tower in self.towers.items():
@@ -273,8 +278,8 @@ def _embed(
 # - P always contains the row's own key; Eq. 4 as printed drops it if a sample has ε tags or fewer [i]. J_tag covers samples with tags,
 #   J_cc, J_ic and J_ci samples with a caption, and J_ii all images [p: "doesn't require all images to have tags"]. Texts without an
 #   image only contribute to J_cc [i]. Placeholders for missing captions or images do not enter the queues [i].
-# - ε is 2 [p]. For other tag vocabularies, this would make almost none or a quarter of the queue positive, so the small recipe uses the
-#   smallest ε at which at most 2 % are [i].
+# - Samples keep their `max_tags` most frequent tags [i]. ε is 2 [p]; in the small recipe, the smallest at which at most 2 % of the queue
+#   are positive, since with other tag vocabularies 2 would make almost none or a quarter positive [i].
 # - J_ic and J_ci are sums over K = 32,768 (COCO) or 65,536 (Stock) negatives [p]. With fewer, as in a short run or while a queue fills, we
 #   use the mean times that number, so that λ keeps its meaning [i].
 # - Eq. 7 calls the momentum caption head Φ_ik; it is Φ_ck, the copy of Φ_cq in Eq. 6 [i]. Elsewhere, the subscript of a head names the
@@ -289,9 +294,7 @@ def _embed(
 #   vocabulary, pre-norm blocks and random initialization: "scratch" (54.6 against 54.9) [p]. SGD at 4e-5 would barely change it, so we
 #   use AdamW [i].
 # - Images: MoCo-v2's augmentations [p; rates c]. The learning rates decay to 0 on a cosine, without warm-up [p, c].
-# - Retrieval and zero-shot use the online towers and inter heads. Parts that no term trains, such as all of the text with J_ii alone, stay
-#   at their random initialization.
+# - Retrieval and zero-shot use the online towers and inter heads. Parts that no term trains stay at their random initialization.
 # - `multi_positive` (ours, off by default): earlier keys of the same sample are not negatives, and in J_cc, J_ic and J_ci neither are keys
 #   with the same caption. Without it, a sample is its own negative in a queue larger than the dataset. Keys of the same group
 #   (`--group-column`) are never negatives.
-# - At most `max_tags` tags per sample are kept, dropping the rarest. COCO has fewer, and stock agencies allow about 50.

@@ -43,6 +43,8 @@ class OneREmbeds(NamedTuple):
 class OneR(Method):
     """L = L_ITC + L_CMC + L_MLM + L_MIM, with one tower F for images, texts and image-text sequences (Fig. 5)."""
 
+    length_dependent = ("the share of masked patches", "the momentum of the teacher")
+
     def __init__(self, config: OneRConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
@@ -282,8 +284,7 @@ def _no_sum(tensor: Tensor) -> Tensor:
 #   [p: "final transformer hidden state"].
 # - Separate BatchNorm statistics for images and texts would act as a hidden head per modality. Ours cover all inputs of a step [i];
 #   separate statistics and LayerNorm are options. With separate statistics, weights are shared and each input is evaluated by its own.
-# - "Two heads" has one projector per modality [p] and no predictor [i], because with a predictor nothing would align the two projectors'
-#   spaces. It cannot embed image and text jointly.
+# - "Two heads": one projector per modality [p], no predictor [i], with which nothing aligns their spaces, and no joint embeddings.
 # - EMA of tower and projector with fixed momentum 0.996 [p], or lower in runs of under 28,000 steps, to average over the same fraction of
 #   the run [i]. The EMA copy gets the same crop without masks [p]. Its heads use the batch statistics of its own features [c, MoCo-v3].
 #   Without a teacher (App. E), the right-hand side is the online projector's output for the masked inputs, with gradient [i].
@@ -292,8 +293,7 @@ def _no_sum(tensor: Tensor) -> Tensor:
 #   into neighboring patches [i]. One linear layer predicts the pixels, normalized per patch, under mean squared error [c, MAE].
 # - Each masked loss has weight 1 and is the mean over the two inputs with such tokens [i]. The image-text sequence is masked in all rows
 #   of the tables, even if it is not contrasted [p: "for all three input types", "included in all ablation models"].
-# - Training on additional captions (Table 4): rows without an image, in the same batches as the pairs. They contribute only to MLM, since
-#   there is no image to contrast them with [i].
+# - Training on additional captions (Table 4): rows without an image, in the same batches as the pairs, contribute only to MLM [i].
 # - No strong augmentation [p]: SLIP's base view, a crop of 50-100 % without a flip [i].
 # - Retrieval and zero-shot compare what the loss compares, in both directions, or the online projections ("projector"); localization
 #   compares hidden states [i]. With ITC alone, projections of images and texts stay apart although the loss falls: the predictor learns to

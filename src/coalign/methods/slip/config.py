@@ -15,7 +15,8 @@ from coalign.types import STRONG, WEAK, AugmentationPolicy
 class SLIPConfig:
     """SLIP (Mu et al. 2021): CLIP on a weak image view, plus NT-Xent between two strong image views."""
 
-    temperature: float = 0.07  # Initial temperature τ of CLIP's loss, learned as log(1/τ).
+    # Initial temperature τ of CLIP's loss, learned as log(1/τ). None: of the pretrained model, or 0.07.
+    temperature: float | None = 0.07
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # In CLIP's loss, do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
@@ -28,7 +29,8 @@ class SLIPConfig:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "ssl_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be finite and above 0.")
         for name in ("max_logit_scale", "ssl_hidden", "ssl_dim"):
             if not 1 <= getattr(self, name) < math.inf:
@@ -60,7 +62,7 @@ def _paper(model: str, epochs: int) -> TrainConfig:
         model=model,
         batch_size=4096,
         epochs=epochs,
-        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, warmup_fraction=1 / epochs, final_lr=1e-5),
+        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1, warmup_fraction=1 / epochs),
     )
 
 

@@ -19,7 +19,7 @@ class UniCLIPConfig:
     views: tuple[Literal["weak", "strong"], ...] = ("weak", "strong", "strong")  # Image views, in this order.
     text_views: int = 1  # Number of text views: the original caption, then EDA views.
     # Image projection head: a linear layer, an MLP by number of layers, or residual blocks and a linear layer (Table 4a).
-    head: Literal["linear", "mlp-3", "mlp-6", "residual-1", "residual-3"] = "residual-3"
+    image_head: Literal["linear", "mlp-3", "mlp-6", "residual-1", "residual-3"] = "residual-3"
     augmentation_embedding: bool = True  # Condition the head on each view's augmentation (Table 4a).
     # Control: during training, condition the head on the augmentation of another sample. Needs a single process and no micro-batches.
     foreign_parameters: bool = False
@@ -28,7 +28,8 @@ class UniCLIPConfig:
     domain_similarity: bool = True  # Learn separate τ and b for image-image, image-text and text-text pairs (Table 5).
     # Contrast positives with negatives of all domain combinations instead of only their own (Table 5).
     unified_supervision: bool = True
-    temperature: float = 0.07  # Initial temperature τ, learned as log(1/τ).
+    # Initial temperature τ, learned as log(1/τ). None: of the pretrained model, or 0.07.
+    temperature: float | None = 0.07
     max_logit_scale: float = 100.0  # Upper bound of the logit scale 1/τ.
     # Do not treat pairs in a batch that share a caption as negatives of each other. Off in the paper.
     multi_positive: bool = False
@@ -44,7 +45,7 @@ class UniCLIPConfig:
             )
         if self.text_views < 1:
             raise UserError(f"text_views is {self.text_views}, but must be at least 1.")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}, but must be finite and above 0.")
         if not 1 <= self.max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale is {self.max_logit_scale}, but must be finite and at least 1.")
@@ -75,7 +76,7 @@ def _paper(model: str, epochs: int, lr: float, weight_decay: float) -> TrainConf
         model=model,
         batch_size=4096,
         epochs=epochs,
-        optimizer=OptimizerConfig(lr=lr, weight_decay=weight_decay, warmup_fraction=1 / epochs, final_lr=1e-5),
+        optimizer=OptimizerConfig(lr=lr, weight_decay=weight_decay, warmup_fraction=1 / epochs),
     )
 
 

@@ -47,9 +47,11 @@ class UniCLIP(TwoTowers):
         self.augmentation = AugmentationEncoder() if config.augmentation_embedding else None
         augmentation_dim = 0 if self.augmentation is None else self.augmentation.dim
         self.head = build_head(
-            config.head, self.image.width, self.image.embed_dim, self.image.projection, augmentation_dim
+            config.image_head, self.image.width, self.image.embed_dim, self.image.projection, augmentation_dim
         )
         self.image.projection = nn.Identity()
+        if config.image_head.startswith("mlp"):
+            self.image.starts.pop("projection", None)  # not used
         self.text = build_text_tower(towers, attention="bidirectional", pooling="start")
 
         # τ_D and b_D (Eq. 16). If a positive and all its negatives share one b, it cancels (Eq. 15) and is not trained.
@@ -118,6 +120,10 @@ class UniCLIP(TwoTowers):
         """Embeds the evaluation view as an unaugmented image."""
         identity = torch.tensor([AugmentationParams().vector()], device=pixels.device)
         return self.project_image(self.image(pixels).pooled, identity.expand(pixels.shape[0], -1))
+
+    def projections(self) -> dict[str, nn.Module]:
+        own = {} if self.config.image_head.startswith("mlp") else {"image": self.head.get_submodule("projection")}
+        return {**own, "text": self.text.projection}
 
     def parameter_groups(self) -> dict[str, Sequence[nn.Parameter]]:
         augmentation = [] if self.augmentation is None else list(self.augmentation.parameters())

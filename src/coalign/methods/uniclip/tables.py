@@ -17,9 +17,9 @@ _VIEWS: dict[str, tuple[Literal["weak", "strong"], ...]] = {
 }
 _PLAIN: dict[str, Any] = {"augmentation_embedding": False}
 _CHANGES: dict[str, dict[str, Any]] = {
-    **{f"4a-plain-{head}": {**_PLAIN, "head": head} for head in ("mlp-3", "mlp-6", "residual-1", "residual-3")},
-    **{f"4a-aware-{head}": {"head": head} for head in ("linear", "mlp-3", "mlp-6", "residual-1", "residual-3")},
-    **{f"4b-plain-{name}": {**_PLAIN, "head": "residual-1", "views": views} for name, views in _VIEWS.items()},
+    **{f"4a-plain-{head}": {**_PLAIN, "image_head": head} for head in ("mlp-3", "mlp-6", "residual-1", "residual-3")},
+    **{f"4a-aware-{head}": {"image_head": head} for head in ("linear", "mlp-3", "mlp-6", "residual-1", "residual-3")},
+    **{f"4b-plain-{name}": {**_PLAIN, "image_head": "residual-1", "views": views} for name, views in _VIEWS.items()},
     **{f"4b-aware-{name}": {"views": views} for name, views in _VIEWS.items()},
     "5-shared-unified": {"domain_similarity": False},
     "5-domain-separated": {"unified_supervision": False},
@@ -41,7 +41,10 @@ _LOSSES: Rows = {
     "shared similarity": ({"domain_similarity": False}, 25.51),
     "separated supervision": ({"unified_supervision": False}, 26.59),
 }
-_NO_EMBEDDING = {"augmentation_embedding": False, "head": "residual-1"}  # the head of Table 4b's rows without embedding
+_NO_EMBEDDING = {
+    "augmentation_embedding": False,
+    "image_head": "residual-1",
+}  # the head of Table 4b's rows without embedding
 _WEAK, _STRONG = {"views": ("weak",) * 3}, {"views": ("strong",) * 3}
 VIEWS: Rows = {
     "UniCLIP": ({}, 27.84),
@@ -54,9 +57,12 @@ VIEWS: Rows = {
 }
 _HEADS: Rows = {
     "UniCLIP": ({}, 27.84),
-    **{name: ({"head": name}, value) for name, value in (("linear", 24.68), ("mlp-3", 24.54), ("mlp-6", 24.15), ("residual-1", 27.67))},
     **{
-        f"{name}, no embedding": ({"head": name, "augmentation_embedding": False}, value)
+        name: ({"image_head": name}, value)
+        for name, value in (("linear", 24.68), ("mlp-3", 24.54), ("mlp-6", 24.15), ("residual-1", 27.67))
+    },
+    **{
+        f"{name}, no embedding": ({"image_head": name, "augmentation_embedding": False}, value)
         for name, value in (("mlp-3", 24.01), ("mlp-6", 23.62), ("residual-1", 24.76), ("residual-3", 24.46))
     },
 }  # fmt: skip

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coalign.errors import UserError
 from coalign.networks.batch_norm import group_batch_norms
 from coalign.networks.open_clip_parts import (
     ModifiedResNet,
-    TimmModel,
     VisionTransformer,
     build_visual,
     embed_patches,
     pool_tokens,
 )
-from coalign.networks.towers.pretrained import is_trunk_weights, load_pretrained, take_projection, weights_file
-from coalign.networks.towers.spec import (
-    ONE_TOWER_WEIGHTS,
-    ImageFeatures,
-    Tower,
-    TowerSpec,
-    model_config,
-    new_projection,
-)
+from coalign.networks.towers.composition import compose
+from coalign.networks.towers.pretrained import load_pretrained, take_own_settings, take_projection, timm_part
+from coalign.networks.towers.spec import ImageFeatures, Tower, TowerSpec, new_projection
 from coalign.networks.transformer import is_plain, pack, run_blocks, run_padded_blocks
+from coalign.types import CLIP_PREPROCESS, Preprocess
 
 
 class ImageTower(Tower):
@@ -46,14 +39,21 @@ class ImageTower(Tower):
     std: Tensor
 
     def __init__(
-        self, trunk: nn.Module, width: int, embed_dim: int, image_size: int, projection: nn.Module | None = None
+        self,
+        trunk: nn.Module,
+        width: int,
+        embed_dim: int,
+        image_size: int,
+        projection: nn.Module | None = None,
+        preprocess: Preprocess = CLIP_PREPROCESS,
     ) -> None:
         super().__init__()
         self.trunk, self.width, self.embed_dim, self.image_size = trunk, width, embed_dim, image_size
-        self.projection = projection or new_projection(width, embed_dim)
-        # CLIP's normalization, also open_clip's default
-        self.register_buffer("mean", torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1) * 255, persistent=False)
+        self.projection = new_projection(width, embed_dim) if projection is None else projection
+        self.preprocess = preprocess
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocess, name)).view(3, 1, 1) * 255
+            self.register_buffer(name, values, persistent=False)
 
     @property
     def patch_width(self) -> int:
@@ -68,7 +68,12 @@ class ImageTower(Tower):
         return int(trunk.num_features)
 
     def forward(self, pixels: Tensor, with_patches: bool = False) -> ImageFeatures:
-        """uint8 pixels [batch, 3, image_size, image_size] -> ImageFeatures. Raises UserError if the trunk has no patch features."""
+        """uint8 pixels [batch, 3, image_size, image_size] -> ImageFeatures. Raises UserError if the trunk has no patch features.
+
+        Pooled features, float [batch, width], which a locked tower has computed before, are returned as they are.
+        """
+        if pixels.ndim == 2:
+            return ImageFeatures(pixels, None)
         trunk, x = self.trunk, self.normalize(pixels)
         if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
             return _trunk_features(trunk, x, with_patches)
@@ -137,11 +142,6 @@ def _timm_patches(trunk: Any, features: Any) -> Tensor:
     raise _no_patches(trunk)
 
 
-def timm_part(trunk: Any) -> Any:
-    """Returns the trunk in open_clip's adapter of timm models, or the trunk itself."""
-    return trunk.trunk if isinstance(trunk, TimmModel) else trunk
-
-
 def _no_patches(trunk: nn.Module) -> UserError:
     return UserError(
         f"The image tower has no patch features: its trunk, a {type(trunk).__name__}, has no single feature map, or drops patches in "
@@ -151,42 +151,53 @@ def _no_patches(trunk: nn.Module) -> UserError:
 
 def build_image_tower(spec: TowerSpec) -> ImageTower:
     """Builds the image tower of `spec`, with random or pretrained weights. Raises UserError if model and weights do not fit."""
-    config = model_config(spec.name)
-    vision, embed_dim = dict(config["vision_cfg"]), config["embed_dim"]
-    size = spec.image_size or vision.get("image_size", 224)
+    model = compose(spec)
+    embed_dim, (vision, own) = model.config["embed_dim"], take_own_settings(model.config["vision_cfg"])
+    own_size = vision.get("image_size", 224)
+    size = spec.image_size or own_size
     if isinstance(size, (list, tuple)):
         raise UserError(
-            f"The model {spec.name} takes {size[0]} × {size[1]} pixel images, but only square images are supported."
+            f"The model {spec.image_tower or spec.name} takes {size[0]} × {size[1]} pixel images, but only square images are supported."
         )
-    if is_trunk_weights(spec):
-        tower = build_image_tower(replace(spec, pretrained=None))
-        trunk: Any = timm_part(tower.trunk)
-        weights = load_file(weights_file(spec.pretrained) or "")
-        classifiers = trunk.pretrained_cfg.get("classifier") or ()  # in files from the hub, but not in the tower
-        for head in (classifiers,) if isinstance(classifiers, str) else classifiers:
-            weights = {key: value for key, value in weights.items() if not key.startswith(f"{head}.")}
-        try:
-            trunk.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise UserError(f"The weights {spec.pretrained} do not fit the trunk of {spec.name}: {reason}") from error
-        return tower
-    if spec.pretrained not in ONE_TOWER_WEIGHTS:
-        visual = load_pretrained(spec).visual
-    elif spec.name.startswith("timm:") or "timm_kwargs" in vision:
-        trunk = _timm_trunk(vision, size, spec.pretrained == "timm")
-        width: int = getattr(trunk, "head_hidden_size", trunk.num_features)  # some heads widen the features
-        return ImageTower(group_batch_norms(trunk, spec.batch_norm_group), width, embed_dim, size)
+    own_dim: int = own.get("embed_dim", embed_dim)
+    if spec.pretrained:
+        trunk = load_pretrained(spec).visual
+        width, projection = take_projection(trunk, own_dim)
+    elif "timm_kwargs" in vision:
+        trunk, projection = _timm_trunk(vision, size), None
+        width = getattr(trunk, "head_hidden_size", trunk.num_features)  # some heads widen the features
     else:
         vision.update(image_size=size, timm_model_pretrained=False)
-        visual = build_visual(embed_dim, open_clip.CLIPVisionCfg(**vision), config.get("quick_gelu", False))
-    width, projection = take_projection(visual, embed_dim)
-    return ImageTower(group_batch_norms(visual, spec.batch_norm_group), width, embed_dim, size, projection)
+        quick_gelu = own.get("quick_gelu", model.config.get("quick_gelu", False))
+        trunk = build_visual(own_dim, open_clip.CLIPVisionCfg(**vision), quick_gelu)
+        width, projection = take_projection(trunk, own_dim)
+    if size != own_size:
+        _check_patches(trunk, size, spec.image_tower or spec.name)
+    if own_dim != embed_dim or spec.head != "linear":
+        projection = new_projection(width, embed_dim, spec.head)
+    trunk = group_batch_norms(trunk, spec.batch_norm_group)
+    tower = ImageTower(trunk, width, embed_dim, size, projection, Preprocess.from_json(own.get("preprocess", {})))
+    if model.image:
+        model.image.load(tower)
+    tower.starts = dict(model.starts["image"])
+    return tower
 
 
-def _timm_trunk(vision: dict[str, Any], size: int, pretrained: bool) -> nn.Module:
+def _check_patches(trunk: Any, size: int, name: str) -> None:
+    """Raises UserError if the patches of a Transformer do not cover images of `size` pixels."""
+    part = timm_part(trunk)
+    sides = getattr(getattr(part, "patch_embed", part), "patch_size", 1)
+    patch = max(sides) if isinstance(sides, tuple) else sides
+    if size % patch:
+        raise UserError(
+            f"The image encoder {name} has patches of {patch} pixels, which do not cover images of {size}; use a multiple, such as "
+            f"--image-size {patch * max(1, round(size / patch))}."
+        )
+
+
+def _timm_trunk(vision: Mapping[str, Any], size: int) -> Any:
     name = vision["timm_model_name"]
-    options = dict(vision.get("timm_kwargs", {}), num_classes=0, pretrained=pretrained)
+    options = {**vision["timm_kwargs"], "num_classes": 0}
     sizes: list[dict[str, Any]] = [{"img_size": size}, {}]
     for sized in sizes:  # Transformers need img_size, convolutional trunks reject it
         try:

@@ -6,15 +6,17 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coalign.errors import UserError
 from coalign.networks.open_clip_parts import TextTransformer, build_text_transformer
+from coalign.networks.towers.composition import compose
 from coalign.networks.towers.hugging_face import HuggingFaceTextTower, build_hugging_face_tower
-from coalign.networks.towers.pretrained import is_trunk_weights, linear_from_matrix, load_pretrained
-from coalign.networks.towers.spec import ONE_TOWER_WEIGHTS, TextFeatures, Tower, TowerSpec, model_config, new_projection
+from coalign.networks.towers.pretrained import linear_from_matrix, load_pretrained, take_own_settings
+from coalign.networks.towers.spec import TextFeatures, Tower, TowerSpec, new_projection
+from coalign.networks.towers.text_sources import check_text_cfg, load_open_clip_text
 from coalign.networks.transformer import is_plain, pack, run_blocks, run_padded_blocks
 
 
@@ -24,6 +26,8 @@ class TextTower(Tower):
     `pooling` is "end" (CLIP), "start" (UniCLIP; needs bidirectional attention) or "mean" over the caption's tokens. Captions are packed
     without padding, which saves most of the compute, since most captions use a sixth of the positions.
     """
+
+    context_length: int
 
     def __init__(
         self,
@@ -38,12 +42,20 @@ class TextTower(Tower):
             raise ValueError('pooling is "start", but attention is "causal", so the start token ignores the caption.')
         self.transformer, self.attention, self.pooling = transformer, attention, pooling
         self.width, self.embed_dim, self.context_length = transformer.width, embed_dim, transformer.context_length
-        self.projection = projection or new_projection(self.width, embed_dim)
+        self.projection = new_projection(self.width, embed_dim) if projection is None else projection
 
     def forward(
-        self, ids: Int[Tensor, "batch token"], lengths: Int[Tensor, " batch"], with_tokens: bool = False
+        self,
+        ids: Int[Tensor, "batch token"] | Float[Tensor, "batch width"],
+        lengths: Int[Tensor, " batch"],
+        with_tokens: bool = False,
     ) -> TextFeatures:
-        """ids int64 [batch, token], lengths int64 [batch] -> TextFeatures. Raises ValueError for texts longer than the context."""
+        """ids int64 [batch, token], lengths int64 [batch] -> TextFeatures. Raises ValueError for texts longer than the context.
+
+        Pooled features, float [batch, width], which a locked tower has computed before, are returned as they are.
+        """
+        if ids.is_floating_point():
+            return TextFeatures(ids, None)
         if ids.shape[1] > self.context_length:
             raise ValueError(
                 f"Texts have {ids.shape[1]} tokens, but the text tower has {self.context_length} positions."
@@ -93,57 +105,52 @@ def build_text_tower(
     attention: Literal["causal", "bidirectional"] = "causal",
     pooling: Literal["end", "start", "mean"] = "end",
 ) -> TextTower | HuggingFaceTextTower:
-    """Builds the text tower of `spec`. Vocabulary and context length are the spec's, not the configuration's.
+    """Builds the text tower of `spec`. Its vocabulary is the spec's, and its context length, if the spec has one.
 
-    A Hugging Face encoder is always bidirectional and pooled at its start, unless `pooling` is "mean". Raises UserError if model and
-    weights do not fit.
+    A Hugging Face encoder is always bidirectional; if it has no pooling of its own, it is pooled at its start, unless `pooling` is "mean".
+    Raises UserError if model and weights do not fit.
     """
-    config = model_config(spec.name)
-    text, embed_dim = dict(config["text_cfg"]), config["embed_dim"]
-    if "hf_model_name" in text:
-        if spec.pretrained not in ONE_TOWER_WEIGHTS and not is_trunk_weights(spec):
-            raise UserError(f"The text tower of {spec.name} can only load its own weights; use --pretrained hf.")
-        return build_hugging_face_tower(
-            text["hf_model_name"], spec, embed_dim, "mean" if pooling == "mean" else "start"
-        )
-    if spec.pretrained == "hf":
-        raise UserError(f"The model {spec.name} has no Hugging Face text tower; do not use --pretrained hf with it.")
-    if spec.pretrained not in ONE_TOWER_WEIGHTS and not is_trunk_weights(spec):
-        tower = load_pretrained(spec).text
-        _fit_text(tower, spec)
+    model = compose(spec)
+    config, embed_dim = model.config, model.config["embed_dim"]
+    text, own = take_own_settings(config["text_cfg"])
+    tower: TextTower | HuggingFaceTextTower
+    if "hf_config" in text:
+        tower = build_hugging_face_tower(text, spec, embed_dim, "mean" if pooling == "mean" else "cls")
     else:
-        text.update(
-            vocab_size=spec.vocab_size, context_length=spec.context_length, no_causal_mask=attention != "causal"
-        )
-        text.update(embed_cls=False, proj_type="linear", proj_bias=False)
-        tower = build_text_transformer(embed_dim, open_clip.CLIPTextCfg(**text), config.get("quick_gelu", False))
+        if "hf_model_name" in text or spec.pretrained:
+            check_text_cfg(spec.name, text)
+        quick_gelu = own.get("quick_gelu", config.get("quick_gelu", False))
+        tower = _new_text_tower(spec, text, embed_dim, quick_gelu, attention, pooling)
+    tower.starts = dict(model.starts["text"])
+    if model.text is not None:
+        model.text.load(tower)
+    elif spec.pretrained:
+        weights = load_pretrained(spec).text.state_dict()
+        load_open_clip_text(tower, {f"text.{name}": value for name, value in weights.items()}, spec.pretrained)
+    return tower
+
+
+def _new_text_tower(
+    spec: TowerSpec,
+    text: dict[str, Any],
+    embed_dim: int,
+    quick_gelu: bool,
+    attention: Literal["causal", "bidirectional"],
+    pooling: Literal["end", "start", "mean"],
+) -> TextTower:
+    """Returns open_clip's text tower with random weights."""
+    text.update(vocab_size=spec.vocab_size, no_causal_mask=attention != "causal")
+    text.update(context_length=spec.context_length or text.get("context_length", 77))
+    text.update(embed_cls=False, proj_type="linear", proj_bias=False)
+    tower = build_text_transformer(embed_dim, open_clip.CLIPTextCfg(**text), quick_gelu)
     if not is_plain(tower.transformer):
         raise UserError(
-            f"The text tower of {spec.name} has norms or scales inside its attention, which are not supported; "
+            f"The text tower of {spec.text_tower or spec.name} has norms or scales inside its attention, which are not supported; "
             "use a model with CLIP's text tower."
         )
     tower.attn_mask = None
-    projection = linear_from_matrix(tower.text_projection)
+    projection: nn.Module = linear_from_matrix(tower.text_projection)
+    if spec.head != "linear":
+        projection = new_projection(tower.width, embed_dim, spec.head)
     tower.text_projection = None
     return TextTower(tower, embed_dim, attention, pooling, projection)
-
-
-def _fit_text(tower: Any, spec: TowerSpec) -> None:
-    """Truncates a pretrained text tower to the spec's context length and adds an embedding for [MASK] if the spec's vocabulary has it."""
-    vocab_size = tower.token_embedding.num_embeddings
-    if not vocab_size <= spec.vocab_size <= vocab_size + 1:
-        raise UserError(
-            f"The weights {spec.pretrained} have a vocabulary of {vocab_size:,} tokens, but the tokenizer has {spec.vocab_size:,}; "
-            "use --tokenizer clip."
-        )
-    if spec.context_length > tower.context_length:
-        raise UserError(
-            f"The weights {spec.pretrained} have {tower.context_length} positions; use --context-length {tower.context_length} or less."
-        )
-    tower.positional_embedding = nn.Parameter(tower.positional_embedding.data[: spec.context_length].clone())
-    tower.num_pos = tower.context_length = spec.context_length
-    if spec.vocab_size > vocab_size:
-        embedding = nn.Embedding(spec.vocab_size, tower.width)
-        nn.init.normal_(embedding.weight, std=0.02)
-        embedding.weight.data[:vocab_size] = tower.token_embedding.weight.data
-        tower.token_embedding = embedding

@@ -31,7 +31,7 @@ class EvalConfig:
     data_root: Path | None = None
     """Folder with the named datasets, each as torchvision unpacks it."""
     preprocess: str | None = None
-    """How images are resized and cropped: coalign, open_clip or transformers. None: the model's own preprocessing."""
+    """Library that resizes images, in the model's own geometry: coalign, open_clip or transformers. None: the model's."""
     similarity: str | None = None
     """Similarity of the run, if its method has several (oner: trained or projector). None: as configured."""
     precision: str = "fp32"

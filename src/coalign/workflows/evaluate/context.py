@@ -20,7 +20,7 @@ from coalign.errors import UserError
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features, no_readable_image
 from coalign.metric import Metric
 from coalign.training.distributed import World
-from coalign.types import EVALUATION, AugmentationPolicy
+from coalign.types import CLIP_PREPROCESS, EVALUATION, AugmentationPolicy
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.eval_model import EvalModel
 from coalign.workflows.evaluate.samples import Labels, Samples, class_labels, read_labels
@@ -143,7 +143,7 @@ class EvalContext:
     ) -> Generator[tuple[list[int], Tensor, list[Any]], None, None]:
         """Returns batches of preprocessed images or, with a `policy`, of augmented views for the given epoch."""
         encoder, workers = self.model.encoder, self.config.workers
-        preprocess = None if policy else encoder.preprocess
+        preprocess = CLIP_PREPROCESS if policy else encoder.preprocess
         return image_batches(
             samples.source, samples.indices, encoder.image_size, batch_size, workers, preprocess,
             policy=policy or EVALUATION, epoch=epoch,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import open_clip
-
 from coalign.data.sources.benchmarks.detection import DetectionSource
 from coalign.evaluation.finetune.detection import DetectionConfig, evaluate_detector, train_detector
 from coalign.networks.detector import build_detector
+from coalign.networks.towers.spec import find_towers
+from coalign.types import CLIP_PREPROCESS
 from coalign.workflows.evaluate.context import EvalContext, TaskResult
 
 
@@ -31,10 +31,11 @@ def _detect(context: EvalContext, kind: Literal["fpn", "c4"], with_masks: bool) 
     assert isinstance(source, DetectionSource)  # the tasks need it, and the encoders
     assert isinstance(train.source, DetectionSource)
     assert modules is not None
+    encoder = modules()[0].cpu()
+    seen = next((tower.preprocess for tower in find_towers(encoder)), CLIP_PREPROCESS)
     detector = build_detector(
-        modules()[0].cpu(), kind, with_masks, len(source.classnames), source.side, source.regions,
-        open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD,
-    )  # fmt: skip
+        encoder, kind, with_masks, len(source.classnames), source.side, source.regions, seen.mean, seen.std
+    )
     config, device = DetectionConfig(epochs=context.config.epochs), context.world.device
     bad = train_detector(detector, train.source, train.indices, config, device)
     metrics = evaluate_detector(detector, source, context.indices, bad, device)

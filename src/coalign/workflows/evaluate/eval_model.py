@@ -13,10 +13,10 @@ from coalign.errors import UserError
 from coalign.interop.onnx import INFO as ONNX_INFO
 from coalign.interop.onnx import from_onnx
 from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
-from coalign.interop.open_clip.load import from_open_clip, open_clip_preprocess
+from coalign.interop.open_clip.load import OpenClipPreprocess, from_open_clip
 from coalign.interop.transformers.load import from_transformers, is_transformers_folder
 from coalign.runs.run import Run, check_device, load
-from coalign.types import DualEncoder, JointEncoder, Localizer
+from coalign.types import CLIP_PREPROCESS, DualEncoder, JointEncoder, Localizer, Preprocess
 
 FORMS = "a run's folder, an exported folder, open_clip:NAME:WEIGHTS or transformers:NAME"
 
@@ -64,7 +64,7 @@ def open_eval_model(
     """Opens a model for evaluation.
 
     model: a run or its folder, a folder that `coalign export` wrote for open_clip, transformers or as ONNX, `open_clip:…`,
-    `transformers:…`, or a DualEncoder. preprocess: how images are resized and cropped, instead of the model's own preprocessing:
+    `transformers:…`, or a DualEncoder. preprocess: the library that resizes and crops images, instead of the model's own:
     "coalign", "open_clip" or "transformers". similarity: of a run whose method has several, as in `load`. Raises UserError if the model
     cannot be opened.
     """
@@ -75,8 +75,10 @@ def open_eval_model(
         if preprocess not in PREPROCESSES:
             raise UserError(f"--preprocess is {preprocess!r}, but must be one of {', '.join(PREPROCESSES)}.")
         if preprocess != eval_model.library:  # otherwise keep the model's own settings
-            size = eval_model.encoder.image_size
-            eval_model.encoder = replace(eval_model.encoder, preprocess=PREPROCESSES[preprocess](size))
+            encoder = eval_model.encoder
+            settings = getattr(encoder.preprocess, "settings", encoder.preprocess)  # of another library's transform
+            settings = settings if isinstance(settings, Preprocess) else CLIP_PREPROCESS
+            eval_model.encoder = replace(encoder, preprocess=PREPROCESSES[preprocess](encoder.image_size, settings))
     return eval_model
 
 
@@ -111,7 +113,7 @@ LIBRARIES: dict[str, Callable[[str, str | torch.device], DualEncoder]] = {
 }
 
 
-def _transformers(size: int) -> Callable:
+def _transformers(size: int, settings: Preprocess) -> Callable:
     try:
         from transformers import CLIPImageProcessor
     except ImportError:
@@ -119,11 +121,11 @@ def _transformers(size: int) -> Callable:
     from coalign.interop.transformers.export import preprocessor
     from coalign.interop.transformers.load import TransformersPreprocess
 
-    return TransformersPreprocess(CLIPImageProcessor(**preprocessor(size)))
+    return TransformersPreprocess(CLIPImageProcessor(**preprocessor(size, settings)))
 
 
-PREPROCESSES: dict[str, Callable[[int], Callable | None]] = {
-    "coalign": lambda size: None,
-    "open_clip": open_clip_preprocess,
+PREPROCESSES: dict[str, Callable[[int, Preprocess], Preprocess | Callable]] = {
+    "coalign": lambda size, settings: settings,
+    "open_clip": OpenClipPreprocess,
     "transformers": _transformers,
 }

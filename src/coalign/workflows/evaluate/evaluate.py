@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +70,12 @@ def evaluate(
     config = config or EvalConfig()
     if not tasks:
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
-    parsed = list(dict.fromkeys(parse_task(text) for text in _expand_suites(tasks)))
-    _check_precision([task for task, _ in parsed], config)
-    specs = [data for _, data in parsed] + ([config.train_data] if config.train_data else [])
-    _check_dataset_folders([data for data in specs if _is_benchmark(data, config.data_root)], config.data_root)
+    parsed = parse_tasks(tasks, config)
     world = join_world(check_device(config.device))
     eval_model = open_eval_model(model, config.weights, str(world.device), config.preprocess, config.similarity)
-    texts = TextCounter()
-    eval_model.encoder = texts.counting(_wrap_encoder(eval_model, config, world))
-    keys = [(data, "boxes" in task.needs) for task, data in parsed]
-    contexts = {key: _open(key[0], eval_model, config, world, with_boxes=key[1]) for key in dict.fromkeys(keys)}
-    for (task, _), key in zip(parsed, keys):
-        check_needs(task, contexts[key][1])  # before the first task runs, which may take hours
     results: Results = {}
-    remaining = Counter(keys)
-    for (task, data), key in zip(parsed, keys):
-        remaining[key] -= 1
-        split, context = contexts[key] if remaining[key] else contexts.pop(key)  # frees its embeddings
-        counts = {"data": data, "split": split, "samples": len(context.indices)}
-        result = task.load()(context).to_json()
-        result["notes"] = [*result["notes"], *texts.take_lines(), *account_lines(context.source, with_notes=False)]
-        results[f"{task.name}:{data}"] = {**counts, **result}
+    for each in open_tasks(eval_model, parsed, config, world).run():
+        results[each.name] = each.to_json()
         if on_result is not None:
             on_result(results)
     for suite in (text for text in tasks if text in SUITES):
@@ -137,6 +122,62 @@ def _wrap_encoder(model: EvalModel, config: EvalConfig, world: World) -> DualEnc
         encoder = cached(encoder, config.cache, config.precision)
     # outermost, so that all processes take part in every collective, whatever is in their caches
     return shard_texts(encoder, world.rank, world.size, world.gather_objects) if world.size > 1 else encoder
+
+
+# ---------------------------------------------------------------- open tasks
+
+
+@dataclass
+class Evaluated:
+    """The result of a task, and the samples that it evaluated."""
+
+    name: str  # TASK:DATA
+    split: str
+    samples: Samples
+    result: TaskResult
+    notes: list[str]  # on texts that were cut, and on what opening the data left out
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {"data": self.name.partition(":")[2], "split": self.split, "samples": len(self.samples.indices)}
+        result = self.result.to_json()
+        return {**counts, **result, "notes": [*result["notes"], *self.notes]}
+
+
+@dataclass
+class OpenTasks:
+    """Tasks that can run: their data is open, and it and the model have what they need."""
+
+    tasks: list[tuple[Task, str, EvalContext]]  # with the split; tasks on the same data share a context
+    texts: TextCounter
+
+    def run(self) -> Iterator[Evaluated]:
+        """Runs the tasks, once, and yields their results."""
+        while self.tasks:
+            task, split, context = self.tasks.pop(0)  # frees its embeddings
+            result = task.load()(context)
+            notes = [*self.texts.take_lines(), *account_lines(context.source, with_notes=False)]
+            yield Evaluated(f"{task.name}:{context.data}", split, context.test, result, notes)
+
+
+def parse_tasks(tasks: Sequence[str], config: EvalConfig) -> list[tuple[Task, str]]:
+    """Returns each task with its data, suites replaced by their tasks. Raises UserError for a task that does not exist, a named dataset
+    without a folder, and a precision that a task does not allow."""
+    parsed = list(dict.fromkeys(parse_task(text) for text in _expand_suites(tasks)))
+    _check_precision([task for task, _ in parsed], config)
+    specs = [data for _, data in parsed] + ([config.train_data] if config.train_data else [])
+    _check_dataset_folders([data for data in specs if _is_benchmark(data, config.data_root)], config.data_root)
+    return parsed
+
+
+def open_tasks(model: EvalModel, parsed: Sequence[tuple[Task, str]], config: EvalConfig, world: World) -> OpenTasks:
+    """Opens the data of the tasks, and wraps the model's encoder. Raises UserError if a task lacks something that it needs."""
+    texts = TextCounter()
+    model.encoder = texts.counting(_wrap_encoder(model, config, world))
+    keys = [(data, "boxes" in task.needs) for task, data in parsed]
+    contexts = {key: _open(key[0], model, config, world, with_boxes=key[1]) for key in dict.fromkeys(keys)}
+    for (task, _), key in zip(parsed, keys):
+        check_needs(task, contexts[key][1])  # before the first task runs, which may take hours
+    return OpenTasks([(task, *contexts[key]) for (task, _), key in zip(parsed, keys)], texts)
 
 
 # ---------------------------------------------------------------- data

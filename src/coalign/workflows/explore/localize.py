@@ -14,7 +14,7 @@ from coalign.evaluation.embed import cut_lines
 from coalign.evaluation.localization import upsample
 from coalign.networks.grad_cam import grad_cam
 from coalign.networks.towers.image import ImageTower
-from coalign.runs.run import Run, image_size, load
+from coalign.runs.run import Run, context_length, image_size, load, preprocess
 from coalign.types import Localizer
 from coalign.workflows.image_files import check_figure_path, read_image, save_figure
 
@@ -24,7 +24,7 @@ def localizer(run: Run) -> tuple[Localizer, str]:
     method, device = run.method.eval(), next(run.method.parameters()).device
 
     def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids, lengths = run.tokenizer(texts, run.config.context_length)
+        ids, lengths = run.tokenizer(texts, context_length(method))
         return ids.to(device), lengths.to(device)
 
     if method.localize is not None:
@@ -45,7 +45,7 @@ def localizer(run: Run) -> tuple[Localizer, str]:
 def localize(
     runs: Sequence[str | Path], image: str | Path, texts: Sequence[str], out: str | Path, device: str = "cpu"
 ) -> np.ndarray:
-    """Writes a figure of the maps over the image's central square, with one row per run and one column per text.
+    """Writes a figure of the maps over the image as each run sees it, with one row per run and one column per text.
 
     Returns the maps, float32 [run, text, side, side]. Raises UserError if there are no runs or texts, or a file cannot be read or written.
     """
@@ -58,16 +58,16 @@ def localize(
     out = check_figure_path(out)
     loaded = [load(run, device=device) for run in runs]
     side = max(image_size(run.method) for run in loaded)
-    background = read_image(image, side)[0].permute(1, 2, 0).numpy()
-    maps, names = [], []
+    backgrounds, maps, names = [], [], []
     for run in loaded:
         for text in texts:
             for line in cut_lines(run.encoder(), [text], f"text {text[:40]!r}"):
                 print(f"{run.path.name}: {line}")
         compute_maps, technique = localizer(run)
-        pixels = read_image(image, image_size(run.method))
+        backgrounds.append(read_image(image, side, preprocess(run.method))[0].permute(1, 2, 0).numpy())
+        pixels = read_image(image, image_size(run.method), preprocess(run.method))
         run_maps = compute_maps(pixels.expand(len(texts), -1, -1, -1), list(texts))
         maps.append(upsample(run_maps.cpu(), side).numpy())
         names.append(f"{run.path.name}, {technique}")
-    save_figure(map_grid([background] * len(loaded), np.stack(maps), [list(texts)] * len(loaded), names), out)
+    save_figure(map_grid(backgrounds, np.stack(maps), [list(texts)] * len(loaded), names), out)
     return np.stack(maps)

@@ -18,7 +18,7 @@ from coalign.errors import UserError
 from coalign.evaluation.embed import cut_lines, embed_images, embed_joint, embed_texts
 from coalign.report.page import GalleryCell, Page
 from coalign.runs.folder import check_output
-from coalign.types import Embeds
+from coalign.types import CLIP_PREPROCESS, Embeds
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
 from coalign.workflows.image_files import read_image, thumbnail
@@ -90,7 +90,11 @@ def search(
     ]
     if report is not None:
         page = Page("Search", f"{model.name}; {len(images.indices):,} images; query: {query}")
-        pixels = None if image is None else read_image(image, encoder.image_size)[0].permute(1, 2, 0).numpy()
+        pixels = (
+            None
+            if image is None
+            else read_image(image, encoder.image_size, CLIP_PREPROCESS)[0].permute(1, 2, 0).numpy()
+        )
         page.ranking(
             GalleryCell(pixels, text or "", note="query"),
             [

@@ -42,7 +42,7 @@ def space(
             f"{path} does not compare one vector per sample, which the plot needs"
             + ("; pass --similarity projector." if several else ".")
         )
-    untrained_method = build_method(replace(trained.config, pretrained=None), trained.tokenizer)
+    untrained_method = build_method(trained.config, trained.tokenizer, trained.path)
     initial = replace(trained, method=untrained_method.to(device).eval())
     source = open_source(data, reading=reading_of(data, trained))
     indices = select_split(source, data, trained, None)[1]
@@ -54,7 +54,8 @@ def space(
         raise UserError(
             f"{data} has {len(pair_indices)} held-out pairs, too few to plot their embeddings; at least 10 are needed."
         )
-    batches = list(image_batches(source, pair_indices, trained.encoder().image_size))
+    encoder = trained.encoder()
+    batches = list(image_batches(source, pair_indices, encoder.image_size, preprocess=encoder.preprocess))
     texts = [captions(index)[0] for index in pair_indices]
     panels, gaps = {}, {}
     for name, run in (("before training", initial), ("after training", trained)):

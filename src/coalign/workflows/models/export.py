@@ -22,12 +22,12 @@ from coalign.interop.onnx import INFO, from_onnx, session, to_embeds, to_onnx
 from coalign.interop.open_clip.export import to_open_clip
 from coalign.interop.timm import from_timm, to_timm
 from coalign.interop.transformers.export import preprocessor, to_tokenizer, to_transformers
+from coalign.networks.towers.hugging_face import HuggingFaceTextTower
 from coalign.networks.towers.image import ImageTower
-from coalign.networks.towers.spec import model_config
 from coalign.networks.towers.text import TextTower
 from coalign.networks.two_towers import TwoTowers
 from coalign.runs.card import card
-from coalign.runs.run import Run, image_size, load
+from coalign.runs.run import Run, context_length, image_size, load, preprocess
 from coalign.types import Embeds, Similarity, dot_product
 
 TOLERANCE = 1e-4  # between normalized embeddings, which should differ by rounding only
@@ -82,7 +82,7 @@ def check_new_folder(out: str | Path) -> Path:
 
 def _open_clip(run: Run, out: Path) -> None:
     image, text, scale = _towers(run, "open_clip")
-    config, state = to_open_clip(model_config(run.config.model), image, text, scale)
+    config, state = to_open_clip(run.model_config, image, text, scale)
     if run.tokenizer.name != "clip":
         config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "lower"}}
         _tokenizer(run).save_pretrained(out)
@@ -92,7 +92,7 @@ def _open_clip(run: Run, out: Path) -> None:
     model = _load(lambda: open_clip.create_model(name, precision="fp32"), "open_clip").eval()
     tokenize = open_clip.get_tokenizer(name)
     peer = Peer(
-        encode_image=lambda pixels: model.encode_image(_normalize(pixels)),
+        encode_image=lambda pixels: model.encode_image(image.normalize(pixels)),
         encode_text=lambda texts: model.encode_text(tokenize(texts)),
     )
     _compare(run, peer, "open_clip")
@@ -108,12 +108,12 @@ def _transformers(run: Run, out: Path) -> None:
     image, text, scale = _towers(run, "transformers")
     to_transformers(image, text, scale, run.tokenizer.start_id, run.tokenizer.end_id).save_pretrained(out)
     _tokenizer(run).save_pretrained(out)
-    write_json(out / "preprocessor_config.json", preprocessor(image.image_size))
+    write_json(out / "preprocessor_config.json", preprocessor(image.image_size, image.preprocess))
     model = _load(lambda: CLIPModel.from_pretrained(out), "transformers").eval()
     tokenize = AutoTokenizer.from_pretrained(out)
 
     def encode_image(pixels: Tensor) -> Tensor:
-        return model.visual_projection(model.vision_model(_normalize(pixels)).pooler_output)
+        return model.visual_projection(model.vision_model(image.normalize(pixels)).pooler_output)
 
     def encode_text(texts: list[str]) -> Tensor:
         inputs = tokenize(texts, padding=True, truncation=True, return_tensors="pt")
@@ -127,11 +127,12 @@ def _timm(run: Run, out: Path) -> None:
         raise UserError(
             f"A timm export needs the pooled features of an image tower, which {run.config.method} does not train."
         )
-    to_timm(run.config.model, model_config(run.config.model)["vision_cfg"], run.method.image, out)
+    image = run.method.image
+    to_timm(run.config.model, run.model_config["vision_cfg"], image, out)
     model = _load(lambda: from_timm(out), "timm").eval()
     pixels = _random_pixels(run)
     with torch.no_grad():
-        check_close(run.method.image_features(pixels), model(_normalize(pixels)), "image features", "timm")
+        check_close(run.method.image_features(pixels), model(image.normalize(pixels)), "image features", "timm")
 
 
 def _onnx(run: Run, out: Path) -> None:
@@ -141,19 +142,21 @@ def _onnx(run: Run, out: Path) -> None:
         "image": lambda dense: dense.encode_image,
         "text": lambda dense: dense.encode_text,
     }
-    ids, _ = run.tokenizer(PROBE_TEXTS, run.config.context_length)
+    ids, _ = run.tokenizer(PROBE_TEXTS, context_length(run.method))
     pixels = _random_pixels(run)
     example = slice(3)  # smaller than the batch compared below, which a graph of fixed batch size would reject
     inputs: dict[str, tuple[Tensor, ...]] = {"image": (pixels[example],), "text": (ids[example],)}
     if method.has_joint:
         encode["joint"], inputs["joint"] = (lambda dense: dense.encode_joint), (pixels[example], ids[example])
     graphs = _load(
-        lambda: to_onnx(method, encode, inputs, run.tokenizer.end_id, run.config.context_length, out), "ONNX"
+        lambda: to_onnx(method, encode, inputs, run.tokenizer.end_id, context_length(run.method), out), "ONNX"
     )
     run.tokenizer.save(out / "tokenizer.json")
     info = {
         "image_size": image_size(run.method),
-        "context_length": run.config.context_length,
+        "interpolation": preprocess(run.method).interpolation,
+        "resize_mode": preprocess(run.method).resize_mode,
+        "context_length": context_length(run.method),
         "start_id": run.tokenizer.start_id,
         "end_id": run.tokenizer.end_id,
         "logit_scale": run.encoder().logit_scale,
@@ -188,7 +191,21 @@ def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
         raise UserError(
             f"{library} compares one vector per sample by its cosine, but {run.config.method} has its own similarity; use --to onnx."
         )
+    if run.config.head != "linear":
+        raise UserError(
+            f"{library} holds linear projections only, but this model has --head {run.config.head}; use --to onnx, or --to timm for the "
+            "image encoder alone."
+        )
     method, scale = run.method, run.method.scalars().get("logit_scale")
+    if isinstance(method, TwoTowers) and isinstance(method.text, HuggingFaceTextTower):
+        raise UserError(
+            f"{library} cannot hold the text encoder of this run, a {type(method.text.encoder).__name__} of Hugging Face; use --to onnx."
+        )
+    if not run.tokenizer.cleans:
+        raise UserError(
+            f"{library} cannot hold the tokenizer {run.config.tokenizer} with CLIP's text encoder, which needs an end token with the "
+            "largest id; use --to onnx."
+        )
     if not isinstance(method, TwoTowers) or not isinstance(method.text, TextTower) or scale is None:
         raise UserError(
             f"{library} cannot represent a model of {run.config.method}, which is not a pair of towers with linear heads."
@@ -197,7 +214,7 @@ def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
 
 
 def _tokenizer(run: Run) -> Any:
-    return to_tokenizer(run.tokenizer.to_str(), START, END, run.config.context_length)
+    return to_tokenizer(run.tokenizer.to_str(), START, END, context_length(run.method))
 
 
 def _load(create: Callable[[], Any], library: str) -> Any:
@@ -244,9 +261,3 @@ def check_close(expected: Embeds, actual: Embeds, what: str, library: str, cosin
             f"{library} cannot represent this model: its {what} would differ by {difference:.1e}. "
             "It only supports a linear projection of each tower's features, no other heads."
         )
-
-
-def _normalize(pixels: Tensor) -> Tensor:
-    """uint8 pixels -> float pixels normalized by CLIP's mean and std, the input of open_clip, transformers and timm."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
-    return (pixels / 255 - mean) / std

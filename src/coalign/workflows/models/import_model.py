@@ -13,7 +13,7 @@ from coalign.data.text.tokenizer import load_tokenizer
 from coalign.errors import UserError
 from coalign.files import save_tensors, write_json
 from coalign.interop.open_clip.load import CONFIG, WEIGHTS, from_open_clip
-from coalign.interop.transformers.export import from_clip_model
+from coalign.interop.transformers.export import from_clip_model, read_preprocessor
 from coalign.interop.transformers.load import from_transformers
 from coalign.types import DualEncoder
 from coalign.workflows.models.export import PROBE_TEXTS, check_close, check_new_folder
@@ -53,8 +53,7 @@ def _write(name: str, original: DualEncoder, out: Path) -> None:
         tokenizer.save_pretrained(out)
         model_cfg["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "lower"}}
     processor = AutoImageProcessor.from_pretrained(name)
-    normalization = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
-    preprocess = {**normalization, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = read_preprocessor(processor).to_json()
     write_json(out / CONFIG, {"model_cfg": {**model_cfg, "custom_text": True}, "preprocess_cfg": preprocess})
     save_tensors(out / WEIGHTS[0], state)
     converted = from_open_clip(str(out))

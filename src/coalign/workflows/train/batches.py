@@ -10,11 +10,12 @@ import numpy as np
 from coalign.config import TrainConfig
 from coalign.data.account import account_lines, class_lines
 from coalign.data.images.cache import ImageCache
+from coalign.data.loading.cached_views import NOTHING_CACHED, CachedViews
 from coalign.data.loading.train import PairLoader, tag_vocabulary
 from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.method import Method
-from coalign.runs.run import image_size, patch_grid
+from coalign.runs.run import context_length, image_size, patch_grid, preprocess
 from coalign.training.distributed import World
 
 MAX_VOCABULARY_PAIRS = 200_000  # training pairs to build a tokenizer or a tag vocabulary from
@@ -53,6 +54,7 @@ def pair_loader(
     batch_size: int,
     tag_ids: Mapping[str, int],
     cache: ImageCache | None = None,
+    cached: CachedViews = NOTHING_CACHED,
 ) -> PairLoader:
     """Returns a loader of the pairs with the method's views."""
     return PairLoader(
@@ -61,10 +63,11 @@ def pair_loader(
         method.view_plan,
         tokenizer,
         image_size=image_size(method),
-        context_length=config.context_length,
+        preprocess=preprocess(method),
+        context_length=context_length(method),
         batch_size=batch_size,
         seed=config.seed,
-        workers=config.workers or 0,
+        workers=0 if cached.images else config.workers or 0,
         rank=world.rank,
         world_size=world.size,
         tag_vocabulary=tag_ids,
@@ -72,4 +75,5 @@ def pair_loader(
         cache=cache,
         group_column=config.reading.group_column,
         finish_on=world.device if config.device_views else None,
+        cached=cached,
     )

@@ -18,12 +18,15 @@ from coalign.data.loading.train import LoadedBatch, check_batch_size
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.formatting import duration
 from coalign.method import Method
+from coalign.networks.tuning import Tuning
 from coalign.optim import build_optimizers
-from coalign.runs.folder import describe_samples
+from coalign.runs.folder import describe_samples, end_of_path
+from coalign.runs.run import saved_model
 from coalign.training.distributed import World
 from coalign.training.trainer import autocast_dtype, precision_name
 from coalign.types import Batch
 from coalign.workflows.train.batches import TrainingData, pair_loader
+from coalign.workflows.train.features import RunFeatures
 from coalign.workflows.train.gpu_plan import DECLIP_MFU, GOOD_MFU, Plan, plans
 from coalign.workflows.train.step_cost import StepCost, measure_step, step_cost
 
@@ -36,9 +39,11 @@ def print_dry_run(
     out: Path,
     config: TrainConfig,
     method: Method,
+    tuning: Tuning,
     tokenizer: Tokenizer,
     pairs: TrainingData,
     world: World,
+    features: RunFeatures,
 ) -> None:
     """Prints the resolved configuration, parameter counts, number of steps, first pairs and cost per step.
 
@@ -47,16 +52,14 @@ def print_dry_run(
     """
     check_batch_size(config.batch_size, world.size)
     autocast = autocast_dtype(config.precision, world.device)
-    build_optimizers(method.parameter_groups(), config.optimizer, method)  # rejects invalid settings
+    build_optimizers(tuning.groups(), config.optimizer, method, tuning.rates())  # rejects invalid settings
     table = Table("setting", "value", title="Configuration", title_justify="left")
     for name, value in flatten(to_json(config)).items():
         table.add_row(name, str(value))
     console.print(table)
-    counts = {role: sum(p.numel() for p in parameters) for role, parameters in method.parameter_groups().items()}
-    table = Table("role", "trainable parameters", title="Model", title_justify="left")
-    for role, count in {**counts, "total": sum(counts.values())}.items():
-        table.add_row(role, f"{count:,}")
-    console.print(table)
+    _print_parts(console, tuning)
+    for line in _start_lines(method, config):
+        console.print(line)
     _print_steps(console, data, config, pairs)
     batch_size = min(NUM_SHOWN, len(pairs.train))
     single = World(0, 1, world.device)
@@ -67,16 +70,62 @@ def print_dry_run(
     loaded = next(loader.batches(0, 1))
     start = time.process_time()
     next(loader.batches(1, 2) if loader.steps_per_epoch > 1 else loader.batches(0, 1))
-    load_seconds = (time.process_time() - start) / batch_size
+    load_seconds = 0.0 if "image" in features.towers else (time.process_time() - start) / batch_size
     _print_batch(console, loaded, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "first_batch.png"
     Image.fromarray(_contact_sheet(loaded.batch)).save(path)
     console.print(f"Images of these pairs, one row per view: {path}", soft_wrap=True)
-    measured = measure_step(method, loaded.batch, autocast)
+    if features.towers:
+        features.views("train", pairs.source, pairs.train, tag_ids)
+        console.print(features.announcement(), soft_wrap=True)
+    measured = measure_step(method, features.replaced(loaded.batch), autocast)
     _print_cost(console, step_cost(measured, config, world.size), config, world, autocast)
     steps = max(1, round(config.epochs * (len(pairs.train) // config.batch_size)))
     _print_plans(console, plans(measured, config, steps, load_seconds), load_seconds)
+
+
+def _start_lines(method: Method, config: TrainConfig) -> list[str]:
+    """Returns a sentence on each pretrained encoder, and on its projection."""
+    model = saved_model(config) or {}
+    lines = []
+    for modality in ("image", "text"):
+        starts = getattr(getattr(method, modality, None), "starts", {})
+        if not starts:
+            continue
+        line = f"The {modality} encoder starts from {starts['trunk']}"
+        own, dim = model.get(_CFG[modality], {}).get("embed_dim"), model.get("embed_dim")
+        if "projection" in starts:
+            line += ", projection included."
+        elif own in (None, dim):  # has none, or --head replaces it
+            line += ", with a new projection."
+        else:
+            line += (
+                f", with a new projection: the pretrained one has {own} dimensions, but the model's embed_dim is {dim}."
+            )
+        lines.append(line)
+    return lines
+
+
+_CFG = {"image": "vision_cfg", "text": "text_cfg"}
+
+
+def _print_parts(console: Console, tuning: Tuning) -> None:
+    """Prints what each part of the model starts from, how much of it is trained, and its peak learning rate."""
+    table = Table(
+        "part", "starts from", "tuning", "parameters", "frozen", "peak rate", title="Model", title_justify="left"
+    )
+    parts = tuning.table()
+    for each in parts:
+        name, rate = f"{each.role} {each.part}".strip(), "" if each.lr is None else f"{each.lr:g}"
+        table.add_row(
+            name, end_of_path(each.starts), each.tuning, f"{each.trained + each.frozen:,}", f"{each.frozen:,}", rate
+        )
+    trained, frozen = sum(each.trained for each in parts), sum(each.frozen for each in parts)
+    table.add_row("total", "", "", f"{trained + frozen:,}", f"{frozen:,}", "")
+    console.print(table)
+    for warning in tuning.warnings():
+        console.print(warning)
 
 
 def _print_steps(console: Console, data: str, config: TrainConfig, pairs: TrainingData) -> None:
@@ -110,7 +159,7 @@ def _print_cost(
 ) -> None:
     passes = ", ".join(f"{kind} {count:g}" for kind, count in cost.passes.items())
     teachers = ", ".join(f"{kind} {count:g}" for kind, count in cost.target_passes.items())
-    console.print(f"Encoder passes per pair: {passes}; teacher passes: {teachers or 'none'}.")
+    console.print(f"Encoder passes per pair: {passes or 'none'}; teacher passes: {teachers or 'none'}.")
     local = f"{config.batch_size // world.size:,} pairs"
     processes = f"each of {world.size} processes" if world.size > 1 else "one process"
     precision = precision_name(autocast)

@@ -16,7 +16,7 @@ from coalign.data.sources.base import Source
 from coalign.formatting import data_size
 from coalign.method import Method
 from coalign.randomness import stable_hash
-from coalign.runs.run import image_size
+from coalign.runs.run import image_size, preprocess
 from coalign.training.distributed import World
 from coalign.workflows.train.batches import TrainingData
 
@@ -30,10 +30,15 @@ class RunImageCache:
         folder: The folder of a cache on disk.
     """
 
-    def __init__(self, config: TrainConfig, method: Method, pairs: TrainingData, out: Path, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, method: Method, pairs: TrainingData, out: Path, world: World, once: bool = False
+    ) -> None:
+        """`once`: images are decoded only once, because their features are cached."""
         self.cache: ImageCache | None = None
         self.description = ""
         self.folder = _folder(out, pairs.source)
+        if once:
+            return
         if config.image_cache is None:
             if config.epochs > 1:
                 self._keep_in_memory(config, method, pairs, world)
@@ -51,7 +56,7 @@ class RunImageCache:
         is_first = machines.index(machines[world.rank]) == world.rank  # of this machine's processes
         if is_first:
             indices = np.unique(pairs.train % len(source))
-            needed = decoded_bytes(source, indices, method.view_plan.images, image_size(method))
+            needed = decoded_bytes(source, indices, method.view_plan.images, image_size(method), preprocess(method))
             available = available_memory()
             if needed <= SHARE * available:
                 self.cache = ImageCache(len(source), SHARE * available)

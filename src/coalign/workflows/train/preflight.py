@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from coalign.data.text.captions import printable
 from coalign.data.text.context import cut_texts
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.errors import BadSample, UserError
+from coalign.runs.run import text_context
 from coalign.training.distributed import World
 from coalign.types import Record
 from coalign.workflows.train.batches import TrainingData
 from coalign.workflows.train.file_names import meaningless, plain
+from coalign.workflows.train.safe_views import with_safe_views
 from coalign.workflows.train.setup import ConfigFn, open_data, run_tokenizer
 
 SAMPLE = 1000  # samples to read, whatever the size of the data
@@ -118,6 +120,7 @@ def check_before_training(pairs: TrainingData, config: TrainConfig, resumed: boo
 
 def check_context(preflight: Preflight, config: TrainConfig, tokenizer: Tokenizer, resumed: bool = False) -> str | None:
     """Returns a sentence on the captions that are longer than the context; None if there are none. Raises UserError if they are many."""
+    assert config.context_length is not None
     cut = cut_texts(preflight.captions, tokenizer.num_tokens, config.context_length)
     line = cut.line("sampled captions", option=True)
     if line and cut.fraction > CUT and not (config.skip_data_checks or resumed):
@@ -134,10 +137,12 @@ def open_and_check(
     """
     pairs, config = open_data(data, config_for, world)
     preflight = check_before_training(pairs, config, resumed)
-    tokenizer = run_tokenizer(config, pairs, out)
+    config, changed_views = with_safe_views(config, preflight.captions)
+    tokenizer, config = run_tokenizer(config, pairs, out if resumed else None)
+    config = replace(config, context_length=text_context(config, out if resumed else config.init_from))
     cut_captions = check_context(preflight, config, tokenizer, resumed)
     if world.is_first:
-        for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions])]:
+        for line in [*pairs.account(), *filter(None, [preflight.unusable_captions(), cut_captions, changed_views])]:
             console.print(line, markup=False)
     return pairs, config, tokenizer
 

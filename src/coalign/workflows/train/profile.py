@@ -21,6 +21,7 @@ from coalign.training.distributed import join_world
 from coalign.training.stopwatch import Stopwatch
 from coalign.training.trainer import Trainer
 from coalign.workflows.train.batches import pair_loader
+from coalign.workflows.train.features import RunFeatures
 from coalign.workflows.train.image_cache import RunImageCache
 from coalign.workflows.train.setup import (
     ConfigFn,
@@ -55,10 +56,14 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
     pairs, config = open_data(data, config_for, world)
     workers_given, config = config.workers, replace(resolve(config, len(pairs.train), world), evals=0)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = run_tokenizer(config, pairs, Path(folder))
-        method = initial_method(config, tokenizer, world)
+        tokenizer, config = run_tokenizer(config, pairs)
+        method, tuning = initial_method(config, tokenizer, world)
         shard_model(method, config, world)
-        tags, images = pairs.tag_ids(method.view_plan.tags), RunImageCache(config, method, pairs, Path(folder), world)
+        features = RunFeatures(method, config, tokenizer, Path(world.broadcast(folder)), world)
+        if features.towers:  # of the pairs of these steps only
+            pairs.train = pairs.train[: (WARMUP_STEPS + steps) * config.batch_size]
+        tags = pairs.tag_ids(method.view_plan.tags)
+        images = RunImageCache(config, method, pairs, Path(folder), world, once="image" in features.towers)
         if workers_given is None and images.cache is None:
             config = add_workers(config, world)
         loader = pair_loader(
@@ -71,13 +76,15 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             config.batch_size,
             tags,
             images.cache,
+            features.views("train", pairs.source, pairs.train, tags),
         )
         trainer = Trainer(
             method, config, world, Path(folder),
             batches=loader.batches, num_pairs=len(pairs.train), total_steps=WARMUP_STEPS + steps,
-            save_checkpoints=False,
+            save_checkpoints=False, tuning=tuning,
         )  # fmt: skip
         compile_towers(method, config)
+        features.compute(Console(highlight=False, soft_wrap=True), interactive=False)
         silence = contextlib.redirect_stdout(io.StringIO())  # hides the progress lines
         with Stopwatch(world.device) as stopwatch, silence:
             ended = trainer.fit().ended
@@ -94,7 +101,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         seconds,
         stages,
         config.batch_size / seconds,
-        advice(stages, seconds, config, cores, on_gpu, images.cache is not None),
+        advice(stages, seconds, config, cores, on_gpu, images.cache is not None or "image" in features.towers),
     )
 
 

@@ -18,10 +18,11 @@ from coalign.evaluation.retrieval import Direction, RetrievalResult
 from coalign.files import read_rows
 from coalign.formatting import duration
 from coalign.method import Method
+from coalign.networks.tuning import Tuning
 from coalign.report.left_out import LeftOutTable
 from coalign.report.page import GalleryCell
 from coalign.report.run_page import Miss, Ranking, RunSummary, run_page, verdict
-from coalign.runs.folder import WITHOUT_LOOK_ALIKES, describe_samples
+from coalign.runs.folder import WITHOUT_LOOK_ALIKES, describe_model, describe_samples, read_config
 from coalign.training.trainer import TrainResult
 from coalign.types import Similarity, dot_product
 from coalign.version import __version__
@@ -29,6 +30,7 @@ from coalign.workflows.evaluate.eval_report import class_results_of
 from coalign.workflows.evaluate.samples import captions_of
 from coalign.workflows.image_files import thumbnail
 from coalign.workflows.train.batches import TrainingData
+from coalign.workflows.train.start import TrackedChanges
 from coalign.workflows.train.validation import HeldOutResult
 
 NUM_QUERIES, TOP_K, PAIRS_IN_MATRIX, PAIRS_IN_SPACE = 6, 5, 12, 400
@@ -39,18 +41,20 @@ def write_run_report(
     out: Path,
     config: TrainConfig,
     method: Method,
+    tuning: Tuning,
     result: TrainResult,
     results: Mapping[str, HeldOutResult],
     pairs: TrainingData,
+    tracked: TrackedChanges,
 ) -> tuple[str, Path]:
     """Writes out/report.html. Returns its headline and its path."""
     history = read_rows(out / "metrics.jsonl")
     bad = read_rows(out / "bad_samples.jsonl")
     speeds = [row["pairs_per_second"] for row in history if row.get("pairs_per_second")]
-    groups, num_train = method.parameter_groups(), len(pairs.train)
+    num_train = len(pairs.train)
     summary = RunSummary(
         title=f"{config.method} on {Path(data).name or data}",
-        subtitle=f"{config.model}, trained on {describe_samples(config, num_train)}, coalign {__version__}",
+        subtitle=f"{describe_model(config)}, trained on {describe_samples(config, num_train)}, coalign {__version__}",
         configuration={"data": data, **to_json(config)},
         history=history,
         ended=result.ended,
@@ -61,7 +65,8 @@ def write_run_report(
             "pairs per second (median)": f"{np.median(speeds):,.0f}" if speeds else "-",
             "steps skipped for a non-finite loss or gradient": f"{result.skipped_steps:,}",
         },
-        parameters={role: sum(p.numel() for p in parameters) for role, parameters in groups.items()},
+        parameters=tuning.num_trained(),
+        frozen_parameters=sum(tuning.num_frozen().values()),
         bad_samples=result.bad_samples,
         bad_examples=[(row["key"], row["reason"], row["detail"]) for row in bad[:10]],
         left_out=LeftOutTable(
@@ -70,14 +75,25 @@ def write_run_report(
         notes=pairs.account(),
         samples_seen=min(result.step * config.batch_size, num_train),
     )
-    for held_out in results.values():
-        summary.metrics = [*summary.metrics, *held_out.result.metrics]
-        summary.notes = [*summary.notes, *held_out.result.notes]
+    summary.changes, summary.change_notes = tracked.changes, tracked.notes
+    if (saved := read_config(out)).extended_from:
+        summary.notes = [*summary.notes, f"The run has {saved.describe_epochs()} epochs."]
+    _add_results(summary, results)
     if "retrieval" in results:
         similarity = on_device(method.similarity, next(method.parameters()).device)
         _add_retrieval(summary, results["retrieval"], similarity)
     if "zeroshot" in results:
         summary.classes = class_results_of(results["zeroshot"].result.details)
+    path = out / "report.html"
+    run_page(summary).write(path)
+    return verdict(summary), path
+
+
+def _add_results(summary: RunSummary, results: Mapping[str, HeldOutResult]) -> None:
+    """Adds the metrics of all tasks, with their notes and what look-alikes there are."""
+    for held_out in results.values():
+        summary.metrics = [*summary.metrics, *held_out.result.metrics]
+        summary.notes = [*summary.notes, *held_out.result.notes]
     for task, held_out in results.items():
         if held_out.look_alikes is not None:
             found, total = held_out.look_alikes
@@ -87,9 +103,6 @@ def write_run_report(
                 *summary.notes,
                 f"{note}; metrics without look-alikes are on the others." if without else f"{note}.",
             ]
-    path = out / "report.html"
-    run_page(summary).write(path)
-    return verdict(summary), path
 
 
 def _evaluation(held_out: HeldOutResult) -> Evaluation:

@@ -19,16 +19,20 @@ from coalign.data.sources.mixture import Mixture
 from coalign.data.sources.open import open_source
 from coalign.data.sources.unpaired_captions import UnpairedCaptions
 from coalign.data.splits import nested_subset, run_splits
-from coalign.data.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from coalign.data.text.tokenizer import CLIP_VOCABULARY, Tokenizer, has_tokenizer, load_tokenizer, train_bpe
 from coalign.errors import BadSample, UserError
 from coalign.method import Method
 from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.checkpointing import checkpoint_blocks
+from coalign.networks.logit_scale import TEMPERATURE
 from coalign.networks.open_clip_parts import AttentionPool2d
-from coalign.networks.towers.spec import find_towers
+from coalign.networks.towers.pretrained import pretrained_logit_scale
+from coalign.networks.towers.spec import TowerSpec, find_towers
+from coalign.networks.towers.text import TextTower
+from coalign.networks.tuning import Tuning
 from coalign.randomness import stable_hash
-from coalign.runs.folder import TOKENIZER, read_config
-from coalign.runs.run import build_method, default_vocab_size, init_from_run
+from coalign.runs.folder import TOKENIZER, describe_model, read_config
+from coalign.runs.run import build_method, default_vocab_size, init_from_run, start_from_run, text_weights
 from coalign.training.distributed import World
 from coalign.training.sharding import shard
 from coalign.version import __version__
@@ -154,25 +158,37 @@ def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, n
     return {name: splits[name] for name in names}
 
 
-def initial_method(config: TrainConfig, tokenizer: Tokenizer, world: World) -> Method:
-    """Builds the method with its initial weights, on its device."""
+def initial_method(
+    config: TrainConfig, tokenizer: Tokenizer, world: World, resumed: Path | None = None
+) -> tuple[Method, Tuning]:
+    """Builds the method with its initial weights, on its device, and freezes what is not trained. resumed: the run whose checkpoint is
+    loaded afterwards; None if it was killed before the first one."""
     check_batch_size(config.batch_size, world.size)
-    method = build_method(config, tokenizer)
+    method = build_method(config, tokenizer, resumed or config.init_from)
     if config.unpaired_captions and not method.view_plan.imageless:
         raise UserError(
             "--unpaired-captions needs a method that trains on captions without images, such as mct or oner; "
             f"{config.method} with these settings does not."
         )
+    if tokenizer.mask_id is None and any(policy.mask_p for policy in method.view_plan.texts.values()):
+        raise UserError(
+            f"{config.method} masks words, but the tokenizer {tokenizer.name} has no mask token; use a text encoder trained on masked "
+            "words, such as BERT, or turn masked language modeling off."
+        )
     if config.init_from:
-        init_from_run(method, config)
+        if not resumed:
+            init_from_run(method, config)
+        start_from_run(method, config.init_from)
+    tuning = Tuning(method, config)
+    _check_mask_token(method, config)
     _check_batch_norm(method, config, world)
     for tower in find_towers(method) if config.gradient_checkpointing else ():
         if not checkpoint_blocks(tower):
             raise UserError(
-                f"An encoder of {config.model} is not made of blocks that can be recomputed; omit --gradient-checkpointing or use a "
-                "model of residual blocks, such as ViT-B-32 or RN50."
+                f"An encoder of {describe_model(config)} is not made of blocks that can be recomputed; omit "
+                "--gradient-checkpointing or use a model of residual blocks, such as ViT-B-32 or RN50."
             )
-    return method.to(world.device).to(memory_format=torch.channels_last)
+    return method.to(world.device).to(memory_format=torch.channels_last), tuning
 
 
 def shard_model(method: Method, config: TrainConfig, world: World) -> None:
@@ -188,15 +204,37 @@ def compile_towers(method: Method, config: TrainConfig) -> None:
             tower.compile()
 
 
+def _check_mask_token(method: Method, config: TrainConfig) -> None:
+    """Raises UserError if words are masked by a token that the pretrained text encoder does not have, and cannot learn."""
+    text = getattr(method, "text", None)
+    masks = any(policy.mask_p for policy in method.view_plan.texts.values())
+    if masks and isinstance(text, TextTower) and not text.transformer.token_embedding.weight.requires_grad:
+        if config.init_from is not None:
+            return  # of a run that has learned it
+        term = method.token_terms["text"]
+        raise UserError(
+            f"The term {term} of {config.method} masks words by a token that is new to the text encoder, but --text-tuning "
+            f"{config.text_tuning} freezes its token embeddings; add --no-{term.replace('_', '-')}, or use --text-tuning full."
+        )
+
+
 def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None:
-    """Raises UserError if the batch size per process or the micro-batch is not a multiple of the BatchNorm group size."""
+    """Raises UserError if trained BatchNorm layers have groups of one sample, or if the batch size per process or the micro-batch is not a
+    multiple of the group size."""
     local = config.batch_size // world.size
-    for group in {module.group for module in method.modules() if isinstance(module, GroupedBatchNorm2d)}:
+    norms = [module for module in method.modules() if isinstance(module, GroupedBatchNorm2d) and module.training]
+    for group in {norm.group for norm in norms}:
+        if group == 1:
+            raise UserError(
+                f"{config.image_tower or config.model} has BatchNorm, which cannot train on single samples; set --batch-norm-group, "
+                "--micro-batch and the batch size per process to 2 or more, lock the encoder with --image-tuning locked"
+                f"{_WITHOUT_BATCH_NORM}."
+            )
         for size, name in ((local, "the batch size per process"), (config.micro_batch or group, "--micro-batch")):
             if size % group:
                 raise UserError(
-                    f"{config.model} has BatchNorm over groups of {group} samples, but {name}, {size}, is not a multiple of {group}; "
-                    f"change it or --batch-norm-group{_WITHOUT_BATCH_NORM}."
+                    f"{config.image_tower or config.model} has BatchNorm over groups of {group} samples, but {name}, {size}, is not "
+                    f"a multiple of {group}; change it or --batch-norm-group{_WITHOUT_BATCH_NORM}."
                 )
 
 
@@ -205,17 +243,49 @@ def resolve(config: TrainConfig, num_pairs: int, world: World, resumed: Path | N
 
     Loader workers are 0, a thread, for few pairs whose images are to be decoded only once (see `add_workers`): starting processes takes
     longer than loading. A group of BatchNorm is what a process encodes at once; a resumed run keeps its group size, also with another
-    number of processes or another micro-batch.
+    number of processes or another micro-batch. An unset temperature is the pretrained model's. The warm-up of a constant schedule is a
+    number of steps, which an extended run keeps.
     """
     workers, group = config.workers, config.batch_norm_group
     if workers is None:
         few = num_pairs <= MAX_THREAD_PAIRS and config.image_cache != 0 and config.epochs > 1
         workers = 0 if few else _default_workers(world)
-    if group is None and resumed is not None:
-        group = read_config(resumed).config.batch_norm_group
+    original = None if resumed is None else read_config(resumed).config
+    if group is None and original is not None:
+        group = original.batch_norm_group
     if group is None:
         group = config.micro_batch or max(1, config.batch_size // world.size)
-    return replace(config, workers=workers, batch_norm_group=group)
+    optimizer = config.optimizer
+    if optimizer.schedule == "constant" and optimizer.warmup_steps is None:
+        warmup = optimizer.num_warmup_steps(num_steps(config, num_pairs))
+        if original is not None and original.optimizer.warmup_fraction == optimizer.warmup_fraction:
+            warmup = original.optimizer.warmup_steps or 0
+        optimizer = replace(optimizer, warmup_steps=warmup)
+    resolved = replace(config, workers=workers, batch_norm_group=group, optimizer=optimizer)
+    return _resolve_temperature(resolved, resumed)
+
+
+def num_steps(config: TrainConfig, num_pairs: int) -> int:
+    """Returns the number of steps of a run on `num_pairs` training pairs."""
+    return max(1, round(config.epochs * (num_pairs // config.batch_size)))
+
+
+def _resolve_temperature(config: TrainConfig, resumed: Path | None) -> TrainConfig:
+    """Sets an unset temperature to the pretrained model's, and raises the upper bound of 1/τ to it."""
+    own = config.method_config
+    if getattr(own, "temperature", TEMPERATURE) is not None:
+        return config
+    if resumed is not None:
+        saved = read_config(resumed).config.method_config
+        changes = {"temperature": saved.temperature, "max_logit_scale": saved.max_logit_scale}
+    else:
+        is_whole = not (config.image_tower or config.text_tower) and config.head == "linear"
+        pretrained = config.pretrained if is_whole else None
+        scale = pretrained_logit_scale(TowerSpec(config.model, 0, image_size=config.image_size, pretrained=pretrained))
+        changes = {"temperature": TEMPERATURE}
+        if scale is not None:
+            changes = {"temperature": 1 / scale, "max_logit_scale": max(own.max_logit_scale, scale)}
+    return replace(config, method_config=replace(own, **changes))
 
 
 def add_workers(config: TrainConfig, world: World) -> TrainConfig:
@@ -228,16 +298,46 @@ def _default_workers(world: World) -> int:
     return max(1, min(8, num_cores() // world.size))
 
 
-def run_tokenizer(config: TrainConfig, pairs: TrainingData, out: Path) -> Tokenizer:
-    """Loads the tokenizer of a resumed run, or loads or trains the one in the configuration. It is equal on all ranks."""
-    if (out / TOKENIZER).exists():
-        return load_tokenizer(out / TOKENIZER)
-    if config.init_from:
-        read_config(config.init_from)  # raises a clear error if the folder is not a run
-        return load_tokenizer(config.init_from / TOKENIZER)
-    if config.tokenizer != "captions":
-        return load_tokenizer(config.tokenizer)
-    return train_bpe(_captions(pairs.source, pairs.train), default_vocab_size(config.model))
+def run_tokenizer(
+    config: TrainConfig, pairs: TrainingData, resumed: Path | None = None
+) -> tuple[Tokenizer, TrainConfig]:
+    """Returns the tokenizer of a run, equal on all ranks, and the configuration with its name. resumed: the run to resume.
+
+    A resumed run and --init-from keep the tokenizer and the context length. Otherwise the tokenizer is loaded, or trained on the captions.
+    Raises UserError if it is not the one that the pretrained text encoder was trained with.
+    """
+    for folder in filter(None, (resumed, config.init_from)):
+        saved = read_config(folder).config
+        if folder != resumed and config.tokenizer not in (None, saved.tokenizer):
+            raise UserError(f"--init-from keeps the tokenizer of {folder}, {saved.tokenizer}; omit --tokenizer.")
+        name, context = config.tokenizer or saved.tokenizer, config.context_length or saved.context_length
+        return load_tokenizer(folder / TOKENIZER), replace(config, tokenizer=name, context_length=context)
+    pretrained, fitting = text_weights(config)
+    name = config.tokenizer or fitting
+    if pretrained is not None:
+        tokenizer = _fitting_tokenizer(pretrained, name, fitting)
+        return tokenizer, replace(config, tokenizer=name)
+    name = name or ("clip" if default_vocab_size(config.model) == CLIP_VOCABULARY else "captions")
+    config = replace(config, tokenizer=name)
+    if name != "captions":
+        return load_tokenizer(name), config
+    return train_bpe(_captions(pairs.source, pairs.train), default_vocab_size(config.model)), config
+
+
+def _fitting_tokenizer(pretrained: str, name: str | None, fitting: str | None) -> Tokenizer:
+    """Loads the tokenizer `name` for a pretrained text encoder. fitting: the tokenizer that it was trained with, if that is known."""
+    if name is None:
+        raise UserError(f"The tokenizer of the text encoder {pretrained} is not known; give it with --tokenizer.")
+    if name == "captions":
+        raise UserError(
+            f"--tokenizer captions trains a new vocabulary, which does not fit the pretrained text encoder {pretrained}; omit --tokenizer."
+        )
+    tokenizer = load_tokenizer(name)
+    if fitting not in (None, name) and has_tokenizer(fitting) and not tokenizer.equals(load_tokenizer(fitting)):
+        raise UserError(
+            f"The tokenizer {name} does not fit the text encoder {pretrained}, which was trained with {fitting}; omit --tokenizer."
+        )
+    return tokenizer
 
 
 def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from coalign.config import TrainConfig
 from coalign.method import Method
@@ -30,7 +30,7 @@ class StepCost:
 
     passes: dict[str, float]  # trained encoder passes per pair, by kind
     target_passes: dict[str, float]  # teacher passes per pair, without gradient
-    flops: dict[str, float]  # by stage of the step; backward is twice the trained forward passes
+    flops: dict[str, float]  # by stage of the step
     memory: dict[str, float]  # bytes, by use
     gathered: float  # bytes of the global batch's features, all-gathered by every process
 
@@ -52,6 +52,7 @@ class StepMeasurement:
     pairs: Batch
     encode: _Usage  # with gradient checkpointing, includes the largest block's activations, as blocks are recomputed one at a time
     block_flops: float  # of all blocks that gradient checkpointing recomputes
+    backward_flops: float  # of the encoders
     # part of `encode.saved_bytes` that does not grow with the batch: half-precision copies of the weights
     cast_bytes: float
     encode_targets: _Usage
@@ -66,14 +67,16 @@ def step_cost(measured: StepMeasurement, config: TrainConfig, num_processes: int
     micro_batch = min(config.micro_batch or local, local)
     caching = micro_batch < local
     objective = _extrapolate([usage.flops for usage in measured.objective], local, total)
-    forward, blocks = (flops / NUM_MEASURED * local for flops in (measured.encode.flops, measured.block_flops))
+    forward, blocks, backward = (
+        flops / NUM_MEASURED * local for flops in (measured.encode.flops, measured.block_flops, measured.backward_flops)
+    )
     teacher = measured.encode_targets.flops / NUM_MEASURED * local
     flops = {
         "encoder forward": forward,
         **({"encoder recompute (--micro-batch)": forward} if caching else {}),
         **({"teacher forward": teacher} if teacher else {}),
         "objective forward": objective,
-        "backward": 2 * (forward + objective),
+        "backward": backward + 2 * objective,
         **({"block recompute (--gradient-checkpointing)": blocks} if blocks else {}),
     }
     encoder_activations = (measured.encode.saved_bytes - casts) / NUM_MEASURED * micro_batch + casts
@@ -132,6 +135,11 @@ def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> 
     if autocast is not None:
         doubled = pairs[torch.arange(NUM_MEASURED, device=device).repeat(2)]  # type: ignore[index]
         casts = max(0.0, 2 * encode.saved_bytes - measure_encode(doubled)[1].saved_bytes)
+    backward_flops = 2 * encode.flops
+    if any(not parameter.requires_grad for tower in find_towers(method) for parameter in tower.parameters()):
+        with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
+            again = method.encode(pairs, MIDWAY)  # `_measure` keeps one tensor for all views of a storage
+        backward_flops, block_flops = _backward_flops(again), 0.0
     features = {name: value.detach() for name, value in features.items()}
     with torch.no_grad():
         targets, encode_targets = measure(lambda: method.encode_targets(pairs, MIDWAY))
@@ -151,12 +159,15 @@ def measure_step(method: Method, batch: Batch, autocast: torch.dtype | None) -> 
     objective = [measure_objective(1)]
     gathered += float(gather.bytes - before)
     objective += [measure_objective(2), measure_objective(3)]
-    return StepMeasurement(method, pairs, encode, block_flops, casts, encode_targets, objective, gathered)
+    return StepMeasurement(
+        method, pairs, encode, block_flops, backward_flops, casts, encode_targets, objective, gathered
+    )
 
 
 def _state_bytes(method: Method, config: TrainConfig) -> dict[str, float]:
     """Returns the bytes of weights, gradients, optimizer state and buffers."""
-    roles = {role: list(parameters) for role, parameters in method.parameter_groups().items()}
+    groups = method.parameter_groups().items()
+    roles = {role: [p for p in parameters if p.requires_grad] for role, parameters in groups}
     trained = [parameter for parameters in roles.values() for parameter in parameters]
     ids = {id(parameter) for parameter in trained}
     optimizer = 0.0
@@ -198,11 +209,22 @@ def _measure(method: Method, work: Callable[[], Any], kept: Iterable[Any] = ()) 
     return result, _Usage(float(counter.get_total_flops()), float(size), num_samples)
 
 
+def _backward_flops(features: Features) -> float:
+    """Returns the FLOPs of the gradient of features, which frozen parts do not have. Includes blocks that are recomputed."""
+    outputs = [value for value in features.values() if value.requires_grad]
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with counter:
+        torch.autograd.backward(outputs, [torch.ones_like(value) for value in outputs])
+    return float(counter.get_total_flops())
+
+
 @contextmanager
 def _count_passes(method: Method, num_samples: Counter[str]) -> Iterator[None]:
     """Context that counts the samples that pass through each kind of tower."""
 
     def add(tower: Tower, inputs: tuple[Any, ...], _: Any) -> None:
+        if isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():  # cached features
+            return
         kind, count = tower.describe_pass(*inputs)
         num_samples[kind] += count
 
@@ -216,8 +238,15 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     return sdpa_flop_count(query, key, value)
 
 
-# FlopCounterMode does not support this CPU kernel
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# FlopCounterMode does not support these CPU kernels
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 def _typical(batch: Batch) -> Batch:

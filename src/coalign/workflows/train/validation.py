@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from coalign.config import TrainConfig
+from coalign.data.loading.cached_views import NOTHING_CACHED
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.base import Source
 from coalign.data.splits import look_alikes_in_train
@@ -32,6 +33,7 @@ from coalign.workflows.evaluate.needs import unmet_need
 from coalign.workflows.evaluate.samples import Samples, captions_of, class_labels, read_labels
 from coalign.workflows.evaluate.tasks import TASKS
 from coalign.workflows.train.batches import TrainingData, pair_loader
+from coalign.workflows.train.features import RunFeatures
 
 MAX_TRACKED = 2000  # validation pairs used during training; the final evaluation uses all
 
@@ -43,6 +45,7 @@ def validation(
     tokenizer: Tokenizer,
     world: World,
     tag_ids: Mapping[str, int],
+    features: RunFeatures,
 ) -> Callable[[StepInfo], ValidationResult] | None:
     """Returns the validation function of a run, or None if there are too few validation pairs.
 
@@ -54,10 +57,13 @@ def validation(
     if len(pairs.val) < 2 or batch_size < 2:
         return None
     tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
-    loader = pair_loader(method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids)
-    encoder = dual_encoder(method, tokenizer, config.context_length, "validation")
+    cached = features.views("val", pairs.val_source, tracked, tag_ids) if config.evals else NOTHING_CACHED
+    loader = pair_loader(
+        method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids, cached=cached
+    )
+    encoder = features.remembering(dual_encoder(method, tokenizer, "validation"))
     autocast = autocast_dtype(config.precision, world.device)
-    images: list[Any] = []  # batches of rank 0, decoded in the first validation
+    images: list[Any] = []  # batches of rank 0, decoded in the first validation; of a locked tower, its features
     tracked_samples = Samples(pairs.val_source, tracked)
     labels, prompts = None, templates(*(config.reading.prompts or pairs.val_source.prompts))
     if config.classes:
@@ -76,8 +82,13 @@ def validation(
         values = {"val/loss": total / loader.steps_per_epoch}
         if world.is_first:
             if not images:
-                size = encoder.image_size
-                images.extend(image_batches(pairs.val_source, tracked, size, workers=config.workers or 0))
+                size, workers = encoder.image_size, config.workers or 0
+                images.extend(
+                    (indices, features.encoded(pixels), bad)
+                    for indices, pixels, bad in image_batches(
+                        pairs.val_source, tracked, size, workers=workers, preprocess=encoder.preprocess
+                    )
+                )
             embeds = embed_images(encoder, images)
             result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
             sides = (result.image_to_text, result.text_to_image)
@@ -114,7 +125,7 @@ def evaluate_held_out(
     NAME: "retrieval_NAME". If some of the pairs of a retrieval task have look-alikes in training, also "TASK_without_look_alikes", on the
     others.
     """
-    encoder = dual_encoder(method, tokenizer, config.context_length, name)
+    encoder = dual_encoder(method, tokenizer, name)
     device = next(method.parameters()).device
     settings = EvalConfig(classes=config.classes, workers=config.workers or 0, reading=config.reading)
     none = np.empty(0, dtype=np.int64)
