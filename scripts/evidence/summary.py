@@ -45,8 +45,10 @@ intervals and claims. All models here are small and all runs are short: two mill
 parameters, minutes on two cores. They show the start of learning, not the papers' scale.
 """
 ADVICE = """
-**Train CLIP first: it is the cheapest. Try UniCLIP or MCD if you have few pairs and will use the model on images that look different from
-them. Then let [`coalign benchmark`](../benchmark.md) decide on your own pairs.** FILIP is not in these tables yet.
+**With a few thousand pairs, start from [pretrained encoders](pretrained-openclipart.md): locked, with new heads, they are far ahead of
+training from scratch.** The rest of this page compares methods from scratch. **There, train CLIP first: it is the cheapest. Try UniCLIP or
+MCD if you have few pairs and will use the model on images that look different from them. Then let
+[`coalign benchmark`](../benchmark.md) decide on your own pairs.** FILIP is not in these tables yet.
 """
 READING = """
 - **Metrics** are means over seeds, in % unless stated otherwise. **±** is half the width of the 95 % t-interval over seeds: how much the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 INDEX = "Evidence"
 COMPARISONS = {
+    "pretrained-openclipart": "Pretrained encoders on Open Clip Art",
+    "pretrained-emoji": "Pretrained encoders on emoji",
     "two-towers-openclipart": "Five methods on Open Clip Art",
     "style-shift-openclipart": "Style shift",
     "fractions-openclipart": "Fewer pairs: Open Clip Art",

@@ -26,6 +26,8 @@ from coalign.cores import num_cores
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
+from coalign.experiments.pretrained_towers import pretrained_towers
+from coalign.methods.defaults import fit_to_start
 from coalign.methods.table import Table
 from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, write_config
 from coalign.types import AugmentationPolicy
@@ -60,6 +62,8 @@ class Trial:
         sweep = self.sweep
         config = sweep.config(self.arm, self.seed, num_pairs)
         config = replace(config, classes=self.out / CLASSES if sweep.classes else None, probe=sweep.probe)
+        if start := sweep.arms[self.arm].start:
+            return fit_to_start(replace(config, **{"image_size": None} | pretrained_towers() | dict(start)))
         if not sweep.pretraining_scenes:
             return config
         return replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
