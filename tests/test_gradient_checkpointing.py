@@ -12,6 +12,7 @@ from coalign.dtensor import is_sharded
 from coalign.methods import METHODS
 from coalign.networks.batch_norm import GroupedBatchNorm2d
 from coalign.networks.checkpointing import checkpoint_blocks, find_blocks
+from coalign.networks.open_clip_parts import AttentionPool2d
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec, find_towers
 from coalign.training.sharding import full_tensors, shard
@@ -126,7 +127,7 @@ def sharded_gradients(world, folder, cases):
         gradients = []
         for checkpointed in (False, True):
             method = build(name, folder, model, checkpointed)
-            shard(method, world, (), min_numel=64)
+            shard(method, world, (AttentionPool2d,), min_numel=64)
             assert any(is_sharded(p) for p in method.parameters())
             forward_backward(method, rank_share(batch_for(method), world), STEP, world)
             gradients.append(full_tensors({n: p.grad for n, p in method.named_parameters() if p.requires_grad}, True))
