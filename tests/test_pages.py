@@ -94,7 +94,8 @@ def test_packages_of_weights_are_found():
     lines = [line for block in BLOCKS for line in block.code.splitlines() if line.startswith(("IMAGE=", "TEXT="))]
     script = "\n".join([*lines, 'test -f "$IMAGE"', 'test -f "$TEXT/tokenizer.json"'])
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(["bash", "-euc", script], check=True, env={**os.environ, "PATH": path})
+    result = subprocess.run(["bash", "-euc", script], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=[block.name for block in PYTHON])

@@ -383,7 +383,11 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, name, parts, settings, m
 
 def test_a_residual_head_can_be_trained_alone(tmp_path):
     """UniCLIP's is new, and embeds images."""
-    tuned("uniclip", tmp_path, parts=("trunk", "projection"), image_tuning="locked", text_tuning="locked")
+    method, tuning = tuned(
+        "uniclip", tmp_path, parts=("trunk", "projection"), image_tuning="locked", text_tuning="locked"
+    )
+    assert not any(parameter.requires_grad for parameter in method.image.trunk.parameters())
+    assert sum(tuning.num_trained().values()) > 1  # more than the temperature
 
 
 def test_layer_decay_needs_blocks():

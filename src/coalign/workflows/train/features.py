@@ -63,7 +63,7 @@ def locked_towers(method: Method) -> dict[str, Tower]:
 class _Pass:
     """The rows of one file that a tower computes."""
 
-    name: str  # of what is encoded, such as "images"
+    name: str  # "images" or "texts"
     file: FeatureFile
     tower: Any
     load: Callable[[slice], Any]
