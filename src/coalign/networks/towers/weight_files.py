@@ -17,6 +17,7 @@ from coalign.errors import UserError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _STATES = ("state_dict_ema", "state_dict", "model")  # keys of the weights in a training checkpoint, best first
+_FIRST_BYTES = (b"P", b"\x80")  # of zip files and pickles
 _PREFIXES = ("module.", "_orig_mod.")  # of wrapped modules
 
 
@@ -47,10 +48,7 @@ def _load(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with path.open("rb") as file:
-            if file.read(1) not in (
-                b"P",
-                b"\x80",
-            ):  # of zip files and pickles; such as a web page or a pointer of Git LFS
+            if file.read(1) not in _FIRST_BYTES:  # such as a web page or a pointer of Git LFS
                 raise UserError(f"The weights file {path} is not a file of PyTorch; download it again.")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
