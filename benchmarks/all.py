@@ -39,6 +39,7 @@ SCRIPTS = {
     "queue_lookup.py": [],
     "linear_probe.py": [],
     "feature_cache.py": [],
+    "quantized.py": [],
 }
 
 

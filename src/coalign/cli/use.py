@@ -124,9 +124,14 @@ def interpolate_command(
 
 
 def export_command(
-    run: Positional[str], to: str, out: Path, weights: str = "last", similarity: str | None = None
+    run: Positional[str],
+    to: str,
+    out: Path,
+    weights: str = "last",
+    similarity: str | None = None,
+    quantize: str | None = None,
 ) -> None:
-    """Export a model to open_clip, transformers (a CLIPModel), ONNX, or its image encoder to timm.
+    """Export a model to open_clip, transformers, sentence-transformers, ONNX, or its image encoder to timm.
 
     The export is loaded in that library and checked for equal embeddings. A model that the format cannot represent is rejected.
 
@@ -134,14 +139,15 @@ def export_command(
 
     Args:
         run: the folder of a run
-        to: open_clip, transformers, onnx or timm
+        to: open_clip, transformers, sentence-transformers, onnx or timm
         out: output folder, new or empty
         weights: checkpoint: last or best
         similarity: similarity of the run, if its method has several (oner: trained or projector); None: as configured
+        quantize: int8 or fp16, for onnx: smaller weights; the loss in retrieval on the held-out pairs is printed and stored
     """
     from coalign.workflows.models.export import export
 
-    print(export(run, to, out, weights, similarity))
+    print(export(run, to, out, weights, similarity, quantize))
 
 
 def import_command(model: Positional[str], out: Path) -> None:

@@ -239,8 +239,11 @@ def over_row_chunks(function: Callable[..., Tensor], *tensors: Tensor, columns: 
     """Applies `function` to chunks of the rows of all `tensors` and concatenates the results, [row].
 
     Each row needs memory for `columns` intermediate values. Intermediates are recomputed for the gradient, so that at most one tile's worth
-    exists at a time; also those of a single chunk, so that the memory measured on a few rows extrapolates.
+    exists at a time; also those of a single chunk, so that the memory measured on a few rows extrapolates. An exported graph has no chunks,
+    as their number would be fixed by its example.
     """
+    if torch.compiler.is_compiling():  # also during an export
+        return function(*tensors)
     size = max(1, _tile_side(tensors[0].device) ** 2 // max(1, columns))
     if len(tensors[0]) <= size and not torch.is_grad_enabled():
         return function(*tensors)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coalign.config import TrainConfig, fields_marked, flatten, to_json
-from coalign.data.text.tokenizer import load_tokenizer
 from coalign.methods import method_class
 from coalign.metric import metrics_from_json
 from coalign.runs.folder import (
     RESULTS,
-    TOKENIZER,
     SavedConfig,
+    data_name,
     describe_model,
     describe_samples,
+    public,
     read_config,
     read_results,
 )
@@ -28,11 +30,18 @@ _LOAD = {
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
-    "transformers": """from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    "transformers": """from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
 
-model = CLIPModel.from_pretrained("FOLDER")
+model = AutoModel.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 images = CLIPImageProcessor.from_pretrained("FOLDER")""",
+    "sentence-transformers": """from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER")
+text_embeds = model.encode(["a photo of a dog"])
+image_embeds = model.encode([Image.open("photo.jpg")])
+similarities = model.similarity(image_embeds, text_embeds)  # [image, text]""",
     "timm": """import json, timm
 
 options = json.load(open("FOLDER/timm_model.json"))
@@ -43,12 +52,12 @@ from tokenizers import Tokenizer
 
 info = json.load(open("FOLDER/onnx_model.json"))
 words = Tokenizer.from_file("FOLDER/tokenizer.json")
+words.encode_special_tokens = True
 images, texts = (onnxruntime.InferenceSession(f"FOLDER/{name}.onnx") for name in ("image", "text"))
 
 
 def embed_text(text):
-    ids = words.encode(text.lower(), add_special_tokens=False).ids[: info["context_length"] - 2]
-    return texts.run(None, {"input_ids": np.array([[info["start_id"], *ids, info["end_id"]]])})[0]
+    return texts.run(None, {"input_ids": np.array([words.encode(text).ids])})[0]
 
 
 def embed_images(pixels):  # uint8 [batch, 3, size, size]; info has image_size, interpolation, resize_mode
@@ -79,16 +88,18 @@ def card(
     similarity: str | None = None,
     compares_cosines: bool = True,
     export: str | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Returns the model card of a run in Markdown: method, data, settings, results with intervals, limits, how to load it.
 
     library: the library whose loading code to show. weights: the checkpoint that the card is for. The results are always those of the
     last weights and the configured similarity; the card says so if `weights` or `similarity` differ. compares_cosines: whether an export
-    has one vector per sample. export: the name of the exported folder; None: the run's. Raises UserError if `path` is not a run.
+    has one vector per sample. export: the name of the exported folder; None: the run's. notes: sentences on what the export
+    was checked for, and what differs. Raises UserError if `path` is not a run.
     """
     folder = Path(path)
     saved = read_config(folder)
-    config, data = saved.config, Path(saved.data).name or saved.data
+    config, data = saved.config, data_name(saved.data)
     # the docstring of a method's module starts with the paper's citation
     paper = (sys.modules[method_class(config.method).__module__].__doc__ or "").splitlines()[0]
     lines = [
@@ -113,21 +124,32 @@ def card(
         "",
         _LIMITS,
         "",
+        *(line for note in notes for line in (note, "")),
         "## Use",
         "",
         "```python",
-        _code(library, compares_cosines, load_tokenizer(folder / TOKENIZER).cleans, export or folder.resolve().name),
+        _code(library, compares_cosines, export or folder.resolve().name),
         "```",
         "",
+        *([] if export else _exports(folder.resolve().name, compares_cosines)),
     ]
     return "\n".join(lines)
 
 
-def _code(library: str, compares_cosines: bool, cleans_texts: bool, folder: str) -> str:
+def _exports(run: str, compares_cosines: bool) -> list[str]:
+    """Returns how to export a run to each library, and how to load it there."""
+    lines = ["`coalign export` writes the model for other libraries, or says why one cannot represent it.", ""]
+    for library in _LOAD:
+        if library != "coalign":
+            code = _code(library, compares_cosines, f"{run}-{library}")
+            command = shlex.join(["coalign", "export", run, "--to", library, "--out", f"{run}-{library}"])
+            lines += [f"### {library}", "", "```bash", command, "```", "", "```python", code, "```", ""]
+    return lines
+
+
+def _code(library: str, compares_cosines: bool, folder: str) -> str:
     """Returns the code that loads the model in the library. A folder name that is not valid inside its strings stays a placeholder."""
     code = _LOAD[library]
-    if not cleans_texts:  # a tokenizer of Hugging Face has its own rules
-        code = code.replace("text.lower()", "text")
     if library == "onnx" and not compares_cosines:  # the encoders have several outputs
         code = code.replace("})[0]", "})") + "\n" + _COMPARE
     return code.replace("FOLDER", folder) if re.fullmatch(r"[\w .+-]+", folder) else code
@@ -143,23 +165,15 @@ def _differences(weights: str, similarity: str | None) -> list[str]:
     return lines
 
 
-def _public(value: Any) -> Any:
-    """Reduces an absolute path to its file name, also after `timm:NAME:`, so that a card reveals no local folders."""
-    if not isinstance(value, str):
-        return value
-    kind, colon, path = value.rpartition(":")
-    return kind + colon + Path(path).name if Path(path).is_absolute() else value
-
-
 def _model(config: TrainConfig) -> str:
-    names = {name: _public(getattr(config, name)) for name in ("model", "image_tower", "text_tower")}
+    names = {name: public(getattr(config, name)) for name in ("model", "image_tower", "text_tower")}
     return describe_model(replace(config, **names))
 
 
 def _settings(folder: Path, saved: SavedConfig) -> dict[str, Any]:
     """Returns the settings to list by name. The precision of a finished run is the one that "auto" was resolved to."""
     flat, listed = flatten(to_json(saved.config)), fields_marked(TrainConfig, "on_card")
-    shared = {name: _public(flat[name]) for name in listed if flat.get(name) is not None}
+    shared = {name: public(flat[name]) for name in listed if flat.get(name) is not None}
     shared |= {"epochs": saved.describe_epochs()} if saved.extended_from else {}
     shared |= {"weights": saved.interpolated} if saved.interpolated else {}
     if (folder / RESULTS).exists():

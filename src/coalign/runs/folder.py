@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, START_RESULTS, START_OUTCOM
     "tracked_start.json",
     "tracked_start.npz",
 )
+
+EXPORTED = "coalign_run.json"  # of an export: CONFIG of its run without local paths
 
 RUN_FILES = {
     *(CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, START_RESULTS, START_OUTCOMES),
@@ -81,6 +84,33 @@ def write_config(folder: Path, saved: SavedConfig) -> None:
     write_json(folder / CONFIG, fields)
 
 
+def write_exported(folder: Path, saved: SavedConfig) -> None:
+    """Writes EXPORTED, by which the pairs that were held out are known when the export is evaluated."""
+    fields: dict[str, Any] = {**vars(saved), "data": data_name(saved.data), "config": to_json(saved.config)}
+    write_json(folder / EXPORTED, public(fields))
+
+
+def data_name(data: str) -> str:
+    """Returns the name of data without its folder."""
+    return Path(data).name or data
+
+
+def public(value: Any) -> Any:
+    """Reduces paths to their last name, also after `timm:NAME:`, so that what is published reveals no local folders.
+
+    Relative paths within the current folder are kept. Lists and objects are reduced value by value.
+    """
+    if isinstance(value, Mapping):
+        return {name: public(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    kind, colon, path = value.rpartition(":")
+    is_local = Path(path).is_absolute() or Path(path).parts[:1] in (("..",), ("~",))
+    return kind + colon + Path(path).name if is_local else value
+
+
 def read_results(folder: Path) -> dict[str, Any]:
     """Reads results.json: the final state of training, the parameters by role, and the results of each task.
 
@@ -118,9 +148,9 @@ def check_output(path: Path) -> None:
         raise UserError(f"The folder of {path} cannot be created: {error.strerror}; choose another path.") from error
 
 
-def read_config(folder: Path) -> SavedConfig:
-    """Reads config.json. Raises UserError if `folder` is not a run or the configuration cannot be read."""
-    path = folder / CONFIG
+def read_config(folder: Path, file: str = CONFIG) -> SavedConfig:
+    """Reads config.json, or EXPORTED. Raises UserError if `folder` has no such file or the configuration cannot be read."""
+    path = folder / file
     if not path.is_file():
         problem = "does not exist" if not folder.exists() else f"is not a run (it has no {CONFIG})"
         raise UserError(f"{folder} {problem}.")

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import chi2_contingency, ks_2samp, kstest
 from torchvision import transforms
 
-from coalign.data.images.decode import OpenedImage, open_image
+from coalign.data.images.decode import TILE, OpenedImage, open_image
 from coalign.data.images.views import NUM_DRAWS, apply, draw_views, make_view, make_views
 from coalign.errors import BadSample
 from coalign.randomness import Draws
@@ -141,12 +141,11 @@ def test_the_recorded_box_reproduces_the_pixels(size: tuple[int, int]) -> None:
         assert difference(apply(image, params, SIZE), tensor(np.asarray(expected))).max() <= 3
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (20, 30), (64, 65), (2000, 1500)])
-def test_resizing_matches_pillow(size: tuple[int, int], interpolation: str) -> None:
+def test_resizing_matches_pillow(size: tuple[int, int]) -> None:
     image = photograph(*size)
-    expected = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling[interpolation.upper()]))
-    assert difference(apply(image, IDENTITY, SIZE, interpolation), tensor(expected)).max() <= 3
+    expected = np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    assert difference(apply(image, IDENTITY, SIZE), tensor(expected)).max() <= 3
 
 
 def test_flipping_twice_is_the_identity() -> None:
@@ -266,40 +265,37 @@ def test_wide_blur(size: int, sigma: float) -> None:
     assert apply(image, params, size).float().std() < 0.9 * image.std()
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 640), (225, 333)])
-def test_evaluation_view_is_resize_and_center_crop(size: tuple[int, int]) -> None:
-    image = photograph(*size)
-    interpolation = transforms.InterpolationMode.BICUBIC
-    theirs = transforms.Compose([transforms.Resize(224, interpolation, antialias=True), transforms.CenterCrop(224)])(
-        Image.fromarray(image)
-    )
-    view, _ = make_view(image, 224)
-    assert difference(view, tensor(np.asarray(theirs))).float().mean() < 1.0
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
-@pytest.mark.parametrize("size", [(500, 375), (120, 300), (97, 96)])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (640, 480), (120, 300), (97, 96), (64, 64), (1, 1), (30, 1000), (1603, 1201)]
+)
 def test_evaluation_views_are_those_of_open_clip(size, resize_mode, interpolation) -> None:
     image = photograph(*size)
     transform = open_clip.image_transform(64, is_train=False, resize_mode=resize_mode, interpolation=interpolation)
     *geometry, _, _ = transform.transforms  # without the normalization
-    theirs = tensor(np.asarray(transforms.Compose(geometry)(Image.fromarray(image))))
     preprocess = Preprocess(resize_mode=resize_mode, interpolation=interpolation)
-    view, _ = make_view(image, 64, preprocess=preprocess)
-    # crops are half a pixel apart where the margins are odd
-    assert difference(view, theirs).float().mean() < (4.0 if resize_mode == "shortest" else 1.0)
-    if resize_mode == "longest":
-        assert torch.equal(view.amax(0) == 0, theirs.amax(0) == 0)  # the padding
-    reduced, _ = make_view(jpeg(image), 64, preprocess=preprocess)  # decoded at a lower resolution
-    assert difference(reduced, view).float().mean() < 4.0
+    for data in (image, jpeg(image)):
+        pixels = open_image(data).decode()
+        theirs = tensor(np.asarray(transforms.Compose(geometry)(Image.fromarray(pixels))))
+        assert torch.equal(make_view(data, 64, preprocess=preprocess)[0], theirs)
 
 
-@pytest.mark.parametrize(("resize_mode", "scale"), [("shortest", 0.5), ("squash", 0.5), ("longest", 0.125)])
-def test_images_are_decoded_as_large_as_the_evaluation_view_needs(resize_mode, scale) -> None:
-    size, preprocess = np.array([[800, 200]]), Preprocess(resize_mode=resize_mode)
-    _, scales = draw_views({"view": EVALUATION}, lambda *_: np.zeros((1, NUM_DRAWS)), size, 100, preprocess)
-    assert scales.tolist() == [scale]
+def test_evaluation_views_of_long_images_show_their_center() -> None:
+    """Resized as a whole, this image would have 900 million pixels."""
+    image = np.zeros((2, 60_000, 3), np.uint8)
+    image[:, 29_999:30_001] = 255
+    view = make_view(image, 172)[0]
+    assert view.min() > 100
+    assert view[:, :, 80:92].min() > 240
+    assert make_view(photograph(20_000, 100), 64)[0].shape == (3, 64, 64)
+
+
+def test_evaluation_views_need_every_pixel() -> None:
+    """Of larger images than `TILE`² pixels, a reduced one is sufficient."""
+    sizes = np.array([[800, 200], [TILE, TILE], [TILE, TILE + 1]])
+    _, scales = draw_views({"view": EVALUATION}, lambda *_: np.zeros((3, NUM_DRAWS)), sizes, 64)
+    assert scales.tolist() == [1.0, 1.0, 64 / TILE]
 
 
 # ---------------------------------------------------------------- all views of a sample

@@ -116,7 +116,10 @@ def test_export_has_the_same_metrics_as_the_run(trained, exported, photos, libra
         assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
         assert ours == theirs
     one, other = (embed(open_eval_model(str(trained), preprocess=p).encoder, photos) for p in ("coalign", library))
-    assert 0 < (one - other).abs().max() < 0.2  # the preprocessing does differ
+    difference = float((one - other).abs().max())
+    assert (
+        difference == 0 if library == "open_clip" else 0 < difference < 0.2
+    )  # transformers rounds and crops otherwise
 
 
 def test_two_callables(pairs, tmp_path):
@@ -157,7 +160,7 @@ def test_two_callables(pairs, tmp_path):
         ("FOLDER/cut", "open_clip cannot load"),
         ("FOLDER/other", "open_clip cannot load"),
         ("FOLDER/pickled", "does not contain open_clip_model.safetensors or"),
-        ("FOLDER/bert", "is a bert model; only CLIPModels"),
+        ("FOLDER/bert", "is a bert model; only a CLIPModel"),
     ],
 )
 def test_invalid_models_raise_one_line_errors(exported, tmp_path, capsys, model, message):

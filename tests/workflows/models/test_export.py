@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from coalign.cli import main as cli
 from coalign.errors import UserError
-from coalign.interop.onnx import session
+from coalign.interop.onnx.load import session
 from coalign.networks.towers.spec import model_config
 from coalign.runs.card import card
 from coalign.runs.folder import read_results
 from coalign.runs.run import load
 from coalign.workflows.evaluate.eval_model import open_eval_model
-from coalign.workflows.models.export import check_close, export
+from coalign.workflows.models.export import export
+from coalign.workflows.models.export_check import check_close
 
 TEXTS = ["a red thing", "Two  BLUE apples,\tstanding!", "", "gray " * 40, "it's 12 o'clock", "café"]
 PIXELS = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -36,6 +37,7 @@ TINY, SMALL = (
     {**model_config(name), "vision_cfg": {**model_config(name)["vision_cfg"], "image_size": 32}}
     for name in ("tiny", "small")
 )
+TIMM_VIT = {**tiny.MODEL, "vision_cfg": {"image_size": 32, "timm_model_name": "test_vit"}}
 UNIFIED = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "patch_size": 16}}
 
 
@@ -97,14 +99,16 @@ def test_open_clip_computes_the_same_embeddings_and_token_ids(make, tmp_path, me
     assert preprocess(Image.fromarray(np.zeros((40, 50, 3), np.uint8))).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize(("method", "model", "options"), RUNS)
+@pytest.mark.parametrize(
+    ("method", "model", "options"), [*RUNS, *(("clip", model, {}) for model in (TINY, RESNET, CUSTOM_RESNET))]
+)
 def test_transformers_computes_the_same_embeddings_and_token_ids(make, tmp_path, method, model, options):
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
 
     run = make(method, model, **options)
     export(run, "transformers", tmp_path / "out")
     model, tokenize = (
-        CLIPModel.from_pretrained(tmp_path / "out").eval(),
+        AutoModel.from_pretrained(tmp_path / "out").eval(),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
     )
     inputs = tokenize(TEXTS, padding=True, truncation=True, return_tensors="pt")
@@ -145,8 +149,15 @@ def test_timm_computes_the_same_features(make, tmp_path, method, model):
         ("declip", VIT, {"text-attention": "bidirectional"}, "open_clip", "attention is bidirectional"),
         ("declip", VIT, {"text-attention": "bidirectional"}, "transformers", "attention is bidirectional"),
         ("clip", CUSTOM_RESNET, {}, "open_clip", "with a custom architecture"),
-        ("clip", TINY, {}, "transformers", "is not a plain ViT.* train a plain ViT, such as ViT-S-32"),
+        (
+            "clip",
+            SMALL,
+            {},
+            "transformers",
+            "neither a plain ViT nor a model of timm; .* train a plain ViT, such as ViT-S-32",
+        ),
         ("clip", VIT, {}, "timm", "is not a timm model"),
+        ("clip", TIMM_VIT, {}, "transformers", "its image embeddings would differ"),
         ("oner", UNIFIED, {}, "timm", "needs the pooled features of an image tower"),
         ("clip", VIT, {}, "tflite", "--to is 'tflite'"),
     ],
@@ -167,7 +178,7 @@ def test_export_with_different_embeddings_is_rejected(make, tmp_path, monkeypatc
 
     original = module.to_open_clip
     monkeypatch.setattr(module, "to_open_clip", tampered)
-    with pytest.raises(UserError, match="its text embeddings would differ by"):
+    with pytest.raises(UserError, match=r"its text embeddings \(such as of 'a photo of a dog'\) would differ by"):
         export(make(), "open_clip", tmp_path / "out")
 
 
@@ -249,7 +260,8 @@ def test_onnx_computes_the_same_embeddings_for_any_batch_size(make, tmp_path, mo
     assert process.wait(timeout=300) == 0, process.stderr.read()
     assert not process.stderr.read()
     assert {path.name for path in out.iterdir()} == {
-        "image.onnx", "text.onnx", "onnx_model.json", "tokenizer.json", "README.md", *(["joint.onnx"] if method == "oner" else []),
+        "image.onnx", "text.onnx", "onnx_model.json", "tokenizer.json", "example.py", "coalign_run.json", "README.md",
+        *(["joint.onnx"] if method == "oner" else []),
     }  # fmt: skip
     code = re.search("```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)

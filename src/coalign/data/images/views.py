@@ -12,7 +12,8 @@ from torch import Tensor
 
 from coalign.data.images.cache import CachedImage
 from coalign.data.images.colors import finish as finish_colors
-from coalign.data.images.decode import OpenedImage, open_image
+from coalign.data.images.decode import TILE, OpenedImage, open_image
+from coalign.data.images.evaluation_view import evaluation_view
 from coalign.errors import BadSample
 from coalign.types import CLIP_PREPROCESS, EVALUATION, AugmentationParams, AugmentationPolicy, Preprocess
 
@@ -37,7 +38,7 @@ def sample_params(
     view is larger than the image.
 
     Distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur under RandomApply, and
-    RandomHorizontalFlip. The box is aligned to pixels of the full image.
+    RandomHorizontalFlip. The box is aligned to pixels of the full image; an evaluation view shows its box up to a pixel.
     """
     u = draws.T
     params = np.zeros((NUM_PARAMS, len(draws)))
@@ -97,30 +98,18 @@ def _largest_box(width: int, height: int, min_ratio: float, max_ratio: float) ->
 
 # ---------------------------------------------------------------- applying parameters
 
-_RESIZE: dict[str, Any] = {
-    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
-    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
-}
+_RESIZE: Any = torch._C._nn._upsample_bilinear2d_aa
 
 
-def crop_resize(image: np.ndarray, params: Sequence[float], out: np.ndarray, interpolation: str = "bilinear") -> None:
+def crop_resize(image: np.ndarray, params: Sequence[float], out: np.ndarray) -> None:
     """Crops and resizes with antialiasing in one pass.
 
-    image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels, and may be larger than the image.
+    image: uint8 [height, width, 3], at full or reduced resolution; the box is rounded to its pixels.
     out: uint8 [size, size, 3].
-    interpolation: "bilinear" or "bicubic".
     """
     height, width = image.shape[:2]
-    size = len(out)
     x, y, w, h, *_ = params
     columns, rows = max(1, round(w * width)), max(1, round(h * height))
-    if columns > width or rows > height:  # padded with black
-        inner = np.empty((max(1, round(size * height / rows)), max(1, round(size * width / columns)), 3), np.uint8)
-        crop_resize(image, (0.0, 0.0, 1.0, 1.0), inner, interpolation)
-        top, left = ((size - side) // 2 for side in inner.shape[:2])
-        out[:] = 0
-        out[top : top + len(inner), left : left + inner.shape[1]] = inner
-        return
     left, top = min(round(x * width), width - columns), min(round(y * height), height - rows)
     crop = image[top : top + rows, left : left + columns]
     if crop.shape == out.shape:
@@ -129,20 +118,19 @@ def crop_resize(image: np.ndarray, params: Sequence[float], out: np.ndarray, int
     # interpolate(antialias=True) calls the same function, but returns planar memory, and the conversion costs as much as resizing.
     # With `out`, it stays in channels-last memory, where it is fast.
     source, target = (torch.from_numpy(each[None]).permute(0, 3, 1, 2) for each in (crop.copy(), out))
-    _RESIZE[interpolation](source, out.shape[:2], False, out=target)
+    _RESIZE(source, out.shape[:2], False, out=target)
 
 
 def apply(
     image: np.ndarray,
     params: AugmentationParams,
     output_size: int,
-    interpolation: str = "bilinear",
     finish: bool = True,
 ) -> Tensor:
     """Makes a view of known parameters: crop and resize, flip, color, blur. Returns uint8 [3, output_size, output_size]."""
     vector = np.array([params.vector()])
     view = np.empty((1, output_size, output_size, 3), np.uint8)
-    crop_resize(image, params.vector(), view[0], interpolation)
+    crop_resize(image, params.vector(), view[0])
     return torch.from_numpy(_finished(view, vector, finish)[0])
 
 
@@ -193,13 +181,16 @@ def draw_views(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the parameters of all views, [view, image, 11], and computes the scale at which to decode each image, [image].
 
-    It is the lowest that upsamples no view, except views larger than their box in the full image. The other arguments are those of
-    `make_views` and `sample_params`.
+    It is the lowest that upsamples no view, except views larger than their box in the full image. Evaluation views need every pixel, except
+    of images too large to be converted in one piece. The other arguments are those of `make_views` and `sample_params`.
     """
     params = np.empty((len(policies), len(sizes), NUM_PARAMS))
     for view, (name, policy) in enumerate(policies.items()):
         params[view] = sample_params(uniform(name, NUM_DRAWS), policy, sizes, preprocess.resize_mode)
-    return params, np.minimum(1.0, (output_size / (params[:, :, [_W, _H]] * sizes)).max((0, 2), initial=0.0))
+    scales = np.minimum(1.0, (output_size / (params[:, :, [_W, _H]] * sizes)).max((0, 2), initial=0.0))
+    if any(policy.crop_scale is None for policy in policies.values()):
+        scales[sizes.prod(1) <= TILE**2] = 1.0
+    return params, scales
 
 
 def make_views(
@@ -218,7 +209,7 @@ def make_views(
     sizes = np.array([image.size for image in images], np.int64).reshape(-1, 2)
     params, scales = draw_views(policies, uniform, sizes, output_size, preprocess)
     cropped = np.zeros((len(policies), len(images), output_size, output_size, 3), np.uint8)
-    resampling = [preprocess.interpolation if policy.crop_scale is None else "bilinear" for policy in policies.values()]
+    is_evaluation = [policy.crop_scale is None for policy in policies.values()]
     boxes = params[:, :, :4].transpose(1, 0, 2).tolist()
     failures: dict[int, BadSample] = {}
     for row, image in enumerate(images):
@@ -227,8 +218,11 @@ def make_views(
         except BadSample as bad:
             failures[row] = bad.copy()
             continue
-        for view, (box, interpolation) in enumerate(zip(boxes[row], resampling)):
-            crop_resize(pixels, box, cropped[view, row], interpolation)
+        for view, box in enumerate(boxes[row]):
+            if is_evaluation[view]:
+                cropped[view, row] = evaluation_view(pixels, output_size, preprocess)
+            else:
+                crop_resize(pixels, box, cropped[view, row])
     finished = _finished(cropped.reshape(-1, *cropped.shape[2:]), params.reshape(-1, NUM_PARAMS), finish)
     return Views(finished.reshape(*cropped.shape[:2], 3, output_size, output_size), params, failures)
 

@@ -9,7 +9,6 @@ returns a mask token.
 from __future__ import annotations
 
 import gzip
-import html
 import importlib.util
 import json
 import os
@@ -18,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coalign.data.text.cleaning import caption_normalizer, clean_text, is_plain
 from coalign.errors import UserError
 
 # Set before the import: the library's threads do not survive the fork of a data loading worker.
@@ -34,6 +34,7 @@ _WORD_END = "</w>"
 CLIP_VOCABULARY = 49408
 _CLIP_MERGES = 49152 - 256 - 2
 _COMPARED = ("A Café’s “Bücher”, ½ price!", "TWO  red apples &amp; a &lt;b&gt;", "狗在雪地里跑", "supercalifragilistic")
+_PLAIN = "".join(f" {chr(code)} " for code in range(32, 127) if chr(code) != "&")
 _CLIP_PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
@@ -48,16 +49,6 @@ _VOCABULARIES = (
 )
 
 
-def clean_text(text: str) -> str:
-    """Cleans text as CLIP does: fixes wrongly decoded Unicode, resolves HTML entities, collapses whitespace, lowercases."""
-    # The first two steps do not change printable ASCII without an ampersand, and take most of the time.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
 class Tokenizer:
     """Converts text to token ids and back. Can be pickled for data loading workers.
 
@@ -66,7 +57,8 @@ class Tokenizer:
         start_id, end_id: Ids of the tokens around each text.
         mask_id: Id of the mask token; None if the tokenizer has none.
         special_ids: Ids that stand for no text.
-        cleans: Whether text is cleaned as CLIP does; a tokenizer of a Hugging Face encoder has its own rules.
+        hugging_face: Whether it is the one of a Hugging Face encoder, which has its own ids and rules.
+        repairs: Whether text is cleaned as CLIP does, in Python. Tokenizers trained on captions clean by a normalizer in their file.
     """
 
     def __init__(self, backend: Backend, name: str) -> None:
@@ -76,9 +68,14 @@ class Tokenizer:
         backend.encode_special_tokens = True  # encode special tokens in a caption as ordinary text
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         last = self.vocab_size - 2, self.vocab_size - 1
-        self.cleans = (backend.token_to_id(START), backend.token_to_id(END)) == last
+        self.hugging_face = (backend.token_to_id(START), backend.token_to_id(END)) != last
+        self.repairs = not self.hugging_face and backend.normalizer is None
+        self._normalizer = None if self.hugging_face else backend.normalizer
+        # for plain text, `clean_text` returns the same much faster
+        self._is_fast = self._normalizer is not None and self._normalizer.normalize_str(_PLAIN) == clean_text(_PLAIN)
         self.mask_id: int | None
-        if self.cleans:
+        if not self.hugging_face:
+            backend.normalizer = None
             around: tuple[int, ...] = last
             self.special_ids, self.mask_id = around, self.vocab_size
         else:
@@ -103,7 +100,11 @@ class Tokenizer:
         return len(self._encode(text)) + 2
 
     def _encode(self, text: str) -> list[int]:
-        text = clean_text(text) if self.cleans else text.encode("utf-8", "replace").decode()
+        if self.repairs or (self._is_fast and is_plain(text)):
+            text = clean_text(text)
+        else:
+            text = text.encode("utf-8", "replace").decode()
+            text = self._normalizer.normalize_str(text) if self._normalizer else text
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def equals(self, other: Tokenizer) -> bool:
@@ -135,7 +136,11 @@ class Tokenizer:
 
     def to_str(self) -> str:
         """Returns the content of the file that `save` writes."""
-        return self._backend.to_str()
+        if self._normalizer is None:
+            return self._backend.to_str()
+        complete = Backend.from_str(self._backend.to_str())
+        complete.normalizer = self._normalizer
+        return complete.to_str()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "json": self.to_str()}
@@ -185,8 +190,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a lowercasing byte-level BPE tokenizer of at most `vocab_size` tokens, or fewer if the captions have fewer pairs to merge.
 
-    No text is out of vocabulary, and the result does not depend on the order of the captions. Raises UserError if `vocab_size` is below 258
-    or all captions are empty.
+    It cleans texts by `caption_normalizer`, which is part of its file. No text is out of vocabulary, and the result does not depend on the
+    order of the captions. Raises UserError if `vocab_size` is below 258 or all captions are empty.
     """
     if vocab_size < 258:
         raise UserError(
@@ -198,12 +203,12 @@ def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    num_captions = 0
+    num_captions, normalizer = 0, caption_normalizer()
 
     def cleaned() -> Iterable[str]:
         nonlocal num_captions
         for caption in captions:
-            text = clean_text(caption)
+            text = normalizer.normalize_str(caption)
             num_captions += bool(text)
             yield text
 
@@ -214,7 +219,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     vocab = dict(model["vocab"])
     vocab |= {START: len(vocab), END: len(vocab) + 1}
     backend.model = models.BPE(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]])
-    backend.decoder = decoders.ByteLevel()
+    backend.decoder, backend.normalizer = decoders.ByteLevel(), normalizer
     return Tokenizer(backend, f"bpe-{len(vocab)}")
 
 

@@ -1,12 +1,10 @@
-"""Two-tower models in the format of Hugging Face transformers (extra "hf"): a CLIPModel and its tokenizer."""
+"""Two-tower models in the format of Hugging Face transformers (extra "hf"): a CLIPModel and its image processor."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tokenizers import Regex, normalizers, processors
-from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 
 from coalign.errors import UserError
@@ -23,8 +21,7 @@ def to_transformers(image: ImageTower, text: TextTower, log_logit_scale: Tensor,
 
     _check_towers(image, text)
     vision: Any = image.trunk
-    vision_blocks, text_transformer = vision.transformer.resblocks, text.transformer
-    text_blocks = text_transformer.transformer.resblocks
+    vision_blocks = vision.transformer.resblocks
     config = CLIPConfig(
         vision_config={
             **_shape(vision_blocks),
@@ -32,31 +29,19 @@ def to_transformers(image: ImageTower, text: TextTower, log_logit_scale: Tensor,
             "patch_size": vision.conv1.kernel_size[0],
             "projection_dim": image.embed_dim,
         },
-        text_config={
-            **_shape(text_blocks),
-            "vocab_size": text_transformer.token_embedding.num_embeddings,
-            "max_position_embeddings": text.context_length,
-            "bos_token_id": start_id,
-            "eos_token_id": end_id,
-            "pad_token_id": end_id,
-            "projection_dim": text.embed_dim,
-        },
+        text_config=text_config(text, start_id, end_id),
         projection_dim=image.embed_dim,
     )
     state = {
         "logit_scale": log_logit_scale.reshape(()),
         "visual_projection.weight": image.projection.get_parameter("weight"),
-        "text_projection.weight": text.projection.get_parameter("weight"),
         "vision_model.embeddings.class_embedding": vision.class_embedding,
         "vision_model.embeddings.patch_embedding.weight": vision.conv1.weight,
         "vision_model.embeddings.position_embedding.weight": vision.positional_embedding,
-        "text_model.embeddings.token_embedding.weight": text_transformer.token_embedding.weight,
-        "text_model.embeddings.position_embedding.weight": text_transformer.positional_embedding,
         **_norm("vision_model.pre_layrnorm", vision.ln_pre),  # the library's spelling
         **_norm("vision_model.post_layernorm", vision.ln_post),
-        **_norm("text_model.final_layer_norm", text_transformer.ln_final),
         **_layers("vision_model", vision_blocks),
-        **_layers("text_model", text_blocks),
+        **text_state(text),
     }
     model = CLIPModel(config).eval()
     expected = {name for name in model.state_dict() if not name.endswith("position_ids")}
@@ -65,6 +50,31 @@ def to_transformers(image: ImageTower, text: TextTower, log_logit_scale: Tensor,
         mismatched = ", ".join(sorted(expected ^ set(state))[:3])
         raise UserError(f"The installed transformers has a CLIPModel with different weights: {mismatched}.")
     return model
+
+
+def text_config(text: TextTower, start_id: int, end_id: int) -> dict[str, Any]:
+    """Returns the settings of a CLIPTextConfig."""
+    return {
+        **_shape(text.transformer.transformer.resblocks),
+        "vocab_size": text.transformer.token_embedding.num_embeddings,
+        "max_position_embeddings": text.context_length,
+        "bos_token_id": start_id,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+        "projection_dim": text.embed_dim,
+    }
+
+
+def text_state(text: TextTower) -> dict[str, Tensor]:
+    """Returns the weights of a text encoder and its projection by the names of transformers."""
+    transformer = text.transformer
+    return {
+        "text_projection.weight": text.projection.get_parameter("weight"),
+        "text_model.embeddings.token_embedding.weight": transformer.token_embedding.weight,
+        "text_model.embeddings.position_embedding.weight": transformer.positional_embedding,
+        **_norm("text_model.final_layer_norm", transformer.ln_final),
+        **_layers("text_model", transformer.transformer.resblocks),
+    }
 
 
 def from_clip_model(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -186,40 +196,24 @@ def read_preprocessor(processor: Any) -> Preprocess:
     )
 
 
-def to_tokenizer(backend_json: str, start: str, end: str, context_length: int) -> Any:
-    """Converts a tokenizer of the `tokenizers` library, as JSON, to one of transformers.
-
-    It lowercases and joins white space, but does not repair mis-decoded Unicode and HTML entities. It pads with the end token; the text
-    towers ignore everything after the first one. Raises UserError if transformers is not installed.
-    """
-    try:
-        from transformers import PreTrainedTokenizerFast
-    except ImportError:
-        raise UserError('Exporting this tokenizer needs the extra "hf": pip install "coalign[hf]".') from None
-    backend = Backend.from_str(backend_json)
-    ids = [(name, backend.token_to_id(name)) for name in (start, end)]
-    backend.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=start, eos_token=end, pad_token=end, model_max_length=context_length
-    )
-
-
 def _check_towers(image: ImageTower, text: TextTower) -> None:
     trunk = image.trunk
     if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
         raise UserError(
-            "CLIPModel cannot represent this image tower, which is not a plain ViT; export the model to open_clip, or train a plain ViT, "
-            "such as ViT-S-32."
+            "transformers cannot represent this image tower, which is neither a plain ViT nor a model of timm; export the model to "
+            "open_clip, or train a plain ViT, such as ViT-S-32."
         )
     is_clip_vit = trunk.pool_type == "tok" and trunk.attn_pool is None and isinstance(trunk.ln_pre, nn.LayerNorm)
     if not is_clip_vit or trunk.final_ln_after_pool is True or _has_layer_scale(trunk):
         raise UserError("CLIPModel cannot represent this ViT, whose pooling or normalization differs from CLIP's.")
+    check_text_tower(text, "CLIPModel")
+
+
+def check_text_tower(text: TextTower, model: str) -> None:
+    """Raises UserError for a text encoder that is not CLIP's. `model`: the class that cannot represent it."""
     if text.attention != "causal" or text.pooling != "end" or _has_layer_scale(text.transformer):
         raise UserError(
-            "CLIPModel cannot represent this text tower, whose attention is bidirectional or whose pooling differs from CLIP's."
+            f"{model} cannot represent this text tower, whose attention is bidirectional or whose pooling differs from CLIP's."
         )
 
 

@@ -1,4 +1,4 @@
-"""Loads CLIPModels of Hugging Face transformers for evaluation (extra "hf")."""
+"""Loads CLIPModels and VisionTextDualEncoderModels of Hugging Face transformers for evaluation (extra "hf")."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from coalign.types import DualEncoder, Preprocess
 
 
 def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEncoder:
-    """Loads a CLIPModel from a folder or the hub, with its own tokenizer and preprocessing. Only safetensors are read.
+    """Loads a CLIPModel or VisionTextDualEncoderModel from a folder or the hub, with its own tokenizer and preprocessing.
 
-    Raises UserError if it cannot be loaded or is not a CLIPModel.
+    Only safetensors are read. Raises UserError if it cannot be loaded or is of another class.
     """
     try:
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
         from transformers.utils import logging
     except ImportError:
         raise UserError('Models of transformers need the extra "hf": pip install "coalign[hf]".') from None
@@ -33,10 +33,12 @@ def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEnco
         kind = AutoConfig.from_pretrained(name).model_type
     except Exception as error:  # the hub client raises many types: no network, no such file, offline mode
         raise UserError(f"transformers cannot load {name}: {str(error).splitlines()[0]}") from error
-    if kind != "clip":
-        raise UserError(f"{name} is a {kind} model; only CLIPModels of transformers can be evaluated.")
+    if kind not in ("clip", "vision-text-dual-encoder"):
+        raise UserError(
+            f"{name} is a {kind} model; only a CLIPModel or VisionTextDualEncoderModel of transformers can be evaluated."
+        )
     try:
-        model = CLIPModel.from_pretrained(name, use_safetensors=True).float().eval().to(device)
+        model = AutoModel.from_pretrained(name, use_safetensors=True).float().eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name)
     except Exception as error:
@@ -53,7 +55,7 @@ def from_transformers(name: str, device: str | torch.device = "cpu") -> DualEnco
     return DualEncoder(
         encode_image=lambda pixels: model.visual_projection(image_features(pixels)),
         encode_text=_TextEncoder(model, tokenizer),
-        image_size=model.config.vision_config.image_size,
+        image_size=getattr(model.config.vision_config, "image_size", None) or processor.crop_size["height"],
         name=name,
         logit_scale=float(model.logit_scale.detach().exp()),
         image_features=image_features,

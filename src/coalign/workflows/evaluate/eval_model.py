@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from coalign.data.text.tokenizer import load_tokenizer
 from coalign.errors import UserError
-from coalign.interop.onnx import INFO as ONNX_INFO
-from coalign.interop.onnx import from_onnx
+from coalign.interop.onnx.load import INFO as ONNX_INFO
+from coalign.interop.onnx.load import from_onnx
 from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
 from coalign.interop.open_clip.load import OpenClipPreprocess, from_open_clip
 from coalign.interop.transformers.load import from_transformers, is_transformers_folder
+from coalign.runs.folder import EXPORTED, SavedConfig, read_config
 from coalign.runs.run import Run, check_device, load
 from coalign.types import CLIP_PREPROCESS, DualEncoder, JointEncoder, Localizer, Preprocess
 
@@ -28,10 +28,16 @@ class EvalModel:
     encoder: DualEncoder
     run: Run | None = None  # None for models of other libraries, and for two callables
     library: str = "coalign"  # the library of the model and of its preprocessing
+    exported: SavedConfig | None = None  # of an export of coalign: the run that it was made from
 
     @property
     def name(self) -> str:
         return self.encoder.name if self.run is None else f"{self.run.path.name}, {self.run.checkpoint}"
+
+    @property
+    def origin(self) -> Run | SavedConfig | None:
+        """The run, or what an export knows of it: its data, and its settings."""
+        return self.run or self.exported
 
     @property
     def has_joint(self) -> bool:
@@ -93,14 +99,13 @@ def _open(model: str | Path | Run | DualEncoder, weights: str, device: str, simi
     if kind in LIBRARIES and name:
         return EvalModel(LIBRARIES[kind](name, device), library=kind)
     folder = Path(model)
+    exported = read_config(folder, EXPORTED) if (folder / EXPORTED).is_file() else None
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        return EvalModel(from_open_clip(str(folder), device), library="open_clip")
+        return EvalModel(from_open_clip(str(folder), device), library="open_clip", exported=exported)
     if is_transformers_folder(folder):
-        return EvalModel(from_transformers(str(folder), device), library="transformers")
+        return EvalModel(from_transformers(str(folder), device), library="transformers", exported=exported)
     if (folder / ONNX_INFO).is_file():
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-        encoder = replace(from_onnx(folder, tokenizer), num_tokens=tokenizer.num_tokens)
-        return EvalModel(encoder, library="onnx")
+        return EvalModel(from_onnx(folder), library="onnx", exported=exported)
     if not folder.exists():
         raise UserError(f"{model} does not exist; the model must be {FORMS}.")
     run = load(folder, weights, device, similarity)

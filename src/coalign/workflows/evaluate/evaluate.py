@@ -28,7 +28,7 @@ from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.eval_report import print_results, write_page, write_results
 from coalign.workflows.evaluate.needs import check_needs
-from coalign.workflows.evaluate.samples import Samples, has_labels, reading_of, same_data, select_split
+from coalign.workflows.evaluate.samples import Samples, has_labels, is_trained_on, reading_of, same_data, select_split
 from coalign.workflows.evaluate.tasks import SUITES, Task, parse_task
 
 Results = dict[str, dict[str, Any]]
@@ -186,7 +186,7 @@ def open_tasks(model: EvalModel, parsed: Sequence[tuple[Task, str]], config: Eva
 def _open(data: str, model: EvalModel, config: EvalConfig, world: World, with_boxes: bool) -> tuple[str, EvalContext]:
     """Opens the data of a task. Returns the name of the split to evaluate, and the context."""
     source = _open_source(data, model, config, with_boxes)
-    name, indices = select_split(source, data, None if with_boxes else model.run, config.split)
+    name, indices = select_split(source, data, None if with_boxes else model.origin, config.split)
     own = config.train_data is None or same_data(config.train_data, data)
     train_source = source if own else _open_source(config.train_data or data, model, config, with_boxes)
     splits = train_source.splits or {}
@@ -206,8 +206,8 @@ def _open_source(data: str, model: EvalModel, config: EvalConfig, with_boxes: bo
     root = config.data_root
     if root is not None and _is_benchmark(data, root):
         return open_dataset(data, root)
-    source = open_source(data, reading=reading_of(data, model.run, config.reading))
-    own = model.run is not None and same_data(model.run.data, data)
+    source = open_source(data, reading=reading_of(data, model.origin, config.reading))
+    own = model.origin is not None and is_trained_on(model.origin, data)
     return label_by_captions(source) if own or not has_labels(source) else source  # its own data is read as by the run
 
 

@@ -14,8 +14,10 @@ from coalign.data.sources.base import Source
 from coalign.data.splits import run_splits
 from coalign.data.text.prompts import read_classes
 from coalign.errors import BadSample, UserError
+from coalign.runs.folder import SavedConfig, data_name
 from coalign.runs.run import Run
 
+Origin = Run | SavedConfig  # a run, or what an export knows of it
 LABEL_FACTS = ("label", "class", "category", "folder")  # in order of precedence
 
 
@@ -47,19 +49,21 @@ class Labels:
         return self.subset(train), self.subset(val)
 
 
-def select_split(source: Source, data: str, run: Run | None, split: str | None) -> tuple[str, np.ndarray]:
+def select_split(source: Source, data: str, run: Origin | None, split: str | None) -> tuple[str, np.ndarray]:
     """Returns the name and the sample indices of the split to evaluate; see `evaluate` for the default.
 
-    Raises UserError if the split does not exist.
+    run: the run that the model is of or was exported from. Raises UserError if the split does not exist.
     """
     all_indices = np.arange(len(source))
     if split == "all":
         return "all", all_indices
     source_splits = source.splits
-    trained_on = run is not None and same_data(run.data, data)
-    if trained_on and split in (None, "train", "val") and run is not None and run.config.val_data is None:
+    if run is not None and is_trained_on(run, data) and split in (None, "train", "val") and run.config.val_data is None:
         splits = run_splits(source, run.config)
-        return split or "val", splits[split or "val"]
+        if (
+            not isinstance(run, SavedConfig) or len(splits["val"]) == run.num_val
+        ):  # else it is other data of the same name
+            return split or "val", splits[split or "val"]
     if split is None:
         split = next((name for name in ("test", "val") if source_splits and len(source_splits.get(name, ()))), None)
         return (split, source_splits[split]) if source_splits and split else ("all", all_indices)
@@ -69,14 +73,19 @@ def select_split(source: Source, data: str, run: Run | None, split: str | None) 
     return split, source_splits[split]
 
 
+def is_trained_on(run: Origin, data: str) -> bool:
+    """Returns whether a run was trained on the data. An export only knows the name of its data, not the folder."""
+    return data_name(data) == run.data if isinstance(run, SavedConfig) else same_data(run.data, data)
+
+
 def same_data(one: str, other: str) -> bool:
     """Returns whether two ways to name data, as given by the user, are of the same data."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-def reading_of(data: str, run: Run | None, given: DataConfig = DETECT) -> DataConfig:
+def reading_of(data: str, run: Origin | None, given: DataConfig = DETECT) -> DataConfig:
     """Returns how to read `data`: as given; what is unset, as the run reads it if it was trained on it."""
-    if run is None or not same_data(run.data, data):
+    if run is None or not is_trained_on(run, data):
         return given
     changes = {name: value for name, value in vars(given).items() if value != getattr(DETECT, name)}
     return replace(run.config.reading, **changes)

@@ -16,7 +16,8 @@ from coalign.interop.open_clip.load import CONFIG, WEIGHTS, from_open_clip
 from coalign.interop.transformers.export import from_clip_model, read_preprocessor
 from coalign.interop.transformers.load import from_transformers
 from coalign.types import DualEncoder
-from coalign.workflows.models.export import PROBE_TEXTS, check_close, check_new_folder
+from coalign.workflows.models.export import check_new_folder
+from coalign.workflows.models.export_check import PROBE_TEXTS, check_close
 
 
 def import_model(model: str, out: str | Path) -> Path:
@@ -45,13 +46,16 @@ def import_model(model: str, out: str | Path) -> Path:
 
 
 def _write(name: str, original: DualEncoder, out: Path) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 
-    model_cfg, state = from_clip_model(CLIPModel.from_pretrained(name, use_safetensors=True))
+    model = AutoModel.from_pretrained(name, use_safetensors=True)
+    if not isinstance(model, CLIPModel):
+        raise UserError(f"{name} is a {type(model).__name__}; only CLIPModels of transformers can be imported.")
+    model_cfg, state = from_clip_model(model)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not _is_clip_tokenizer(tokenizer):
         tokenizer.save_pretrained(out)
-        model_cfg["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "lower"}}
+        model_cfg["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "whitespace"}}
     processor = AutoImageProcessor.from_pretrained(name)
     preprocess = read_preprocessor(processor).to_json()
     write_json(out / CONFIG, {"model_cfg": {**model_cfg, "custom_text": True}, "preprocess_cfg": preprocess})

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -22,19 +20,15 @@ from coalign.formatting import percent
 from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
 from coalign.metric import Metric
 from coalign.networks.towers.spec import Tower
-from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, SavedConfig, read_config, read_results, write_config
+from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, read_results, write_config
 from coalign.runs.outcomes import item_hashes, write_outcomes
 from coalign.runs.run import Run, build_method, initial_weights, load, queue_names
 from coalign.training import checkpoint
-from coalign.training.distributed import World
-from coalign.workflows.evaluate.config import EvalConfig
-from coalign.workflows.evaluate.context import EvalContext, TaskResult
-from coalign.workflows.evaluate.eval_model import EvalModel
-from coalign.workflows.evaluate.samples import Samples
+from coalign.workflows.evaluate.context import TaskResult
 from coalign.workflows.evaluate.tasks import TASKS
 from coalign.workflows.models.export import check_new_folder
+from coalign.workflows.models.held_out import held_out_context, validation_pairs
 from coalign.workflows.train.batches import TrainingData
-from coalign.workflows.train.setup import fingerprint, open_data
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Weights = Mapping[str, Tensor]
@@ -93,7 +87,7 @@ def interpolate(start: str | Path, run: str | Path, out: str | Path, alpha: Sequ
     theirs, name = _start_weights(str(start), ours)
     common, taken = _match(theirs, ours, name)
     _check_tokenizer(Path(start), ours)
-    pairs = _validation_pairs(ours)
+    pairs = validation_pairs(ours)
     result = Interpolation({value: out / f"alpha-{value:g}" for value in alphas}, taken_from_run=taken)
     own = {
         key: value.clone() for key, value in ours.method.state_dict().items()
@@ -220,31 +214,9 @@ def _write(folder: Path, run: Run, weights: Weights, made: str) -> None:
 # ---------------------------------------------------------------- validation
 
 
-def _validation_pairs(run: Run) -> TrainingData | None:
-    """Returns the data of the run, None if it held out no pairs. Raises UserError if the data has changed since the run."""
-    saved = read_config(run.path)
-    read_results(run.path)  # raises UserError if the run is not finished
-    if saved.num_val < 2:
-        return None
-    pairs, _ = open_data(run.data, lambda _: run.config, World(0, 1, torch.device("cpu")))
-    _check_data(saved, pairs, run.path)
-    return pairs
-
-
-def _check_data(saved: SavedConfig, pairs: TrainingData, folder: Path) -> None:
-    if (len(pairs.train), len(pairs.val), fingerprint(pairs)) != (saved.num_train, saved.num_val, saved.fingerprint):
-        raise UserError(
-            f"{saved.data} has changed since {folder} was trained on it, so its held-out pairs may be among the training pairs; restore it."
-        )
-
-
 def _evaluate(folder: Path, run: Run, pairs: TrainingData) -> tuple[list[Metric], float]:
     """Evaluates the model on the validation pairs and writes the results to the folder of its run. Returns the metrics and the score."""
-    source, none = pairs.val_source, np.empty(0, dtype=np.int64)
-    context = EvalContext(
-        EvalModel(run.encoder()), run.data, Samples(source, pairs.val), Samples(pairs.source, none), Samples(pairs.source, none),
-        EvalConfig(reading=run.config.reading), World(0, 1, torch.device("cpu")),
-    )  # fmt: skip
+    source, context = pairs.val_source, held_out_context(run.encoder(), run, pairs)
     names = [*(["zeroshot"] if source.classes is not None else []), "retrieval"]
     results = {name: TASKS[name].load()(context) for name in names}
     items = {

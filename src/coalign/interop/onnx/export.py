@@ -6,30 +6,25 @@ A method that does not compare cosines also has similarity.onnx.
 from __future__ import annotations
 
 import copy
-import copyreg
-import json
 import logging
 import warnings
-from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coalign.data.text.tokenizer import Tokenizer
 from coalign.embeds import fields, map_fields
 from coalign.errors import UserError
+from coalign.interop.onnx.load import COSINE, MISSING
+from coalign.interop.tokenizer_export import exported_tokenizer
 from coalign.networks.towers.spec import find_towers
-from coalign.types import DualEncoder, Embeds, Preprocess, Similarity, dot_product
+from coalign.types import Embeds, dot_product
 
-INFO = "onnx_model.json"  # image size and geometry, context length, special tokens, logit scale, outputs and similarity, for clients
-COSINE = "cosine"  # in INFO, instead of the similarity's file name
 OPSET = 18
-_MISSING = 'ONNX needs the extra "onnx": pip install "coalign[onnx]".'
 
 
 def to_onnx(
@@ -39,6 +34,7 @@ def to_onnx(
     end_id: int,
     context_length: int,
     folder: Path,
+    on_graph: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Writes one graph per entry of `encode` to `folder`, and similarity.onnx if the method does not compare cosines.
 
@@ -47,17 +43,18 @@ def to_onnx(
     encode: graph name -> function from a dense copy of the method to its encode function of pixels, of token ids and lengths, or of all
     three. inputs: graph name -> example inputs, uint8 pixels [batch, 3, side, side] and int64 ids [batch, token]. A graph accepts any batch
     size and up to `context_length` tokens; a text ends at its first end token. similarity.onnx takes the outputs of image.onnx and
-    text.onnx, with the prefixes image_ and text_.
+    text.onnx, with the prefixes image_ and text_. on_graph: called with the file name of each graph before it is traced.
     """
     try:
         import onnxscript  # noqa: F401  needed by torch.onnx
     except ImportError:
-        raise UserError(_MISSING) from None
+        raise UserError(MISSING) from None
     dense = make_dense(method)
     cosines = method.similarity is dot_product
     graphs = {name: _Graph(dense, get_encode(dense), end_id, cosines).eval() for name, get_encode in encode.items()}
     outputs = {}
     for name, graph in graphs.items():
+        on_graph(f"{name}.onnx")
         example = inputs[name]
         names = ["pixels" if value.dtype == torch.uint8 else "input_ids" for value in example]
         outputs[name] = list(fields(graph.embed(*example)))
@@ -65,8 +62,28 @@ def to_onnx(
         shapes = tuple({0: batch} if value.dtype == torch.uint8 else {0: batch, 1: token} for value in example)
         _write(graph, example, names, outputs[name], shapes, folder / f"{name}.onnx")
     if not cosines:
+        on_graph("similarity.onnx")
         _write_similarity(dense, graphs, inputs, folder / "similarity.onnx")
     return {"outputs": outputs, "similarity": COSINE if cosines else "similarity.onnx"}
+
+
+def write_tokenizer(tokenizer: Tokenizer, context_length: int, path: Path) -> dict[str, int]:
+    """Writes the tokenizer as a file of the `tokenizers` library, with its cleaning, start and end tokens, truncation and padding.
+
+    Returns the entries of INFO that describe it. Whatever follows the first end token has no effect.
+    """
+    backend = exported_tokenizer(tokenizer)
+    names = {token_id: token for token, token_id in backend.get_vocab().items() if token_id in tokenizer.special_ids}
+    pad_id = next((token_id for token_id, name in names.items() if "pad" in name.lower()), tokenizer.end_id)
+    backend.enable_truncation(context_length)
+    backend.enable_padding(pad_id=pad_id, pad_token=names[pad_id])
+    backend.save(str(path))
+    return {
+        "context_length": context_length,
+        "start_id": tokenizer.start_id,
+        "end_id": tokenizer.end_id,
+        "pad_id": pad_id,
+    }
 
 
 def _write(
@@ -92,6 +109,18 @@ def _write(
             external_data=False,
             verbose=False,
         )
+    _strip(path)
+
+
+def _strip(path: Path) -> None:
+    """Removes what the exporter notes of each node: stack traces, with the paths of this machine."""
+    import onnx
+
+    model = onnx.load(str(path))
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, str(path))
 
 
 def _write_similarity(
@@ -181,104 +210,3 @@ def make_dense(method: nn.Module) -> Any:
     for tower in find_towers(dense):
         tower.forward = tower.dense_forward
     return dense
-
-
-# ---------------------------------------------------------------- loading
-
-
-def from_onnx(folder: Path, tokenize: Callable[[Sequence[str], int], tuple[Tensor, Tensor]]) -> DualEncoder:
-    """Loads an exported folder, which onnxruntime runs on the CPU. `tokenize`: (texts, context length) -> padded ids, lengths.
-
-    Raises UserError if the folder is not an ONNX export.
-    """
-    info = read_info(folder)
-    image, text = (session(folder / f"{name}.onnx") for name in ("image", "text"))
-
-    def encode_text(texts: Sequence[str]) -> Any:
-        ids, _ = tokenize(texts, info["context_length"])
-        return to_embeds(text(input_ids=ids.numpy()))
-
-    return DualEncoder(
-        encode_image=lambda pixels: to_embeds(image(pixels=pixels.cpu().numpy())),
-        encode_text=encode_text,
-        image_size=info["image_size"],
-        preprocess=Preprocess(interpolation=info["interpolation"], resize_mode=info["resize_mode"]),
-        name=str(folder),
-        logit_scale=info["logit_scale"],
-        weights=lambda: {
-            name: torch.from_numpy(np.fromfile(folder / name, np.uint8)) for name in ("image.onnx", "text.onnx")
-        },
-        context_length=info["context_length"],
-        similarity=dot_product if info["similarity"] == COSINE else _similarity(folder / info["similarity"]),
-    )
-
-
-def _similarity(path: Path) -> Similarity:
-    compare = session(path)
-
-    def similarity(images: Embeds, texts: Embeds) -> Tensor:
-        named = {
-            f"{kind}_{name}": value
-            for kind, embeds in (("image", images), ("text", texts))
-            for name, value in fields(embeds).items()
-        }
-        return torch.from_numpy(compare(**{name: value.numpy() for name, value in named.items()})["similarity"])
-
-    return similarity
-
-
-def to_embeds(outputs: Mapping[str, np.ndarray]) -> Any:
-    """Returns the outputs of a graph as a tensor, if "embeds" is the only one, else as a NamedTuple."""
-    tensors = {name: torch.from_numpy(value) for name, value in outputs.items()}
-    return tensors["embeds"] if list(tensors) == ["embeds"] else _embeds_class(*tensors)(**tensors)
-
-
-@cache
-def _embeds_class(*names: str) -> Any:
-    embeds_class = namedtuple("Embeds", names)  # type: ignore[misc]
-    copyreg.pickle(embeds_class, lambda embeds: (_restore, (names, tuple(embeds))))  # processes exchange embeds
-    return embeds_class
-
-
-def _restore(names: tuple[str, ...], values: tuple[Tensor, ...]) -> Any:
-    return _embeds_class(*names)(*values)
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    try:
-        info = json.loads((folder / INFO).read_text())
-        return {
-            "image_size": int(info["image_size"]),
-            "interpolation": str(info.get("interpolation", "bicubic")),
-            "resize_mode": str(info.get("resize_mode", "shortest")),
-            "context_length": int(info["context_length"]),
-            "logit_scale": float(info["logit_scale"]),
-            "similarity": str(info.get("similarity", COSINE)),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INFO} is not a valid file of an ONNX export: {error}.") from error
-
-
-def session(path: Path) -> Callable[..., dict[str, np.ndarray]]:
-    """Returns the graph of a file as a function of its named inputs to its named outputs.
-
-    Raises UserError if it cannot be loaded or run.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(_MISSING) from None
-    try:
-        graph = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has its own exception types
-        raise UserError(f"onnxruntime cannot load {path}: {str(error).splitlines()[0]}") from error
-
-    names = [output.name for output in graph.get_outputs()]
-
-    def run(**inputs: np.ndarray) -> dict[str, np.ndarray]:
-        try:
-            return dict(zip(names, graph.run(names, inputs)))
-        except Exception as error:
-            raise UserError(f"onnxruntime cannot run {path}: {str(error).splitlines()[0]}") from error
-
-    return run

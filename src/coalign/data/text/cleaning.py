@@ -1,0 +1,84 @@
+"""Cleaning of texts before they are split into tokens: in Python, as CLIP does, and as normalizers of the `tokenizers` library.
+
+Normalizers are part of a tokenizer's file, so that every library that reads the file cleans alike. They resolve HTML entities, map
+characters to plain ones, remove control characters, join white space and lowercase. They cannot repair wrongly decoded Unicode, and know
+the entities of HTML 4 and their numbers only.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from functools import cache
+from html.entities import codepoint2name
+
+from tokenizers import Regex, normalizers
+
+# what Python splits text at, without control characters
+_SPACE = r"[\t\n\f\r \x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]+"
+_CONTROL = r"[\x{00}-\x{08}\x{0b}\x{0e}-\x{1f}\x{7f}\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]"
+_TERMINAL_ESCAPE = r"\x{1b}\[[\d;]*[a-zA-Z]"
+_LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
+_FULL_AND_HALF_WIDTH = range(0xFF01, 0xFFF0)
+_FINAL_SIGMA = r"(?<=\p{Cased})Σ(?!\p{Case_Ignorable}*\p{Cased})"  # almost as Unicode says
+
+
+def is_plain(text: str) -> bool:
+    """Whether cleaning only joins spaces and lowercases: printable ASCII without an ampersand. True for most captions."""
+    return text.isascii() and text.isprintable() and "&" not in text
+
+
+def clean_text(text: str) -> str:
+    """Cleans text as CLIP does: fixes wrongly decoded Unicode, resolves HTML entities, collapses whitespace, lowercases."""
+    if not is_plain(text):  # importing and calling ftfy takes most of the time
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@cache
+def caption_normalizer() -> normalizers.Normalizer:
+    """Returns the cleaning of tokenizers that are trained on captions, with Unicode's compatibility mapping: "ﬁ" is "fi", "½" is "1⁄2"."""
+    return normalizers.Sequence([*_repairs(), normalizers.NFKC(), *_entities(), *_plain_text()])
+
+
+@cache
+def clip_normalizer() -> normalizers.Normalizer:
+    """Returns what normalizers can express of `clean_text`."""
+    mapped = {one: unicodedata.normalize("NFKC", one) for one in [*map(chr, _FULL_AND_HALF_WIDTH), *_LIGATURES]}
+    mapped["ﬅ"] = "ſt"  # as ftfy does
+    plain = [normalizers.Replace(one, other) for one, other in mapped.items() if one != other]
+    return normalizers.Sequence([*_repairs(), *plain, *_entities(), normalizers.NFC(), *_plain_text()])
+
+
+def _repairs() -> list[normalizers.Normalizer]:
+    """Removes terminal escapes and control characters. C1 control characters are read as Windows-1252, as browsers do."""
+    controls = [(chr(code), html.unescape(f"&#{code};")) for code in range(0x80, 0xA0)]
+    return [
+        normalizers.Replace(Regex(_TERMINAL_ESCAPE), ""),
+        normalizers.Replace(Regex(_CONTROL), ""),
+        *(normalizers.Replace(control, character) for control, character in controls if control != character),
+    ]
+
+
+def _entities() -> list[normalizers.Normalizer]:
+    """Resolves the entities of HTML 4 by name and number, also escaped repeatedly: &amp;amp;eacute; is é."""
+    names = {code: re.escape(name) for code, name in codepoint2name.items() if name != "amp"} | {ord("'"): "apos"}
+    numbers = {code: rf"#0*{code}|#[xX]0*(?i:{code:x})" for code in names}
+    return [
+        normalizers.Replace(Regex(r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);)+"), "&"),
+        *(normalizers.Replace(Regex(f"&(?:{name}|{numbers[code]});"), chr(code)) for code, name in names.items()),
+    ]
+
+
+def _plain_text() -> list[normalizers.Normalizer]:
+    return [
+        normalizers.Replace(Regex("[ʼ‘-‛]"), "'"),
+        normalizers.Replace(Regex("[“-‟]"), '"'),
+        normalizers.Replace(Regex(_SPACE), " "),
+        normalizers.Strip(),
+        normalizers.Replace(Regex(_FINAL_SIGMA), "ς"),
+        normalizers.Lowercase(),
+    ]
