@@ -20,7 +20,18 @@ from helpers import tiny
 import coalign
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
-FUNCTIONS = ("train", "evaluate", "load", "load_images", "open_data", "compare", "benchmark", "recipe", "interpolate")
+FUNCTIONS = (
+    "train",
+    "evaluate",
+    "load",
+    "load_images",
+    "open_data",
+    "compare",
+    "benchmark",
+    "recipe",
+    "interpolate",
+    "embed",
+)
 
 
 def test_importing_the_package_imports_neither_torch_nor_the_functions_modules():
@@ -70,6 +81,7 @@ def test_the_examples_of_docstrings_run(monkeypatch, tmp_path):
         "load",
         "load_images",
         "evaluate",
+        "embed",
         "compare",
         "interpolate",
         "open_data",

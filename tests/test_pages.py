@@ -78,7 +78,9 @@ def test_other_programs():
         if coalign_words(words) is not None:
             continue
         program = words[0].rpartition("=$(")[2].rpartition("/")[2]
-        assert program in {"make", "pip", "python3", "source", "git", "python"}, f"{block.name}: {' '.join(words)}"
+        assert program in {"make", "pip", "python3", "source", "git", "python", "curl"}, (
+            f"{block.name}: {' '.join(words)}"
+        )
         if program == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{block.name}: {' '.join(words)}"
         if program == "pip":

@@ -108,7 +108,8 @@ def run(words):
         return subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=False).returncode
     if program == "torchrun":
         # the small model's BatchNorm has groups of 16, in each of two processes
-        arguments = with_options(small(arguments), {"--batch-size": "32"})
+        options = {"--batch-size": "32"} if arguments[0] == "train" else {}
+        arguments = with_options(small(arguments), options)
         launcher = [
             sys.executable,
             "-m",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from coalign.cores import set_up_threads
+from coalign.cores import set_up_apple_gpu, set_up_threads
 from coalign.version import __version__
 
 if TYPE_CHECKING:
@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from coalign.methods import recipe
     from coalign.runs.run import load
     from coalign.types import DualEncoder
+    from coalign.workflows.collection.embed import embed
+    from coalign.workflows.collection.embedding_files import EmbeddingFiles
     from coalign.workflows.evaluate.config import EvalConfig
     from coalign.workflows.evaluate.evaluate import evaluate
     from coalign.workflows.image_files import load_images
     from coalign.workflows.models.interpolate import interpolate
     from coalign.workflows.train.train import train
 
-set_up_threads()  # before torch is loaded
+# before torch is loaded
+set_up_threads()
+set_up_apple_gpu()
 
 __all__ = [
     "DualEncoder",
+    "EmbeddingFiles",
     "EvalConfig",
     "__version__",
     "benchmark",
     "compare",
+    "embed",
     "evaluate",
     "interpolate",
     "load",
@@ -44,9 +50,11 @@ __all__ = [
 # name -> module and name in it
 _PUBLIC = {
     "DualEncoder": ("coalign.types", "DualEncoder"),
+    "EmbeddingFiles": ("coalign.workflows.collection.embedding_files", "EmbeddingFiles"),
     "EvalConfig": ("coalign.workflows.evaluate.config", "EvalConfig"),
     "benchmark": ("coalign.experiments.benchmark", "benchmark"),
     "compare": ("coalign.experiments.compare", "compare"),
+    "embed": ("coalign.workflows.collection.embed", "embed"),
     "evaluate": ("coalign.workflows.evaluate.evaluate", "evaluate"),
     "interpolate": ("coalign.workflows.models.interpolate", "interpolate"),
     "load": ("coalign.runs.run", "load"),

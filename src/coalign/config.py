@@ -307,7 +307,7 @@ class TrainConfig:
     val_data: str | None = setting(None)
     """Validate on this dataset instead of a split of the training data."""
     classes: Path | None = setting(None)
-    """File of class names, one per line. Tracks zero-shot accuracy during training, on images whose label or tags include a class."""
+    """File of classes, as for `coalign eval`. Tracks zero-shot accuracy during training, on images whose label or tags include a class."""
     probe: bool = setting(False, may_change_on_resume=True)
     """At the end of the run, also train a linear classifier of --classes on frozen image features of the training pairs."""
     # One or more tasks of `coalign eval`, such as zeroshot:birds: evaluate the start and the result of the run on them, and report what was

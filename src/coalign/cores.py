@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -27,6 +28,12 @@ def set_up_threads() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if _container_limit() < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
+
+
+def set_up_apple_gpu() -> None:
+    """Lets operations that PyTorch lacks on Apple GPUs run on the CPU, with a warning, instead of failing."""
+    if sys.platform == "darwin":
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def _container_limit() -> float:

@@ -103,6 +103,28 @@ def transposed(similarity: Similarity) -> Similarity:
     return lambda texts, images: similarity(images, texts).T
 
 
+def pooled(embeds: Embeds) -> Tensor:
+    """Returns one normalized vector per sample, float32 [sample, dim]: the mean of its vectors, which are those of valid tokens.
+
+    It stands for the sample in a search that must be fast, before the similarity itself compares what that found. Raises ValueError if
+    the vectors have different dimensions.
+    """
+    if isinstance(embeds, Tensor):
+        return F.normalize(embeds.float(), dim=-1)
+    tensors = fields(embeds).values()
+    masks = [tensor for tensor in tensors if tensor.dtype == torch.bool]
+    vectors = [tensor.float() for tensor in tensors if tensor.is_floating_point()]
+    if len({tensor.shape[-1] for tensor in vectors}) != 1:
+        raise ValueError(f"The vectors of a sample have the dimensions {[tensor.shape[-1] for tensor in vectors]}.")
+    means = []
+    for tensor in vectors:
+        for mask in masks:
+            if mask.shape == tensor.shape[:-1]:
+                tensor = tensor * mask[..., None]
+        means.append(tensor.flatten(1, -2).sum(1) if tensor.ndim > 2 else tensor)
+    return F.normalize(torch.stack([F.normalize(mean, dim=-1) for mean in means]).mean(0), dim=-1)
+
+
 def on_device(similarity: Similarity, device: torch.device) -> Similarity:
     """Wraps a similarity to compute on `device`, where its weights are, and to return the result on the device of the embeds.
 

@@ -194,7 +194,10 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Batch:
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        from coalign.devices import copies_asynchronously  # imports torch
+
+        non_blocking = copies_asynchronously(device)
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def ids(self) -> Features:
         """Returns "caption_ids" and, in data with groups, "group_ids": pairs that share one are not negatives of each other."""

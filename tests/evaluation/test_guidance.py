@@ -3,6 +3,7 @@ import torch
 from helpers.metrics import by_name, values
 from torch.nn import functional as F
 
+from coalign.data.text.prompts import class_prompts
 from coalign.errors import UserError
 from coalign.evaluation.guidance import GuidedQuery, bootstrapped_guidance, guided_classification
 from coalign.types import DualEncoder
@@ -38,7 +39,7 @@ def test_bootstrapped_guidance_reranks_the_top_classes():
     pixels = torch.stack([image(200, 190, 150), image(200, 10, 0), image(0, 100, 120)])
     batches = [([0, 1], pixels[:2], []), ([2], pixels[2:], [])]
     labels = {0: 1, 1: 0, 2: 1}
-    found = bootstrapped_guidance(MODEL, encode_joint, batches, labels, NAMES, ["a {}"], top_k=2)
+    found = bootstrapped_guidance(MODEL, encode_joint, batches, labels, class_prompts(NAMES, ["a {}"]), top_k=2)
     assert [(m.name, m.title, m.kind, m.chance, m.count) for m in found] == [
         ("plain", "Image alone", "rate", None, 3),
         ("guided", "Image with a text", "rate", None, 3),
@@ -50,10 +51,12 @@ def test_bootstrapped_guidance_reranks_the_top_classes():
     assert all(metric.outcome.groups.tolist() == [0, 1, 2] for metric in found)
     # a class outside the top k is not considered
     far = torch.stack([image(200, 0, 150)])
-    found = bootstrapped_guidance(MODEL, encode_joint, [([0], far, [])], {0: 1}, NAMES, ["a {}"], top_k=2)
+    found = bootstrapped_guidance(
+        MODEL, encode_joint, [([0], far, [])], {0: 1}, class_prompts(NAMES, ["a {}"]), top_k=2
+    )
     assert values(found)["guided"] == 0
     with pytest.raises(UserError, match="nothing to classify"):
-        bootstrapped_guidance(MODEL, encode_joint, batches, {}, NAMES, ["a {}"])
+        bootstrapped_guidance(MODEL, encode_joint, batches, {}, class_prompts(NAMES, ["a {}"]))
 
 
 def test_guide_selects_the_object_it_names():

@@ -15,6 +15,7 @@ from helpers.token_wise import TokenEmbeds, loop_similarity, token_similarity
 from torch import nn
 
 from coalign import embeds as embeds_module
+from coalign.data.text.prompts import class_prompts
 from coalign.embeds import on_device, take, transposed
 from coalign.errors import UserError
 from coalign.evaluation.compositionality import evaluate_foils, evaluate_pairs
@@ -155,8 +156,8 @@ def test_a_class_has_the_mean_similarity_of_its_prompts():
     pixels, names = images(20), ["cat", "big dog", "cow"]
     templates = ["{}", "a photo of a {}", "the {} there"]
     labels = {index: index % 3 for index in range(18)}
-    result = classify(MODEL, embedded(pixels), labels, names, templates).result
     prompts = [[template.replace("{}", name) for template in templates] for name in names]
+    result = classify(MODEL, embedded(pixels), labels, names, prompts).result
     scores = np.stack([loop_scores(pixels[:18], group).mean(1) for group in prompts], 1)  # [image, class]
     assert result.predictions.tolist() == scores.argmax(1).tolist()
     single = np.stack([loop_scores(pixels[:18], group[:1])[:, 0] for group in prompts], 1)
@@ -188,7 +189,7 @@ def test_guidance():
     pixels, names, templates = images(9), ["cat", "big dog", "cow", "small bird"], ["a {}", "the {} there"]
     labels = {index: index % 4 for index in range(9)}
     found = bootstrapped_guidance(
-        MODEL, encode_joint, [(list(range(9)), pixels, [])], labels, names, templates, top_k=2
+        MODEL, encode_joint, [(list(range(9)), pixels, [])], labels, class_prompts(names, templates), top_k=2
     )
     correct = {metric.name: metric.outcome.values for metric in found}
     prompts = [[template.replace("{}", name) for template in templates] for name in names]
@@ -313,10 +314,10 @@ def test_fine_tuned_classifier_learns():
     torch.manual_seed(0)
     image, text = Encoder(8), Encoder(8)
     model = DualEncoder(None, text, 2, similarity=token_similarity)
-    class_embeds = embed_classes(model, ["1", "2 3", "4"], ["{}", "5 {}"])
-    classifier = Classifier(image, class_embeds, 3, 10.0, 2, token_similarity)
+    classes = embed_classes(model, class_prompts(["1", "2 3", "4"], ["{}", "5 {}"]))
+    classifier = Classifier(image, classes, 10.0, 2, token_similarity)
     (pixels, labels), (test, test_labels) = colored(300, 0), colored(200, 1)
-    scores = loop_similarity(image(test[:4]), class_embeds).view(4, 3, 2).mean(2)
+    scores = loop_similarity(image(test[:4]), classes.embeds).view(4, 3, 2).mean(2)
     torch.testing.assert_close(classifier(test[:4]), 10 * scores)
     start = {name: value.clone() for name, value in classifier.state_dict().items()}
     assert [name for name, _ in classifier.head.named_buffers()] == ["class_valid"]

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from helpers.metrics import by_name, values
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from coalign.data.text.prompts import class_prompts
 from coalign.errors import UserError
 from coalign.evaluation import zero_shot as module
 from coalign.evaluation.embed import embed_images
-from coalign.evaluation.zero_shot import classify, embed_classes, zero_shot
-from coalign.types import DualEncoder
+from coalign.evaluation.zero_shot import ClassEmbeds, class_scores, classify, embed_classes, zero_shot
+from coalign.types import DualEncoder, dot_product
 
 
 def random_problem(images: int, classes: int, dim: int = 16):
@@ -19,7 +20,7 @@ def random_problem(images: int, classes: int, dim: int = 16):
     weights = F.normalize(torch.randn(classes, dim, generator=generator), dim=1)
     labels = torch.randint(0, classes, (images,), generator=generator)
     embeds = F.normalize(weights[labels] + 0.5 * torch.randn(images, dim, generator=generator), dim=1)
-    return embeds, labels, weights, [f"class {i}" for i in range(classes)]
+    return embeds, labels, ClassEmbeds(weights), [f"class {i}" for i in range(classes)]
 
 
 @pytest.mark.parametrize("chunk", [8_000_000, 30])
@@ -27,7 +28,7 @@ def test_matches_scikit_learn(monkeypatch, chunk):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     embeds, labels, weights, names = random_problem(300, 12)
     result = zero_shot(embeds, labels, weights, names)
-    scores, truth = (embeds @ weights.T).numpy(), labels.numpy()
+    scores, truth = (embeds @ weights.embeds.T).numpy(), labels.numpy()
     predictions = scores.argmax(1)
     np.testing.assert_array_equal(result.predictions, predictions)
     found = values(result.metrics)
@@ -68,8 +69,9 @@ def test_top5_needs_more_than_five_classes():
 
 def test_collapsed_model_scores_exactly_chance():
     embeds, labels, weights, names = random_problem(40, 10)
-    noise = 1e-8 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(9))
-    result = zero_shot(embeds[:1].expand_as(embeds), labels, weights[:1].expand_as(weights) + noise, names)
+    same = weights.embeds[:1].expand_as(weights.embeds)
+    noise = 1e-8 * torch.randn(same.shape, generator=torch.Generator().manual_seed(9))
+    result = zero_shot(embeds[:1].expand_as(embeds), labels, ClassEmbeds(same + noise), names)
     found = by_name(result.metrics)
     for name, chance in (("acc1", 0.1), ("acc5", 0.5)):
         assert found[name].value == pytest.approx(chance)
@@ -77,7 +79,7 @@ def test_collapsed_model_scores_exactly_chance():
 
 
 def test_single_class_and_image():
-    result = zero_shot(torch.ones(1, 1), torch.tensor([0]), torch.ones(1, 1), ["thing"])
+    result = zero_shot(torch.ones(1, 1), torch.tensor([0]), ClassEmbeds(torch.ones(1, 1)), ["thing"])
     assert [(m.name, m.value, m.low, m.high, m.chance) for m in result.metrics] == [
         ("acc1", 1.0, 1.0, 1.0, 1.0),
         ("mean_per_class_recall", 1.0, 1.0, 1.0, 1.0),
@@ -116,21 +118,32 @@ def encode_text(texts):
 def test_embed_classes_are_normalized_means_of_normalized_embeddings():
     model = DualEncoder(lambda pixels: pixels, encode_text, 4)
     templates = ["a photo of a {}.", "{}", "the {} and {}"]
-    weights = embed_classes(model, ["cat", "dog {x}"], templates)
+    weights = embed_classes(model, class_prompts(["cat", "dog {x}"], templates)).embeds
     for row, name in zip(weights, ["cat", "dog {x}"]):
         prompts = [f"a photo of a {name}.", name, f"the {name} and {name}"]
         mean = sum(VECTORS[p] / VECTORS[p].norm() for p in prompts) / 3
         torch.testing.assert_close(row, mean / mean.norm())
 
 
-def test_embed_classes_reject_duplicate_names_and_invalid_templates():
-    model = DualEncoder(lambda pixels: pixels, encode_text, 4)
-    with pytest.raises(UserError, match="'cat' is repeated"):
-        embed_classes(model, ["cat", "dog", "cat"], ["{}"])
-    with pytest.raises(UserError, match=r"has no \{\}"):
-        embed_classes(model, ["cat"], ["a photo"])
-    with pytest.raises(UserError, match="no class name"):
-        embed_classes(model, [], ["{}"])
+@pytest.mark.parametrize("own_similarity", [False, True])
+def test_classes_may_have_different_numbers_of_prompts(own_similarity):
+    """The reference is a loop over images, classes and prompts."""
+    similarity = (lambda images, texts: images @ texts.T) if own_similarity else dot_product
+    model = DualEncoder(lambda pixels: pixels, encode_text, 4, similarity=similarity)
+    prompts = [["one"], ["two", "three", "four"], ["five", "six"]]
+    classes = embed_classes(model, prompts)
+    images = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+    scores = class_scores(model.similarity, images, classes)
+    assert classes.num_classes == 3
+    assert scores.shape == (5, 3)
+    for image, row in zip(images, scores):
+        for own, score in zip(prompts, row):
+            if own_similarity:
+                expected = sum(image @ VECTORS[prompt] for prompt in own) / len(own)
+            else:
+                mean = sum(VECTORS[prompt] / VECTORS[prompt].norm() for prompt in own)
+                expected = image @ (mean / mean.norm())
+            torch.testing.assert_close(score, expected)
 
 
 def test_classify_from_pixels():
@@ -144,12 +157,20 @@ def test_classify_from_pixels():
     batches = [([10, 11, 12, 13], pixels[:4], []), ([14, 15], pixels[4:], ["one bad"])]
     names, templates = ["red", "green", "blue"], ["a {} picture"]
     evaluation = classify(
-        model, embed_images(model, batches), {index: (index - 10) % 3 for index in range(10, 15)}, names, templates
+        model,
+        embed_images(model, batches),
+        {index: (index - 10) % 3 for index in range(10, 15)},
+        names,
+        class_prompts(names, templates),
     )
     top1 = by_name(evaluation.result.metrics)["acc1"]
     assert (top1.value, top1.count) == (1.0, 5)  # the sixth has no class
     assert evaluation.images.bad == ["one bad"]
     wrong = classify(
-        model, embed_images(model, batches), {index: (index - 9) % 3 for index in range(10, 16)}, names, templates
+        model,
+        embed_images(model, batches),
+        {index: (index - 9) % 3 for index in range(10, 16)},
+        names,
+        class_prompts(names, templates),
     )
     assert values(wrong.result.metrics)["acc1"] == 0.0

@@ -21,7 +21,9 @@ REASONS = {
     "downloads data",
     "installs packages",
     "needs a GPU",
+    "needs a running server",
     "needs several machines",
+    "serves until Ctrl-C",
     "takes hours",
 }
 _FENCE = re.compile(

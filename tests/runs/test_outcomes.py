@@ -10,6 +10,7 @@ from helpers import tiny
 
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.open import open_source
+from coalign.data.text.prompts import class_prompts
 from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
@@ -35,7 +36,7 @@ def write(folder, data, indices, classes=("red", "green", "blue", "grey")):
     labels = read_labels([Samples(source, indices)])[0]
     evaluations = {
         "retrieval": retrieve(encoder(), images, captions_of(source)),
-        "zeroshot": classify(encoder(), images, labels.class_of, list(classes), ["a {} thing"]),
+        "zeroshot": classify(encoder(), images, labels.class_of, list(classes), class_prompts(classes, ["a {} thing"])),
     }
     metrics = {
         "retrieval": evaluations["retrieval"].result.metrics(),

@@ -57,7 +57,7 @@ def paraphrase_command(
     out: Path,
     apertium: tuple[str, ...] = (),
     marian: tuple[str, ...] = (),
-    device: str = "cpu",
+    device: str | None = None,
     reading: Reading = DETECT,
 ) -> None:
     """Write a copy of a dataset with back-translated paraphrases of its English captions, which MCT uses as text views.
@@ -69,7 +69,7 @@ def paraphrase_command(
         out: output folder, new or empty
         apertium: pivot languages for Apertium, such as spa (Debian packages apertium and apertium-eng-spa)
         marian: pairs of Marian models, forward and backward, by name (Helsinki-NLP/opus-mt-en-de Helsinki-NLP/opus-mt-de-en) or folder
-        device: device of the Marian models: cpu, cuda or cuda:N
+        device: device of the Marian models: cpu, cuda, cuda:N or mps; None: the best there is
     """
     from coalign.workflows.data import write_paraphrases
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from coalign.cli import data, evaluate, experiments, train, use
+from coalign.cli import data, evaluate, experiments, serve, train, use
 from coalign.cli.parse import Command, command
 from coalign.errors import UserError
 from coalign.version import __version__
@@ -25,7 +25,11 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "models": train.models_command,
     "recipes": train.recipes_command,
     "compare": experiments.compare_command,
+    "embed": use.embed_command,
+    "index": use.index_command,
     "search": use.search_command,
+    "serve": serve.serve_command,
+    "classify": use.classify_command,
     "localize": use.localize_command,
     "space": use.space_command,
     "interpolate": use.interpolate_command,
@@ -46,7 +50,19 @@ GROUPS = {
     "Data": [name for name in COMMANDS if name.startswith("data ")],
     "Train": ["train", "profile", "models", "recipes"],
     "Evaluate": ["eval", "compare"],
-    "Use": ["search", "localize", "space", "interpolate", "export", "import", "card"],
+    "Use": [
+        "embed",
+        "index",
+        "search",
+        "serve",
+        "classify",
+        "localize",
+        "space",
+        "interpolate",
+        "export",
+        "import",
+        "card",
+    ],
     "Experiments": ["benchmark", "reproduce"],
 }
 

@@ -43,7 +43,7 @@ class TrainCommand:
     dry_run: bool = False
     """Print the settings, the number of parameters, the cost per step and the first batch, then exit."""
     device: str | None = None
-    """cpu, cuda or cuda:N. None: cuda if available."""
+    """cpu, cuda, cuda:N or mps. None: the best there is."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ProfileCommand:
     steps: int = 20
     """Steps to measure, after three warm-up steps."""
     device: str | None = None
-    """cpu, cuda or cuda:N. None: cuda if available."""
+    """cpu, cuda, cuda:N or mps. None: the best there is."""
 
 
 def train_command(args: list[str]) -> Callable[[], int]:
@@ -92,12 +92,15 @@ def profile_command(args: list[str]) -> Callable[[], None]:
     options = config_for(NOMINAL_PAIRS)[0]
 
     def run() -> None:
+        from coalign.devices import best_device, device_line
         from coalign.workflows.train.profile import print_profile, profile
 
-        result = profile(
-            options.data, lambda num_pairs: config_for(num_pairs)[1], steps=options.steps, device=options.device
-        )
-        if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process prints
+        is_first = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints
+        device = best_device(options.device)
+        if is_first:
+            print(device_line(device))
+        result = profile(options.data, lambda num_pairs: config_for(num_pairs)[1], steps=options.steps, device=device)
+        if is_first:
             print_profile(result, options.steps)
 
     return run

@@ -35,8 +35,8 @@ def cached(model: DualEncoder, folder: Path, precision: str = "fp32") -> DualEnc
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The cache folder {folder} cannot be created: {error.strerror}.") from error
-    samples = _embed_samples(model)
-    digest = f"{precision} {_digest({**model.weights(), **_fingerprint(samples)})}"
+    samples = embed_samples(model)
+    digest = f"{precision} {weights_checksum({**model.weights(), **_fingerprint(samples)})}"
 
     def with_cache(kind: str, encode: Callable[[Any], Any], content: Callable[[Any], Iterable[bytes]]) -> Any:
         sample = samples.get(kind, torch.empty(0))  # all embeds of this kind have its type; features are tensors
@@ -70,7 +70,7 @@ _TEXTS = ("a photo of a dog", "Two RED apples, on a table!", "of " * 200)
 
 
 @torch.no_grad()
-def _embed_samples(model: DualEncoder) -> dict[str, Any]:
+def embed_samples(model: DualEncoder) -> dict[str, Any]:
     """Returns the model's embeddings of some fixed images and texts."""
     side = model.image_size
     pixels = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,8 @@ def _text_bytes(texts: Sequence[str]) -> list[bytes]:
     return [f"{len(encoded)} ".encode() + encoded for text in texts for encoded in [text.encode()]]
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
+def weights_checksum(weights: Mapping[str, Tensor]) -> str:
+    """Returns a hash of weights by name."""
     digest = hashlib.blake2b(digest_size=20)
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -42,30 +42,30 @@ def bootstrapped_guidance(
     encode_joint: JointEncoder,
     batches: Sequence[tuple[Sequence[int], Tensor, Sequence[Any]]],
     labels: Mapping[int, int],
-    classnames: Sequence[str],
-    templates: Sequence[str],
+    prompts: Sequence[Sequence[str]],
     top_k: int = 10,
 ) -> list[Metric]:
     """Reclassifies images jointly with the text of their own top predictions (OneR, Table 3).
 
-    Each of an image's `top_k` predicted classes is written beside the image, and the joint embedding is compared with that class; the
-    guided prediction is the best of them. The labels serve for evaluation only. Raises UserError if no image has a label.
+    Each of an image's `top_k` predicted classes is written beside the image, as the first of its prompts, and the joint embedding is
+    compared with that class; the guided prediction is the best of them. prompts: of each class. The labels serve for evaluation only.
+    Raises UserError if no image has a label.
     """
-    class_embeds, num_classes = embed_classes(model, classnames, templates), len(classnames)
+    classes = embed_classes(model, prompts)
     plain, guided, image_indices = [], [], []
     for indices, pixels, _ in batches:
         labeled = [row for row, index in enumerate(indices) if index in labels]
         if not labeled:
             continue
         images = embed_images(model, [([indices[row] for row in labeled], pixels[labeled], [])])
-        scores = class_scores(model.similarity, images.embeds, class_embeds, num_classes)
-        top = scores.topk(min(top_k, num_classes), dim=1).indices  # [image, candidate]
-        texts = [templates[0].replace("{}", classnames[c]) for candidates in top.tolist() for c in candidates]
+        scores = class_scores(model.similarity, images.embeds, classes)
+        top = scores.topk(min(top_k, len(prompts)), dim=1).indices  # [image, candidate]
+        texts = [prompts[c][0] for candidates in top.tolist() for c in candidates]
         joint = embed_joint(model, encode_joint, pixels[labeled].repeat_interleave(top.shape[1], 0), texts)
         # each candidate's input with its own class
         own_class = [
-            class_scores(model.similarity, take(joint, rows), class_embeds, num_classes).gather(1, classes)
-            for rows, classes in zip(torch.arange(top.numel()).split(_ROWS), top.view(-1, 1).split(_ROWS))
+            class_scores(model.similarity, take(joint, rows), classes).gather(1, own)
+            for rows, own in zip(torch.arange(top.numel()).split(_ROWS), top.view(-1, 1).split(_ROWS))
         ]
         guided_scores = torch.cat(own_class).view_as(top)  # [image, candidate]
         targets = torch.tensor([labels[index] for index in images.indices])

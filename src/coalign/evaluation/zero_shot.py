@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coalign.data.text.prompts import check_distinct, check_templates
 from coalign.embeds import num_samples, similarities, take
 from coalign.errors import UserError
 from coalign.evaluation import metrics
@@ -70,45 +69,53 @@ def _unique_names(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def embed_classes(
-    model: DualEncoder, classnames: Sequence[str], templates: Sequence[str], allow_duplicates: bool = False
-) -> Any:
-    """Returns embeds of classes, for `class_scores`.
+@dataclass(frozen=True)
+class ClassEmbeds:
+    """Embeds of classes, with which the embeds of images are compared."""
+
+    embeds: Any  # `Embeds`, class by class
+    counts: tuple[int, ...] = ()  # of the embeds of each class; empty: one each
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.counts) or num_samples(self.embeds)
+
+
+def embed_classes(model: DualEncoder, prompts: Sequence[Sequence[str]]) -> ClassEmbeds:
+    """Returns the embeds of classes from the prompts of each.
 
     For cosines, it is each class's mean of normalized prompt embeddings, normalized again: float32 [class, dim]. For another similarity,
-    it is all prompts, class by class: [class · template, …].
-
-    Raises UserError for a repeated name, unless `allow_duplicates`: ImageNet has two pairs of classes with the same name.
+    it is all prompts, class by class.
     """
-    if not allow_duplicates:
-        check_distinct(classnames)
-    check_templates(templates)
-    prompts = [template.replace("{}", name) for name in classnames for template in templates]
-    embeds = embed_texts(model, prompts)
+    counts = [len(each) for each in prompts]
+    embeds = embed_texts(model, [prompt for each in prompts for prompt in each])
     if not model.compares_cosines:
-        return embeds
-    return F.normalize(embeds.unflatten(0, (len(classnames), len(templates))).mean(dim=1), dim=-1)
+        return ClassEmbeds(embeds, tuple(counts))
+    return ClassEmbeds(F.normalize(torch.stack([part.mean(dim=0) for part in embeds.split(counts)]), dim=-1))
 
 
-def class_scores(similarity: Similarity, images: Embeds, class_embeds: Embeds, num_classes: int) -> Tensor:
+def class_scores(similarity: Similarity, images: Embeds, classes: ClassEmbeds) -> Tensor:
     """Returns the similarity of each image to each class, float32 [image, class]: the mean over the class's prompts (FILIP, §3.3)."""
-    return similarities(similarity, images, class_embeds).unflatten(1, (num_classes, -1)).mean(2)
+    scores = similarities(similarity, images, classes.embeds)
+    if not classes.counts:
+        return scores
+    return torch.stack([part.mean(dim=1) for part in scores.split(list(classes.counts), dim=1)], dim=1)
 
 
 @torch.no_grad()
 def zero_shot(
     image_embeds: Embeds,
     labels: Tensor,
-    class_embeds: Embeds,
+    classes: ClassEmbeds,
     classnames: Sequence[str],
     seed: int = 0,
     similarity: Similarity = dot_product,
 ) -> ZeroShotResult:
     """Classifies images with true classes `labels` int64 [image] by the embeds of `embed_classes`; cosines need normalized embeds."""
-    num_classes, num_prompts = len(classnames), num_samples(class_embeds)
-    if num_prompts % num_classes or len(labels) != num_samples(image_embeds):
+    num_classes = len(classnames)
+    if classes.num_classes != num_classes or len(labels) != num_samples(image_embeds):
         raise ValueError(
-            f"{num_prompts} class embeds for {num_classes} classes, {len(labels)} labels for {num_samples(image_embeds)} images"
+            f"embeds of {classes.num_classes} classes for {num_classes} names, {len(labels)} labels for {num_samples(image_embeds)} images"
         )
     if not len(labels):
         raise UserError("There is nothing to classify: no image has a label that is one of the classes.")
@@ -117,14 +124,14 @@ def zero_shot(
             f"labels range from {int(labels.min())} to {int(labels.max())}, but there are {num_classes} classes"
         )
     require_finite(image_embeds, "Image")
-    require_finite(class_embeds, "Class")
+    require_finite(classes.embeds, "Class")
 
     better, tied, predictions = [], [], []
-    step = max(1, _CHUNK // num_prompts)
+    step = max(1, _CHUNK // num_samples(classes.embeds))
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         targets = labels[rows]
-        scores = class_scores(similarity, take(image_embeds, rows), class_embeds, num_classes)
+        scores = class_scores(similarity, take(image_embeds, rows), classes)
         target_scores = scores.gather(1, targets[:, None])
         better.append((scores > target_scores + TIE).sum(1))
         tied.append(((scores - target_scores).abs() <= TIE).sum(1) - 1)
@@ -154,13 +161,12 @@ def classify(
     images: ImageEmbeds,
     labels: Mapping[int, int],
     classnames: Sequence[str],
-    templates: Sequence[str],
-    allow_duplicates: bool = False,
+    prompts: Sequence[Sequence[str]],
 ) -> Evaluation:
-    """Classifies those images of `embed_images` whose index is in `labels`; for the other arguments see `embed_classes`."""
-    class_embeds = embed_classes(model, classnames, templates, allow_duplicates)
+    """Classifies those images of `embed_images` whose index is in `labels`, by the prompts of each class."""
+    classes = embed_classes(model, prompts)
     rows = [row for row, index in enumerate(images.indices) if index in labels]
     images = ImageEmbeds(take(images.embeds, rows), [images.indices[row] for row in rows], images.bad)
     targets = torch.tensor([labels[index] for index in images.indices], dtype=torch.long)
-    result = zero_shot(images.embeds, targets, class_embeds, classnames, similarity=model.similarity)
-    return Evaluation(result, images, list(classnames), class_embeds)
+    result = zero_shot(images.embeds, targets, classes, classnames, similarity=model.similarity)
+    return Evaluation(result, images, list(classnames), classes.embeds)

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from coalign.config import TrainConfig, fields_marked
 from coalign.cores import num_cores
+from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
@@ -108,6 +109,8 @@ def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str
     failures: list[str] = []
     threads, number = max(1, num_cores() // jobs), itertools.count(1)
     trained = [trial for trial in trials if trial.base is None]
+    if trials:
+        console.print(device_line(best_device(None)))
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
         for phase in (trained, [trial for trial in trials if trial.base is not None]):
             # threads that each start one process: a process pool hands out trials ahead of time and cannot take them back

@@ -142,10 +142,14 @@ def _block(
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention over [size, heads, token, dim]. Uses float32 on CPUs, where the bfloat16 backward takes 1.2 to 12 times as long."""
+    """Attention over [size, heads, token, dim].
+
+    Uses float32 on CPUs, where the bfloat16 backward takes 1.2 to 12 times as long, and on Apple GPUs, where causal attention in half
+    precision may attend to later tokens (pytorch#195910).
+    """
     dtype = queries.dtype
-    if queries.device.type == "cpu" and dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
+    if queries.device.type in ("cpu", "mps") and dtype == torch.bfloat16:
+        with torch.autocast(queries.device.type, enabled=False):
             queries, keys, values = queries.float(), keys.float(), values.float()
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal).to(dtype)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)

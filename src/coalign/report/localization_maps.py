@@ -25,8 +25,7 @@ def map_grid(
     size = min(2.2, WIDTH / (columns + 1))
     figure = new_figure(size * (columns + 1), (size + 0.3) * rows)
     for row, (image, own, words, name) in enumerate(zip(images, maps, texts, names)):
-        # pale, so that all color comes from the map
-        gray = np.repeat(image.mean(2, keepdims=True), 3, 2) * 0.75 + 64
+        gray = _pale_gray(image)
         for column in range(columns + 1):
             axes = figure.add_subplot(rows, columns + 1, row * (columns + 1) + column + 1)
             axes.set(xticks=[], yticks=[])
@@ -37,10 +36,23 @@ def map_grid(
                 axes.set_ylabel(name, fontsize=9, color=INK)
                 continue
             heat = own[column - 1]
-            axes.imshow(gray.clip(0, 255).astype(np.uint8))
+            axes.imshow(gray)
             axes.imshow(_scaled(heat), cmap=_HEAT, vmin=0, vmax=1)
             axes.set_title(words[column - 1], fontsize=9, color=SOFT, parse_math=False, wrap=True)
     return figure
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Draws a map [side, side], min-max scaled, over an image: uint8 [side, side, 3]."""
+    colors = _HEAT(_scaled(heat))
+    opacity = colors[..., 3:]
+    mixed = _pale_gray(image) * (1 - opacity) + 255 * colors[..., :3] * opacity
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _pale_gray(image: np.ndarray) -> np.ndarray:
+    """Returns the image in pale gray, so that all color comes from the map."""
+    return (np.repeat(image.mean(2, keepdims=True), 3, 2) * 0.75 + 64).clip(0, 255).astype(np.uint8)
 
 
 def _scaled(heat: np.ndarray) -> np.ndarray:

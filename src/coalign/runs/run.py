@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coalign.config import TrainConfig
 from coalign.data.text.tokenizer import Tokenizer, load_tokenizer
+from coalign.devices import best_device
 from coalign.embeds import on_device
 from coalign.errors import UserError
 from coalign.method import Method
@@ -167,23 +168,6 @@ def patch_grid(method: Method) -> tuple[int, int] | None:
     return next((tower.patch_grid for tower in find_towers(method) if tower.patch_grid), None)
 
 
-def check_device(name: str | None) -> str | None:
-    """Returns the name of the device. Raises UserError if this machine does not have it."""
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"There is no device {name!r}; --device must be cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"There is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; choose another --device."
-        )
-    return name
-
-
 def build_method(config: TrainConfig, tokenizer: Tokenizer, run: Path | None = None) -> Method:
     """Builds the method and its towers, initialized from the configuration's seed. Raises UserError if a model file is invalid.
 
@@ -330,7 +314,7 @@ def load(
     Args:
         path: The folder of the run.
         weights: "last", or "best" for the checkpoint with the best validation score.
-        device: The device of the model.
+        device: The device of the model: "cpu", "cuda", "cuda:N" or "mps".
         similarity: The similarity of the model, if its method has several (OneR: "trained" or "projector"). None: as configured.
 
     Returns:
@@ -346,7 +330,7 @@ def load(
         ```
     """
     folder = Path(path)
-    check_device(str(device))
+    best_device(str(device))
     saved = read_config(folder)
     if similarity is not None:
         saved = replace(saved, config=_with_similarity(saved.config, similarity))

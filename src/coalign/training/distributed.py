@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
+from coalign.devices import best_device
 from coalign.dtensor import is_sharded
 from coalign.errors import UserError
 from coalign.randomness import stable_hash
@@ -77,11 +78,16 @@ class World:
 
 
 def join_world(device: str | None = None) -> World:
-    """Joins the process group of torchrun (environment variables RANK, WORLD_SIZE, LOCAL_RANK), if there is one."""
+    """Joins the process group of torchrun (environment variables RANK, WORLD_SIZE, LOCAL_RANK), if there is one.
+
+    device: as in `best_device`. Raises UserError if there is no such device, or if it serves only one process.
+    """
     size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(best_device(device))
+    if chosen.type == "mps" and size > 1:
+        raise UserError("Several processes cannot compute on an Apple GPU; use one process, or --device cpu.")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if size > 1 else (chosen.index or 0))
         torch.cuda.set_device(chosen)

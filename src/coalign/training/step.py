@@ -106,7 +106,10 @@ def move_statistics(method: Method, world: World, keep: bool) -> None:
 
 def _reduce_terms(terms: list[LossTerm], world: World) -> tuple[Tensor, float, dict[str, float]]:
     """Returns this rank's share of the loss (with gradient), the global loss, and the mean of each term (0 if its count is 0)."""
-    sums = world.sum(torch.stack([torch.stack([t.total.detach().double(), _count(t)]) for t in terms]))  # [term, 2]
+    dtype = torch.float32 if world.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    sums = world.sum(
+        torch.stack([torch.stack([t.total.detach().to(dtype), _count(t, dtype)]) for t in terms])
+    )  # [term, 2]
     totals, counts = sums[:, 0].tolist(), sums[:, 1].tolist()
     local_loss = sum((t.weight / max(count, 1e-30)) * t.total for t, count in zip(terms, counts) if count)
     means = {t.name: total / count if count else 0.0 for t, total, count in zip(terms, totals, counts)}
@@ -115,8 +118,8 @@ def _reduce_terms(terms: list[LossTerm], world: World) -> tuple[Tensor, float, d
     return local_loss, sum(t.weight * means[t.name] for t in terms), means
 
 
-def _count(term: LossTerm) -> Tensor:
-    return torch.as_tensor(term.count, dtype=torch.float64, device=term.total.device).detach()
+def _count(term: LossTerm, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(term.count, dtype=dtype, device=term.total.device).detach()
 
 
 def _concatenate(slices: list[Features]) -> Features:

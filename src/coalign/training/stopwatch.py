@@ -49,6 +49,8 @@ class Stopwatch:
         """Adds the time since the last boundary to the innermost open stage."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
         now = time.perf_counter()
         if self._open:
             self._stages[self._open[-1]] += now - self._since

@@ -343,7 +343,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Returns the autocast dtype of a precision, None for float32. "auto" is bfloat16 if the device is fast at it."""
     if precision == "fp16":
         if device.type != "cuda":
-            raise UserError("--precision fp16 needs a CUDA device; on a CPU, use bf16 or fp32.")
+            raise UserError("--precision fp16 needs a CUDA device; on others, use bf16 or fp32.")
         return torch.float16
     if precision == "auto":
         precision = "bf16" if _fast_bfloat16(device) else "fp32"
@@ -353,6 +353,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":  # never measured
+        return False
     # AMX or AVX512-BF16; other CPUs emulate bfloat16, slower than float32
     return any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -36,6 +36,7 @@ from coalign.data.splits import assign_splits, column_labels
 from coalign.data.text.captions import require_captions
 from coalign.data.text.context import CutTexts
 from coalign.data.text.tokenizer import load_tokenizer, train_bpe
+from coalign.devices import best_device, device_line
 from coalign.errors import BadSample, UserError
 from coalign.files import write_json
 from coalign.report.check_page import check_page
@@ -223,7 +224,7 @@ def build_query_list(data: str, out: Path, reading: DataConfig) -> None:
 
 
 def write_paraphrases(
-    data: str, out: Path, pivots: Sequence[str], marian: Sequence[str], device: str, reading: DataConfig
+    data: str, out: Path, pivots: Sequence[str], marian: Sequence[str], device: str | None, reading: DataConfig
 ) -> None:
     if not pivots and not marian:
         raise UserError(
@@ -235,6 +236,9 @@ def write_paraphrases(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; choose another folder or empty it.")
     translators = [(paraphrase.apertium(f"eng-{pivot}"), paraphrase.apertium(f"{pivot}-eng")) for pivot in pivots]
+    device = best_device(device)
+    if marian:
+        _console().print(device_line(device))
     translators += [
         (paraphrase.marian(to_pivot, device), paraphrase.marian(from_pivot, device))
         for to_pivot, from_pivot in zip(marian[::2], marian[1::2])

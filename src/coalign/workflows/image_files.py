@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from coalign.data.images.decode import open_image
 from coalign.data.images.views import make_view
-from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
 from coalign.types import CLIP_PREPROCESS, DualEncoder, Preprocess
 
@@ -57,14 +57,33 @@ def read_image(path: str | Path, side: int, preprocess: Preprocess | Callable[[A
 
     Raises UserError if the file cannot be read or is not an image.
     """
+    with _readable(path):
+        return _view(Path(path).read_bytes(), side, preprocess)
+
+
+def encoder_view(image: bytes | np.ndarray, encoder: DualEncoder) -> Tensor:
+    """Returns a file's bytes or RGB pixels as the encoder takes them, uint8 [1, 3, size, size]. Raises BadSample if they are invalid."""
+    return _view(image, encoder.image_size, encoder.preprocess)
+
+
+def _view(image: bytes | np.ndarray, side: int, preprocess: Preprocess | Callable[[Any], Tensor]) -> Tensor:
+    if isinstance(preprocess, Preprocess):
+        return evaluation_view(image, side, preprocess)[None]
+    return preprocess(Image.fromarray(open_image(image).decode()))[None]
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Reads an image file, upright RGB. Raises UserError if it cannot be read or is not an image."""
+    with _readable(path):
+        return Image.fromarray(open_image(Path(path).read_bytes()).decode())
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
     try:
-        data = Path(path).read_bytes()
+        yield
     except OSError as error:
         raise UserError(f"The image {path} could not be read: {error.strerror}.") from error
-    try:
-        if isinstance(preprocess, Preprocess):
-            return evaluation_view(data, side, preprocess)[None]
-        return preprocess(Image.fromarray(open_image(data).decode(1.0)))[None]
     except BadSample as bad:
         raise UserError(
             f"The image {path} cannot be used: {bad.reason}" + (f" ({bad.detail})." if bad.detail else ".")
@@ -76,9 +95,9 @@ def evaluation_view(image: bytes | np.ndarray, side: int, preprocess: Preprocess
     return make_view(image, side, preprocess=preprocess)[0]
 
 
-def thumbnail(source: Source, index: int) -> np.ndarray:
-    """Returns a sample's image for a report page, uint8 [height, width, 3]."""
-    return evaluation_view(source.image(index), _THUMBNAIL).permute(1, 2, 0).numpy()
+def thumbnail(image: bytes | np.ndarray) -> np.ndarray:
+    """Returns an image for a report page, uint8 [height, width, 3]. Raises BadSample if it cannot be decoded."""
+    return evaluation_view(image, _THUMBNAIL).permute(1, 2, 0).numpy()
 
 
 def check_figure_path(path: str | Path) -> Path:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from coalign.data.text import prompts
@@ -71,7 +73,63 @@ def test_unknown_template_name_lists_the_known_ones():
 def test_read_classes(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("\ufeffcat\n\nn02084071 = dog\nbird, small \n", encoding="utf-8")
-    assert prompts.read_classes(path) == [("cat", "cat"), ("n02084071", "dog"), ("bird, small", "bird, small")]
+    expected = [("cat", "cat", ()), ("n02084071", "dog", ()), ("bird, small", "bird, small", ())]
+    assert prompts.read_classes(path) == expected
+
+
+def test_read_classes_with_prompts(tmp_path):
+    path = tmp_path / "classes.json"
+    content = {"cat": ["a tabby", " a photo of a {} "], "dog ": "a puppy", "bird": []}
+    path.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    classes = prompts.read_classes(path, ["a {}"])
+    own = {"cat": ("a tabby", "a photo of a {}"), "dog": ("a puppy",), "bird": ()}
+    assert classes == [(name, name, texts) for name, texts in own.items()]
+    assert prompts.class_prompts([entry.name for entry in classes], ["a {}", "the {}"], own) == [
+        ["a tabby", "a photo of a cat"],
+        ["a puppy"],
+        ["a bird", "the bird"],
+    ]
+    path.write_text(json.dumps(["cat", "dog"]))
+    assert prompts.read_classes(path) == [("cat", "cat", ()), ("dog", "dog", ())]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"cat": ["a"], "cat": ["b"]}', "label in .*'cat' is repeated"),
+        ('{"cat": ["a"], "dog": ["a"]}', "list of prompts in .*'a' is repeated"),
+        ('{"cat": ["a"], "dog": [3]}', "The prompts of 'dog'"),
+        ('{"cat": ["a", ""]}', "The prompts of 'cat'"),
+        ('{"cat": {"prompts": ["a"]}}', "The prompts of 'cat'"),
+        ('{"": ["a"]}', "the class ''"),
+        ("[1, 2]", "the class 1"),
+        ('"cat"', "must be an object"),
+        ("{", "not valid JSON"),
+        ("[]", "no label"),
+    ],
+)
+def test_invalid_json_classes_raise(tmp_path, content, message):
+    path = tmp_path / "classes.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prompts.read_classes(path)
+
+
+def test_templates_for_classes_that_all_have_prompts_are_refused(tmp_path):
+    path = tmp_path / "classes.json"
+    path.write_text('{"cat": "a tabby", "dog": "a puppy"}')
+    with pytest.raises(UserError, match="--prompts has no effect"):
+        prompts.read_classes(path, ["a {}"])
+
+
+def test_class_prompts_reject_repeated_names_and_invalid_templates():
+    with pytest.raises(UserError, match="'cat' is repeated"):
+        prompts.class_prompts(["cat", "dog", "cat"], ["{}"])
+    assert prompts.class_prompts(["cat", "cat"], ["a {}"], allow_duplicates=True) == [["a cat"], ["a cat"]]
+    with pytest.raises(UserError, match=r"has no \{\}"):
+        prompts.class_prompts(["cat"], ["a photo"])
+    with pytest.raises(UserError, match="no class name"):
+        prompts.class_prompts([], ["{}"])
 
 
 @pytest.mark.parametrize(

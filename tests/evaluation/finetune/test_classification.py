@@ -20,6 +20,7 @@ from coalign.evaluation.finetune.classification import (
     layers_by_depth,
     recipe,
 )
+from coalign.evaluation.zero_shot import ClassEmbeds
 
 
 class Encoder(nn.Module):
@@ -51,7 +52,7 @@ def images(count, seed):
 @pytest.fixture
 def classifier():
     torch.manual_seed(0)
-    return Classifier(Encoder(), F.normalize(torch.randn(3, 8), dim=1), 3, 10.0, 2)
+    return Classifier(Encoder(), ClassEmbeds(F.normalize(torch.randn(3, 8), dim=1)), 10.0, 2)
 
 
 def test_layers_are_by_depth_without_unused_parameters(classifier):
@@ -120,7 +121,7 @@ def test_fine_tuning_learns_and_keeps_the_text_tower_frozen(classifier):
     found = by_name(metrics)
     assert found["alpha_0.acc1"].value < 0.7 < 0.9 < found["acc1"].value
     # the midpoint, computed directly
-    half = Classifier(Encoder(), torch.zeros(3, 8), 3, 10.0, 2)
+    half = Classifier(Encoder(), ClassEmbeds(torch.zeros(3, 8)), 10.0, 2)
     half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
     correct = half(test).argmax(1) == torch.tensor(list(test_labels.values()))
     np.testing.assert_array_equal(found["alpha_0.5.acc1"].outcome.values, correct)

@@ -16,6 +16,7 @@ from coalign.config import DataConfig
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.open import open_source
 from coalign.data.splits import assign_splits
+from coalign.data.text.prompts import class_prompts
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images
 from coalign.evaluation.finetune import classification as finetune
@@ -261,7 +262,9 @@ def test_zero_shot_skips_samples_without_a_class(four):
     labels = read_labels([Samples(source, np.arange(4))])[0]
     class_of = {index: row for index, row in labels.class_of.items() if index != 2}
     images = embed_images(Oracle().encoder(), image_batches(source, np.arange(4), 32))
-    evaluation = classify(Oracle().encoder(), images, class_of, labels.classnames, ["{}"])
+    evaluation = classify(
+        Oracle().encoder(), images, class_of, labels.classnames, class_prompts(labels.classnames, ["{}"])
+    )
     assert [metric.count for metric in evaluation.result.metrics] == [3, 3]
 
 

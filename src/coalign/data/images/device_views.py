@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coalign.data.images.colors import LUMA, blur_weights, color_maps
+from coalign.devices import copies_asynchronously
 from coalign.types import AugmentationParams, Batch, ImageView
 
 _CHUNK = 256  # views converted to floating point at a time
@@ -22,11 +23,12 @@ _CHUNK = 256  # views converted to floating point at a time
 
 def finish_views(batch: Batch, device: torch.device) -> Batch:
     """Moves the batch to the device, and applies color and blur to its image views."""
+    non_blocking = copies_asynchronously(device)
     images = {
         name: ImageView(
             finish(view.pixels, view.params, device),
-            view.params.to(device, non_blocking=True),
-            None if view.patch_ranks is None else view.patch_ranks.to(device, non_blocking=True),
+            view.params.to(device, non_blocking=non_blocking),
+            None if view.patch_ranks is None else view.patch_ranks.to(device, non_blocking=non_blocking),
         )
         for name, view in batch.images.items()
     }
@@ -42,7 +44,7 @@ def finish(pixels: Tensor, params: Tensor, device: torch.device) -> Tensor:
     drawn = params.double().numpy()
     matrices, shifts = color_maps(drawn)
     sigmas: Any = AugmentationParams(*drawn.T).blur
-    on_device = pixels.to(device, non_blocking=True)
+    on_device = pixels.to(device, non_blocking=copies_asynchronously(device))
     finished = torch.empty_like(on_device)
     for start in range(0, len(pixels), _CHUNK):
         part = slice(start, start + _CHUNK)

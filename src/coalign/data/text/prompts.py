@@ -6,9 +6,10 @@ ImageNet's eighty come from open_clip, so results are comparable. In a template,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from coalign.errors import UserError
 
@@ -62,6 +63,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 class ClassName(NamedTuple):
     label: str  # its label in the data: a folder, a tag, a column's value
     name: str  # its name in the prompts
+    prompts: tuple[str, ...] = ()  # of its own, instead of the templates
 
 
 def templates(*prompts: str) -> list[str]:
@@ -101,20 +103,78 @@ def check_templates(lines: Sequence[str], source: str = "the templates") -> None
         raise UserError(f"There are no templates in {source}; give at least one, such as 'a photo of a {{}}.'.")
 
 
-def read_classes(path: Path) -> list[ClassName]:
-    """Reads a classes file with one class per line: `name`, or `label = name` if the data uses another label.
+def class_prompts(
+    names: Sequence[str],
+    templates: Sequence[str],
+    own: Mapping[str, Sequence[str]] | None = None,
+    allow_duplicates: bool = False,
+) -> list[list[str]]:
+    """Returns the prompts of each class: those in `own` by its name, else the templates with its name.
 
-    Raises UserError if the file is unreadable, or has malformed lines or duplicates.
+    Raises UserError for a template without {}, and for a repeated name, unless `allow_duplicates`: ImageNet has two pairs of classes with
+    the same name.
     """
+    own = own or {}
+    if not allow_duplicates:
+        check_distinct(names)
+    check_templates(templates)
+    return [[each.replace("{}", name) for each in own.get(name) or templates] for name in names]
+
+
+def read_classes(path: Path, given_templates: Sequence[str] = ()) -> list[ClassName]:
+    """Reads the classes of a file, and the prompts of those that have prompts of their own.
+
+    A text file has one class per line: `name`, or `label = name` if the data uses another label. A JSON file is an object of a prompt or a
+    list of prompts for each class, or a list of names. An empty list stands for the templates, and {} in a prompt for the class's name.
+
+    given_templates: the templates that the user chose, for classes without prompts of their own. Raises UserError if there are no such
+    classes, if the file is unreadable, or has malformed entries or duplicates.
+    """
+    classes = _json_classes(path) if path.suffix.lower() == ".json" else _text_classes(path)
+    check_distinct([entry.label for entry in classes], f"label in {path}")
+    check_distinct([entry.name for entry in classes], f"class name in {path}")
+    if own := [" | ".join(entry.prompts) for entry in classes if entry.prompts]:
+        check_distinct(own, f"list of prompts in {path}")
+    if given_templates and all(entry.prompts for entry in classes):
+        raise UserError(f"--prompts has no effect: all classes in {path} have prompts of their own; omit it.")
+    return classes
+
+
+def _text_classes(path: Path) -> list[ClassName]:
     classes = []
     for number, line in _lines(path, "classes"):
         label, _, name = (part.strip() for part in line.partition("="))
         if not label or ("=" in line and not name):
             raise UserError(f"Line {number} of {path} is {line!r}, but must be a class name or `label = name`.")
         classes.append(ClassName(label, name or label))
-    check_distinct([entry.label for entry in classes], f"label in {path}")
-    check_distinct([entry.name for entry in classes], f"class name in {path}")
     return classes
+
+
+def _json_classes(path: Path) -> list[ClassName]:
+    def as_pairs(pairs: list[tuple[str, Any]]) -> _Pairs:  # a dict would lose repeated classes
+        return _Pairs(pairs)
+
+    try:
+        content = json.loads(_text(path, "classes"), object_pairs_hook=as_pairs)
+    except ValueError as error:
+        raise UserError(f"The classes file {path} is not valid JSON: {error}.") from error
+    if not isinstance(content, list):
+        raise UserError(f"The classes file {path} must be an object of prompts for each class, or a list of names.")
+    pairs = content if isinstance(content, _Pairs) else [(name, []) for name in content]
+    classes = []
+    for label, prompts in pairs:
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(label, str) or not label.strip():
+            raise UserError(f"The classes file {path} has the class {label!r}; each must be a text.")
+        if type(prompts) is not list or not all(isinstance(each, str) and each.strip() for each in prompts):
+            raise UserError(f"The prompts of {label!r} in {path} must be a text or a list of texts.")
+        name = label.strip()
+        classes.append(ClassName(name, name, tuple(dict.fromkeys(each.strip() for each in prompts))))
+    return classes
+
+
+class _Pairs(list[Any]):
+    """The names and values of a JSON object."""
 
 
 def check_distinct(names: Sequence[str], what: str = "class name") -> None:
@@ -132,10 +192,14 @@ def check_distinct(names: Sequence[str], what: str = "class name") -> None:
 
 def _lines(path: Path, what: str) -> list[tuple[int, str]]:
     """Returns the non-blank lines of a file with their numbers."""
+    lines = enumerate(_text(path, what).splitlines(), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def _text(path: Path, what: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"The {what} file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     except OSError as error:
         raise UserError(f"Cannot read the {what} file {path}: {error.strerror or error}.") from error
-    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]

@@ -17,7 +17,7 @@ from coalign.embeds import fields
 from coalign.errors import UserError
 from coalign.evaluation.embed import Batches
 from coalign.evaluation.probes.accuracy import accuracy
-from coalign.evaluation.zero_shot import class_scores
+from coalign.evaluation.zero_shot import ClassEmbeds, class_scores
 from coalign.metric import Metric
 from coalign.optim import build_optimizers
 from coalign.types import Embeds, Similarity, dot_product
@@ -54,22 +54,21 @@ def of_alpha(metric: Metric, alpha: float) -> Metric:
 class Classifier(nn.Module):
     """Classifier by similarity to class embeds: uint8 pixels [batch, 3, size, size] -> logits [batch, class], scaled by a fixed factor.
 
-    class_embeds: of `embed_classes`, trained. Parameters that images do not reach, such as a text tower in the same module, stay frozen.
+    classes: of `embed_classes`, trained. Parameters that images do not reach, such as a text tower in the same module, stay frozen.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        class_embeds: Embeds,
-        num_classes: int,
+        classes: ClassEmbeds,
         scale: float,
         size: int,
         similarity: Similarity = dot_product,
     ) -> None:
         super().__init__()
-        self.encoder, self.head, self.scale = encoder.eval(), _Head(class_embeds), scale
-        self.num_classes, self.similarity = num_classes, similarity
-        device = next(iter(fields(class_embeds).values())).device
+        self.encoder, self.head, self.scale = encoder.eval(), _Head(classes.embeds), scale
+        self.counts, self.similarity = classes.counts, similarity
+        device = next(iter(fields(classes.embeds).values())).device
         inputs = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device)
         unfreeze_used_parameters(encoder, inputs, frozen_parameters(encoder))
 
@@ -77,7 +76,7 @@ class Classifier(nn.Module):
         images = self.encoder(pixels)
         if self.similarity is dot_product:
             images = F.normalize(images, dim=-1)
-        return self.scale * class_scores(self.similarity, images, self.head(), self.num_classes)
+        return self.scale * class_scores(self.similarity, images, ClassEmbeds(self.head(), self.counts))
 
 
 class _Head(nn.Module):

@@ -72,7 +72,7 @@ class UniCLIP(TwoTowers):
             weights = balancing_weights(num_images, num_texts)
         elif config.loss != "mp-nce-unweighted":
             weights.fill_diagonal_(0)  # no trivial pairs
-        self.register_buffer("positive_weights", weights, persistent=False)
+        self.positive_weights = weights  # no buffer: Apple GPUs have no float64
         # The losses are means: MP-NCE over anchors and their positives, the others over anchors that have positives.
         positive = weights > 0
         counted = [positive[block].any(1) if config.loss in LOSSES else positive[block] for block in self.blocks]
@@ -99,7 +99,7 @@ class UniCLIP(TwoTowers):
         for anchors, others in self.blocks:
             block, weights = scores.among(anchors, others), self.positive_weights[anchors, others]
             if self.config.loss in LOSSES:  # Eq. 6, Eq. 4
-                total = total + LOSSES[self.config.loss](block, weights > 0)
+                total = total + LOSSES[self.config.loss](block, (weights > 0).to(total.device))
             else:  # Eq. 12, Eq. 11, Eq. 9
                 total = total + mp_nce(block, weights)
         return [LossTerm(self.config.loss.replace("-", "_"), total, count=len(embeds) * self.terms_per_pair)]

@@ -25,7 +25,7 @@ class EvalConfig:
     split: str | None = None
     """train, val, test, … or all. None: the run's held-out pairs if DATA is its training data, else the test or val split, else all."""
     classes: Path | None = None
-    """Text file with your classes, one per line: `name`, or `label = name`."""
+    """File with your classes: one per line, `name` or `label = name`; or JSON, with the prompts of each class."""
     label: str | None = None
     """Column that holds an image's class. None: label, class, category or folder."""
     data_root: Path | None = None
@@ -44,8 +44,8 @@ class EvalConfig:
     """Data that probes, fine-tuning and detectors train on. None: the samples of DATA's train split, or those that are not evaluated."""
     reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
     """How DATA and --train-data are read. Unset: as by the run, if they are its data."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps. None: the best there is."""
     workers: int = 0
     """Number of loader processes."""
 

@@ -14,7 +14,7 @@ from coalign.data.loading.eval import image_batches
 from coalign.data.loading.samples import sample_key
 from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import ClassificationSource
-from coalign.data.text.prompts import templates
+from coalign.data.text.prompts import class_prompts, templates
 from coalign.embeds import take
 from coalign.errors import UserError
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_images, image_features, no_readable_image
@@ -108,7 +108,7 @@ class EvalContext:
         if self._has_class_captions and all(part.source.classes is not None for part in parts):
             return [class_labels(part) for part in parts]
         if not self.is_benchmark or not all(isinstance(part.source, ClassificationSource) for part in parts):
-            return read_labels(parts, self.config.classes, self.config.label)
+            return read_labels(parts, self.config.classes, self.config.label, self.config.reading.prompts)
         return [
             Labels(part.source, part.source.classnames, {i: part.source.labels[i] for i in part.indices.tolist()})
             for part in parts
@@ -122,6 +122,11 @@ class EvalContext:
         if self._has_class_captions and self.source.classes is not None:
             return list(self.source.classes.templates)
         return templates(*self.source.prompts)
+
+    def class_prompts(self) -> list[list[str]]:
+        """Returns the prompts of each class of `labels`: its own, else those of `templates` with its name."""
+        labels = self.labels()
+        return class_prompts(labels.classnames, self.templates(), labels.own_prompts, self.is_benchmark)
 
     def classification(self, metrics: Sequence[Metric], uses_train: bool = True, **values: Any) -> TaskResult:
         """Returns the result of a classification. For the papers' datasets, their metric is the main one, and differences are noted."""

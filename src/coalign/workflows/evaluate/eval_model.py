@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from coalign.devices import best_device
 from coalign.errors import UserError
 from coalign.interop.onnx.load import INFO as ONNX_INFO
 from coalign.interop.onnx.load import from_onnx
@@ -15,7 +16,7 @@ from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
 from coalign.interop.open_clip.load import OpenClipPreprocess, from_open_clip
 from coalign.interop.transformers.load import from_transformers, is_transformers_folder
 from coalign.runs.folder import EXPORTED, SavedConfig, read_config
-from coalign.runs.run import Run, check_device, load
+from coalign.runs.run import Run, load
 from coalign.types import CLIP_PREPROCESS, DualEncoder, JointEncoder, Localizer, Preprocess
 
 FORMS = "a run's folder, an exported folder, open_clip:NAME:WEIGHTS or transformers:NAME"
@@ -63,7 +64,7 @@ class EvalModel:
 def open_eval_model(
     model: str | Path | Run | DualEncoder,
     weights: str = "last",
-    device: str = "cpu",
+    device: str | None = None,
     preprocess: str | None = None,
     similarity: str | None = None,
 ) -> EvalModel:
@@ -74,7 +75,7 @@ def open_eval_model(
     "coalign", "open_clip" or "transformers". similarity: of a run whose method has several, as in `load`. Raises UserError if the model
     cannot be opened.
     """
-    eval_model = _open(model, weights, check_device(device) or "cpu", similarity)
+    eval_model = _open(model, weights, best_device(device), similarity)
     if similarity is not None and eval_model.run is None:
         raise UserError(f"{eval_model.encoder.name} has a single similarity; omit --similarity.")
     if preprocess is not None:
@@ -86,6 +87,11 @@ def open_eval_model(
             settings = settings if isinstance(settings, Preprocess) else CLIP_PREPROCESS
             eval_model.encoder = replace(encoder, preprocess=PREPROCESSES[preprocess](encoder.image_size, settings))
     return eval_model
+
+
+def device_for(model: str | Path, device: str | None) -> str:
+    """Returns the device that a model computes on: as in `best_device`, but the CPU for an ONNX export."""
+    return "cpu" if (Path(model) / ONNX_INFO).is_file() else best_device(device)
 
 
 def _open(model: str | Path | Run | DualEncoder, weights: str, device: str, similarity: str | None) -> EvalModel:

@@ -15,17 +15,18 @@ from coalign.data.sources.benchmarks.classification import DATASETS, open_datase
 from coalign.data.sources.benchmarks.detection import open_detection
 from coalign.data.sources.labeled import label_by_captions
 from coalign.data.sources.open import open_source
+from coalign.devices import device_line
 from coalign.errors import UserError
 from coalign.evaluation.encoder_wrappers import TextCounter, cached, in_bfloat16, shard_texts
 from coalign.evaluation.suite import suite_metrics
 from coalign.metric import metrics_from_json
 from coalign.runs.folder import check_output
-from coalign.runs.run import Run, check_device
+from coalign.runs.run import Run
 from coalign.training.distributed import World, join_world
 from coalign.types import DualEncoder
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.context import EvalContext, TaskResult
-from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
+from coalign.workflows.evaluate.eval_model import EvalModel, device_for, open_eval_model
 from coalign.workflows.evaluate.eval_report import print_results, write_page, write_results
 from coalign.workflows.evaluate.needs import check_needs
 from coalign.workflows.evaluate.samples import Samples, has_labels, is_trained_on, reading_of, same_data, select_split
@@ -71,7 +72,7 @@ def evaluate(
     if not tasks:
         raise UserError("There is nothing to evaluate; give --tasks, such as retrieval:my-images, after the model.")
     parsed = parse_tasks(tasks, config)
-    world = join_world(check_device(config.device))
+    world = join_world(config.device)
     eval_model = open_eval_model(model, config.weights, str(world.device), config.preprocess, config.similarity)
     results: Results = {}
     for each in open_tasks(eval_model, parsed, config, world).run():
@@ -90,7 +91,10 @@ def evaluate_and_write(
     for path in (json, report):
         if path:
             check_output(path)  # fail before the work
-    is_first = join_world(check_device(config.device)).is_first
+    world = join_world(config.device)
+    is_first = world.is_first
+    if is_first:
+        print(device_line(device_for(model, str(world.device))))
 
     def show(results: Results) -> None:
         """Prints and writes the newest result at once, as a later task may fail or be interrupted."""

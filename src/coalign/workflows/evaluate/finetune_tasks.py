@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,10 @@ def fine_tune_classifier(context: EvalContext) -> TaskResult:
     if not labels:
         raise UserError("There is nothing to fine-tune on: the train split has no samples with a class.")
     names = test.classnames
-    class_embeds = map_fields(
-        embed_classes(encoder, names, context.templates(), allow_duplicates=context.is_benchmark),
-        lambda tensor: tensor.to(device),
-    )
+    classes = embed_classes(encoder, context.class_prompts())
+    classes = replace(classes, embeds=map_fields(classes.embeds, lambda tensor: tensor.to(device)))
     scale, size = encoder.logit_scale, encoder.image_size
-    classifier = Classifier(image.to(device), class_embeds, len(names), scale, size, encoder.similarity)
+    classifier = Classifier(image.to(device), classes, scale, size, encoder.similarity)
     start = {name: value.clone() for name, value in classifier.state_dict().items()}
     config = finetune.recipe(len(labels), context.config.epochs)
     views = _TrainViews(

@@ -34,8 +34,8 @@ def retrieval_in_folds(context: EvalContext) -> TaskResult:
 def zero_shot(context: EvalContext) -> TaskResult:
     labels = context.labels()
     images = context.embed_images(labels.class_of)
-    encoder, names, prompts = context.model.encoder, labels.classnames, context.templates()
-    evaluation = classify(encoder, images, labels.class_of, names, prompts, allow_duplicates=context.is_benchmark)
+    encoder, prompts = context.model.encoder, context.class_prompts()
+    evaluation = classify(encoder, images, labels.class_of, labels.classnames, prompts)
     result, bad = evaluation.result, evaluation.images.bad
     details = {
         "unlabeled": labels.unlabeled,
@@ -52,9 +52,8 @@ def zero_shot(context: EvalContext) -> TaskResult:
 def bootstrap(context: EvalContext) -> TaskResult:
     labels = context.labels()
     batches = list(context.batches(Samples(context.source, np.array(sorted(labels.class_of)))))
-    names, prompts = labels.classnames, context.templates()
-    encode_joint = context.model.joint_encoder()
-    metrics = bootstrapped_guidance(context.model.encoder, encode_joint, batches, labels.class_of, names, prompts)
+    encode_joint, prompts = context.model.joint_encoder(), context.class_prompts()
+    metrics = bootstrapped_guidance(context.model.encoder, encode_joint, batches, labels.class_of, prompts)
     bad = [entry for _, _, batch_bad in batches for entry in batch_bad]
     return TaskResult(metrics, bad, {"unlabeled": labels.unlabeled}, _unlabeled(labels))
 

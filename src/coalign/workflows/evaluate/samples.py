@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +37,13 @@ class Labels:
     classnames: list[str]
     class_of: Mapping[int, int]  # sample index -> class
     unlabeled: int = 0  # number of samples without a class
+    own_prompts: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # class name -> prompts, instead of templates
 
     def subset(self, indices: np.ndarray) -> Labels:
         kept = {i: self.class_of[i] for i in indices.tolist() if i in self.class_of}
-        return Labels(self.source, self.classnames, kept)
+        return replace(self, class_of=kept, unlabeled=0)
 
     def train_val_split(self) -> tuple[Labels, Labels]:
         """Splits the samples at random into four fifths and one fifth."""
@@ -115,16 +118,21 @@ def tags_of(source: Source, index: int) -> Sequence[str]:
         return ()
 
 
-def read_labels(parts: Sequence[Samples], classes: Path | None = None, label: str | None = None) -> list[Labels]:
+def read_labels(
+    parts: Sequence[Samples], classes: Path | None = None, label: str | None = None, prompts: Sequence[str] = ()
+) -> list[Labels]:
     """Reads the class of every sample that has one, from the fact `label` (default: the first of LABEL_FACTS that it has).
 
     With a classes file, the label fact or else the first tag that is listed in the file gives the class; otherwise the classes are the
-    values in all parts. Raises UserError if no sample of the first part has a class.
+    values in all parts. prompts: the templates that the user chose. Raises UserError if no sample of the first part has a class, and as
+    `read_classes`.
     """
     facts = (label,) if label else LABEL_FACTS
     values = [_values(part, facts, with_tags=classes is not None) for part in parts]
+    own_prompts: dict[str, Sequence[str]] = {}
     if classes:
-        entries = read_classes(classes)
+        entries = read_classes(classes, prompts)
+        own_prompts = {entry.name: entry.prompts for entry in entries if entry.prompts}
         names, number = [entry.name for entry in entries], {entry.label: i for i, entry in enumerate(entries)}
     else:
         distinct = sorted({value for part in values for sample_values in part.values() for value in sample_values})
@@ -136,7 +144,7 @@ def read_labels(parts: Sequence[Samples], classes: Path | None = None, label: st
             for index, sample_values in part_values.items()
             if set(sample_values) & set(number)
         }
-        labels.append(Labels(part.source, names, class_of, len(part.indices) - len(class_of)))
+        labels.append(Labels(part.source, names, class_of, len(part.indices) - len(class_of), own_prompts))
     if not labels[0].class_of:
         raise UserError(_no_class(parts[0].source, values[0], facts, classes))
     return labels

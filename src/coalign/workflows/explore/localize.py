@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coalign.devices import best_device
 from coalign.errors import UserError
 from coalign.evaluation.embed import cut_lines
 from coalign.evaluation.localization import upsample
@@ -43,7 +44,7 @@ def localizer(run: Run) -> tuple[Localizer, str]:
 
 
 def localize(
-    runs: Sequence[str | Path], image: str | Path, texts: Sequence[str], out: str | Path, device: str = "cpu"
+    runs: Sequence[str | Path], image: str | Path, texts: Sequence[str], out: str | Path, device: str | None = None
 ) -> np.ndarray:
     """Writes a figure of the maps over the image as each run sees it, with one row per run and one column per text.
 
@@ -56,6 +57,7 @@ def localize(
     if not texts or not all(text.strip() for text in texts):
         raise UserError('There is nothing to localize; give --text, such as --text "a red apple".')
     out = check_figure_path(out)
+    device = best_device(device)
     loaded = [load(run, device=device) for run in runs]
     side = max(image_size(run.method) for run in loaded)
     backgrounds, maps, names = [], [], []

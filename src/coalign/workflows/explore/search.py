@@ -1,4 +1,4 @@
-"""search(): the images of a dataset that are nearest to a text, to an image, or to both."""
+"""search(): the images of an index or of a dataset that are nearest to a text, to an image, or to both."""
 
 from __future__ import annotations
 
@@ -6,39 +6,33 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from coalign.config import DETECT, DataConfig
 from coalign.data.account import account_lines
 from coalign.data.loading.eval import image_batches
-from coalign.data.loading.samples import sample_key
 from coalign.data.sources.open import open_source
-from coalign.embeds import similarities
-from coalign.errors import UserError
-from coalign.evaluation.embed import cut_lines, embed_images, embed_joint, embed_texts
+from coalign.embeds import pooled, take
+from coalign.errors import BadSample, UserError
+from coalign.evaluation.embed import cut_lines, embed_images
 from coalign.report.page import GalleryCell, Page
 from coalign.runs.folder import check_output
-from coalign.types import CLIP_PREPROCESS, Embeds
-from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
-from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
-from coalign.workflows.image_files import read_image, thumbnail
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One image found by a search."""
-
-    index: int  # of the sample in the data
-    key: str
-    score: float  # similarity to the query; a query of image and text has the mean of both
-    captions: tuple[str, ...]
+from coalign.workflows.collection.index_files import is_index
+from coalign.workflows.collection.nearest import ExactVectors
+from coalign.workflows.collection.query import Collection, Found, Query, open_collection
+from coalign.workflows.collection.records import SourceRecords
+from coalign.workflows.evaluate.eval_model import device_for, open_eval_model
+from coalign.workflows.evaluate.samples import reading_of, select_split
+from coalign.workflows.image_files import read_picture, thumbnail
 
 
 @dataclass(frozen=True)
 class SearchResult:
     query: str  # how the query was embedded
-    hits: list[Hit]  # best first
+    hits: list[Found]  # best first
     num_images: int  # searched
+    device: str  # that embedded
     # whether the query is cut, and what was skipped or left out, in sentences
     account: list[str] = field(default_factory=list)
 
@@ -46,77 +40,103 @@ class SearchResult:
 @torch.no_grad()
 def search(
     path: str | Path,
-    data: str,
+    data: str | None = None,
     text: str | None = None,
     image: str | Path | None = None,
     *,
+    exclude: str | None = None,
+    tags: tuple[str, ...] = (),
+    folder: str | None = None,
     top: int = 10,
     split: str = "all",
     report: str | Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     workers: int = 0,
     reading: DataConfig = DETECT,
 ) -> SearchResult:
-    """Finds the `top` images of `data` nearest to a text, to an image, or to both.
+    """Finds the `top` images nearest to a text, to an image, or to both: of an index, or of `data`, embedded by a model for this call.
 
-    OneR embeds text and image as one sequence. For two-tower models the score is the mean of the similarities to both; with cosines, it
-    ranks like the sum of both embeddings. With `report`, also writes a page with the images. Raises UserError if the query is empty, the
-    model, the data or the image cannot be read, or the model cannot compare two images.
+    path: the folder of an index, or a model, as for `coalign eval`, with `data`. exclude: a text that the images should not match. tags,
+    folder: search only images with all these tags, and in this folder or below it. With `report`, also writes a page with the images.
+    `Collection.answer` describes the ranking. Raises UserError if the query is empty, the index, the model, the data or the image cannot be
+    read, or the model cannot compare two images.
     """
-    if text is not None and not text.strip():
-        raise UserError("The text to search for is empty.")
     if text is None and image is None:
         raise UserError("There is nothing to search for; give --text, --image or both.")
-    if top < 1:
-        raise UserError(f"--top is {top}, but must be at least 1.")
     if report is not None:
         check_output(Path(report))
+    picture = None if image is None else read_picture(image)
+    query = Query(text, picture, None, exclude, tags, folder)
+    account: list[str] = []
+    if is_index(path):
+        if data is not None or split != "all" or reading != DETECT:
+            raise UserError(
+                f"{path} is an index, which has its data and split; omit --data, --split and options of reading."
+            )
+        collection = open_collection(path, device)
+    else:
+        if data is None:
+            raise UserError(f"{path} is not an index; give the folder of one, or a model with --data.")
+        collection, account = _embed_collection(path, data, split, device, workers, reading)
+    answer = collection.answer(query, top)
+    account = [*cut_lines(collection.model.encoder, [each for each in (text, exclude) if each], "query"), *account]
+    if answer.missing:
+        account.append(f"Skipped images near the query that cannot be read again: {answer.missing:,}")
+    result = SearchResult(answer.query, answer.found, answer.searched, collection.device, account)
+    if report is not None:
+        _write_report(Path(report), collection, query, result)
+    return result
+
+
+def _embed_collection(
+    path: str | Path, data: str, split: str, device: str | None, workers: int, reading: DataConfig
+) -> tuple[Collection, list[str]]:
+    """Embeds all images of a dataset. Returns the collection, and what was skipped or left out."""
+    device = device_for(path, device)
     model = open_eval_model(path, device=device)
-    parts, query = _embed_query(model, text, image)
     source = open_source(data, reading=reading_of(data, model.run, reading))
-    indices = select_split(source, data, model.run, split)[1]
-    encoder, captions = model.encoder, captions_of(source)
+    indices, encoder = select_split(source, data, model.run, split)[1], model.encoder
     batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
     images = embed_images(encoder, batches)
-    to_parts = torch.cat([similarities(encoder.similarity, images.embeds, part) for part in parts], dim=1)
-    scores, rows = to_parts.mean(1).topk(min(top, len(images.indices)))
-    nearest = [(images.indices[row], score) for row, score in zip(rows.tolist(), scores.tolist())]
-    hits = [Hit(index, sample_key(source, index), score, tuple(captions(index))) for index, score in nearest]
+
+    def embeds_of(rows: np.ndarray) -> tuple[object, list[int]]:
+        return take(images.embeds, torch.from_numpy(rows)), list(range(len(rows)))
+
+    collection = Collection(
+        model.name,
+        model,
+        ExactVectors(pooled(images.embeds).numpy()),
+        SourceRecords(source, images.indices),
+        embeds_of,
+        candidates=len(images.indices),
+        device=device,
+    )
     skipped = Counter(bad.reason for bad in images.bad).most_common()
-    account = [
-        *cut_lines(encoder, [text] if text else [], "query"),
-        *(f"Skipped samples: {count:,} ({reason})" for reason, count in skipped),
-        *account_lines(source),
-    ]
-    if report is not None:
-        page = Page("Search", f"{model.name}; {len(images.indices):,} images; query: {query}")
-        pixels = (
-            None
-            if image is None
-            else read_image(image, encoder.image_size, CLIP_PREPROCESS)[0].permute(1, 2, 0).numpy()
-        )
-        page.ranking(
-            GalleryCell(pixels, text or "", note="query"),
-            [
-                GalleryCell(thumbnail(source, hit.index), " / ".join(hit.captions), note=f"{hit.score:.2f}")
-                for hit in hits
-            ],
-        )
-        for line in account:
-            page.text(line)
-        page.write(Path(report))
-    return SearchResult(query, hits, len(images.indices), account)
+    lines = [f"Skipped samples: {count:,} ({reason})" for reason, count in skipped]
+    return collection, [*lines, *account_lines(source)]
 
 
-def _embed_query(model: EvalModel, text: str | None, image: str | Path | None) -> tuple[list[Embeds], str]:
-    """Returns the embeds of the query's parts, one sample each, and a description of the query."""
-    encoder = model.encoder
-    if image is None:
-        return [embed_texts(encoder, [text or ""])], "text"
-    pixels = read_image(image, encoder.image_size, encoder.preprocess)
-    if text is not None and model.has_joint:
-        return [embed_joint(encoder, model.joint_encoder(), pixels, [text])], "image and text as one sequence"
-    image_embeds = embed_images(encoder, [([0], pixels, [])]).embeds
-    if text is None:
-        return [image_embeds], "image"
-    return [image_embeds, embed_texts(encoder, [text])], "mean of the similarities to image and text"
+def _write_report(path: Path, collection: Collection, query: Query, result: SearchResult) -> None:
+    page = Page("Search", f"{collection.model.name}; {result.num_images:,} images; query: {result.query}")
+    filters = [*(f"tag {tag}" for tag in query.tags), *([f"folder {query.folder}"] if query.folder else [])]
+    if filters:
+        page.text(f"Only images with {', '.join(filters)}.")
+    page.ranking(
+        GalleryCell(
+            None if query.image is None else thumbnail(np.asarray(query.image)), query.text or "", note="query"
+        ),
+        [
+            GalleryCell(_thumbnail(collection, hit.row), " / ".join(hit.captions), note=f"{hit.score:.2f}")
+            for hit in result.hits
+        ],
+    )
+    for line in result.account:
+        page.text(line)
+    page.write(path)
+
+
+def _thumbnail(collection: Collection, row: int) -> np.ndarray | None:
+    try:
+        return thumbnail(collection.records.image(row))
+    except BadSample:  # gone since it was indexed
+        return None

@@ -10,6 +10,7 @@ import torch
 
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.open import open_source
+from coalign.devices import best_device
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.runs.run import Run, build_method, load
@@ -22,7 +23,7 @@ def space(
     data: str,
     out: str | Path,
     pairs: int = 300,
-    device: str = "cpu",
+    device: str | None = None,
     similarity: str | None = None,
 ) -> dict[str, float]:
     """Plots the embeddings of `pairs` held-out pairs of `data` by the run's model at random initialization and after training.
@@ -35,6 +36,7 @@ def space(
     from coalign.report.embedding_space import space_panels
 
     out = check_figure_path(out)
+    device = best_device(device)
     trained = load(path, device=device, similarity=similarity)
     if not trained.encoder().compares_cosines:
         several = hasattr(trained.config.method_config, "similarity")

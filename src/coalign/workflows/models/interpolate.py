@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from coalign.data.text.tokenizer import load_tokenizer
+from coalign.devices import best_device
 from coalign.errors import UserError
 from coalign.files import write_json
 from coalign.formatting import percent
@@ -54,7 +55,9 @@ class Interpolation:
     taken_from_run: list[str] = field(default_factory=list)
 
 
-def interpolate(start: str | Path, run: str | Path, out: str | Path, alpha: Sequence[float] = ALPHAS) -> Interpolation:
+def interpolate(
+    start: str | Path, run: str | Path, out: str | Path, alpha: Sequence[float] = ALPHAS, device: str | None = None
+) -> Interpolation:
     """Interpolates the weights of a run with those that it started from, and chooses α on the run's validation pairs.
 
     Between the two, a model often keeps what the start knew and what the run learned (WiSE-FT, Wortsman et al. 2022). For each α, a run
@@ -66,12 +69,14 @@ def interpolate(start: str | Path, run: str | Path, out: str | Path, alpha: Sequ
         run: The folder of a finished run. Its last weights are used.
         out: The new folder that receives a run `alpha-0.5` for each α.
         alpha: One or more values between 0 (the start) and 1 (the run).
+        device: Where the models are evaluated: "cpu", "cuda", "cuda:N" or "mps". None: the best there is.
 
     Returns:
         The folders of the runs, their validation metrics, and the chosen α.
 
     Raises:
-        UserError: The two have different models or tokenizers, the data of the run has changed, or `out` is not empty.
+        UserError: The two have different models or tokenizers, the data of the run has changed, `out` is not empty, or there is no such
+            device.
 
     Example:
         ```python
@@ -82,7 +87,7 @@ def interpolate(start: str | Path, run: str | Path, out: str | Path, alpha: Sequ
     alphas = sorted(dict.fromkeys(float(value) for value in alpha))
     if not alphas or not all(0 <= value <= 1 for value in alphas):
         raise UserError(f"--alpha is {' '.join(f'{value:g}' for value in alphas)}, but must be between 0 and 1.")
-    out = check_new_folder(out)
+    device, out = best_device(device), check_new_folder(out)
     ours = load(run)
     theirs, name = _start_weights(str(start), ours)
     common, taken = _match(theirs, ours, name)
@@ -92,6 +97,7 @@ def interpolate(start: str | Path, run: str | Path, out: str | Path, alpha: Sequ
     own = {
         key: value.clone() for key, value in ours.method.state_dict().items()
     }  # loading below overwrites the method's
+    ours.method.to(device)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
             folder = Path(temporary) / "interpolated"

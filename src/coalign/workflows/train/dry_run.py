@@ -16,6 +16,7 @@ from rich.table import Table
 from coalign.config import TrainConfig, flatten, to_json
 from coalign.data.loading.train import LoadedBatch, check_batch_size
 from coalign.data.text.tokenizer import Tokenizer
+from coalign.devices import device_line
 from coalign.formatting import duration
 from coalign.method import Method
 from coalign.networks.tuning import Tuning
@@ -57,6 +58,7 @@ def print_dry_run(
     for name, value in flatten(to_json(config)).items():
         table.add_row(name, str(value))
     console.print(table)
+    console.print(device_line(world.device))
     _print_parts(console, tuning)
     for line in _start_lines(method, config):
         console.print(line)

@@ -39,7 +39,7 @@ from coalign.types import Batch, DualEncoder, TextView
 from coalign.workflows.train.feature_progress import FeatureProgress
 
 CHUNK = 256  # views of images, and captions, that are written at a time
-_ENCODED = {"cpu": 64, "cuda": 512}  # images and texts that are encoded at once
+_ENCODED = {"cpu": 64, "cuda": 512, "mps": 512}  # images and texts that are encoded at once
 _TIMED = 8  # rows from which the time is estimated
 
 

@@ -16,7 +16,6 @@ from rich.table import Table
 from coalign.config import TrainConfig
 from coalign.cores import num_cores
 from coalign.errors import UserError
-from coalign.runs.run import check_device
 from coalign.training.distributed import join_world
 from coalign.training.stopwatch import Stopwatch
 from coalign.training.trainer import Trainer
@@ -52,7 +51,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
     """Trains for `steps` steps with the settings of `train`, without saving anything. Under torchrun, call it in every process."""
     if steps < 1:
         raise UserError(f"--steps is {steps}, but must be at least 1.")
-    world = join_world(check_device(device))
+    world = join_world(device)
     pairs, config = open_data(data, config_for, world)
     workers_given, config = config.workers, replace(resolve(config, len(pairs.train), world), evals=0)
     with tempfile.TemporaryDirectory() as folder:

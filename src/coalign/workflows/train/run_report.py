@@ -168,7 +168,7 @@ class _Cells:
             self.image_rows.extend([row] * len(captions(index)))
 
     def pixels(self, row: int) -> np.ndarray:
-        return thumbnail(self.source, int(self.indices[row]))
+        return thumbnail(self.source.image(int(self.indices[row])))
 
     def cell(self, row: int, is_image: bool, correct: bool | None = None, score: float | None = None) -> GalleryCell:
         """Returns the cell of an image with its first caption, or of a caption."""

@@ -188,7 +188,9 @@ def initial_method(
                 f"An encoder of {describe_model(config)} is not made of blocks that can be recomputed; omit "
                 "--gradient-checkpointing or use a model of residual blocks, such as ViT-B-32 or RN50."
             )
-    return method.to(world.device).to(memory_format=torch.channels_last), tuning
+    method = method.to(world.device)
+    # on Apple GPUs, the backward of batch normalization fails in this format (pytorch#188371)
+    return method if world.device.type == "mps" else method.to(memory_format=torch.channels_last), tuning
 
 
 def shard_model(method: Method, config: TrainConfig, world: World) -> None:

@@ -30,7 +30,6 @@ from coalign.runs.folder import (
     read_results,
 )
 from coalign.runs.outcomes import item_hashes, write_outcomes
-from coalign.runs.run import check_device
 from coalign.training import checkpoint
 from coalign.training.distributed import World, join_world
 from coalign.training.sharding import unsharded
@@ -74,7 +73,7 @@ def train(
         config: The name of a recipe; a function from the number of training pairs to a `TrainConfig`, such as `recipe` returns; or a
             `TrainConfig`.
         resume: "auto" resumes from the newest checkpoint in `out`, or starts if there is none. "no" always starts.
-        device: "cpu", "cuda" or "cuda:N". None: a GPU if there is one.
+        device: "cpu", "cuda", "cuda:N" or "mps". None: the best there is.
         dry_run: Only print the settings, the model, its cost and the first batch. Writes nothing.
 
     Returns:
@@ -91,7 +90,7 @@ def train(
     """
     config_for = _config_fn(config)
     console, out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False), Path(out)
-    world = join_world(check_device(device))
+    world = join_world(device)
     check_track(config_for(NOMINAL_PAIRS))
     if not dry_run:
         check_folder(out, resume)

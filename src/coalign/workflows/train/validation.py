@@ -14,7 +14,7 @@ from coalign.data.loading.cached_views import NOTHING_CACHED
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.base import Source
 from coalign.data.splits import look_alikes_in_train
-from coalign.data.text.prompts import templates
+from coalign.data.text.prompts import class_prompts, templates
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.evaluation.embed import embed_images
 from coalign.evaluation.retrieval import retrieve
@@ -65,11 +65,12 @@ def validation(
     autocast = autocast_dtype(config.precision, world.device)
     images: list[Any] = []  # batches of rank 0, decoded in the first validation; of a locked tower, its features
     tracked_samples = Samples(pairs.val_source, tracked)
-    labels, prompts = None, templates(*(config.reading.prompts or pairs.val_source.prompts))
+    labels, given = None, templates(*(config.reading.prompts or pairs.val_source.prompts))
     if config.classes:
-        labels = read_labels([tracked_samples], config.classes)[0]
+        labels = read_labels([tracked_samples], config.classes, prompts=config.reading.prompts)[0]
     elif pairs.val_source.classes is not None:
-        labels, prompts = class_labels(tracked_samples), list(pairs.val_source.classes.templates)
+        labels, given = class_labels(tracked_samples), list(pairs.val_source.classes.templates)
+    prompts = [] if labels is None else class_prompts(labels.classnames, given, labels.own_prompts)
     if config.probe:
         # fails before training if no pair belongs to a class
         read_labels([Samples(pairs.source, pairs.train)], config.classes)
