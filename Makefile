@@ -4,12 +4,13 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
+DEMO_STAMP := .venv/.installed-demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install demo test test-slow test-open-clip lint docs bench
 
 help:
-	@echo "make demo       train CLIP and MCD on synthetic images, and compare them (a few minutes on two cores)"
+	@echo "make demo       train CLIP and MCD on emoji, and compare them in runs/demo/index.html (some minutes on two cores)"
 	@echo "make test       run the tests, except the slow ones"
 	@echo "make test-slow  run the slow tests"
 	@echo "make test-open-clip OPEN_CLIP=folder  run the tests of towers, imports and exports with another version of open_clip"
@@ -20,19 +21,27 @@ help:
 
 install: $(STAMP)
 
+define CHECK_PYTHON
+$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("coalign needs Python 3.11 or newer, but this is %s. Choose another one: make PYTHON=python3.12" % sys.version.split()[0])'
+endef
+
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("coalign needs Python 3.11 or newer, but this is %s. Choose another one: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(CHECK_PYTHON)
 	@echo "Installing coalign and its development tools in .venv (takes minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# both methods train on the same pairs for the same number of steps, and hold out the same pairs
-DEMO := --data scenes:4096 --image-size 32 --batch-size 64 --epochs 16 --evals 3
-demo: $(STAMP)
-	@$(BIN)/coalign train --recipe clip $(DEMO) --out runs/demo/clip --resume auto
-	@$(BIN)/coalign train --recipe mcd $(DEMO) --out runs/demo/mcd --resume auto
-	@$(BIN)/coalign compare runs/demo/clip runs/demo/mcd --report runs/demo/compare.html
+# the demo needs less than development; what is installed already is kept
+demo: $(DEMO_STAMP)
+	@$(BIN)/coalign demo
+
+$(DEMO_STAMP): pyproject.toml
+	@$(CHECK_PYTHON)
+	@echo "Installing coalign, the emoji and a small pretrained image encoder in .venv (takes minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -89,6 +89,15 @@ def oracles():
 
 
 @pytest.fixture
+def every_update(monkeypatch):
+    """Progress prints a line at every update, not only every half minute."""
+    from coalign import progress
+
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+
+
+@pytest.fixture
 def without_run_reports(monkeypatch):
     """Runs end without the figures of their report, which take longer to draw than a tiny model takes to train."""
     from coalign.workflows.train import run_report

@@ -52,7 +52,7 @@ def test_every_command_has_help_and_is_listed(helps):
             assert f"coalign {name}" in texts["data"][1]
     assert (texts[""][0], texts["data"][0]) == (0, 0)
     assert "coalign eval" not in texts["data"][1]
-    assert "coalign train --data scenes" in texts[""][1]
+    assert texts[""][1].endswith("\n  coalign demo\n")
     assert "coalign train --data scenes" not in texts["data"][1]
 
 
@@ -67,18 +67,19 @@ OPTIONS = {
     "eval": "tasks weights split classes label captions-from prompts data-root preprocess similarity precision cache epochs train-data "
     "json report device workers",
     "compare": "report json",
+    "demo": "data out",
     "benchmark": "data out methods minutes epochs fractions seeds jobs report json context-length captions-from "
     "skip-data-checks",
+    "classify": "labels out top prompts device workers",
     "localize": "image text out device",
     "space": "data out pairs similarity device",
     "index": "out split device workers captions-from",
     "search": "data text image exclude tags folder top split report device workers",
     "embed": "out split precision images texts chunk similarity device workers image-column caption-column tag-column",
-    "classify": "labels out top device workers",
     "serve": "port host token device",
     "export": "to out weights similarity",
     "import": "out",
-    "interpolate": "alpha out",
+    "interpolate": "alpha out device",
     "card": "out",
     "reproduce": "data out seeds jobs arms",
     "data scenes": "out level size train seed swap",

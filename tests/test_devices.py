@@ -47,7 +47,9 @@ def test_the_line_names_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"number {device.index}")
     assert device_line("cuda:1") == "Device: cuda:1 (number 1)"
     assert device_line("mps") == "Device: mps (Apple GPU)"
-    assert device_line("cpu") == f"Device: cpu ({torch.get_num_threads()} threads)"
+    for threads, words in ((1, "1 thread"), (4, "4 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert device_line("cpu") == f"Device: cpu ({words})"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ SWAP_FOLDERS = {
     "experiments/tag_pretraining.py",
     "experiments/trials.py",
     "training/checkpoint.py",
+    "workflows/collection/index_files.py",
     "workflows/models/export.py",
     "workflows/models/import_model.py",
     "workflows/models/interpolate.py",

@@ -59,3 +59,19 @@ def test_every_method_is_listed_with_its_page():
     assert {name for name, _ in listed} == methods
     for name, page in listed:
         assert (ROOT / page).is_file() or page == f"docs/methods/{name}.md"
+
+
+def test_the_demo_is_as_in_its_results():
+    """`python scripts/render_demo.py` writes the results and the passages."""
+    values = json.loads((ROOT / "results/demo.json").read_text())
+    new_style, held_out = values["sentences"]
+    (caption,) = re.findall(r"<!-- demo: caption -->\n(.*?)<!-- end of demo -->", TEXT, re.DOTALL)
+    assert new_style in " ".join(caption.split())
+    assert f"{values['settings']['num_train']:,} drawings by Twemoji" in " ".join(caption.split())
+    page = (ROOT / "docs/get-started.md").read_text()
+    assert f"{new_style}\n{held_out}\n" in page
+    first, second = (group["metrics"]["retrieval_test.text_to_image.r1"] for group in values["groups"])
+    assert f"{100 * second['value']:.1f} % of the names, CLIP for {100 * first['value']:.1f} %" in new_style
+    text = json.dumps(values)
+    assert "/tmp" not in text
+    assert "/home" not in text

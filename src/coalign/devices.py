@@ -42,5 +42,6 @@ def device_line(device: str | torch.device) -> str:
     elif chosen.type == "mps":
         detail = "Apple GPU"
     else:
-        detail = f"{torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        detail = f"{threads} thread{'' if threads == 1 else 's'}"
     return f"Device: {chosen} ({detail})"

@@ -19,11 +19,22 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, temporary: 
         temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")  # np.savez appends a missing suffix
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs no read-only files
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_at(file: int, data: memoryview, start: int) -> None:
+    """Writes all of `data` at a position of an open file."""
+    while data:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(file, data, start)
+        else:  # Windows
+            os.lseek(file, start, os.SEEK_SET)
+            written = os.write(file, data)
+        data, start = data[written:], start + written
 
 
 def write_bytes(path: Path, data: bytes) -> None:

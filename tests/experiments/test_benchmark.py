@@ -30,7 +30,7 @@ def quick(monkeypatch, tmp_path, without_run_reports):
         small = {"model": model, "evals": 1, "batch_size": 8, "image_size": 32, "batch_norm_group": 8}
         return replace(found, context_length=self.context_length or 16, **small)
 
-    def run(trials, jobs, console):
+    def run(trials, jobs):
         for trial in trials:
             ran.append((trial.arm, trial.seed))
             _train(trial, 1)
@@ -200,8 +200,8 @@ def test_a_score_lost_with_more_pairs_is_not_reached():
 def test_a_failed_trial_is_reported_and_the_others_compared(quick, monkeypatch, capsys):
     run = module.run_trials
 
-    def failing(trials, jobs, console):
-        run([trial for trial in trials if trial.arm != "mcd"], jobs, console)
+    def failing(trials, jobs):
+        run([trial for trial in trials if trial.arm != "mcd"], jobs)
         return ["mcd-seed0 (out of memory)"]
 
     monkeypatch.setattr(module, "run_trials", failing)

@@ -1,6 +1,5 @@
 """`coalign reproduce`: trials run in separate processes, fail alone, resume after an interruption, and are compared by arm."""
 
-import io
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
-from rich.console import Console
 from safetensors.torch import load_file
 
 from coalign.cli import main as cli
@@ -51,7 +49,7 @@ def small(monkeypatch, tmp_path, without_run_reports):
     def config(self, arm, seed, num_pairs):
         return replace(original(self, arm, seed, num_pairs), model=model, context_length=12, evals=1)
 
-    def run(trials, jobs, console):
+    def run(trials, jobs):
         failures = []
         for trial in trials:
             ran.append((trial.arm, trial.seed))
@@ -241,7 +239,7 @@ def test_an_arm_without_the_weights_it_evaluates_fails(small, tmp_path, monkeypa
     assert not (tmp_path / "out/one-anew-seed0").exists()
 
 
-def test_weights_are_trained_before_they_are_evaluated(monkeypatch, tmp_path):
+def test_weights_are_trained_before_they_are_evaluated(monkeypatch, tmp_path, capsys):
     arms = {"anew": Arm("oner", weights_of="one"), "clip": Arm("clip"), "one": Arm("oner")}
     sweep, started, done, waiting = Table("a test", arms, epochs=1), [], [], threading.Event()
 
@@ -252,11 +250,12 @@ def test_weights_are_trained_before_they_are_evaluated(monkeypatch, tmp_path):
 
     monkeypatch.setattr(trials, "_in_a_process", run)
     all_trials = [Trial(sweep, arm, seed, "photos", tmp_path) for seed in range(2) for arm in arms]
-    console = Console(file=io.StringIO())
-    assert trials.run_trials(all_trials, 3, console) == []
+    assert trials.run_trials(all_trials, 3) == []
     trained = {(arm, seed) for arm in ("clip", "one") for seed in range(2)}
     assert [before >= trained for arm, before in started if arm == "anew"] == [True, True]
-    numbers = [line.split(":")[0] for line in console.file.getvalue().splitlines()]
+    device, *lines = capsys.readouterr().out.splitlines()
+    assert device.startswith("Device: ")
+    numbers = [line.split(":")[0] for line in lines]
     assert numbers == [f"{number} of 6" for number in range(1, 7)]
 
 

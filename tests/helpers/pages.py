@@ -25,6 +25,7 @@ REASONS = {
     "needs several machines",
     "serves until Ctrl-C",
     "takes hours",
+    "trains for minutes",
 }
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.*?) -->\n)?(?P<indent> *)```(?P<kind>bash|python)\n(?P<code>.*?)^(?P=indent)```$",

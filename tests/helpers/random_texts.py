@@ -40,6 +40,5 @@ def texts() -> st.SearchStrategy[str]:
 
 def is_repaired(text: str) -> bool:
     """Whether CLIP's cleaning repairs it in a way that depends on more than single characters: wrongly decoded text and HTML entities."""
-    return ftfy.fix_encoding(text) != text or html.unescape(ftfy.fix_text(text)) != ftfy.fix_text(
-        text, unescape_html=False
-    )
+    plain = ftfy.fix_text(text, fix_encoding=False, unescape_html=False)
+    return html.unescape(ftfy.fix_text(text)) != plain

@@ -48,4 +48,4 @@ def read_response(connection):
     length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
     while len(body) < length:
         body += connection.recv(65536)
-    return int(head.split()[1]), json.loads(body)
+    return int(head.split()[1]), json.loads(body[:length])

@@ -48,9 +48,12 @@ def start():
 
 
 def address(process):
-    """The address that a server prints after its device."""
+    """The address that a server prints after its device and its indexes."""
     device, line = process.stdout.readline(), process.stdout.readline().strip()
     assert device.startswith("Device: "), device
+    assert line.startswith("Opening "), line
+    while line.startswith("Opening "):
+        line = process.stdout.readline().strip()
     assert re.fullmatch(r"http://\S+", line), line + process.stderr.read()
     return line
 

@@ -14,6 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from coalign.serve.limits import Limits
 
+# one for all requests, as creating it takes longer than a request
+CLIENT = httpx.Client(timeout=30, headers={"Connection": "close"})
 LIMITS = Limits(json_bytes=4096, upload_bytes=200_000, image_pixels=1_000_000)
 
 
@@ -24,7 +26,7 @@ def port(tmp_path_factory):
 
 
 def post(port, path="/api/search", **sent):
-    return httpx.post(f"http://localhost:{port}{path}", timeout=30, **sent)
+    return CLIENT.post(f"http://localhost:{port}{path}", **sent)
 
 
 def raw(port, target, method="GET"):
@@ -250,7 +252,7 @@ def test_nothing_but_pixels_leaves_the_server():
     collection.records.image = lambda row: original
     with running([collection]) as port:
         response = httpx.get(f"http://localhost:{port}/api/image/0/1")
-        fields = {"row": (None, "1"), "labels": (None, "red")}
+        fields = [("row", (None, "1")), ("labels", (None, "red")), ("labels", (None, "blue"))]
         assert httpx.post(f"http://localhost:{port}/api/classify", files=fields).status_code == 200
     assert response.status_code == 200
     assert b"secret" not in response.content

@@ -1,4 +1,4 @@
-"""Commands on several runs: `coalign compare`, `coalign benchmark` and `coalign reproduce`."""
+"""Commands on several runs: `coalign demo`, `coalign compare`, `coalign benchmark` and `coalign reproduce`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ from tyro.conf import Positional
 from coalign.cli.parse import Reading
 from coalign.config import DETECT
 from coalign.errors import UserError
+
+
+def demo_command(data: str | None = None, out: Path | None = None) -> None:
+    """Train CLIP and MCD in a few minutes, and write a page that compares them.
+
+    Without --data, on drawings of emoji, with a pretrained image encoder, which all come with Python packages: pip install "coalign[demo]".
+    Both methods are also compared on another vendor's drawings. If interrupted, run it again to resume.
+
+    Example: coalign demo
+
+    Args:
+        data: your own pairs instead: anything that `coalign train --data` accepts
+        out: the folder for the data, the runs and index.html; None: runs/demo, or runs/demo-own with --data
+    """
+    from coalign.experiments.demo import demo, own_demo
+
+    if data is None:
+        demo(out or Path("runs/demo"))
+    else:
+        own_demo(data, out or Path("runs/demo-own"))
 
 
 def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = None, json: Path | None = None) -> None:

@@ -36,6 +36,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "export": use.export_command,
     "import": use.import_command,
     "card": use.card_command,
+    "demo": experiments.demo_command,
     "benchmark": experiments.benchmark_command,
     "reproduce": experiments.reproduce_command,
 }
@@ -63,7 +64,7 @@ GROUPS = {
         "import",
         "card",
     ],
-    "Experiments": ["benchmark", "reproduce"],
+    "Experiments": ["demo", "benchmark", "reproduce"],
 }
 
 
@@ -104,8 +105,7 @@ def _help(only: str | None = None) -> str:
             lines += [f"{group}:", *(f"  coalign {name:18} {COMMANDS[name].summary}" for name in names), ""]
     lines += ["Run `coalign COMMAND --help` for the options of a command."]
     if only is None:
-        first = "coalign train --data scenes:4096 --out runs/first --epochs 5"
-        lines += ["To train a first model, in a few minutes on a laptop:", "", f"  {first}"]
+        lines += ["To train two first models, in a few minutes on a laptop:", "", "  coalign demo"]
     return "\n".join([*lines, ""])
 
 

@@ -46,6 +46,10 @@ def serve_command(
     def open_all() -> list[Collection]:
         for each in sorted({device_for(read_info(index).model, device) for index in indexes}):
             print(device_line(each), flush=True)
-        return [open_collection(index, device) for index in indexes]
+        collections = []
+        for index in indexes:
+            print(f"Opening {index}", flush=True)
+            collections.append(open_collection(index, device))
+        return collections
 
     serve(open_all, host, port, token)

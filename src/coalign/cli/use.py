@@ -1,4 +1,4 @@
-"""Commands that use a trained model: search, classify, localize, space, interpolate, export, import, card."""
+"""Commands that use a trained model: embed, index, search, classify, localize, space, interpolate, export, import, card."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def index_command(
 
     from coalign.workflows.collection.index import build_index
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     indexed = build_index(
         model, data, out, split=split, device=device, workers=workers, reading=reading, console=console
     )
@@ -180,8 +180,6 @@ def classify_command(
         device: cpu, cuda, cuda:N or mps; None: the best there is
         workers: number of loader processes
     """
-    from rich.console import Console
-
     from coalign.devices import device_line
     from coalign.workflows.collection.classify import classified_lines, classify_data
     from coalign.workflows.evaluate.eval_model import device_for
@@ -190,8 +188,7 @@ def classify_command(
         raise UserError(f"--top is {top}, but must be at least 1.")
     device = device_for(model, device)
     print(device_line(device))
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    result = classify_data(model, images, labels, out, device=device, workers=workers, reading=reading, console=console)
+    result = classify_data(model, images, labels, out, device=device, workers=workers, reading=reading)
     print("\n".join(classified_lines(result, top, out)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import zipfile
 from contextlib import suppress
@@ -14,9 +13,9 @@ from coalign.data.image_hashes import hash_images, read_hashes, write_hashes
 from coalign.data.sources.base import Fingerprints, Source, hash64
 from coalign.errors import BadSample
 from coalign.files import cache_folder, write_atomically
+from coalign.progress import track
 
 _VERSION = 1  # of cached fingerprints
-_log = logging.getLogger(__name__)
 
 
 def fingerprints(source: Source) -> Fingerprints:
@@ -43,7 +42,7 @@ def _read(source: Source) -> Fingerprints:
     keys = np.zeros(len(source), dtype=np.uint64)
     counts = np.zeros(len(source), dtype=np.int64)
     captions: list[int] = []
-    for index in range(len(source)):
+    for index in track(range(len(source)), "Reading captions"):
         try:
             record = source.record(index)
         except BadSample:
@@ -68,8 +67,7 @@ def _image_hashes(source: Source, usable: np.ndarray) -> np.ndarray:
         hashes = np.where(is_cached & (stamps != 0), cached, 0)
     missing = np.flatnonzero(usable & (hashes == 0))
     if len(missing):
-        _log.info("hashing %s images to detect duplicates (once)", f"{len(missing):,}")
-        hashes[missing] = hash_images(source, missing, _content_hash)
+        hashes[missing] = hash_images(source, missing, _content_hash, "Hashing images to detect duplicates (once)")
         if stamps.any():
             write_hashes(cache, stamps, hashes)
     return hashes

@@ -13,12 +13,15 @@ from coalign.cores import num_cores
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample
 from coalign.files import write_atomically
+from coalign.progress import track
 
 _CHUNK = 64  # images per task
 
 
-def hash_images(source: Source, indices: np.ndarray, hash_image: Callable[[bytes | np.ndarray], int]) -> np.ndarray:
-    """Returns the hash of each sample's image, uint64 [index]; 0 for an image that cannot be read."""
+def hash_images(
+    source: Source, indices: np.ndarray, hash_image: Callable[[bytes | np.ndarray], int], what: str
+) -> np.ndarray:
+    """Shows `what` as its progress. Returns the hash of each sample's image, uint64 [index]; 0 for an image that cannot be read."""
 
     def hash_one(index: int) -> int:
         try:
@@ -34,7 +37,7 @@ def hash_images(source: Source, indices: np.ndarray, hash_image: Callable[[bytes
             for chunk in pool.map(hash_chunk, range(0, len(indices), _CHUNK)):
                 yield from chunk
 
-    return np.fromiter(hashes(), dtype=np.uint64, count=len(indices))
+    return np.fromiter(track(hashes(), what, len(indices)), dtype=np.uint64, count=len(indices))
 
 
 def read_hashes(cache: Path, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,6 @@ CPU time (`scripts/look_alikes.py --cost`): 0.4, 1.3 and 4.3 ms to decode a JPEG
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -42,7 +41,6 @@ _MIN_CONTRAST = 8  # gray levels
 _BLOCKS = 6  # of the bits of a hash; MAX_DISTANCE differing bits leave at least two of them equal
 _NEIGHBORS = 16  # compared with each hash per pair of equal blocks
 VERSION = 1  # of the hash, for the cache
-_log = logging.getLogger(__name__)
 
 _DCT = np.cos(np.pi / _SIDE * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE) + 0.5)).astype(np.float32)
 _DCT[0] *= np.sqrt(0.5)
@@ -88,8 +86,8 @@ def look_hashes(source: Source, contents: np.ndarray) -> np.ndarray:
     hashes, is_cached = read_hashes(cache, distinct)
     missing = (distinct != 0) & ~is_cached
     if missing.any():
-        _log.info("comparing %s images to find look-alikes (once)", f"{np.count_nonzero(missing):,}")
-        hashes[missing] = hash_images(source, first[missing], lambda image: look_hash(decode_small(image)))
+        what = "Hashing images to find look-alikes (once)"
+        hashes[missing] = hash_images(source, first[missing], lambda image: look_hash(decode_small(image)), what)
         write_hashes(cache, distinct, hashes)
     return hashes[inverse.reshape(-1)]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from coalign.data.text.context import cut_texts
 from coalign.embeds import concatenate, fields, take, to_cpu
 from coalign.errors import UserError
+from coalign.progress import progress
 from coalign.types import DualEncoder, Embeds, JointEncoder
 
 
@@ -41,17 +42,22 @@ Batches = Iterable[tuple[Sequence[int], Tensor, Sequence[Any]]]
 AllGather = Callable[[ImageEmbeds], Sequence[ImageEmbeds]]
 
 
-def embed_images(model: DualEncoder, batches: Batches, all_gather: AllGather | None = None) -> ImageEmbeds:
+def embed_images(
+    model: DualEncoder, batches: Batches, all_gather: AllGather | None = None, total: int | None = None
+) -> ImageEmbeds:
     """Returns the embeddings of the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `image_batches`.
 
-    With several processes, each passes its own batches, and all receive all embeddings through `all_gather`.
+    With several processes, each passes its own batches, and all receive all embeddings through `all_gather`. total: the number of images,
+    for the progress display.
     """
     return _encode_images(
-        lambda pixels: _embed(model, model.encode_image(pixels), len(pixels), "image"), batches, all_gather
+        lambda pixels: _embed(model, model.encode_image(pixels), len(pixels), "image"), batches, all_gather, total
     )
 
 
-def image_features(model: DualEncoder, batches: Batches, all_gather: AllGather | None = None) -> ImageEmbeds:
+def image_features(
+    model: DualEncoder, batches: Batches, all_gather: AllGather | None = None, total: int | None = None
+) -> ImageEmbeds:
     """Returns the image encoder's output before its projection, not normalized, float32 [image, width]; otherwise as `embed_images`.
 
     Raises UserError if the model does not expose it.
@@ -59,19 +65,23 @@ def image_features(model: DualEncoder, batches: Batches, all_gather: AllGather |
     if model.image_features is None:
         raise UserError(f"{model.name} does not expose image features, which probes need.")
     encode, name = model.image_features, f"{model.name}: image"
-    return _encode_images(lambda pixels: _vectors(encode(pixels), len(pixels), name), batches, all_gather)
+    return _encode_images(lambda pixels: _vectors(encode(pixels), len(pixels), name), batches, all_gather, total)
 
 
 @torch.no_grad()
-def _encode_images(encode: Callable[[Tensor], Any], batches: Batches, all_gather: AllGather | None) -> ImageEmbeds:
+def _encode_images(
+    encode: Callable[[Tensor], Any], batches: Batches, all_gather: AllGather | None, total: int | None
+) -> ImageEmbeds:
     parts: list[Any] = []
     indices: list[int] = []
     bad: list[Any] = []
-    for batch_indices, pixels, batch_bad in batches:
-        bad.extend(batch_bad)
-        if len(batch_indices):
-            parts.append(encode(pixels))
-            indices.extend(batch_indices)
+    with progress("Embedding images", total) as task:
+        for batch_indices, pixels, batch_bad in batches:
+            bad.extend(batch_bad)
+            if len(batch_indices):
+                parts.append(encode(pixels))
+                indices.extend(batch_indices)
+            task.update(len(indices) + len(bad))
     images = ImageEmbeds(concatenate(parts) if parts else torch.empty(0, 0), indices, bad)
     if all_gather is not None:
         images = _merge(all_gather(images))
@@ -100,9 +110,11 @@ def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 256)
         raise UserError("There is nothing to evaluate: the data has no captions.")
     distinct = sorted(set(texts), key=lambda text: (len(text), text))  # by length, so batches need little padding
     parts = []
-    for start in range(0, len(distinct), batch_size):
-        batch = distinct[start : start + batch_size]
-        parts.append(_embed(model, model.encode_text(batch), len(batch), "text"))
+    with progress("Embedding texts", len(distinct)) as task:
+        for start in range(0, len(distinct), batch_size):
+            batch = distinct[start : start + batch_size]
+            parts.append(_embed(model, model.encode_text(batch), len(batch), "text"))
+            task.update(start + len(batch))
     row = {text: i for i, text in enumerate(distinct)}
     return take(concatenate(parts), [row[text] for text in texts])
 

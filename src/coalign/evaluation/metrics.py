@@ -16,6 +16,7 @@ import torch
 
 from coalign.errors import UserError
 from coalign.metric import Kind, Metric, Outcome
+from coalign.progress import track
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -203,7 +204,7 @@ def _resamples(multiplicity: np.ndarray, width: int, seed: int) -> Iterator[np.n
     generator = np.random.default_rng(seed)
     n = int(multiplicity.sum())
     chunk = max(1, _CHUNK // max(width, len(multiplicity)))
-    for start in range(0, REPLICATES, chunk):
+    for start in track(range(0, REPLICATES, chunk), "Bootstrap", unit="parts"):
         yield generator.multinomial(n, multiplicity / n, size=min(chunk, REPLICATES - start))
 
 

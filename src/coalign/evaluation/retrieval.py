@@ -16,6 +16,7 @@ from coalign.evaluation import metrics
 from coalign.evaluation.embed import Evaluation, ImageEmbeds, embed_texts, require_finite
 from coalign.evaluation.metrics import TIE, measure
 from coalign.metric import Metric, Outcome
+from coalign.progress import track
 from coalign.types import DualEncoder, Embeds, Similarity, dot_product
 
 RECALL_AT = (1, 5, 10)
@@ -270,8 +271,9 @@ def _search(
     num_candidates = num_samples(candidates)
     step = max(16, _CHUNK // num_candidates)
     top_k = min(max(RECALL_AT), num_candidates)
+    side, title = names
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(rows), step):
+    for start in track(range(0, len(rows), step), f"Ranking {title.lower()}", unit="parts"):
         chunk = rows[start : start + step]
         is_correct = torch.from_numpy(correct_mask(chunk))  # [query, candidate]
         scores = similarities(similarity, take(queries, torch.from_numpy(chunk)), candidates)
@@ -289,7 +291,6 @@ def _search(
 
     zeros, num_incorrect = np.zeros_like(num_correct), num_candidates - num_correct
     ranks = 1 + better_n + tied_incorrect_n / (tied_correct_n + 1)
-    side, title = names
     recall = {}
     for k in RECALL_AT:
         hits = metrics.hit_probability(better_n, tied_incorrect_n, tied_correct_n, k)

@@ -32,6 +32,7 @@ from coalign.files import write_json
 from coalign.formatting import duration, percent
 from coalign.methods import METHODS
 from coalign.methods.table import Arm, Table, fraction_name
+from coalign.progress import waiting
 from coalign.report import compare_figures
 from coalign.report.compare_page import ComparedMetric, Comparison, compare_page
 from coalign.report.page import Page
@@ -143,7 +144,7 @@ def benchmark(
     }
     sweep = _sweep(data, out, settings, jobs, console)
     trials = [Trial(sweep, arm, seed, data, out) for seed in range(seeds) for arm in sweep.arms]
-    failures = run_trials([trial for trial in trials if not finished(trial)], jobs, console)
+    failures = run_trials([trial for trial in trials if not finished(trial)], jobs)
     done = [trial for trial in trials if finished(trial)]
     if len({trial.arm for trial in done}) < 2:
         raise UserError(f"There is nothing to compare: {'; '.join(failures)}. The logs are in {out}.")
@@ -263,7 +264,8 @@ def _affordable(data: str, settings: Mapping[str, Any], jobs: int, console: Cons
     torch.set_num_threads(max(1, num_cores() // jobs))
     try:
         for method in settings["methods"]:
-            found = profile(data, partial(_alone, sweep, method), steps=PROFILED)
+            with waiting(f"Measuring the speed of {method}"):
+                found = profile(data, partial(_alone, sweep, method), steps=PROFILED)
             epochs[method] = seconds * found.pairs_per_second / number
             console.print(
                 f"{method}: {found.pairs_per_second:,.0f} pairs/s; {epochs[method]:.1f} epochs in {duration(seconds)} per trial"

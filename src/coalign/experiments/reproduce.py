@@ -79,7 +79,7 @@ def reproduce(
     if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
         console.print(f"Pretraining the arms' image encoder on the tags of {sweep.pretraining_scenes:,} other scenes …")
         tag_pretraining.train(sweep.pretraining_scenes, sweep.image_size or 64, out / TAG_ENCODER)
-    failures = run_trials(missing, jobs, console)
+    failures = run_trials(missing, jobs)
     done = [Trial(sweep, arm, seed, data, out) for arm in sweep.arms for seed in range(seeds)]
     done = [trial for trial in done if finished(trial)]
     comparison = _compare(name, sweep, done, console) if len(done) > 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -19,24 +20,27 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from rich.console import Console
-
 from coalign.config import TrainConfig, fields_marked
 from coalign.cores import num_cores
 from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
-from coalign.experiments.pretrained_towers import pretrained_towers
+from coalign.experiments.pretrained_towers import PACKAGES, pretrained_towers
 from coalign.methods.defaults import fit_to_start
 from coalign.methods.table import Table
+from coalign.progress import Task, progress
 from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, write_config
 from coalign.types import AugmentationPolicy
+from coalign.workflows.train.setup import num_steps
 from coalign.workflows.train.train import train
 
 CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder"
+METRICS = "metrics.jsonl"
+_POLL_SECONDS = 0.5
+_TAIL = 16_384  # bytes, longer than a row of the log
 # Of a finished run, what `train` needs to re-evaluate it; without results and report.
-KEPT = (TOKENIZER, MODEL, "metrics.jsonl", "bad_samples.jsonl", "non_finite.jsonl", "last", "best")
+KEPT = (TOKENIZER, MODEL, METRICS, "bad_samples.jsonl", "non_finite.jsonl", "last", "best")
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Trial:
         config = sweep.config(self.arm, self.seed, num_pairs)
         config = replace(config, classes=self.out / CLASSES if sweep.classes else None, probe=sweep.probe)
         if start := sweep.arms[self.arm].start:
-            return fit_to_start(replace(config, **{"image_size": None} | pretrained_towers() | dict(start)))
+            towers = pretrained_towers(setting for setting in PACKAGES if setting not in start)
+            fitted = fit_to_start(replace(config, **{"image_size": None} | towers | dict(start)))
+            return replace(fitted, **start)  # what the arm sets is kept
         if not sweep.pretraining_scenes:
             return config
         return replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
@@ -104,13 +110,16 @@ def _bare(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str]:
-    """Runs each trial in its own process, those that evaluate the weights of others last. Returns the failed trials with their reasons."""
+def run_trials(trials: Sequence[Trial], jobs: int) -> list[str]:
+    """Runs each trial in its own process, those that evaluate the weights of others last. Shows their progress.
+
+    Returns the failed trials with their reasons.
+    """
     failures: list[str] = []
     threads, number = max(1, num_cores() // jobs), itertools.count(1)
     trained = [trial for trial in trials if trial.base is None]
     if trials:
-        console.print(device_line(best_device(None)))
+        print(device_line(best_device(None)), flush=True)
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
         for phase in (trained, [trial for trial in trials if trial.base is not None]):
             # threads that each start one process: a process pool hands out trials ahead of time and cannot take them back
@@ -122,7 +131,8 @@ def run_trials(trials: Sequence[Trial], jobs: int, console: Console) -> list[str
                     if error is not None:
                         failures.append(f"{trial.folder.name} ({error})")
                     outcome = "done" if error is None else f"failed: {error}"
-                    console.print(f"{next(number)} of {len(trials)}: {trial.arm}, seed {trial.seed}: {outcome}")
+                    line = f"{next(number)} of {len(trials)}: {trial.arm}, seed {trial.seed}: {outcome}"
+                    print(line, flush=True)  # above the bars of the other trials
             finally:
                 pool.shutdown(cancel_futures=True)  # after Ctrl-C, which running trials receive too, no other starts
     return failures
@@ -136,12 +146,58 @@ def _in_a_process(trial: Trial, threads: int) -> str | None:
     process.start()
     sender.close()
     try:
+        with progress(f"{trial.arm}, seed {trial.seed}: preparing", unit="steps") as task:
+            while not receiver.poll(_POLL_SECONDS):
+                _show_steps(trial, task)
         return receiver.recv()
     except EOFError:
         process.join()
         return f"its process ended with code {process.exitcode}"
     finally:
         process.join()
+
+
+def _show_steps(trial: Trial, task: Task) -> None:
+    """Shows how many steps of its training another process has done, as its folder tells."""
+    name = f"{trial.arm}, seed {trial.seed}"
+    try:
+        saved = read_config(trial.folder)
+    except UserError:  # it has not begun
+        task.show()
+        return
+    total, done = num_steps(saved.config, saved.num_train), last_step(trial.folder) + 1
+    if not done:
+        task.update(0, what=f"{name}: {_features_line(_log(trial)) or 'preparing'}")
+        return
+    task.update(done, total, f"{name}: {'training' if done < total else 'evaluating'}")
+
+
+def _log(trial: Trial) -> Path:
+    return trial.folder.with_name(f"{trial.folder.name}.log")
+
+
+def _features_line(log: Path) -> str:
+    """Returns the latest line on the features that a trial computes before its first step, such as "features of images: 48 of 94"."""
+    lines = (line.decode(errors="replace") for line in _last_lines(log))
+    return next((f"f{line[1:]}" for line in lines if line.startswith("Features of ")), "")
+
+
+def last_step(folder: Path) -> int:
+    """Returns the last step in the log of a run that may be in progress; -1 if there is none."""
+    for line in _last_lines(folder / METRICS):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the rest of a line, or one that is being written
+            return int(json.loads(line)["step"])
+    return -1
+
+
+def _last_lines(path: Path) -> list[bytes]:
+    """Returns the last lines of a file, the last one first; none if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            return file.read().splitlines()[::-1]
+    except OSError:
+        return []
 
 
 def _report(trial: Trial, threads: int, parent: int, sender: Connection) -> None:
@@ -204,7 +260,7 @@ def _train(trial: Trial, threads: int) -> None:
         # with one core per trial, a loader process would only compete with training
         return replace(trial.config(num_pairs), workers=0 if threads == 1 else None)
 
-    log = trial.folder.with_name(f"{trial.folder.name}.log")
+    log = _log(trial)
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             if trial.base is not None and not (trial.folder / CONFIG).exists():

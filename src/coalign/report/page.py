@@ -7,7 +7,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -94,13 +94,14 @@ class Page:
         picture = f'<img src="{_data_uri(png, "png")}" width="{width}" alt="{escape(caption or name or "")}">'
         self._parts.append(f"<figure>{picture}{legend}</figure>")
 
-    def gallery(self, cells: Sequence[GalleryCell], columns: int = 6) -> None:
-        """Images in a grid of at most `columns`, fewer on a narrow screen."""
+    def gallery(self, cells: Sequence[GalleryCell], columns: int = 6, wide: bool = False) -> None:
+        """Images in a grid of at most `columns`, fewer on a narrow screen. wide: they keep their shape, else they are shown as squares."""
         if not cells:
             self._parts.append('<p class="quiet">none</p>')
             return
         shown = "".join(_gallery_cell(cell) for cell in cells)
-        self._parts.append(f'<div class="gallery" style="--columns:{max(1, columns)}">{shown}</div>')
+        kind = "gallery wide-cells" if wide else "gallery"
+        self._parts.append(f'<div class="{kind}" style="--columns:{max(1, columns)}">{shown}</div>')
 
     def ranking(self, query: GalleryCell, answers: Sequence[GalleryCell]) -> None:
         """A query on the left, its results on the right, best first: images side by side, captions as a list."""
@@ -117,6 +118,19 @@ class Page:
             right = f'<div class="gallery" style="--columns:{max(5, len(answers))}">{shown}</div>'
         kind = "words" if query.image is None else "picture"
         self._parts.append(f'<div class="ranking {kind}"><div class="query">{_gallery_cell(query)}</div>{right}</div>')
+
+    def side_by_side(self, query: GalleryCell, results: Mapping[str, tuple[str, Sequence[GalleryCell]]]) -> None:
+        """A query, and for each name its results in a row of images, best first, under the name and a remark."""
+        sides = "".join(
+            f'<div class="side"><div class="name">{escape(name)} <span class="note">{escape(remark)}</span></div>'
+            f'<div class="gallery" style="--columns:{max(1, len(cells))}">{"".join(map(_gallery_cell, cells))}</div></div>'
+            for name, (remark, cells) in results.items()
+        )
+        self._parts.append(f'<div class="versus"><div class="query">{_gallery_cell(query)}</div>{sides}</div>')
+
+    def commands(self, lines: Sequence[str]) -> None:
+        """Commands for a terminal."""
+        self._parts.append(f"<pre>{escape(chr(10).join(lines))}</pre>")
 
     def html(self) -> str:
         """The whole page."""

@@ -154,9 +154,33 @@ async def _read_form(model: type[BaseModel], request: Request) -> dict[str, Any]
     return values
 
 
+# what is wrong with a field, by pydantic's type of error; the bounds are of its context
+_PROBLEMS = {
+    "missing": "is missing",
+    "extra_forbidden": "is not known",
+    "too_short": "must have at least {min_length} values",
+    "too_long": "must have at most {max_length} values",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "string_type": "must be one text",
+    "tuple_type": "must be a list",
+    "bytes_type": "must be one file",
+}
+
+
 def _sentence(error: ValidationError) -> str:
     """Returns the first problem in one sentence, without what was sent."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
+    first = error.errors(include_url=False, include_input=False)[0]
+    where, context = ".".join(map(str, first["loc"]))[:80], first.get("ctx", {})
+    if where and first["type"] == "string_pattern_mismatch":
+        return (
+            f"The field {where} must {'have {} once, for the label' if '{' in context['pattern'] else 'not be blank'}."
+        )
+    if where and first["type"] in _PROBLEMS:
+        return f"The field {where} {_PROBLEMS[first['type']].format(**context)}."
     what = first["msg"][:1].lower() + first["msg"][1:]
-    return f"The field {where[:80]} is not valid: {what}." if where else f"The request is not valid: {what}."
+    return f"The field {where} is not valid: {what}." if where else f"The request is not valid: {what}."

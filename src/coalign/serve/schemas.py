@@ -149,7 +149,7 @@ class ClassifiedCollection(BaseModel):
 
 class Map(BaseModel):
     points: Annotated[
-        list[tuple[int, float, float]],
+        list[Annotated[list[int | float], Field(min_length=3, max_length=3)]],
         Field(
             description="row, x and y in [0, 1] of at most 5,000 images, by the two principal components of their embeddings"
         ),

@@ -48,11 +48,11 @@ def serve(
 
 def listen(host: str, port: int) -> socket.socket:
     """Returns a socket that listens on an address; port 0 takes a free one. Raises UserError if the address cannot be used."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}, but must be 0 to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=512)
-    except OverflowError:
-        raise UserError(f"--port is {port}, but must be 0 to 65535.") from None
     except OSError as error:
         raise UserError(
             f"The server cannot listen on {host}, port {port} ({error.strerror}); choose another --port or --host."

@@ -52,8 +52,8 @@ class Shelf:
     def map(self) -> schemas.Map:
         size = self.collection.size
         rows = np.arange(size) if size <= MAX_POINTS else np.linspace(0, size - 1, MAX_POINTS).astype(int)
-        places = principal_components(np.asarray(self.collection.embeddings()[rows], np.float32)).tolist()
-        return schemas.Map(points=[(row, x, y) for row, (x, y) in zip(rows.tolist(), places)])
+        places = principal_components(np.asarray(self.collection.embeddings(rows), np.float32)).tolist()
+        return schemas.Map(points=[[row, x, y] for row, (x, y) in zip(rows.tolist(), places)])
 
 
 class Service:
@@ -109,7 +109,9 @@ class Service:
         """Assigns each image to its nearest label. A label's vector is the normalized mean of its prompts' embeddings."""
         collection = self._shelf(given.collection).collection
         _check_labels(given.labels, given.prompts)
-        vectors = np.stack([_label_vector(collection, label, given.prompts) for label in given.labels])
+        texts = [prompt.replace("{}", label) for label in given.labels for prompt in given.prompts]
+        sums = collection.embed_texts(texts).reshape(len(given.labels), len(given.prompts), -1).sum(1)
+        vectors = sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(1e-12)
         best, scores = nearest_label(collection.embeddings(), vectors)
         labels = []
         for number, label in enumerate(given.labels):
@@ -171,11 +173,6 @@ def nearest_label(embeds: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, 
 def _chunks(embeds: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(embeds), _CHUNK):
         yield np.asarray(embeds[start : start + _CHUNK], np.float32)
-
-
-def _label_vector(collection: Collection, label: str, prompts: Sequence[str]) -> np.ndarray:
-    embeds = np.stack([collection.embed_text(prompt.replace("{}", label)) for prompt in prompts])
-    return embeds.sum(0) / max(float(np.linalg.norm(embeds.sum(0))), 1e-12)
 
 
 def _check_labels(labels: Sequence[str], prompts: Sequence[str]) -> None:

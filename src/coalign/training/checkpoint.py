@@ -8,7 +8,6 @@ stays until the next save. Nothing is pickled.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from coalign.errors import UserError
 from coalign.files import save_tensors
+from coalign.locks import lock
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -169,7 +169,9 @@ def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows syncs no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no read-only files
     try:
         os.fsync(descriptor)
     finally:
@@ -298,8 +300,8 @@ class RunLock:
     Creates the folder. Raises UserError, naming the holder, if another process holds the lock.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, name: str = "run.lock") -> None:
+        self.run_dir, self.name = run_dir, name
         self._file: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
@@ -312,11 +314,11 @@ class RunLock:
     def acquire(self) -> None:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            file = open(self.run_dir / "run.lock", "a+")  # noqa: SIM115  held until release
+            file = open(self.run_dir / self.name, "a+")  # noqa: SIM115  held until release
         except OSError as error:
             raise UserError(f"The output folder {self.run_dir} cannot be used: {error.strerror}.") from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -345,9 +347,10 @@ _held_locks: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 def _release_inherited_locks() -> None:
-    for lock in list(_held_locks):
-        lock.release()
+    for held in list(_held_locks):
+        held.release()
 
 
 # A forked loader worker inherits the open file and its lock, and would keep the lock if its parent were killed.
-os.register_at_fork(after_in_child=_release_inherited_locks)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_inherited_locks)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from rich.text import Text
 from coalign.errors import UserError
 from coalign.files import write_bytes
 from coalign.formatting import duration
+from coalign.progress import bars, drawn_elsewhere
 
 _clock = time.monotonic  # tests replace it
 
@@ -92,18 +94,19 @@ class RunLog:
         self._shown: dict[str, str] = {}
         self._console = console or Console()
         self._live: Live | None = None
+        self._exit = ExitStack()
         if interactive:
             self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
         self._board = _tensorboard(run_dir, start_step)
 
     def __enter__(self) -> RunLog:
         if self._live is not None:
-            self._live.start()
+            self._exit.enter_context(self._live)
+            self._exit.enter_context(drawn_elsewhere())  # of a validation
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._exit.close()
         self.sync()
         self._file.close()
         if self._board is not None:
@@ -192,7 +195,7 @@ class RunLog:
         columns = max(1, min(3, self._console.width // 32))
         for first in range(0, len(cells), columns):
             body.add_row(*(text for cell in cells[first : first + columns] for text in cell))
-        return Group(head, body)
+        return Group(head, body, bars())
 
 
 def _tensorboard(run_dir: Path, start_step: int) -> Any:

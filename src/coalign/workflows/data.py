@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from coalign.config import DataConfig
 from coalign.data.account import account_lines, class_lines
@@ -39,17 +37,10 @@ from coalign.data.text.tokenizer import load_tokenizer, train_bpe
 from coalign.devices import best_device, device_line
 from coalign.errors import BadSample, UserError
 from coalign.files import write_json
+from coalign.progress import track
 from coalign.report.check_page import check_page
 from coalign.runs.folder import check_output
 from coalign.workflows.train.preflight import Preflight, problems
-
-
-@contextmanager
-def _progress(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar if the console is a terminal. Yields a callback(done, total)."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _console() -> Console:
@@ -62,15 +53,13 @@ def _format_counts(counts: dict[str, int]) -> str:
 
 def write_scenes(out: Path, level: str, size: int, train: int, seed: int, swap: float) -> None:
     console = _console()
-    with _progress(console, "Drawing") as progress:
-        counts = scenes.write_scenes(out, f"{train}:{level},seed={seed},size={size},swap={swap}", progress=progress)
+    counts = scenes.write_scenes(out, f"{train}:{level},seed={seed},size={size},swap={swap}")
     console.print(f"{out}: {_format_counts(counts)} images with captions, tags and ground truth")
 
 
 def prepare_openclipart(out: Path, download: bool, installed: Path | None, max_side: int) -> None:
     console = _console()
-    with _progress(console, "Reading") as progress:
-        summary = openclipart.prepare_openclipart(out, installed, download, max_side, progress)
+    summary = openclipart.prepare_openclipart(out, installed, download, max_side)
     console.print(f"{out}: {summary.samples:,} pairs from {summary.pngs:,} images")
     if summary.skipped:
         console.print(f"Skipped (see {out / 'skipped.jsonl'}): {_format_counts(summary.skipped)}")
@@ -78,8 +67,7 @@ def prepare_openclipart(out: Path, download: bool, installed: Path | None, max_s
 
 def prepare_emoji(out: Path, vendors: Sequence[str], language: str, max_side: int) -> None:
     console = _console()
-    with _progress(console, "Drawing") as progress:
-        summary = emoji.prepare_emoji(out, vendors, language, max_side, progress)
+    summary = emoji.prepare_emoji(out, vendors, language, max_side)
     console.print(f"{out}: {sum(summary.used.values()):,} drawings of {summary.emoji:,} emoji")
     console.print(f"Vendors: {_format_counts(summary.used)}. Results on other vendors are not comparable.")
     for sentence in summary.missing:
@@ -99,8 +87,7 @@ def check_data(
         check_output(path)
     if reading.group_column and (limit is None or json_file):
         column_labels(source, "--group-column", reading.group_column)  # raises an error before all images are read
-    with _progress(console, "Checking") as progress:
-        result = check(source, progress, limit, load_tokenizer("clip"))
+    result = check(source, limit, load_tokenizer("clip"))
     console.print(f"{source.name}: {result.usable:,} of {result.checked:,} checked samples are usable")
     for broken in result.broken:
         console.print(f"Bad samples: {broken.count:,} ({broken.reason}), such as {broken.examples[0][:200]}")
@@ -272,7 +259,7 @@ def train_tokenizer(data: str, out: Path, vocab_size: int, reading: DataConfig) 
 
 def _captions(source: Source, indices: np.ndarray, bad: Counter[str] | None = None) -> Iterator[str]:
     """Yields all captions of the samples. Unreadable samples and those without a caption are counted in `bad` by reason."""
-    for index in indices.tolist():
+    for index in track(indices.tolist(), "Reading captions"):
         try:
             yield from require_captions(source.record(index))
         except BadSample as error:

@@ -150,13 +150,16 @@ def test_duplicates_and_lengths_against_a_naive_count() -> None:
     assert dict(result.tags) == Counter(source.samples[index][1][0] for index in usable)
 
 
-def test_result_does_not_depend_on_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_worker_processes(
+    monkeypatch: pytest.MonkeyPatch, every_update: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     alone = check(many(150))
     monkeypatch.setattr(module, "MIN_PARALLEL", 2)
     monkeypatch.setattr("coalign.data.prepare.check.num_cores", lambda: 2)
-    reported: list[tuple[int, int]] = []
-    assert check(many(150), progress=lambda done, total: reported.append((done, total))) == alone
-    assert reported == [(64, 150), (128, 150), (150, 150)]
+    capsys.readouterr()
+    assert check(many(150)) == alone
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [f"Checking samples: {done} of 150" for done in (64, 128, 150)]
 
 
 def test_result_round_trips_through_json() -> None:

@@ -59,7 +59,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All emoji, with images of one pixel."""
     out = tmp_path_factory.mktemp("full") / "emoji"
-    calls: list[tuple[int, int]] = []
 
     def undrawn(names: Any, codes: Any) -> Any:
         vendors, missing = emoji_vendors.open_vendors(names, codes)
@@ -69,8 +68,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "open_vendors", undrawn)
-        prepare_emoji(out, BOTH, max_side=1, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(number, len(calls)) for number in range(1, len(calls) + 1)]
+        prepare_emoji(out, BOTH, max_side=1)
     return out
 
 

@@ -198,9 +198,7 @@ def test_external_dtd_is_not_read(tmp_path: Path) -> None:
 def test_result_does_not_depend_on_worker_processes(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(12):
         tree.add(f"things/thing_{number}", svg(f"Thing {number}"), png(20 + number, 10) if number % 4 else b"")
-    reported: list[tuple[int, int]] = []
-    alone = tree.prepare(progress=lambda done, total: reported.append((done, total)))
-    assert reported == [(number, 12) for number in range(1, 13)]
+    alone = tree.prepare()
     (tree.root / "out").rename(tree.root / "alone")
     monkeypatch.setattr(openclipart, "MIN_PARALLEL", 2)
     monkeypatch.setattr("coalign.data.prepare.openclipart.num_cores", lambda: 2)

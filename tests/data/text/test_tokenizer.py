@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from coalign.data.text.cleaning import caption_normalizer, clean_text
 from coalign.data.text.tokenizer import END, START, Tokenizer, load_tokenizer, train_bpe
@@ -163,6 +164,29 @@ def test_pickling_and_saving_preserve_ids(clip: Tokenizer, small: Tokenizer, tmp
             assert [copy.decode(copy.encode(text, 77)) for text in CORPUS] == [
                 tokenizer.decode(tokenizer.encode(text, 77)) for text in CORPUS
             ]
+
+
+def test_normalizers_lowercase_a_final_sigma_as_python_does() -> None:
+    for text in ("ΟΔΟΣ ΤΗΣ", "Σ", "ΑΣΑ", "Α.Σ", "dog\u200b\u0301Σ", "ΑΣ.", "ΑΣ.Α", "1Σ"):
+        assert caption_normalizer().normalize_str(text).replace("\u0301", "") == text.lower().replace("\u0301", "")
+
+
+@pytest.mark.parametrize("lowercases", [False, True])
+def test_files_of_older_versions_clean_in_python(small: Tokenizer, tmp_path: Path, lowercases: bool) -> None:
+    """As when they were trained: those of runs have no normalizer, and those of exports only join white space and lowercase."""
+    backend = Backend.from_str(small.to_str())
+    joined = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    backend.normalizer = normalizers.Sequence(joined) if lowercases else None
+    backend.save(str(tmp_path / "old.json"))
+    older = load_tokenizer(tmp_path / "old.json")
+    assert older.repairs
+    assert not small.repairs
+    bare = Backend.from_str(backend.to_str())
+    bare.normalizer = None
+    for text in CORPUS:
+        expected = bare.encode(clean_text(text), add_special_tokens=False).ids
+        assert older.encode(text, 10**6)[1:-1] == expected
+        assert pickle.loads(pickle.dumps(older)).encode(text, 10**6)[1:-1] == expected
 
 
 def test_invalid_tokenizers_are_user_errors(tmp_path: Path) -> None:

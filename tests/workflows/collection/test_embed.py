@@ -25,11 +25,11 @@ from coalign.cli import main as cli
 from coalign.data.sources.base import Source
 from coalign.errors import BadSample, UserError
 from coalign.runs.run import load
+from coalign.training.checkpoint import RunLock
 from coalign.types import Record, dot_product
-from coalign.workflows import progress
 from coalign.workflows.collection import embed as embed_module
 from coalign.workflows.collection.embed import Update, embed, update_embeddings
-from coalign.workflows.collection.embedding_files import MANIFEST, EmbeddingFiles
+from coalign.workflows.collection.embedding_files import LOCK, MANIFEST, EmbeddingFiles
 from coalign.workflows.image_files import load_images
 from coalign.workflows.models.export import export
 
@@ -346,7 +346,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         monkeypatch.undo()
     assert "\n" not in str(error.value)
-    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "part-000000.parquet", "part-000001.parquet"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == [MANIFEST, "part-000000.parquet", "part-000001.parquet"]
     before = states(out)
     with pytest.raises(UserError, match="not finished"):
         EmbeddingFiles.open(out)
@@ -390,15 +390,15 @@ def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
     assert skipped["unusable row"]["count"] == 8
 
 
-def test_progress_has_the_time_left(tmp_path, monkeypatch):
+def test_progress_has_the_time_left(tmp_path, monkeypatch, capsys):
     times = iter(range(0, 100_000, 16))
-    monkeypatch.setattr(progress, "_clock", lambda: float(next(times)))
+    monkeypatch.setattr("coalign.progress._clock", lambda: float(next(times)))
     out = io.StringIO()
     letters(write_images(tmp_path / "data", 8), tmp_path / "out", images=False, console=Console(file=out, width=100))
-    lines = out.getvalue().splitlines()
-    assert lines[0].startswith("Device: ")
-    assert "Reading samples: 2/8  ETA 1 min 36 s" in lines
-    assert any(line.startswith("Embedding: ") and "ETA" in line for line in lines)
+    assert out.getvalue().startswith("Device: ")
+    lines = capsys.readouterr().err.splitlines()
+    assert "Reading samples: 3 of 8, 1 min 20 s left" in lines
+    assert any(line.startswith("Embedding: ") and line.endswith(" left") for line in lines)
 
 
 # ---------------------------------------------------------------- refusals
@@ -454,7 +454,7 @@ def test_other_outputs_are_refused(made):
         (other, "holds no embeddings"),
         (made / "vectors.parquet", "exists; delete it"),
         (made / "data" / "vectors", "is inside the data"),
-        (file / "out", "could not be written"),
+        (file / "out", "cannot be used: Not a directory"),
     ):
         with pytest.raises(UserError, match=sentence):
             letters(made / "data", out)
@@ -467,6 +467,19 @@ def test_other_outputs_are_refused(made):
         with pytest.raises(UserError, match=sentence):
             letters(made / "data", made / "new", **options)
     assert not (made / "new").exists()
+
+
+def test_a_folder_in_use_is_refused(made):
+    before = states(made / "out")
+    write_image(made / "data", "0001", 101)
+    with RunLock(made / "out", LOCK), pytest.raises(UserError, match=r"out is in use by process .*: wait until"):
+        letters(made / "data", made / "out")
+    assert states(made / "out") == before
+    with RunLock(made / "new", LOCK):  # as a killed command leaves it
+        pass
+    letters(made / "data", made / "new")
+    letters(made / "data", made / "out")
+    assert_same(rows(made / "out"), rows(made / "new"))
 
 
 def test_a_model_with_another_similarity_is_refused(tmp_path):

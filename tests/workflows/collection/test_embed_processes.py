@@ -63,7 +63,7 @@ def whole(trained, tmp_path_factory):
 @pytest.mark.slow
 def test_a_killed_process_loses_at_most_a_chunk(trained, whole, tmp_path):
     out = tmp_path / "out"
-    for kill in range(3):
+    for kill in range(2):
         before = parts(out)
         process = tiny.start(args(trained, out))
         while len(parts(out)) < len(before) + 3 + kill:

@@ -20,7 +20,10 @@ from coalign.cli import main as cli
 from coalign.errors import UserError
 from coalign.runs import run as runs
 from coalign.runs.run import load
+from coalign.workflows.collection import embed as embed_module
+from coalign.workflows.collection import index as index_module
 from coalign.workflows.collection import nearest
+from coalign.workflows.collection.embedding_files import is_readable
 from coalign.workflows.collection.index import Changes, build_index
 from coalign.workflows.collection.query import Query, open_collection
 from coalign.workflows.explore.search import search
@@ -134,6 +137,10 @@ def test_approximate_index_is_stored_with_its_recall(trained, photos, tmp_path, 
     assert {key for key, _ in found(tmp_path / "shelf", **folder)} == {
         key for key, _ in found(tmp_path / "exact", **folder)
     }
+    opened = open_collection(tmp_path / "shelf")
+    shutil.rmtree(next((tmp_path / "shelf").rglob("embeddings")))
+    with pytest.raises(UserError, match="were updated or damaged since it was opened; open it again"):
+        opened.embeddings()
 
 
 # ---------------------------------------------------------------- killed, full disk
@@ -209,19 +216,32 @@ def test_a_killed_first_build_is_resumed(trained, photos, tmp_path):
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("shelf/v1/embeddings/part-*")] == parts
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_index(trained, photos, shelf):
+def limited(function):
+    """Fails as on a full disk, by a limit on the size of files."""
+
+    def with_limit(*args, **options):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+        try:
+            return function(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return with_limit
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_index(trained, photos, shelf, monkeypatch):
     before = found(shelf)
     for number in range(40):
         add(photos, f"more/{number}", (number, 0, 0))
-    # bytes per file: too few for the embeddings, and for the faiss index
-    for limit, what in ((2_000, "part-000000.parquet could"), (6_500, "The index could")):
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        try:
-            with pytest.raises(UserError, match=rf"{what} not be written .*File too large\).* kept: ") as error:
+    for module, name, what in (
+        (embed_module, "write_part", r"part-000000\.parquet"),
+        (index_module, "write_faiss", "The index"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, limited(getattr(module, name)))
+            with pytest.raises(UserError, match=rf"{what} could not be written .*File too large\).* kept: ") as error:
                 build_index(trained, str(photos), shelf, workers=0)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "\n" not in str(error.value)
         assert found(shelf) == before
     assert build_index(trained, str(photos), shelf).changes == Changes(40, 0, 0, 64)
@@ -239,6 +259,12 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def overwrite(path):
+    """Damages rows, but not the description at the end of the file."""
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 60 + content[64:])
+
+
 DAMAGES = {
     "no info": (lambda shelf: (shelf / "index.json").unlink(), "is not an index; build it with"),
     "cut info": (lambda shelf: truncate(shelf / "index.json"), r"index\.json cannot be read: .*; delete .* and build"),
@@ -247,7 +273,8 @@ DAMAGES = {
     "cut faiss": (lambda shelf: truncate(shelf / "v1/index.faiss"), "bytes instead of .*; run `coalign index` again"),
     "no embeddings": (lambda shelf: shutil.rmtree(shelf / "v1/embeddings"), "is damaged: .*embeddings"),
     "no part": (lambda shelf: next(shelf.rglob("part-*")).unlink(), "are not those of the index; run `coalign index` again"),
-    "cut part": (lambda shelf: truncate(next(shelf.rglob("part-*"))), "is damaged: .*not a readable file"),
+    "cut part": (lambda shelf: truncate(next(shelf.rglob("part-*"))), "is damaged: .*not a readable file.*; run `coalign index`"),
+    "damaged rows": (lambda shelf: overwrite(next(shelf.rglob("part-*"))), r"is damaged: .*part-\d+\.parquet .*, which repairs it"),
 }  # fmt: skip
 
 
@@ -262,6 +289,7 @@ def test_damage_is_one_sentence_and_repaired(trained, photos, shelf, name, capsy
     if name not in ("cut info", "version"):  # the sentence says to delete the folder
         assert cli.main(["index", str(trained), str(photos), "--out", str(shelf)]) == 0
         assert found(shelf) == before
+        assert all(map(is_readable, shelf.rglob("part-*")))
 
 
 def test_data_and_model_that_moved_or_changed(trained, photos, tmp_path):
@@ -284,7 +312,7 @@ def test_a_model_that_was_trained_further_is_refused(trained, photos, shelf, tmp
     monkeypatch.setattr("coalign.workflows.evaluate.eval_model.load", lambda *_: other)
     with pytest.raises(UserError, match=r"has changed since .*shelf was built; build an index of it in another folder"):
         open_collection(shelf)
-    with pytest.raises(UserError, match=r"shelf holds embeddings of run.* other weights; choose another --out"):
+    with pytest.raises(UserError, match=r"shelf holds embeddings of run.* with other weights.*; choose another --out"):
         build_index(trained, str(photos), shelf)
 
 

@@ -65,7 +65,7 @@ def test_many_vectors_are_in_lists_whose_recall_is_measured(vectors, approximate
 
 def test_recall_of_fewer_lists_is_lower(vectors, approximate):
     queries, built = approximate
-    exact = nearest._exact_rows(vectors, queries, None)
+    exact = nearest._exact_rows(vectors, queries)
     built.index.nprobe = 1
     assert nearest.recall_of(built.index.search(queries, 10)[1], exact) < built.recall
     built.index.nprobe = built.index.nlist
@@ -77,7 +77,7 @@ def test_exact_rows_do_not_depend_on_blocks(vectors, monkeypatch, chunk):
     monkeypatch.setattr(nearest, "_CHUNK", chunk)
     queries = synthetic(3, seed=3)
     expected = [sorted_rows(vectors, query, 10) for query in queries]
-    assert nearest._exact_rows(vectors, queries, None).tolist() == expected
+    assert nearest._exact_rows(vectors, queries).tolist() == expected
 
 
 def test_lists_survive_the_disk_and_search_filtered_rows_exactly(vectors, approximate, tmp_path):
@@ -95,3 +95,4 @@ def test_lists_survive_the_disk_and_search_filtered_rows_exactly(vectors, approx
         scores, rows = index.nearest(query, 12)
         np.testing.assert_allclose(scores, vectors[rows] @ query, rtol=1e-5)
     assert index.nearest(queries[0], 12, some[:5])[1].tolist() == sorted_rows(vectors, queries[0], 5, some[:5])
+    assert len(index.nearest(queries[0], 12, some[:0])[1]) == 0

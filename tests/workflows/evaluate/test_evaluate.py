@@ -220,6 +220,17 @@ def test_classes_file_renames_classes(four, tmp_path):
     assert result["per_class"] == {"my red": 1, "my blue": 1}
 
 
+def test_classes_with_prompts_of_their_own(four, tmp_path):
+    """Prompts that name the other color turn every prediction around; --prompts serves the classes without any."""
+    classes, task = tmp_path / "classes.json", f"zeroshot:{four}"
+    for prompts, accuracy in (({"red": ["red", "my red"], "blue": []}, 1), ({"red": "blue", "blue": ["red"]}, 0)):
+        classes.write_text(json.dumps(prompts))
+        result = evaluate(Oracle(), [task], EvalConfig(classes=classes))[task]
+        assert (result["metrics"]["acc1"]["value"], result["metrics"]["acc1"]["count"]) == (accuracy, 2)
+    with pytest.raises(UserError, match="--prompts has no effect"):
+        evaluate(Oracle(), [task], EvalConfig(classes=classes, reading=DataConfig(prompts=("a {}",))))
+
+
 def test_images_without_captions_have_classes(four):
     """As in most folders of classes, file names such as 00001.jpg give no caption."""
     for number, path in enumerate(sorted(four.rglob("*.png"))):

@@ -103,7 +103,8 @@ def test_what_is_skipped_is_counted_by_reason(trained, tmp_path, capsys):
     rows = f"image,caption\n0.png,{'word ' * 30}\n1.png,two\ngone.png,three\nlost.png,four\n"
     (tmp_path / "pairs.csv").write_text(rows)
     assert cli.main(["search", str(trained), "--data", str(tmp_path / "pairs.csv"), "--text", "red"]) == 0
-    _, hit, *lines = capsys.readouterr().out.splitlines()
+    device, hit, *lines = capsys.readouterr().out.splitlines()
+    assert device.startswith("Device: ")
     assert hit.endswith("word…")
     skipped = ["Skipped samples: 2 (image file is missing)", "Skipped samples: 1 (empty file)"]
     assert lines == ["1 images searched", *skipped]

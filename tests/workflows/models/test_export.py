@@ -233,7 +233,7 @@ def test_the_code_of_a_runs_card_embeds(trained, pairs, tmp_path, monkeypatch):
 
 def test_export_without_transformers_raises(make, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for to in ("transformers", "open_clip"):  # open_clip needs it for tokenizers other than CLIP's
+    for to in ("transformers", "open_clip"):  # open_clip needs it for the tokenizer
         with pytest.raises(UserError, match=r'pip install "coalign\[hf\]"'):
             export(make(), to, tmp_path / "out")
 

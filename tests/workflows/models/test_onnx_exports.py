@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from coalign.cli import main as cli
+from coalign.data.text.tokenizer import train_bpe
 from coalign.errors import UserError
 from coalign.networks.towers.spec import model_config
 from coalign.runs.run import load
@@ -186,6 +187,17 @@ def test_a_loss_that_cannot_be_measured_is_said(run_and_export, tmp_path, capsys
     content = (tmp_path / "out/onnx_model.json").read_text()
     assert json.loads(content)["quantization"]["retrieval"] == {}
     assert str(tmp_path) not in content
+
+
+def test_an_export_of_an_older_version_is_rejected(tmp_path):
+    """Its tokenizer adds no start and end tokens."""
+    info = {"image_size": 32, "context_length": 12, "logit_scale": 10.0}
+    (tmp_path / "onnx_model.json").write_text(json.dumps(info))
+    train_bpe(["a red dog"], 300).save(tmp_path / "tokenizer.json")
+    with pytest.raises(
+        UserError, match=r"tokenizer.json is of an export by an older version .*; export the run again\."
+    ):
+        open_eval_model(tmp_path)
 
 
 def test_only_onnx_is_quantized(trained, tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from coalign.cli import main as cli
 from coalign.config import OptimizerConfig
+from coalign.data.images import evaluation_view
 from coalign.data.images.decode import OpenedImage
 from coalign.data.loading.cached_views import to_float
 from coalign.data.loading.feature_file import MISSING, FeatureFile
@@ -412,6 +413,19 @@ def test_features_of_other_weights_are_computed_again(tmp_path, pairs, model_fil
     assert (out / "features" / "train_images").read_bytes() != before
 
 
+def test_features_of_other_evaluation_views_are_computed_again(tmp_path, pairs, model_file, monkeypatch, capsys):
+    """Such as those that an older version of coalign made."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        patch.setattr(evaluation_view, "VERSION", 1)
+        assert go(pairs, tmp_path / "run", model_file) == cli.INTERRUPTED
+    assert go(pairs, tmp_path / "run", model_file, resume="auto") == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "run" / "features"
+    assert f"{folder / 'train_images'} is computed again: it was made with other views." in printed
+    assert f"{folder / 'train_texts'} is computed again" not in printed
+
+
 def test_a_truncated_file_is_computed_again(tmp_path, pairs, model_file, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 8)
@@ -501,23 +515,20 @@ def test_without_a_cache_patches_and_tokens_train(tmp_path, pairs, model_file):
 # ---------------------------------------------------------------- what is printed
 
 
-def test_size_and_time_are_said_before_and_progress_meanwhile(tmp_path, pairs, model_file, monkeypatch, capsys, kept):
-    from coalign.workflows.train import feature_progress
-
-    clock = iter(range(0, 100_000, 20))
-    monkeypatch.setattr(feature_progress, "_clock", lambda: next(clock))
+def test_size_and_time_are_said_before_and_progress_meanwhile(
+    tmp_path, pairs, model_file, monkeypatch, capsys, kept, every_update
+):
     monkeypatch.setattr(run_features, "CHUNK", 16)
     assert go(pairs, tmp_path / "run", model_file, epochs=1) == 0
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
     lines = [line for line in output.splitlines() if "eatures of" in line]
     assert lines[0].startswith(
         "The features of the locked image and text towers are computed once: 64 images; 66 texts. They take 13 kB in "
     )
     size = sum(path.stat().st_size for path in (tmp_path / "run" / "features").iterdir())
     assert round(size / 1000) == 13
-    assert lines[1].startswith("features of images: ")
-    assert "/59  ETA " in lines[1]
-    assert any(line.startswith("features of texts: ") for line in lines)
+    assert re.search(r"^Features of images: 16 of 59, .* left$", errors, re.MULTILINE)
+    assert re.search(r"^Features of texts: \d+ of \d+, .* left$", errors, re.MULTILINE)
 
 
 def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path, pairs, model_file, monkeypatch, capsys):

@@ -1,11 +1,11 @@
 """Cache of decoded images for later epochs, in memory or on disk, shared by the processes of a machine.
 
-Cached pixels equal decoded ones, so a run does not depend on its cache. If the cache cannot be read or written, images are decoded instead.
+Cached pixels equal decoded ones, so a run does not depend on its cache. If the cache cannot be read or written, as on
+Windows, images are decoded instead.
 """
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import tempfile
@@ -18,6 +18,12 @@ import numpy as np
 
 from coalign.data.images import decode as images
 from coalign.data.images.decode import REDUCTIONS, OpenedImage, jpeg_reduction, open_image
+from coalign.files import write_at
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # The file starts with the numbers below, uint64: the end of the used part, the number of samples, and a row per sample: its size, then the
 # location of its pixels for each JPEG reduction. Each entry is one 64-bit number, so that concurrent readers see either nothing or a
@@ -71,7 +77,7 @@ class ImageCache:
         self._process = os.getpid()
         self._rows: np.ndarray | None = None
         index_bytes = 8 * (2 + self.samples * (1 + len(REDUCTIONS)))
-        if self.shared_path is None or index_bytes > self.max_bytes:
+        if fcntl is None or self.shared_path is None or index_bytes > self.max_bytes:
             return
         with suppress(OSError, ValueError):
             self.shared_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,8 +89,8 @@ class ImageCache:
                 if samples != self.samples or not index_bytes <= used <= size:  # new, or damaged
                     os.ftruncate(self._file, 0)
                     # Written, not only mapped: writing to a mapped page without space would kill the process.
-                    _write(self._file, np.array([index_bytes, self.samples], np.uint64).data.cast("B"), 0)
-                    _write(self._file, memoryview(bytes(index_bytes - 16)), 16)
+                    write_at(self._file, np.array([index_bytes, self.samples], np.uint64).data.cast("B"), 0)
+                    write_at(self._file, memoryview(bytes(index_bytes - 16)), 16)
                 os.ftruncate(self._file, max(size, self.max_bytes))  # takes no space until it is written
             self._map = mmap.mmap(self._file, max(size, self.max_bytes))
             numbers = np.frombuffer(self._map, np.uint64, index_bytes // 8)
@@ -114,8 +120,8 @@ class ImageCache:
                 if int(row[1 + level]) or start + size > self.max_bytes:
                     return
                 self._used[0] = start + size
-            _write(self._file, np.array(pixels.shape[:2], np.uint32).data.cast("B"), start)
-            _write(self._file, np.ascontiguousarray(pixels).data.cast("B"), start + _HEADER_BYTES)
+            write_at(self._file, np.array(pixels.shape[:2], np.uint32).data.cast("B"), start)
+            write_at(self._file, np.ascontiguousarray(pixels).data.cast("B"), start + _HEADER_BYTES)
             width, height = opened.size
             row[0] = _VALID | (_REDUCIBLE if opened.reducible else 0) | width << _SIDE_BITS | height
             row[1 + level] = start  # last, since readers check it first
@@ -124,12 +130,6 @@ class ImageCache:
 def _remove(path: Path, process: int) -> None:
     if os.getpid() == process:  # not in a forked one
         path.unlink(missing_ok=True)
-
-
-def _write(file: int, data: memoryview, start: int) -> None:
-    while data:
-        written = os.pwrite(file, data, start)
-        data, start = data[written:], start + written
 
 
 class CachedImage:

@@ -56,6 +56,8 @@ def available_memory(root: Path = Path("/")) -> float:
         with suppress(OSError, ValueError):  # "max": no limit
             available.append(float(int(limit.read_text())) - int(used.read_text()))
     if available == [float("inf")]:  # another system than Linux
+        if not hasattr(os, "sysconf"):  # Windows: not known, so nothing is kept
+            return 0.0
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     return max(0.0, min(available))
 

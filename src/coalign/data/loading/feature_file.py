@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from coalign.errors import UserError
-from coalign.files import write_atomically
+from coalign.files import write_at, write_atomically
 from coalign.formatting import data_size
 
 MISSING, DONE, BAD = 0, 1, 2  # states of a row
@@ -51,8 +52,7 @@ class FeatureFile:
         existed = self.path.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            free = os.statvfs(self.path.parent)
-            if (missing := self.num_bytes - free.f_bavail * free.f_frsize) > 0:
+            if (missing := self.num_bytes - shutil.disk_usage(self.path.parent).free) > 0:
                 raise UserError(
                     f"The features in {self.path} take {data_size(self.num_bytes)}, {data_size(missing)} more than the disk has free; "
                     "free some space, or choose another folder with --out."
@@ -89,6 +89,10 @@ class FeatureFile:
         """The state of each row, uint8 [row], as other processes write it."""
         return np.frombuffer(self._mapped(), np.uint8, self.rows, self._state_start)
 
+    def num_complete(self) -> int:
+        """The number of complete rows, over all processes."""
+        return int(np.count_nonzero(self.state != MISSING))
+
     def features(self, rows: np.ndarray, variants: np.ndarray) -> np.ndarray:
         """Returns the bits of bfloat16 features, uint16 [sample, width]."""
         numbers = np.frombuffer(self._mapped(), np.uint16, self.rows * self.variants * self.width, self._features_start)
@@ -103,7 +107,7 @@ class FeatureFile:
     def _mapped(self) -> mmap.mmap:
         if "_map" not in vars(self):
             with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), self.num_bytes, prot=mmap.PROT_READ)
+                self._map = mmap.mmap(file.fileno(), self.num_bytes, access=mmap.ACCESS_READ)
             with suppress(AttributeError):  # not on every system
                 self._map.madvise(mmap.MADV_RANDOM)
         return self._map
@@ -117,7 +121,7 @@ class FeatureFile:
         """
         state = np.where(bad, BAD, DONE).astype(np.uint8)
         try:
-            file = os.open(self.path, os.O_WRONLY)
+            file = os.open(self.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
             try:
                 _write(file, features, self._features_start + 2 * first * self.variants * self.width)
                 if params is not None:
@@ -141,7 +145,4 @@ def _aligned(position: int) -> int:
 
 
 def _write(file: int, values: np.ndarray, start: int) -> None:
-    data = np.ascontiguousarray(values).data.cast("B")
-    while data:
-        written = os.pwrite(file, data, start)
-        data, start = data[written:], start + written
+    write_at(file, np.ascontiguousarray(values).data.cast("B"), start)

@@ -30,6 +30,7 @@ from coalign.data.prepare.curate import english_ratio, single_part_of_speech
 from coalign.data.sources.base import Source, hash64
 from coalign.data.text.captions import require_captions
 from coalign.errors import BadSample
+from coalign.progress import progress
 
 CHUNK_SIZE = 64  # samples per task
 MIN_PARALLEL = 512  # samples; below, starting worker processes takes longer than the check
@@ -73,15 +74,14 @@ class _ChunkStats:
 
 def check(
     source: Source,
-    progress: Callable[[int, int], None] | None = None,
     limit: int | None = None,
     tokenizer: CaptionTokenizer | None = None,
     seed: int = 0,
 ) -> DataCheck:
     """Reads every sample of `source`, or `limit` random ones, and returns statistics and warnings.
 
-    `progress(done, total)` is called as samples are read. Token counts require a `tokenizer`. A bad sample, such as one without a
-    caption, is counted by its reason and in no other statistic. Uses all CPU cores, and about 100 bytes of memory per sample.
+    Token counts require a `tokenizer`. A bad sample, such as one without a caption, is counted by its reason and in no other statistic.
+    Uses all CPU cores, and about 100 bytes of memory per sample.
     """
     generator = np.random.default_rng(seed)
     indices = np.arange(len(source))
@@ -91,10 +91,10 @@ def check(
     workers = num_cores() if len(indices) >= MIN_PARALLEL else 0
     tasks = range(-(-len(indices) // CHUNK_SIZE))
     check_chunk = partial(_check_chunk, source, indices, tokenizer)
-    for task, chunk in zip(tasks, fetch_all(check_chunk, tasks, workers, ahead=4)):
-        chunks.append(chunk)
-        if progress is not None:
-            progress(min(len(indices), (task + 1) * CHUNK_SIZE), len(indices))
+    with progress("Checking samples", len(indices)) as task:
+        for number, chunk in zip(tasks, fetch_all(check_chunk, tasks, workers, ahead=4)):
+            chunks.append(chunk)
+            task.update(min(len(indices), (number + 1) * CHUNK_SIZE))
     images = np.concatenate([np.empty(0, _IMAGES), *(chunk.images for chunk in chunks)])
     captions = np.concatenate([np.empty(0, _CAPTIONS), *(chunk.captions for chunk in chunks)])
     result = DataCheck(source.name, samples=len(source), checked=len(indices), usable=len(images))

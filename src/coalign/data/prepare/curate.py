@@ -14,6 +14,7 @@ from coalign.data.sources.base import Source
 from coalign.data.text.captions import clean_caption, require_captions
 from coalign.data.text.lexicon import base_forms, is_english, likely_parts_of_speech, synonyms, words_of
 from coalign.errors import BadSample, UserError
+from coalign.progress import track
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +102,7 @@ def curate(
     An image is decoded only if a caption passes, so a sample with bad captions and a bad image is reported for its captions.
     """
     report = CurationReport(rules, len(source))
-    for index in range(len(source)):
+    for index in track(range(len(source)), "Applying the rules"):
         key = f"{source.name}, sample {index}"
         try:
             record = source.record(index)
@@ -165,7 +166,7 @@ def tag_counts(source: Source) -> tuple[Counter[str], Counter[str]]:
     """Returns the number of samples per tag (lower case, single spaces), and the number of samples skipped as bad, per reason."""
     tags: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
-    for index in range(len(source)):
+    for index in track(range(len(source)), "Reading tags"):
         try:
             record = source.record(index)
             require_captions(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from coalign.data.prepare.emoji_vendors import Drawing, Vendor, margin, open_ven
 from coalign.data.prepare.writing import new_folder, write_json_lines
 from coalign.errors import UserError
 from coalign.files import write_json, write_text
+from coalign.progress import track
 
 SIDE = 72  # pixels, of Twemoji's images
 TEST_VENDOR = "openmoji"
@@ -79,6 +80,7 @@ class Summary:
     without_category: int  # drawings
     tables: dict[str, dict[str, int]]  # table -> split -> drawings
     missing: list[str]  # a sentence for each vendor that is not available
+    notices: dict[str, str]  # vendor -> its license
 
 
 def prepare_emoji(
@@ -86,7 +88,6 @@ def prepare_emoji(
     vendors: Sequence[str] = (),
     language: str = "en",
     max_side: int = SIDE,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Writes the emoji dataset to the folder `out` and returns its counts.
 
@@ -98,7 +99,7 @@ def prepare_emoji(
     (file in the package) and split; skipped.jsonl with vendor, source and reason; summary.json with the counts; and README.md with the
     licenses. In metadata.jsonl, OpenMoji is the test split. In concepts.jsonl, the test split has at least 400 emoji, drawn by all
     vendors, of families that are not in train. In both.jsonl, it has OpenMoji's drawings of these, and train has the other vendors'
-    drawings of the other families. `out` is created when it is complete. `progress(done, total)` is called after each drawing.
+    drawings of the other families. `out` is created when it is complete.
 
     Raises UserError if `out` is not empty, or if a package or a named vendor is not available.
     """
@@ -108,7 +109,7 @@ def prepare_emoji(
     names = read_emoji(language)
     opened, missing = open_vendors(vendors, names)
     with new_folder(out, "The emoji dataset") as folder:
-        rows, skipped = _write_images(folder, opened, names, side, progress)
+        rows, skipped = _write_images(folder, opened, names, side)
         tables = {
             VENDORS_TABLE: vendor_split(rows),
             CONCEPTS_TABLE: concept_split(rows),
@@ -126,6 +127,7 @@ def prepare_emoji(
             without_category=sum(not row["category"] for row in rows),
             tables={name: _count_splits(table) for name, table in tables.items()},
             missing=missing,
+            notices={vendor.name: vendor.notice for vendor in opened},
         )
         write_json(folder / "summary.json", asdict(summary))
         write_text(folder / "README.md", _readme(out, summary, opened, language, side, versions))
@@ -150,14 +152,12 @@ def _write_images(
     vendors: Sequence[Vendor],
     names: Mapping[Code, Emoji],
     side: int,
-    progress: Callable[[int, int], None] | None,
 ) -> tuple[list[Row], list[Row]]:
     """Writes the drawings of all named emoji to images/. Returns their rows, and those of skipped drawings with the reason."""
     rows, skipped = [], []
-    total = sum(len(vendor.drawings) for vendor in vendors)
     for vendor in vendors:
         (folder / "images" / vendor.name).mkdir(parents=True)
-        for drawing in vendor.drawings:
+        for drawing in track(vendor.drawings, f"Drawing emoji of {vendor.name}"):
             row: Row = {"vendor": vendor.name, "source": drawing.source}
             name = "-".join(f"{point:x}" for point in drawing.code)
             path = f"images/{vendor.name}/{name}.png"
@@ -167,8 +167,6 @@ def _write_images(
                 emoji = names[drawing.code]
                 facts = {"category": emoji.category, "concept": emoji.concept, "emoji": emoji.text}
                 rows.append({"image": path, "captions": [emoji.caption], **row, **facts})
-            if progress is not None:
-                progress(len(rows) + len(skipped), total)
     return rows, skipped
 
 

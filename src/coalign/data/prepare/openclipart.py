@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from coalign.data.look_alikes import NO_HASH, have_look_alike, look_hash
 from coalign.data.prepare.openclipart_text import Metadata, captions_of, read_metadata, style_of, tags_of
 from coalign.data.prepare.writing import new_folder
 from coalign.errors import BadSample, UserError
+from coalign.progress import track, waiting
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 STYLE_SHIFT = "style-shift.jsonl"
@@ -61,7 +62,6 @@ def prepare_openclipart(
     installed: Path | None = None,
     download: bool = False,
     max_side: int = 256,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Writes the Open Clip Art dataset to the folder `out` and returns its counts.
 
@@ -71,8 +71,8 @@ def prepare_openclipart(
 
     `out` contains images/, metadata.jsonl with the columns image, captions, tags, style (icon theme or author), category (folder) and
     source (path in the package), style-shift.jsonl with the rows of `style_shift`, skipped.jsonl and metadata_problems.jsonl with file,
-    reason and detail, and summary.json with the counts. It is created when it is complete. `progress(done, total)` is called after each
-    file. Raises UserError if `out` is not empty or the packages are not available.
+    reason and detail, and summary.json with the counts. It is created when it is complete. Raises
+    UserError if `out` is not empty or the packages are not available.
     """
     if max_side < 1:
         raise UserError(f"--max-side is {max_side}, but must be at least 1.")
@@ -80,7 +80,7 @@ def prepare_openclipart(
         raise UserError(f"Use either --download or --from {installed}, not both.")
     with new_folder(out, "Open Clip Art") as folder:
         art = _find_art(_download(folder.parent) if download else Path(installed or "/"))
-        summary = _write(folder, list(_prepare_all(art, folder, max_side, progress)))
+        summary = _write(folder, list(_prepare_all(art, folder, max_side)))
     return summary
 
 
@@ -111,14 +111,16 @@ def _download(work: Path) -> Path:
     folder, root = work / "download", work / "unpacked"
     folder.mkdir()
     root.mkdir()
-    _run_command(["apt-get", "download", *PACKAGES], folder)
+    with waiting("Downloading Open Clip Art"):
+        _run_command(["apt-get", "download", *PACKAGES], folder)
     for package in PACKAGES:
         archives = list(folder.glob(f"{package}_*.deb"))
         if not archives:
             raise UserError(
                 f"apt-get did not download {package}; download the package manually, unpack it and use --from."
             )
-        _run_command(["dpkg-deb", "-x", str(archives[0]), str(root)], folder)
+        with waiting(f"Unpacking {package}"):
+            _run_command(["dpkg-deb", "-x", str(archives[0]), str(root)], folder)
         archives[0].unlink()
     return root
 
@@ -138,18 +140,13 @@ def _run_command(command: Sequence[str], folder: Path) -> None:
 # ---------------------------------------------------------------- files
 
 
-def _prepare_all(
-    art: Path, staging: Path, max_side: int, progress: Callable[[int, int], None] | None
-) -> Iterator[_Item]:
+def _prepare_all(art: Path, staging: Path, max_side: int) -> Iterator[_Item]:
     files = sorted(_find_pngs(art / "png"))
     if not files:
         raise UserError(f"{art / 'png'} has no PNG files; unpack the package openclipart-png again.")
     workers = num_cores() if len(files) >= MIN_PARALLEL else 0
     prepare = partial(_prepare_file, art, staging, files, max_side)
-    for done, item in enumerate(fetch_all(prepare, range(len(files)), workers, ahead=64), 1):
-        if progress is not None:
-            progress(done, len(files))
-        yield item
+    yield from track(fetch_all(prepare, range(len(files)), workers, ahead=64), "Reading images", len(files))
 
 
 def _find_pngs(root: Path) -> Iterator[str]:

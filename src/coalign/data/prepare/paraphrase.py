@@ -17,6 +17,7 @@ from coalign.data.sources.base import Source
 from coalign.data.text.captions import clean_caption
 from coalign.data.text.lexicon import base_forms, parts_of_speech, synonyms, words_of
 from coalign.errors import BadSample, UserError
+from coalign.progress import track
 from coalign.types import Record
 
 Translator = Callable[[Sequence[str]], list[str]]  # returns one translation per sentence
@@ -90,7 +91,7 @@ def marian(model: str, device: str = "cpu") -> Translator:
 def back_translate(captions: Sequence[str], to_pivot: Translator, from_pivot: Translator) -> list[str]:
     """Returns one paraphrase per caption, without filtering."""
     paraphrases: list[str] = []
-    for start in range(0, len(captions), _BATCH_SIZE):
+    for start in track(range(0, len(captions), _BATCH_SIZE), "Translating", unit="batches"):
         paraphrases += from_pivot(to_pivot(captions[start : start + _BATCH_SIZE]))
     return paraphrases
 

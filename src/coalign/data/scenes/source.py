@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
@@ -36,6 +36,7 @@ from coalign.data.scenes.full_captions import (
 from coalign.data.scenes.layout import SPLITS, Scene, make_scene
 from coalign.data.sources.base import Source
 from coalign.errors import UserError
+from coalign.progress import track
 from coalign.randomness import generator, stable_hash
 from coalign.types import AugmentationParams, Foil, Record
 
@@ -257,14 +258,11 @@ def _number(name: str, text: str) -> Any:
     return value
 
 
-def write_scenes(
-    out: Path, options: str = "", *, num_foils: int = 2000, progress: Callable[[int, int], None] | None = None
-) -> dict[str, int]:
+def write_scenes(out: Path, options: str = "", *, num_foils: int = 2000) -> dict[str, int]:
     """Writes all splits to a folder: images/*.png, metadata.jsonl, and the foils of the test split in one file per kind.
 
     metadata.jsonl has the columns image, captions, tags, split, objects, facts, swapped. The folder is created when it is complete.
-    `progress(done, total)` is called after each image. Returns the number of images per split. Raises UserError if `out` is not empty or
-    cannot be written.
+    Returns the number of images per split. Raises UserError if `out` is not empty or cannot be written.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -276,7 +274,7 @@ def write_scenes(
     except OSError as error:
         raise UserError(f"The scenes cannot be written to {out}: {error.strerror}; choose another folder.") from error
     try:
-        _write(source, temporary, num_foils, progress)
+        _write(source, temporary, num_foils)
         temporary.chmod(0o755)
         temporary.replace(out)
     except BaseException:
@@ -285,11 +283,11 @@ def write_scenes(
     return {name: len(indices) for name, indices in source.splits.items()}
 
 
-def _write(source: Scenes, folder: Path, num_foils: int, progress: Callable[[int, int], None] | None) -> None:
+def _write(source: Scenes, folder: Path, num_foils: int) -> None:
     (folder / "images").mkdir()
     paths = []
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-        for index in range(len(source)):
+        for index in track(range(len(source)), "Drawing scenes"):
             record = source.record(index)
             paths.append(f"images/{record.key}.png")
             Image.fromarray(source.image(index)).save(folder / paths[-1])
@@ -303,8 +301,6 @@ def _write(source: Scenes, folder: Path, num_foils: int, progress: Callable[[int
                 "swapped": record.facts["swapped"],
             }
             _write_line(lines, row)
-            if progress is not None:
-                progress(index + 1, len(source))
     for kind in source.kinds:
         with (folder / f"foils_{kind}.jsonl").open("w", encoding="utf-8") as lines:
             for item in source.foil_items("test", kind, num_foils):

@@ -193,7 +193,7 @@ def read_image_file(path: str | Path) -> bytes:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would otherwise wait for a writer
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a named pipe would otherwise wait for a writer
 
 
 def is_image_name(name: str) -> bool:

@@ -21,7 +21,7 @@ _CONTROL = r"[\x{00}-\x{08}\x{0b}\x{0e}-\x{1f}\x{7f}\x{206a}-\x{206f}\x{feff}\x{
 _TERMINAL_ESCAPE = r"\x{1b}\[[\d;]*[a-zA-Z]"
 _LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
 _FULL_AND_HALF_WIDTH = range(0xFF01, 0xFFF0)
-_FINAL_SIGMA = r"(?<=\p{Cased})Σ(?!\p{Case_Ignorable}*\p{Cased})"  # almost as Unicode says
+_FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}*)Σ(?!\p{Case_Ignorable}*\p{Cased})"
 
 
 def is_plain(text: str) -> bool:

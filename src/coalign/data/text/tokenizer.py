@@ -69,13 +69,16 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         last = self.vocab_size - 2, self.vocab_size - 1
         self.hugging_face = (backend.token_to_id(START), backend.token_to_id(END)) != last
-        self.repairs = not self.hugging_face and backend.normalizer is None
-        self._normalizer = None if self.hugging_face else backend.normalizer
+        normalizer = None if self.hugging_face else backend.normalizer
+        cleans = normalizer is not None and normalizer.normalize_str("&amp;") == "&"  # not in files of older versions
+        self.repairs = not self.hugging_face and not cleans
+        self._normalizer = normalizer if cleans else None
         # for plain text, `clean_text` returns the same much faster
         self._is_fast = self._normalizer is not None and self._normalizer.normalize_str(_PLAIN) == clean_text(_PLAIN)
+        if cleans:
+            backend.normalizer = None
         self.mask_id: int | None
         if not self.hugging_face:
-            backend.normalizer = None
             around: tuple[int, ...] = last
             self.special_ids, self.mask_id = around, self.vocab_size
         else:

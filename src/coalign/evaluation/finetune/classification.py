@@ -20,6 +20,7 @@ from coalign.evaluation.probes.accuracy import accuracy
 from coalign.evaluation.zero_shot import ClassEmbeds, class_scores
 from coalign.metric import Metric
 from coalign.optim import build_optimizers
+from coalign.progress import track
 from coalign.types import Embeds, Similarity, dot_product
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)  # interpolation coefficients: 0 is the zero-shot model, 1 the fine-tuned one
@@ -182,7 +183,7 @@ def minimize(
     optimizers = build_optimizers(groups, settings, None)
     parameters = [parameter for layer in layers for parameter in layer]
     step = 0
-    for epoch in range(config.epochs):
+    for epoch in track(range(config.epochs), "Fine-tuning", unit="epochs"):
         for loss in losses(epoch):
             optimizers.set_lr(step, config.epochs * steps_per_epoch)
             optimizers.zero_grad()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from coalign.evaluation.probes.accuracy import FeatureSplit, accuracy, check_splits
 from coalign.metric import Metric
+from coalign.progress import track
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def sgd_probe(
     optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     base_lr, steps = protocol.lr * batch_size / protocol.batch_size, -(-num_items // batch_size)
-    for epoch in range(protocol.epochs):
+    for epoch in track(range(protocol.epochs), "Training the probe", unit="epochs"):
         split = train(epoch) if epoch else first_epoch
         features, labels = (torch.from_numpy(np.ascontiguousarray(array)) for array in split)
         for step, rows in enumerate(torch.randperm(len(labels), generator=generator).split(batch_size)):

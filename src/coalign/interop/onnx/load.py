@@ -28,10 +28,9 @@ MISSING = 'ONNX needs the extra "onnx": pip install "coalign[onnx]".'
 def from_onnx(folder: Path) -> DualEncoder:
     """Loads an exported folder, which onnxruntime runs on the CPU. Raises UserError if the folder is not an ONNX export."""
     info = read_info(folder)
-    image, text = (session(folder / f"{name}.onnx") for name in ("image", "text"))
-    tokenizer = _read_tokenizer(folder / TOKENIZER)
-    uncut = _read_tokenizer(folder / TOKENIZER)
+    tokenizer, uncut = (_read_tokenizer(folder / TOKENIZER) for _ in range(2))
     uncut.no_truncation()
+    image, text = (session(folder / f"{name}.onnx") for name in ("image", "text"))
     return DualEncoder(
         encode_image=lambda pixels: to_embeds(image(pixels=pixels.cpu().numpy())),
         encode_text=lambda texts: to_embeds(text(input_ids=token_ids(tokenizer, texts))),
@@ -53,6 +52,10 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a plain Exception for all errors
         raise UserError(f"{path} is not a tokenizer file of an ONNX export: {error}.") from None
+    if tokenizer.truncation is None or tokenizer.padding is None:
+        raise UserError(
+            f"{path} is of an export by an older version of coalign, without start and end tokens; export the run again."
+        )
     tokenizer.encode_special_tokens = True  # encode special tokens in a text as ordinary text
     return tokenizer
 

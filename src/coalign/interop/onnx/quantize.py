@@ -39,20 +39,19 @@ def quantize_graph(path: Path, kind: str) -> None:
 
 
 def _quantize_products(path: Path) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logger = logging.getLogger()  # the tool advises by warnings of the root logger
     level = logger.level
     logger.setLevel(logging.ERROR)
-    small = path.with_suffix(".int8.onnx")
     try:
         quantize_dynamic(
-            str(path), str(small), op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            onnx.load(path), path, op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             per_channel=True, reduce_range=True, weight_type=QuantType.QInt8,
         )  # fmt: skip
     finally:
         logger.setLevel(level)
-    small.replace(path)
 
 
 def _store_convolutions(graph: Any) -> None:

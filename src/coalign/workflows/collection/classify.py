@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
 
 from coalign.config import DETECT, DataConfig
 from coalign.data.account import account_lines
@@ -26,11 +25,11 @@ from coalign.errors import UserError
 from coalign.evaluation.embed import cut_lines, embed_images
 from coalign.evaluation.zero_shot import ClassEmbeds, class_scores, embed_classes
 from coalign.files import write_atomically
+from coalign.progress import progress
 from coalign.runs.folder import check_output
 from coalign.types import Embeds, Record
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.samples import reading_of
-from coalign.workflows.progress import show_progress
 
 MAX_SHOWN = 50  # images in the result of `classify_data`; a file has all
 _BATCH = 256  # images
@@ -138,12 +137,11 @@ def classify_data(
     device: str | None = None,
     workers: int = 0,
     reading: DataConfig = DETECT,
-    console: Console | None = None,
 ) -> Classified:
     """Classifies the images of a folder, of any dataset, or image files, and writes the probabilities to the CSV file `out`.
 
     The file has a row per image, with its key and a column per label; the cells of unreadable images are empty. labels: as in
-    `read_labels`. console: shows the progress. Raises UserError if the model, the data or the labels are invalid, no image can be read, or
+    `read_labels`. Raises UserError if the model, the data or the labels are invalid, no image can be read, or
     the file cannot be written.
     """
     if out is not None:
@@ -153,8 +151,8 @@ def classify_data(
     classes = label_embeds(model, prompts)
     source = _open(images, model, reading)
     result = Classified(prompts, model.encoder.logit_scale)
-    with show_progress(console, "classified", len(source)) as progress:
-        rows = _classified(model, source, classes, workers, progress)
+    with progress("Classifying", len(source)) as task:
+        rows = _classified(model, source, classes, workers, task.update)
         if out is None:
             for each in rows:
                 result.add(*each)
@@ -202,7 +200,7 @@ class _Images(Source):
 
 
 def _classified(
-    model: EvalModel, source: Source, classes: ClassEmbeds, workers: int, progress: Callable[[int], Any]
+    model: EvalModel, source: Source, classes: ClassEmbeds, workers: int, on_progress: Callable[[int], Any]
 ) -> Iterator[tuple[str, Outcome]]:
     """Yields the key of each image in order, with its probabilities, or with why it is unreadable."""
     encoder, done = model.encoder, 0
@@ -218,7 +216,7 @@ def _classified(
                 key = sample_key(source, index)
                 yield key, next(rows) if index in readable else next(unreadable)
             done += len(indices) + len(bad)
-            progress(done)
+            on_progress(done)
 
 
 def _write(out: Path, rows: Iterator[tuple[str, Outcome]], result: Classified) -> None:

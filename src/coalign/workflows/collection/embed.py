@@ -23,11 +23,14 @@ from coalign.data.sources.base import MAX_NAMED, Source
 from coalign.data.sources.open import open_source
 from coalign.devices import device_line
 from coalign.errors import UserError
+from coalign.progress import progress
 from coalign.runs.run import Run
+from coalign.training.checkpoint import RunLock
 from coalign.training.distributed import World, join_world
 from coalign.types import DualEncoder
 from coalign.workflows.collection.embed_chunks import ChunkEncoder, Vectors, image_vectors, join_cut
 from coalign.workflows.collection.embedding_files import (
+    LOCK,
     MANIFEST,
     part_files,
     read_groups,
@@ -38,7 +41,6 @@ from coalign.workflows.collection.embedding_files import (
     require_pyarrow,
     schema,
     state_of,
-    unwritable,
     write_file,
     write_manifest,
     write_part,
@@ -47,7 +49,6 @@ from coalign.workflows.collection.embedding_plan import Plan, SampleReader, Task
 from coalign.workflows.collection.embedding_settings import Settings, difference, new_manifest, reading_in
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
 from coalign.workflows.evaluate.samples import reading_of, select_split
-from coalign.workflows.progress import show_progress
 
 T = TypeVar("T")
 Model = str | Path | Run | DualEncoder | EvalModel
@@ -57,13 +58,21 @@ _FEW = 512  # images that are read faster by a thread than by processes that sta
 
 @dataclass(frozen=True)
 class Update:
-    """How many samples were embedded because they are new or changed, are gone, and were kept."""
+    """What has changed since the embeddings were written before.
+
+    Attributes:
+        added: Samples that are new, and were embedded.
+        changed: Samples that were embedded again.
+        deleted: Samples that are gone from the data.
+        unchanged: Samples whose embeddings were kept.
+        bad: Samples that cannot be used, or only in part, new or not.
+    """
 
     added: int
     changed: int
     deleted: int
     unchanged: int
-    bad: int  # samples that cannot be used, or only in part, new or not
+    bad: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ def embed(
         device: cpu, cuda, cuda:N or mps. None: the best there is.
         workers: Number of loader processes per process. None: one per CPU core, at most 8.
         reading: The columns of a table to read.
-        console: Where progress is shown. None: nowhere.
+        console: Where the device is printed. None: nowhere.
 
     Returns:
         The manifest of the files and what was done. `EmbeddingFiles` reads the files.
@@ -208,16 +217,20 @@ def _embed(
         manifest = new_manifest(model, data, source, reading, settings)
         folder = out.with_name(f"{out.name}.parts") if is_file else out
         reader = SampleReader(source)
-        plan = team.on_first(lambda: _prepare(folder, manifest, reader, indices, settings.chunk, console))
-        if not all(team.gather((folder / MANIFEST).exists())):
-            raise UserError(f"Not all processes see {folder}; choose a folder that all machines share with --out.")
-        columns = schema(manifest["dim"], settings.precision, settings.images, settings.texts)
-        root = Path(data) if Path(data).is_dir() else Path(data).parent if Path(data).is_file() else None
-        encoder = ChunkEncoder(model.encoder, reader, columns, manifest["dim"], root)
-        own = plan.tasks[team.world.rank :: team.world.size]
-        _write_parts(encoder, source, own, folder, _num_workers(workers, own, team.world), console)
-        cut = join_cut(team.gather(encoder.cut)).line("texts")  # waits for all processes
-        done = team.on_first(lambda: _finish(folder, manifest, plan, out, columns if is_file else None))
+        team.on_first(lambda: _check_folder(folder))
+        with team.locked(folder):
+            plan = team.on_first(lambda: _prepare(folder, manifest, reader, indices, settings.chunk))
+            if not all(team.gather((folder / MANIFEST).exists())):
+                raise UserError(f"Not all processes see {folder}; choose a folder that all machines share with --out.")
+            columns = schema(manifest["dim"], settings.precision, settings.images, settings.texts)
+            root = Path(data) if Path(data).is_dir() else Path(data).parent if Path(data).is_file() else None
+            encoder = ChunkEncoder(model.encoder, reader, columns, manifest["dim"], root)
+            own = plan.tasks[team.world.rank :: team.world.size]
+            _write_parts(encoder, source, own, folder, _num_workers(workers, own, team.world))
+            cut = join_cut(team.gather(encoder.cut)).line("texts")  # waits for all processes
+            done = team.on_first(lambda: _finish(folder, manifest, plan, out, columns if is_file else None))
+        if is_file and team.world.is_first:
+            rmtree(folder)
     update = Update(plan.added, plan.changed, plan.deleted, plan.unchanged, done["counts"]["unusable"])
     return Embedded(out, done, update, (*([cut] if cut else []), *account_lines(source)), team.world.is_first)
 
@@ -244,6 +257,16 @@ class _Team:
             raise UserError(holder[1])
         return holder[0]
 
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Creates a folder and holds its lock in the first process. Raises UserError on all if another command holds it."""
+        lock = RunLock(folder, LOCK)
+        self.on_first(lock.acquire)
+        try:
+            yield
+        finally:
+            lock.release()
+
     def gather(self, value: T) -> list[T]:
         """Returns the values of all processes, on all of them."""
         if self.world.size == 1:
@@ -269,9 +292,8 @@ def _prepare(
     reader: SampleReader,
     indices: np.ndarray,
     chunk: int,
-    console: Console | None,
 ) -> Plan:
-    """Creates or checks the folder, and returns what to write."""
+    """Returns what to write to a locked folder. Raises UserError if it holds other embeddings."""
     stamp, trusted = manifest["data"]["stamp"], True
     if (folder / MANIFEST).exists():
         old = read_manifest(folder)
@@ -279,31 +301,23 @@ def _prepare(
             raise UserError(f"{folder} holds embeddings {differs}; choose another --out, or delete it.")
         trusted = stamp is not None and stamp == old["data"]["stamp"]
         remove_leftovers(folder)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and holds no embeddings; choose a new or empty folder with --out.")
-    with show_progress(console, "Reading samples", len(indices)) as progress:
-        plan = make_plan(reader, indices, folder, chunk, trusted, progress)
+    with progress("Reading samples", len(indices)) as task:
+        plan = make_plan(reader, indices, folder, chunk, trusted, task.update)
     if plan.tasks or plan.removed:
         # while rows of changed data are mixed with older ones, a stamp would vouch for them
         kept = {**manifest["data"], "stamp": stamp if trusted else None}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(folder, error) from error
         write_manifest(folder, {**manifest, "data": kept})
     return plan
 
 
-def _write_parts(
-    encoder: ChunkEncoder, source: Source, tasks: list[Task], folder: Path, workers: int, console: Console | None
-) -> None:
+def _write_parts(encoder: ChunkEncoder, source: Source, tasks: list[Task], folder: Path, workers: int) -> None:
     """Embeds and writes parts, one after the other."""
     indices = np.concatenate([np.empty(0, np.int64), *(task.embedded for task in tasks)])
-    with show_progress(console, "Embedding", len(indices)) as progress:
+    with progress("Embedding", len(indices)) as shown:
         if "image" in encoder.columns.names:
-            images: Generator[Any, None, None] = image_vectors(encoder.encoder, source, indices, workers, progress)
+            images: Generator[Any, None, None] = image_vectors(encoder.encoder, source, indices, workers, shown.update)
         else:
-            images = _no_images(len(indices), progress)
+            images = _no_images(len(indices), shown.update)
         with closing(images):
             for task in tasks:
                 vectors: Vectors = list(islice(images, len(task.embedded)))
@@ -312,9 +326,9 @@ def _write_parts(
 
 
 def _no_images(count: int, on_progress: Callable[[int], None]) -> Generator[None, None, None]:
-    for done in range(count):
-        on_progress(done)
+    for number in range(count):
         yield
+        on_progress(number + 1)
 
 
 def _finish(folder: Path, manifest: dict[str, Any], plan: Plan, out: Path, columns: Any) -> dict[str, Any]:
@@ -339,7 +353,6 @@ def _finish(folder: Path, manifest: dict[str, Any], plan: Plan, out: Path, colum
         write_manifest(folder, done)
     else:
         write_file(out, files, columns, done)
-        rmtree(folder)
     return done
 
 
@@ -360,6 +373,13 @@ def _check_out(out: Path, data: str) -> None:
         raise UserError(f"{out} is inside the data, {data}, which would then contain it; choose an --out beside it.")
     if out.is_file() and out.suffix != ".parquet":
         raise UserError(f"{out} is a file; choose a folder, or a file name that ends in .parquet.")
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists() or (folder / MANIFEST).exists():
+        return
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}:
+        raise UserError(f"{folder} exists and holds no embeddings; choose a new or empty folder with --out.")
 
 
 def _num_workers(workers: int | None, tasks: list[Task], world: World) -> int:

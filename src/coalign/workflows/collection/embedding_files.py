@@ -20,10 +20,15 @@ from coalign.files import write_atomically, write_json
 if TYPE_CHECKING:
     import pyarrow
 
-MANIFEST = "_manifest.json"  # pandas and Arrow skip names with an underscore when they read a folder
+MANIFEST = "_manifest.json"  # pandas and Arrow skip names with an underscore or a dot when they read a folder
+LOCK = ".lock"
 VERSION = 1
 PRECISIONS = ("float16", "float32")
 _METADATA = b"coalign"  # key in the schema: counts of a part, the manifest of a single file
+
+
+class DamagedFile(UserError):
+    """A file of embeddings cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +186,19 @@ def _of_this_version(manifest: Any, path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a readable file of embeddings ({first_line(error)}); delete it and embed again.")
+def is_readable(part: Path) -> bool:
+    """Whether all rows of a part can be read."""
+    try:
+        read_metadata(part)
+        for _ in read_groups(part):
+            pass
+    except DamagedFile:
+        return False
+    return True
+
+
+def _damaged(path: Path, error: Exception) -> DamagedFile:
+    return DamagedFile(f"{path} is not a readable file of embeddings ({first_line(error)}); delete it and embed again.")
 
 
 # ---------------------------------------------------------------- writing

@@ -17,13 +17,15 @@ from coalign.training.checkpoint import RunLock
 from coalign.types import DualEncoder
 from coalign.workflows.collection import nearest
 from coalign.workflows.collection.embed import Embedded, embed
-from coalign.workflows.collection.embedding_files import EmbeddingFiles
+from coalign.workflows.collection.embedding_files import DamagedFile, EmbeddingFiles, is_readable
 from coalign.workflows.collection.index_files import (
     EMBEDDINGS,
     FAISS,
     IndexInfo,
     check_folder,
+    damaged,
     is_index,
+    open_embeddings,
     read_faiss,
     read_info,
     remove_other_versions,
@@ -92,7 +94,7 @@ def build_index(
         device: Where to embed; None: the best there is.
         workers: Number of loader processes; None: one per CPU core, at most 8.
         reading: The columns of a table to read.
-        console: Where progress is shown. None: nowhere.
+        console: Where the device is printed. None: nowhere.
 
     Raises:
         UserError: The model or the data cannot be opened, `out` is another index or cannot be written, or no image can be read.
@@ -100,12 +102,12 @@ def build_index(
     nearest.require_faiss()
     folder = Path(out)
     check_folder(folder, data)
-    before = read_info(folder) if is_index(folder) else None
     device = device_for(model, device)
     opened = open_eval_model(model, device=device)
     one_vector_model = replace(opened, encoder=one_vector(opened.encoder))
     path = folder
     with RunLock(folder):
+        before = read_info(folder) if is_index(folder) else None
         try:
             version = start_version(folder, before)
             path = folder / version / EMBEDDINGS
@@ -125,7 +127,7 @@ def build_index(
             changes = _changes(folder, before, path)
             info = _unchanged(folder, before, embedded)
             if info is None:
-                info = _write_faiss(folder, version, one_vector_model.encoder, split, console)
+                info = _write_faiss(folder, version, one_vector_model.encoder, split)
             info = replace(info, model=_reference(model), data=_reference(data), reading=reading)
             if info != before:
                 write_info(folder, info)
@@ -134,6 +136,8 @@ def build_index(
                 f"The index could not be written to {folder} ({error.strerror or error}); what is complete is kept: free some space and "
                 "run the command again to resume."
             ) from error
+        except DamagedFile as error:
+            raise damaged(folder, error) from error
         except UserError as error:  # of the embeddings, such as that they are of another model
             raise UserError(str(error).replace(f"{path} ", f"{folder} ")) from error
         remove_other_versions(folder, info.current)
@@ -152,20 +156,20 @@ def _unchanged(folder: Path, before: IndexInfo | None, embedded: Embedded) -> In
         return None
     try:
         read_faiss(folder, before)
-        EmbeddingFiles.open(folder / before.current / EMBEDDINGS)
+        parts = open_embeddings(folder, before).files
     except UserError:
         return None
-    return before
+    return before if all(map(is_readable, parts)) else None
 
 
-def _write_faiss(folder: Path, version: str, encoder: DualEncoder, split: str, console: Console | None) -> IndexInfo:
+def _write_faiss(folder: Path, version: str, encoder: DualEncoder, split: str) -> IndexInfo:
     """Writes the faiss index of a version. Returns what it is, without its origin."""
     files = EmbeddingFiles.open(folder / version / EMBEDDINGS)
     vectors, _ = files.images()
     queries = np.empty((0, files.dim), np.float32)
     if len(vectors) >= nearest.EXACT_BELOW:
         queries = _queries(files, vectors, encoder)
-    built = nearest.build(vectors, queries, console)
+    built = nearest.build(vectors, queries)
     path = folder / version / FAISS
     write_faiss(built.index, path)
     counts, state = files.manifest["counts"], files.manifest["state"]

@@ -20,7 +20,14 @@ from typing import Any
 from coalign.config import DataConfig, from_json, to_json
 from coalign.errors import UserError, first_line
 from coalign.files import write_atomically, write_json
-from coalign.workflows.collection.embedding_files import EmbeddingFiles, part_files, read_metadata
+from coalign.workflows.collection.embedding_files import (
+    MANIFEST,
+    EmbeddingFiles,
+    is_readable,
+    part_files,
+    read_manifest,
+    read_metadata,
+)
 from coalign.workflows.collection.nearest import require_faiss
 
 INFO = "index.json"
@@ -114,16 +121,25 @@ def open_embeddings(folder: Path, info: IndexInfo) -> EmbeddingFiles:
         files = EmbeddingFiles.open(path)
         counts = [read_metadata(part)["samples"] for part in files.files]
     except UserError as error:
-        raise UserError(f"The index {folder} is damaged: {error}") from error
+        raise damaged(folder, error) from error
     if sum(counts) != len(files) or files.manifest["state"] != info.state:
         raise UserError(f"The embeddings in {path} are not those of the index; run `coalign index` again for {folder}.")
     return files
 
 
+def damaged(folder: Path, error: UserError) -> UserError:
+    """Returns an error of an index's embeddings as one of the index, which is repaired by building it again."""
+    problem = str(error).rpartition("; ")[0] or str(error).rstrip(".")  # without the advice for embeddings alone
+    return UserError(
+        f"The index {folder} is damaged: {problem}; run `coalign index` again for {folder}, which repairs it."
+    )
+
+
 def start_version(folder: Path, before: IndexInfo | None) -> str:
     """Returns the name of the next version, whose folder has links to the embeddings in use, or what an interrupted update wrote.
 
-    Embeddings in use that are damaged are not linked. Removes all other versions. Raises UserError or OSError if it cannot be written.
+    Embeddings that are damaged are left out, to be written again. Removes all other versions. Raises UserError or OSError if it cannot be
+    written.
     """
     current = before.current if before else None
     name = f"v{int(current[1:]) + 1}" if current else "v1"
@@ -137,6 +153,7 @@ def start_version(folder: Path, before: IndexInfo | None) -> str:
         _link_readable(folder / current / EMBEDDINGS, linking / EMBEDDINGS)
         linking.rename(target)
     target.mkdir(exist_ok=True)
+    _remove_damaged(target / EMBEDDINGS)
     return name
 
 
@@ -146,10 +163,16 @@ def _link_readable(source: Path, target: Path) -> None:
     except UserError:
         return
     files.link_to(target)
-    for part in part_files(target):
-        try:
-            read_metadata(part)
-        except UserError:
+
+
+def _remove_damaged(embeddings: Path) -> None:
+    try:
+        if (embeddings / MANIFEST).exists():
+            read_manifest(embeddings)
+    except UserError:
+        shutil.rmtree(embeddings)
+    for part in part_files(embeddings):
+        if not is_readable(part):
             part.unlink()
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
 
 from coalign.errors import UserError
-from coalign.workflows.progress import show_progress
+from coalign.progress import progress
 
 EXACT_BELOW = 200_000  # vectors; an exact search of fewer takes a few hundredths of a second
 RECALL_AT = 10  # of the approximate kind, against exact search
@@ -87,6 +86,8 @@ class ApproximateVectors:
         import faiss
 
         queries, count = np.ascontiguousarray(query[None], np.float32), min(count, self.size)
+        if rows is not None and not len(rows):  # faiss refuses to search for nothing
+            return np.empty(0, np.float32), np.empty(0, np.int64)
         if rows is None:
             scores, found = self._index.search(queries, count)
         else:
@@ -129,7 +130,7 @@ def require_faiss() -> Any:
     return faiss
 
 
-def build(vectors: np.ndarray, queries: np.ndarray, console: Console | None = None) -> Built:
+def build(vectors: np.ndarray, queries: np.ndarray) -> Built:
     """Builds a faiss index of vectors [row, dim] for inner products: exact below `EXACT_BELOW` vectors, else inverted lists.
 
     The lists that a search visits are doubled until its recall@10 on `queries` [query, dim] is at least `MIN_RECALL`.
@@ -140,8 +141,8 @@ def build(vectors: np.ndarray, queries: np.ndarray, console: Console | None = No
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(vectors)
         return Built(index, "exact", None)
-    index = inverted_lists(vectors, console)
-    exact = _exact_rows(vectors, queries, console)
+    index = inverted_lists(vectors)
+    exact = _exact_rows(vectors, queries)
     index.nprobe, recall = 1, 0.0
     while True:
         recall = recall_of(index.search(np.ascontiguousarray(queries, np.float32), RECALL_AT)[1], exact)
@@ -155,7 +156,7 @@ def stored_vectors(index: Any) -> np.ndarray:
     return index.reconstruct_n(0, index.ntotal)
 
 
-def inverted_lists(vectors: np.ndarray, console: Console | None = None) -> Any:
+def inverted_lists(vectors: np.ndarray) -> Any:
     """Returns a faiss index of vectors [row, dim] in 2·√n lists around centroids from k-means."""
     faiss = require_faiss()
     count, dim = vectors.shape
@@ -164,19 +165,19 @@ def inverted_lists(vectors: np.ndarray, console: Console | None = None) -> Any:
     sample = vectors[np.sort(np.random.default_rng(0).choice(count, size, replace=False))]
     options = {"niter": 1, "spherical": True, "seed": 0, "min_points_per_centroid": 1}
     centroids = None
-    with show_progress(console, "Clustering", _ITERATIONS) as progress:
+    with progress("Clustering", _ITERATIONS) as task:
         for iteration in range(_ITERATIONS):  # one at a time, to show the progress
             kmeans = faiss.Kmeans(dim, num_lists, **options)
             kmeans.train(sample, init_centroids=centroids)
             centroids = kmeans.centroids
-            progress(iteration + 1)
+            task.update(iteration + 1)
     quantizer = faiss.IndexFlatIP(dim)
     quantizer.add(centroids)
     index = faiss.IndexIVFFlat(quantizer, dim, num_lists, faiss.METRIC_INNER_PRODUCT)
-    with show_progress(console, "Indexing", count) as progress:
+    with progress("Indexing", count) as task:
         for start in range(0, count, _CHUNK):
             index.add(vectors[start : start + _CHUNK])
-            progress(min(start + _CHUNK, count))
+            task.update(min(start + _CHUNK, count))
     return index
 
 
@@ -188,11 +189,11 @@ def recall_of(found: np.ndarray, exact: np.ndarray) -> float:
     )
 
 
-def _exact_rows(vectors: np.ndarray, queries: np.ndarray, console: Console | None) -> np.ndarray:
+def _exact_rows(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Returns the nearest `RECALL_AT` rows of each query, [query, k], one block of vectors at a time."""
     scores = np.empty((len(queries), 0), np.float32)
     rows = np.empty((len(queries), 0), np.int64)
-    with show_progress(console, "Measuring recall", len(vectors)) as progress:
+    with progress("Measuring recall", len(vectors)) as task:
         for start in range(0, len(vectors), _CHUNK):
             block = queries.astype(np.float32) @ vectors[start : start + _CHUNK].T
             count = min(RECALL_AT, block.shape[1])
@@ -201,5 +202,5 @@ def _exact_rows(vectors: np.ndarray, queries: np.ndarray, console: Console | Non
             rows = np.concatenate([rows, top + start], axis=1)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :RECALL_AT]
             scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
-            progress(min(start + _CHUNK, len(vectors)))
+            task.update(min(start + _CHUNK, len(vectors)))
     return rows

@@ -23,7 +23,7 @@ from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.types import DualEncoder, dot_product
 from coalign.workflows.collection.classify import label_embeds, probabilities
 from coalign.workflows.collection.embedding_settings import is_of_model
-from coalign.workflows.collection.index_files import open_embeddings, read_faiss, read_info
+from coalign.workflows.collection.index_files import damaged, open_embeddings, read_faiss, read_info
 from coalign.workflows.collection.nearest import ApproximateVectors, ExactVectors, Vectors, sample_of, stored_vectors
 from coalign.workflows.collection.records import Records, StoredRecords
 from coalign.workflows.evaluate.eval_model import EvalModel, device_for, open_eval_model
@@ -205,13 +205,18 @@ class Collection:
         """Returns the vector of a text, float32 [dim]."""
         return self._of_text(text).vector
 
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns the vectors of texts, float32 [text, dim], embedded in batches."""
+        with self._lock:
+            return pooled(embed_texts(self.model.encoder, texts)).numpy()
+
     def embed_image(self, image: Image.Image) -> np.ndarray:
         """Returns the vector of an image, float32 [dim]."""
         return self._of_image(image).vector
 
-    def embeddings(self) -> np.ndarray:
-        """Returns the vectors of all images, float32 [size, dim]. They are read once."""
-        return self._vectors.all()
+    def embeddings(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Returns the vectors of images, float32 [row, dim]: at `rows`, or of all, which are read once."""
+        return self._vectors.all() if rows is None else self._vectors.at(rows)
 
     def _of_text(self, text: str, weight: float = 1.0) -> _Part:
         with self._lock:
@@ -313,12 +318,21 @@ def open_collection(index_folder: str | Path, device: str | None = None) -> Coll
         raise UserError(
             f"The model {info.model} has changed since {folder} was built; build an index of it in another folder."
         )
-    if info.kind == "exact":
-        vectors: Vectors = ExactVectors(stored_vectors(index))
-    else:
-        vectors = ApproximateVectors(index, lambda: files.images()[0])
-    columns = files.table(["key", "captions", "tags"])
-    numbers = np.arange(len(columns)) if info.bad == 0 else files.images()[1]
+
+    def load() -> np.ndarray:
+        try:
+            return files.images()[0]
+        except UserError as error:
+            raise UserError(
+                f"The embeddings of the index {folder} were updated or damaged since it was opened; open it again."
+            ) from error
+
+    vectors: Vectors = ExactVectors(stored_vectors(index)) if info.kind == "exact" else ApproximateVectors(index, load)
+    try:
+        columns = files.table(["key", "captions", "tags"])
+        numbers = np.arange(len(columns)) if info.bad == 0 else files.images()[1]
+    except UserError as error:
+        raise damaged(folder, error) from error
 
     def open_data() -> tuple[Source, np.ndarray]:
         try:

@@ -123,9 +123,8 @@ class EvalContext:
             return list(self.source.classes.templates)
         return templates(*self.source.prompts)
 
-    def class_prompts(self) -> list[list[str]]:
-        """Returns the prompts of each class of `labels`: its own, else those of `templates` with its name."""
-        labels = self.labels()
+    def class_prompts(self, labels: Labels) -> list[list[str]]:
+        """Returns the prompts of each class: its own, else those of `templates` with its name."""
         return class_prompts(labels.classnames, self.templates(), labels.own_prompts, self.is_benchmark)
 
     def classification(self, metrics: Sequence[Metric], uses_train: bool = True, **values: Any) -> TaskResult:
@@ -162,7 +161,8 @@ class EvalContext:
         chosen = sorted(self.indices.tolist() if indices is None else indices)
         if self._embedded is None:
             batches = self.batches(self._shard(self.source, chosen))
-            images = embed_images(self.model.encoder, batches, self.world.gather_objects)
+            own = len(chosen[self.world.rank :: self.world.size])
+            images = embed_images(self.model.encoder, batches, self.world.gather_objects, own)
             if len(chosen) == len(self.indices):
                 self._embedded = images
             return images
@@ -181,7 +181,8 @@ class EvalContext:
     def features(self, samples: Samples, policy: AugmentationPolicy | None = None, epoch: int = 0) -> ImageEmbeds:
         """Returns the image encoder's features of samples, before the projection; sharded as in `embed_images`."""
         shard = self._shard(samples.source, sorted(samples.indices.tolist()))
-        return image_features(self.model.encoder, self.batches(shard, policy, epoch), self.world.gather_objects)
+        batches = self.batches(shard, policy, epoch)
+        return image_features(self.model.encoder, batches, self.world.gather_objects, len(shard.indices))
 
     def _shard(self, source: Source, indices: Sequence[int]) -> Samples:
         return Samples(source, np.array(indices[self.world.rank :: self.world.size], dtype=np.int64))

@@ -20,6 +20,7 @@ from coalign.errors import UserError
 from coalign.evaluation.encoder_wrappers import TextCounter, cached, in_bfloat16, shard_texts
 from coalign.evaluation.suite import suite_metrics
 from coalign.metric import metrics_from_json
+from coalign.progress import waiting
 from coalign.runs.folder import check_output
 from coalign.runs.run import Run
 from coalign.training.distributed import World, join_world
@@ -158,7 +159,8 @@ class OpenTasks:
         """Runs the tasks, once, and yields their results."""
         while self.tasks:
             task, split, context = self.tasks.pop(0)  # frees its embeddings
-            result = task.load()(context)
+            with waiting(f"Evaluating {task.name}:{context.data}"):
+                result = task.load()(context)
             notes = [*self.texts.take_lines(), *account_lines(context.source, with_notes=False)]
             yield Evaluated(f"{task.name}:{context.data}", split, context.test, result, notes)
 

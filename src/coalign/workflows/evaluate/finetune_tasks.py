@@ -32,7 +32,7 @@ def fine_tune_classifier(context: EvalContext) -> TaskResult:
     if not labels:
         raise UserError("There is nothing to fine-tune on: the train split has no samples with a class.")
     names = test.classnames
-    classes = embed_classes(encoder, context.class_prompts())
+    classes = embed_classes(encoder, context.class_prompts(test))
     classes = replace(classes, embeds=map_fields(classes.embeds, lambda tensor: tensor.to(device)))
     scale, size = encoder.logit_scale, encoder.image_size
     classifier = Classifier(image.to(device), classes, scale, size, encoder.similarity)

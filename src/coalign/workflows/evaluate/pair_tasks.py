@@ -34,7 +34,7 @@ def retrieval_in_folds(context: EvalContext) -> TaskResult:
 def zero_shot(context: EvalContext) -> TaskResult:
     labels = context.labels()
     images = context.embed_images(labels.class_of)
-    encoder, prompts = context.model.encoder, context.class_prompts()
+    encoder, prompts = context.model.encoder, context.class_prompts(labels)
     evaluation = classify(encoder, images, labels.class_of, labels.classnames, prompts)
     result, bad = evaluation.result, evaluation.images.bad
     details = {
@@ -52,7 +52,7 @@ def zero_shot(context: EvalContext) -> TaskResult:
 def bootstrap(context: EvalContext) -> TaskResult:
     labels = context.labels()
     batches = list(context.batches(Samples(context.source, np.array(sorted(labels.class_of)))))
-    encode_joint, prompts = context.model.joint_encoder(), context.class_prompts()
+    encode_joint, prompts = context.model.joint_encoder(), context.class_prompts(labels)
     metrics = bootstrapped_guidance(context.model.encoder, encode_joint, batches, labels.class_of, prompts)
     bad = [entry for _, _, batch_bad in batches for entry in batch_bad]
     return TaskResult(metrics, bad, {"unlabeled": labels.unlabeled}, _unlabeled(labels))

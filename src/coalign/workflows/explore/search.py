@@ -79,7 +79,9 @@ def search(
             raise UserError(f"{path} is not an index; give the folder of one, or a model with --data.")
         collection, account = _embed_collection(path, data, split, device, workers, reading)
     answer = collection.answer(query, top)
-    account = [*cut_lines(collection.model.encoder, [each for each in (text, exclude) if each], "query"), *account]
+    encoder = collection.model.encoder
+    texts = ((text, "query"), (exclude, "excluded text"))
+    account = [*(line for each, what in texts if each for line in cut_lines(encoder, [each], what)), *account]
     if answer.missing:
         account.append(f"Skipped images near the query that cannot be read again: {answer.missing:,}")
     result = SearchResult(answer.query, answer.found, answer.searched, collection.device, account)
@@ -97,7 +99,7 @@ def _embed_collection(
     source = open_source(data, reading=reading_of(data, model.run, reading))
     indices, encoder = select_split(source, data, model.run, split)[1], model.encoder
     batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
-    images = embed_images(encoder, batches)
+    images = embed_images(encoder, batches, total=len(indices))
 
     def embeds_of(rows: np.ndarray) -> tuple[object, list[int]]:
         return take(images.embeds, torch.from_numpy(rows)), list(range(len(rows)))

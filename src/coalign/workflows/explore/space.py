@@ -13,6 +13,7 @@ from coalign.data.sources.open import open_source
 from coalign.devices import best_device
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
+from coalign.progress import waiting
 from coalign.runs.run import Run, build_method, load
 from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
 from coalign.workflows.image_files import check_figure_path, save_figure
@@ -84,5 +85,7 @@ def _project_to_2d(embeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     from sklearn.manifold import TSNE
 
     rows = np.concatenate(list(embeds.values()))
-    points = TSNE(perplexity=min(30, len(rows) // 4), metric="cosine", init="pca", random_state=0).fit_transform(rows)
+    tsne = TSNE(perplexity=min(30, len(rows) // 4), metric="cosine", init="pca", random_state=0)
+    with waiting(f"t-SNE of {len(rows):,} embeddings"):
+        points = tsne.fit_transform(rows)
     return dict(zip(embeds, np.split(points, len(embeds))))

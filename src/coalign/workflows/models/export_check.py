@@ -107,7 +107,8 @@ def _raise_for_texts(texts: Sequence[str], encoder: DualEncoder, peer: Peer) -> 
     for text in texts:
         what = f"text embeddings (such as of {text[:40]!r})"
         check_close(encoder.encode_text([text]), peer.encode_text([text]), what, peer.library, encoder.compares_cosines)
-    check_close(encoder.encode_text(texts), peer.encode_text(list(texts)), "text embeddings", peer.library)
+    embeds = encoder.encode_text(texts), peer.encode_text(list(texts))
+    check_close(*embeds, "text embeddings", peer.library, encoder.compares_cosines)
 
 
 def _compare_preprocessing(run: Run, encoder: DualEncoder, peer: Peer) -> list[str]:

@@ -21,6 +21,7 @@ from coalign.formatting import percent
 from coalign.interop.open_clip.load import CONFIG as OPEN_CLIP_CONFIG
 from coalign.metric import Metric
 from coalign.networks.towers.spec import Tower
+from coalign.progress import track
 from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, read_results, write_config
 from coalign.runs.outcomes import item_hashes, write_outcomes
 from coalign.runs.run import Run, build_method, initial_weights, load, queue_names
@@ -101,7 +102,7 @@ def interpolate(
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
             folder = Path(temporary) / "interpolated"
-            for value in alphas:
+            for value in track(alphas, "Evaluating α", unit="values"):
                 weights = own | {key: (1 - value) * theirs[key] + value * own[key] for key in common}
                 ours.method.load_state_dict(weights)
                 made = f"{1 - value:g} × {name} + {value:g} × {ours.path.resolve().name}, WiSE-FT"

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from coalign.config import TrainConfig
+from coalign.data.images import evaluation_view
 from coalign.data.images.views import NUM_PARAMS
 from coalign.data.loading.cached_views import CachedImages, CachedTexts, CachedViews, to_bits
 from coalign.data.loading.feature_file import MISSING, FeatureFile
@@ -31,12 +32,12 @@ from coalign.errors import BadSample, UserError
 from coalign.formatting import data_size, duration
 from coalign.method import Method
 from coalign.networks.towers.spec import Tower
+from coalign.progress import progress
 from coalign.runs.run import context_length, image_size
 from coalign.training.distributed import World
 from coalign.training.sharding import full_tensors, unsharded
 from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch, DualEncoder, TextView
-from coalign.workflows.train.feature_progress import FeatureProgress
 
 CHUNK = 256  # views of images, and captions, that are written at a time
 _ENCODED = {"cpu": 64, "cuda": 512, "mps": 512}  # images and texts that are encoded at once
@@ -142,11 +143,11 @@ class RunFeatures:
         )
         count = len(variants.drawn())
         file = FeatureFile(self.folder / f"{split}_images", len(rows), count, tower.width, NUM_PARAMS)
-        seed = config.seed if config.feature_views > 1 else ""
+        drawn = config.seed if config.feature_views > 1 else evaluation_view.VERSION
         self._passes.append(
             _Pass(
                 "images", file, tower, variants.load, partial(self._encode_images, tower), max(1, CHUNK // count),
-                lambda: self._key("image", source, rows, [policies, config.feature_views, seed, variants.image_size]),
+                lambda: self._key("image", source, rows, [policies, config.feature_views, drawn, variants.image_size]),
             )
         )  # fmt: skip
         return CachedImages(file, variants.of_view(), source, rows)
@@ -191,7 +192,7 @@ class RunFeatures:
 
     # ------------------------------------------------------------ the pass
 
-    def compute(self, console: Console, interactive: bool) -> None:
+    def compute(self, console: Console) -> None:
         """Computes the features that are missing, each process a part. All processes must call it, after the weights are loaded."""
         if not self.towers:
             return
@@ -201,12 +202,12 @@ class RunFeatures:
             missing = self._prepare(console)
             if any(missing) and self.world.is_first:
                 console.print(f"{self.announcement(missing)} It takes about {duration(self._estimate(missing))}.")
-            progress = FeatureProgress(console, interactive, self.world.is_first)
             for each, chunks in zip(self._passes, missing):
-                with progress.show(each.name, each.file):
+                with progress(f"Features of {each.name}") as task:
+                    task.update(each.file.num_complete(), each.file.rows)
                     for rows, loaded in self._load(each, chunks[self.world.rank :: self.world.size]):
                         each.file.write(rows.start, *each.encode(loaded))
-                        progress.update()
+                        task.update(each.file.num_complete())
             self.world.barrier()
         for samples in self._samples:  # from now on, their captions are rows of a file
             samples.captions, samples.paraphrases = [], {}
@@ -265,10 +266,10 @@ class RunFeatures:
         for number, each in enumerate(self._passes):
             rows = each.file.rows if missing is None else sum(chunk.stop - chunk.start for chunk in missing[number])
             counts[f"{each.name}, {each.file.variants} views each" if each.file.variants > 1 else each.name] += rows
-        towers = f"{' and '.join(self.towers)} {'towers are' if len(self.towers) > 1 else 'tower is'}"
+        towers = f"{' and '.join(self.towers)} {'towers' if len(self.towers) > 1 else 'tower'}"
         computed = "; ".join(f"{count:,} {name}" for name, count in counts.items() if count)
         size = data_size(sum(each.file.num_bytes for each in self._passes))
-        return f"The features of the locked {towers} computed once: {computed}. They take {size} in {self.folder}."
+        return f"The features of the locked {towers} are computed once: {computed}. They take {size} in {self.folder}."
 
     def _estimate(self, missing: list[list[slice]]) -> float:
         """Returns the seconds that the pass takes, estimated from a few rows."""

@@ -83,7 +83,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             save_checkpoints=False, tuning=tuning,
         )  # fmt: skip
         compile_towers(method, config)
-        features.compute(Console(highlight=False, soft_wrap=True), interactive=False)
+        features.compute(Console(highlight=False, soft_wrap=True))
         silence = contextlib.redirect_stdout(io.StringIO())  # hides the progress lines
         with Stopwatch(world.device) as stopwatch, silence:
             ended = trainer.fit().ended

@@ -156,7 +156,7 @@ def _fit(trainer: Trainer, images: RunImageCache, features: RunFeatures, console
         images.remove()  # left by an abandoned run in the same folder
     world.barrier()
     if trainer.progress.step < trainer.total_steps:
-        features.compute(console, trainer.interactive)
+        features.compute(console)
     try:
         result = trainer.fit()
         world.barrier()  # no process reads the cache after this

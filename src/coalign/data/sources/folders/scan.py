@@ -11,6 +11,7 @@ from coalign.data.images.formats import IMAGE_EXTENSIONS, UNSUPPORTED, starts_li
 from coalign.data.sources.base import LeftOut, canonical_split
 from coalign.data.text.captions import printable
 from coalign.errors import UserError
+from coalign.progress import progress
 
 TEXT_EXTENSIONS = ("txt", "caption", "captions", "text")  # of caption files beside the images, by precedence
 TABLE_EXTENSIONS = ("jsonl", "csv", "tsv", "parquet", "ndjson", "json", "txt")  # of metadata tables, by precedence
@@ -151,10 +152,14 @@ def name_files(paths: Sequence[str], hint: str = "") -> list[str]:
 def scan_folder(root: str) -> FolderScan:
     """Finds the files below `root`. Follows links, and visits each folder once. Raises UserError if a folder cannot be read."""
     scan = FolderScan(root)
-    for folder, names in _walk(root):
-        relative = os.path.relpath(folder, root)
-        for name in names:
-            scan.add("" if relative == "." else relative, name)
+    found = 0
+    with progress(f"Listing {printable(root)}", unit="files") as task:
+        for folder, names in _walk(root):
+            relative = os.path.relpath(folder, root)
+            for name in names:
+                scan.add("" if relative == "." else relative, name)
+            found += len(names)
+            task.update(found)
     return scan
 
 

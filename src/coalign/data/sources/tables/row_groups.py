@@ -7,7 +7,6 @@ stay until another one that reads the same data ends.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -24,6 +23,11 @@ import numpy as np
 from coalign.errors import BadSample, UserError
 from coalign.files import write_atomically
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _CACHED_BYTES = 64 << 20  # of row groups in memory
 _LARGE_GROUP = 8 << 20  # bytes of images; smaller ones are read again each time
 _MAX_GROUP_BYTES = 512 << 20  # larger ones are never held in memory
@@ -36,9 +40,10 @@ class RowGroups:
 
     def __init__(self, files: Sequence[Path], column: str, stamp: int) -> None:
         self.files, self.column = files, column
-        self.folder = Path(tempfile.gettempdir(), f"coalign-parquet-{os.getuid()}-{stamp:016x}")
+        user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has a temporary folder per user
+        self.folder = Path(tempfile.gettempdir(), f"coalign-parquet-{user}-{stamp:016x}")
         self.sizes = [_group_sizes(path, column) for path in files]
-        self.unpacks = self.largest > _LARGE_GROUP and sum(map(sum, self.sizes)) > _CACHED_BYTES
+        self.unpacks = fcntl is not None and self.largest > _LARGE_GROUP and sum(map(sum, self.sizes)) > _CACHED_BYTES
         if self.largest > _MAX_GROUP_BYTES and not self.has_space:
             raise UserError(
                 f"{files[0]} has row groups with up to {self.largest / 1e6:,.0f} MB of images, and there is no space to unpack them in "

@@ -15,6 +15,7 @@ from coalign.data.sources.tables.parquet_table import open_parquet
 from coalign.data.sources.tables.table_source import TableSource
 from coalign.data.text.captions import printable
 from coalign.errors import UserError
+from coalign.progress import track
 
 TEXT_TABLES = frozenset({".csv", ".tsv", ".tab", ".psv", ".txt", ".dat", ".token"})
 JSON_TABLES = frozenset({".json", ".jsonl", ".ndjson"})
@@ -31,6 +32,7 @@ def open_table(path: Path, reading: DataConfig = DETECT) -> Source:
         return open_parquet(path, reading)
     try:
         columns, rows = read_json(path, reading) if kind in JSON_TABLES else read_csv(path, reading)
-        return TableSource(printable(str(path)), path.parent, rows, columns)
+        name = printable(str(path))
+        return TableSource(name, path.parent, track(rows, f"Reading {name}", unit="rows"), columns)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -5,7 +5,6 @@ Shards are downloaded whole: indexing reads all of a shard, and a batch draws sa
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from coalign.errors import UserError
 from coalign.files import cache_folder, write_atomically, write_text
+from coalign.locks import lock
 
 _MAX_REQUESTS, _MAX_DOWNLOADS = 64, 8  # at once
 _SPARE = 1 << 30  # bytes to leave free on the disk
@@ -77,8 +77,8 @@ class _Copy:
 
     def update(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_name(f"{self.path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes on this machine may download it too
+        with open(self.path.with_name(f"{self.path.name}.lock"), "w") as held:
+            lock(held, wait=True)  # other processes on this machine may download it too
             if self.is_current():
                 return
             self._state_path.unlink(missing_ok=True)

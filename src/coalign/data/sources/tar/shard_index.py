@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -25,7 +24,6 @@ MISSING = 0xFFFFFFFF  # block number of a member that the sample lacks
 SPLITS = ("", "train", "val", "test")
 _VERSION = 4
 _SUFFIX = ".coalign-index"
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -76,7 +74,6 @@ def load_index(shard: str) -> ShardIndex:
     for path in paths:
         if (index := _read(path, stamp)) is not None:
             return index
-    _log.info("indexing %s (once)", printable(shard))
     index = build_index(shard)
     for path in paths:
         try:

@@ -36,6 +36,7 @@ from coalign.data.sources.tar.shard_index import (
 from coalign.data.sources.tar.shard_samples import UNREAD, sample_name
 from coalign.data.text.captions import make_record, printable
 from coalign.errors import BadSample, UserError
+from coalign.progress import track
 from coalign.types import Record
 
 _T = TypeVar("_T")
@@ -163,6 +164,10 @@ class ShardSource(Source):
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         try:
+            if not hasattr(os, "pread"):  # Windows, where threads would share the position of an open file
+                with open(self._shards[shard], "rb") as file:
+                    file.seek(offset)
+                    return file.read(size)
             if shard in self._open:
                 return os.pread(self._open[shard], size, offset)
             descriptor = os.open(self._shards[shard], os.O_RDONLY)
@@ -183,7 +188,7 @@ class ShardSource(Source):
 
 def _load_all(shards: list[str], load: Callable[[str], _T]) -> list[_T]:
     with ThreadPoolExecutor(min(8, num_cores())) as pool:
-        return list(pool.map(load, shards))
+        return list(track(pool.map(load, shards), "Indexing shards", len(shards)))
 
 
 def _class_names(folders: Iterable[str]) -> list[str]:
