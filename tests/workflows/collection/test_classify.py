@@ -14,6 +14,7 @@ from PIL import Image
 
 from coalign.cli.main import main
 from coalign.data.text import prompts as prompts_module
+from coalign.devices import device_line
 from coalign.errors import UserError
 from coalign.types import DualEncoder
 from coalign.workflows.collection import classify as module
@@ -218,7 +219,7 @@ def test_the_command_prints_the_most_probable_labels(monkeypatch, photos, capsys
         main(["classify", "model", "photos", "--labels", "red", "green", "blue", "--prompts", "{}", "--top", "2"]) == 0
     )
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"Device: cpu ({torch.get_num_threads()} threads)"
+    assert printed[0] == device_line("cpu")
     files = sorted(photos.rglob("*.png"))
     found = classify(EvalModel(COSINES), files[:1], {name: [name] for name in ("red", "green", "blue")})[0]
     best = sorted(zip(found.tolist(), ("red", "green", "blue")), reverse=True)[:2]

@@ -56,7 +56,7 @@ def whole(trained, tmp_path_factory):
     process = tiny.start(args(trained, out))
     printed, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
-    assert printed.startswith("Device: cpu (1 threads)\n")
+    assert printed.startswith("Device: cpu (1 thread)\n")
     return out
 
 

@@ -253,7 +253,8 @@ def classified_lines(result: Classified, top: int, out: Path | None = None) -> l
         if (more := result.num_images - len(shown)) > 0:
             lines.append(f"… and {more:,} more; write all to a file with --out FILE.csv")
     counts = ", ".join(f"{name} {count:,}" for name, count in result.counts.most_common())
-    lines.append(f"Most probable label of {result.num_images:,} images: {counts}")
+    images = "1 image" if result.num_images == 1 else f"{result.num_images:,} images"
+    lines.append(f"Most probable label of {images}: {counts}")
     lines.append(f"Probabilities: softmax of {result.logit_scale:.4g} × similarity over {len(names):,} labels")
     reasons = Counter(entry.reason for entry in result.bad)
     lines += [f"Unreadable images: {count:,} ({reason})" for reason, count in reasons.most_common()]
