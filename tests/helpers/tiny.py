@@ -55,6 +55,13 @@ def write_model(folder):
     return path
 
 
+def error_line(capsys):
+    """The error that a command printed, which is one line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
 def train_args(data, out, model, /, **options):
     """The arguments of `coalign train`; the defaults are 3 epochs of 7 steps on the training pairs of `write_pairs`."""
     settings = {

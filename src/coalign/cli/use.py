@@ -127,7 +127,6 @@ def search_command(
         device: cpu, cuda, cuda:N or mps; None: the best there is
         workers: number of loader processes, with --data
     """
-    from coalign.devices import device_line
     from coalign.workflows.explore.search import search
 
     result = search(
@@ -145,12 +144,7 @@ def search_command(
         workers=workers,
         reading=reading,
     )
-    print(device_line(result.device))
-    for number, hit in enumerate(result.hits, 1):
-        captions = " / ".join(hit.captions)
-        print(f"{number:3}  {hit.score:.3f}  {hit.key}  {captions if len(captions) <= 100 else captions[:99] + '…'}")
-    print(f"{result.num_images:,} images searched")
-    print("".join(f"{line}\n" for line in result.account), end="")
+    print("\n".join(result.lines()))
     if report:
         print(f"Report: {report}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ def embed_images(
     """Returns the embeddings of the batches (indices, uint8 pixels [batch, 3, size, size], bad entries) of `image_batches`.
 
     With several processes, each passes its own batches, and all receive all embeddings through `all_gather`. total: the number of images,
-    for the progress display.
+    for the progress display; None: there is none.
     """
     return _encode_images(
         lambda pixels: _embed(model, model.encode_image(pixels), len(pixels), "image"), batches, all_gather, total
@@ -75,13 +76,14 @@ def _encode_images(
     parts: list[Any] = []
     indices: list[int] = []
     bad: list[Any] = []
-    with progress("Embedding images", total) as task:
+    with nullcontext() if total is None else progress("Embedding images", total) as task:
         for batch_indices, pixels, batch_bad in batches:
             bad.extend(batch_bad)
             if len(batch_indices):
                 parts.append(encode(pixels))
                 indices.extend(batch_indices)
-            task.update(len(indices) + len(bad))
+            if task is not None:
+                task.update(len(indices) + len(bad))
     images = ImageEmbeds(concatenate(parts) if parts else torch.empty(0, 0), indices, bad)
     if all_gather is not None:
         images = _merge(all_gather(images))

@@ -196,6 +196,11 @@ def test_files_and_datasets(photos, tmp_path):
     files[0].write_bytes(b"")
     with pytest.raises(UserError, match=r"no readable image \(1 bad\)"):
         classify_data(model, files[0], ["red", "blue"])
+    out = tmp_path / "labels.csv"
+    out.write_text("kept")
+    with pytest.raises(UserError, match=r"no readable image \(1 bad\)"):
+        classify_data(model, files[0], ["red", "blue"], out)
+    assert out.read_text() == "kept"
 
 
 def test_a_full_disk_keeps_the_old_file(monkeypatch, photos, tmp_path):

@@ -95,6 +95,8 @@ def test_invalid_queries_raise(trained, pairs, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             search(trained, str(pairs), **query)
+    with pytest.raises(UserError, match="--top is 0"):  # before the data is opened
+        search(trained, "no such data", "a dog", top=0)
 
 
 def test_what_is_skipped_is_counted_by_reason(trained, tmp_path, capsys):

@@ -28,9 +28,7 @@ def go(pairs, out, model_file, **options):
 def error_of(capsys, *args, **options):
     capsys.readouterr()
     assert go(*args, **options) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
+    return tiny.error_line(capsys)
 
 
 def rates(out):

@@ -27,9 +27,7 @@ def go(pairs, out, model_file, track=(), **options):
 def error_of(capsys, *args, **options):
     capsys.readouterr()
     assert go(*args, **options) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
+    return tiny.error_line(capsys)
 
 
 def results(out):

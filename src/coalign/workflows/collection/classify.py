@@ -156,10 +156,9 @@ def classify_data(
         if out is None:
             for each in rows:
                 result.add(*each)
+            _require_images(source, result)
         else:
-            _write(out, rows, result)
-    if not result.num_images:
-        raise UserError(f"There is nothing to classify: {source.name} has no readable image ({len(result.bad)} bad).")
+            _write(out, rows, source, result)
     texts = [prompt for own in prompts.values() for prompt in own]
     result.account = [*cut_lines(model.encoder, texts, "prompts"), *account_lines(source, with_notes=False)]
     return result
@@ -219,7 +218,12 @@ def _classified(
             on_progress(done)
 
 
-def _write(out: Path, rows: Iterator[tuple[str, Outcome]], result: Classified) -> None:
+def _require_images(source: Source, result: Classified) -> None:
+    if not result.num_images:
+        raise UserError(f"There is nothing to classify: {source.name} has no readable image ({len(result.bad)} bad).")
+
+
+def _write(out: Path, rows: Iterator[tuple[str, Outcome]], source: Source, result: Classified) -> None:
     """Writes the rows to the CSV file, and adds them to the result."""
 
     def write(temporary: Path) -> None:
@@ -230,6 +234,7 @@ def _write(out: Path, rows: Iterator[tuple[str, Outcome]], result: Classified) -
                 row = [None] * len(result.labels) if isinstance(outcome, BadEntry) else outcome.tolist()
                 writer.writerow([key, *("" if value is None else f"{value:.6g}" for value in row)])
                 result.add(key, outcome)
+        _require_images(source, result)  # else an existing file is kept
 
     try:
         write_atomically(out, write)

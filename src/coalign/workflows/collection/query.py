@@ -45,6 +45,16 @@ class Query:
     tags: tuple[str, ...] = ()  # images have all of them
     folder: str | None = None  # images are in it or below it
 
+    def check(self, top: int) -> None:
+        """Raises UserError if a text is empty, there is nothing to search for, or nothing to return."""
+        if top < 1:
+            raise UserError(f"--top is {top}, but must be at least 1.")
+        for what, text in (("to search for", self.text), ("to exclude", self.exclude)):
+            if text is not None and not text.strip():
+                raise UserError(f"The text {what} is empty.")
+        if self.text is None and self.image is None and self.like is None:
+            raise UserError("There is nothing to search for; give --text, --image or both.")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -118,8 +128,7 @@ class Collection:
 
     def answer(self, query: Query, top: int = 50) -> Answer:
         """As `search`, with how the query was embedded."""
-        if top < 1:
-            raise UserError(f"--top is {top}, but must be at least 1.")
+        query.check(top)
         rows = self.records.matching(query.tags, query.folder)
         searched = self.size if rows is None else len(rows)
         parts, description = self._parts(query)
@@ -143,15 +152,10 @@ class Collection:
 
     def _parts(self, query: Query) -> tuple[list[_Part], str]:
         """Embeds the query. Returns its parts, and a description."""
-        for what, text in (("to search for", query.text), ("to exclude", query.exclude)):
-            if text is not None and not text.strip():
-                raise UserError(f"The text {what} is empty.")
         pictures = [] if query.image is None else [query.image]
         images = [self._of_image(image) for image in pictures]
         if query.like is not None:
             images.append(self._of_row(self.records.row(query.like)))
-        if query.text is None and not images:
-            raise UserError("There is nothing to search for; give --text, --image or both.")
         excluded = [] if query.exclude is None else [self._of_text(query.exclude, -EXCLUDED)]
         suffix = f", without {query.exclude!r}" if excluded else ""
         if query.text is not None and len(images) == 1 and self.model.has_joint:

@@ -13,6 +13,7 @@ from coalign.config import DETECT, DataConfig
 from coalign.data.account import account_lines
 from coalign.data.loading.eval import image_batches
 from coalign.data.sources.open import open_source
+from coalign.devices import device_line
 from coalign.embeds import pooled, take
 from coalign.errors import BadSample, UserError
 from coalign.evaluation.embed import cut_lines, embed_images
@@ -35,6 +36,15 @@ class SearchResult:
     device: str  # that embedded
     # whether the query is cut, and what was skipped or left out, in sentences
     account: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Returns what the command line prints."""
+        lines = [device_line(self.device)]
+        for number, hit in enumerate(self.hits, 1):
+            captions = " / ".join(hit.captions)
+            shown = captions if len(captions) <= 100 else captions[:99] + "…"
+            lines.append(f"{number:3}  {hit.score:.3f}  {hit.key}  {shown}")
+        return [*lines, f"{self.num_images:,} images searched", *self.account]
 
 
 @torch.no_grad()
@@ -61,12 +71,11 @@ def search(
     `Collection.answer` describes the ranking. Raises UserError if the query is empty, the index, the model, the data or the image cannot be
     read, or the model cannot compare two images.
     """
-    if text is None and image is None:
-        raise UserError("There is nothing to search for; give --text, --image or both.")
     if report is not None:
         check_output(Path(report))
     picture = None if image is None else read_picture(image)
     query = Query(text, picture, None, exclude, tags, folder)
+    query.check(top)  # before a dataset is embedded
     account: list[str] = []
     if is_index(path):
         if data is not None or split != "all" or reading != DETECT:

@@ -71,7 +71,7 @@ def space(
 
 def _embeds(run: Run, indices: list[int], texts: list[str], batches: list) -> dict[str, np.ndarray]:
     """Returns normalized embeds [pair, dim] of images, captions and, for OneR, both jointly, for the pairs with a readable image."""
-    images = embed_images(run.encoder(), batches)
+    images = embed_images(run.encoder(), batches, total=len(indices))
     row = {index: number for number, index in enumerate(indices)}
     texts = [texts[row[index]] for index in images.indices]
     embeds = {"images": images.embeds.numpy(), "captions": embed_texts(run.encoder(), texts).numpy()}

@@ -90,7 +90,7 @@ def validation(
                         pairs.val_source, tracked, size, workers=workers, preprocess=encoder.preprocess
                     )
                 )
-            embeds = embed_images(encoder, images)
+            embeds = embed_images(encoder, images, total=len(tracked))
             result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
             sides = (result.image_to_text, result.text_to_image)
             recalls = [metric for side in sides for metric in side.recall.values() if metric.can_beat_chance()]
