@@ -200,6 +200,7 @@ ERRORS = [
     ("POST", "/search", {"json": {"text": "x", "top": 501}}, 422, "The field top must be at most 500."),
     ("POST", "/search", {"json": {"text": "x", "top": True}}, 422, "The field top must be a whole number."),
     ("POST", "/search", {"json": {"text": "x" * 2001}}, 422, "The field text must have at most 2000 characters."),
+    ("GET", "/image/0/0?size=64", {}, 422, "The field size is not known."),
     ("POST", "/search", {"json": {"text": "x", "texts": "y"}}, 422, "The field texts is not known."),
     ("POST", "/search", {"json": {"text": "x", "collection": 2}}, 404, "no collection 2"),
     ("POST", "/search", {"json": {"like": "even/0"}}, 422, "'even/0.png'"),

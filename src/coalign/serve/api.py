@@ -130,10 +130,7 @@ async def _read(endpoint: Endpoint, request: Request) -> BaseModel:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if endpoint.bodies is None:
-            given = {**request.query_params, **request.path_params}
-            return endpoint.params.model_validate(
-                {name: given[name] for name in endpoint.params.model_fields if name in given}
-            )
+            return endpoint.params.model_validate({**request.query_params, **request.path_params})
         if kind not in endpoint.bodies:
             raise HTTPException(415, f"The content type must be {' or '.join(endpoint.bodies)}.")
         if kind == JSON:
