@@ -1,10 +1,12 @@
 r"""Draws the README's picture from a finished demo, and updates the numbers of README.md and docs/get-started.md:
 
     coalign demo --out runs/demo
-    python scripts/render_demo.py runs/demo
+    python -c "from coalign.experiments.demo import demo; [demo(f'runs/demo{seed}', seed=seed) for seed in (1, 2)]"
+    python scripts/render_demo.py runs/demo runs/demo1 runs/demo2
 
 Writes docs/demo.png, results/demo.json, and the passages between `<!-- demo: NAME -->` and `<!-- end of demo -->`. The picture has the
-first searches of the demo's page: three of our own, and names that a rule chooses. Hits have a green frame.
+first searches of the demo's page: three of our own, and names that a rule chooses. Hits have a green frame. The other folders are of the
+same demo with other seeds, of which the results and docs/get-started.md have the differences.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from coalign.data.sources.open import open_source
 from coalign.experiments.demo import DATA, PAGE, QUERIES, RESULT, SETTINGS, emoji_searches
 from coalign.files import write_json
 from coalign.methods import method_class
+from coalign.report.compare_page import difference_text
 from coalign.report.demo_page import Search
 from coalign.report.figures import INK, LINE, SOFT
 
@@ -80,7 +83,33 @@ def passages(values: dict[str, Any], own: int) -> dict[str, str]:
         break_on_hyphens=False,
         break_long_words=False,
     )
-    return {"caption": caption, "output": f"```text\n{new_style}\n{held_out}\nPage: runs/demo/{PAGE}\n```"}
+    output = f"```text\n{new_style}\n{held_out}\nPage: runs/demo/{PAGE}\n```"
+    return {"caption": caption, "output": output, "seeds": seeds_passage(values["other_seeds"])}
+
+
+def difference(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the difference in mean recall on the other vendor's drawings, with its interval, and R@1 of both methods."""
+    first, second = (group["metrics"] for group in values["groups"])
+    found = second["retrieval_test.mean_recall"]
+    sides = [f"retrieval_test.{side}.r1" for side in ("image_to_text", "text_to_image")]
+    return {
+        "mean_recall": found["difference"],
+        "interval": found["difference_over_items"],
+        "r1": [[metrics[side]["value"] for side in sides] for metrics in (first, second)],
+    }
+
+
+def seeds_passage(others: dict[str, dict[str, Any]]) -> str:
+    """Returns the differences of the other seeds in a sentence; "" if there are none."""
+    if not others:
+        return ""
+    found = [
+        f"{difference_text('rate', each['mean_recall'])} ({difference_text('rate', *each['interval'])})"
+        for each in others.values()
+    ]
+    return textwrap.fill(
+        f"With the seeds {' and '.join(others)}, the difference in mean recall on OpenMoji's drawings is {' and '.join(found)}.", 140
+    )
 
 
 def replace_passages(path: Path, texts: dict[str, str]) -> None:
@@ -95,7 +124,9 @@ def replace_passages(path: Path, texts: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="the folder of a finished `coalign demo`")
-    folder = parser.parse_args().demo
+    parser.add_argument("others", type=Path, nargs="*", help="folders of the same demo with other seeds")
+    arguments = parser.parse_args()
+    folder = arguments.demo
     runs = {method_class(arm).__name__: folder / f"{arm}-seed0" for arm in SETTINGS.arms}
     searches = emoji_searches(open_source(str(folder / DATA / VENDORS_TABLE)), runs)[:NUM_SEARCHES]
     buffer = io.BytesIO()
@@ -105,6 +136,10 @@ def main() -> None:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(ROOT / "docs/demo.png", optimize=True)
     values = json.loads((folder / RESULT).read_text())
     values["settings"]["data"] = "emoji"
+    values["other_seeds"] = {}
+    for other in arguments.others:
+        found = json.loads((other / RESULT).read_text())
+        values["other_seeds"][str(found["groups"][0]["seeds"][0])] = difference(found)
     write_json(ROOT / "results/demo.json", values, indent=1)
     texts = passages(values, sum(search.query.caption in QUERIES for search in searches))
     for name in ("README.md", "docs/get-started.md"):

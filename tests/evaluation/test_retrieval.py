@@ -201,6 +201,8 @@ def test_metrics_have_names_titles_and_closed_form_chances():
     for side, (name, title, count) in enumerate(titles):
         expected += [(f"{name}.r{k}", f"{title} R@{k}", "rate", chances(k)[side], count) for k in (1, 5, 10)]
         expected.append((f"{name}.median_rank", f"{title} median rank", "rank", (median, 30)[side], count))
+    mean_chance = np.mean([chances(k) for k in (1, 5, 10)])
+    expected.append(("mean_recall", "Mean recall", "rate", mean_chance, 60))
     found = result.metrics()
     gap = found.pop()
     for metric, (*labels, chance, count) in zip(found, expected, strict=True):
@@ -230,6 +232,26 @@ def test_outcomes_are_the_hits_and_ranks_of_queries_grouped_by_image():
         assert outcome.statistic == "median"
         np.testing.assert_array_equal(outcome.values, ranks)
         np.testing.assert_array_equal(outcome.groups, groups)
+
+
+def test_mean_recall_is_the_mean_of_the_recalls_and_its_items_are_images_with_their_captions():
+    image, text, owner, _ = problem()
+    owner = owner.clamp(min=1)  # image 0 has no caption
+    result = retrieval(image, text, owner)
+    recalls = [side.recall[k] for side in (result.image_to_text, result.text_to_image) for k in (1, 5, 10)]
+    metric = by_name(result.metrics())["mean_recall"]
+    assert metric.value == pytest.approx(np.mean([each.value for each in recalls]))
+    assert metric.chance == pytest.approx(np.mean([each.chance for each in recalls]))
+    np.testing.assert_array_equal(metric.outcome.groups, range(1, 60))
+    captions = owner.bincount()
+    for row, value in zip(range(1, 60), metric.outcome.values, strict=True):
+        as_query = np.mean([result.image_to_text.ranks[row - 1] <= k for k in (1, 5, 10)])
+        as_result = np.mean([result.text_to_image.ranks[owner == row] <= k for k in (1, 5, 10)])
+        assert value == pytest.approx((as_query + as_result * captions[row] * 59 / 150) / 2)
+    # recalls that are the same for any model are left out
+    few = retrieval(image[:8], text[:8], torch.arange(8))
+    recalls = [side.recall[k].value for side in (few.image_to_text, few.text_to_image) for k in (1, 5)]
+    assert by_name(few.metrics())["mean_recall"].value == pytest.approx(np.mean(recalls))
 
 
 def test_single_pair():
@@ -313,6 +335,9 @@ def test_folds_are_evaluated_separately_and_pooled():
         assert median.value == np.median(np.concatenate([getattr(fold, name).ranks for fold in separate]))
         assert (median.kind, median.count) == ("rank", 20 * queries)
         assert median.chance == getattr(separate[0], name).median_rank.chance  # both folds have the same
+    sides = {"image_to_text": (1, 5, 10), "text_to_image": (1, 5)}  # R@10 is 100 % among ten images
+    recalls = [by_name(result.metrics)[f"{name}.r{k}"].value for name, ks in sides.items() for k in ks]
+    assert found.pop("mean_recall").value == pytest.approx(np.mean(recalls))
     assert not found
     assert by_name(result.metrics)["text_to_image.r5"].chance == 0.5
     assert (result.num_folds, result.num_images, result.left_over) == (2, 20, 3)
@@ -322,7 +347,7 @@ def test_folds_are_evaluated_separately_and_pooled():
     assert (without_one.num_folds, without_one.num_images) == (2, 19)
     for one, other in zip(without_one.metrics, result.metrics, strict=True):
         in_second = [metric.outcome.values[metric.outcome.groups >= 10] for metric in (one, other)]
-        np.testing.assert_array_equal(*in_second)
+        np.testing.assert_allclose(*in_second, atol=1e-12)
         assert one.count == other.count * 19 / 20
     chance = by_name(without_one.metrics)["text_to_image.r5"].chance  # of 45 queries, and of 50
     assert chance == pytest.approx((45 * 5 / 9 + 50 * 5 / 10) / 95)

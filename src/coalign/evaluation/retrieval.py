@@ -56,7 +56,7 @@ class RetrievalResult:
     modality_gap: float | None
 
     def metrics(self) -> list[Metric]:
-        found = [*self.image_to_text.metrics(), *self.text_to_image.metrics()]
+        found = with_mean_recall([*self.image_to_text.metrics(), *self.text_to_image.metrics()])
         if self.modality_gap is None:
             return found
         outcome = Outcome(np.array([self.modality_gap]))
@@ -72,6 +72,28 @@ class RetrievalResult:
             "distinct_captions": self.num_distinct_texts,
             "images_without_caption": self.num_captionless,
         }
+
+
+def with_mean_recall(found: list[Metric]) -> list[Metric]:
+    """Returns the metrics of both directions, and the mean of their recalls that can differ from chance, if any can.
+
+    Its items are images, with what they add to the mean: their own recalls as an image, and those of their captions.
+    """
+    recalls = [metric for metric in found if metric.kind == "rate" and metric.can_beat_chance()]
+    outcomes = [metric.outcome for metric in recalls if metric.outcome is not None]
+    if not outcomes:
+        return found
+    rows, images = np.unique(np.concatenate([_images_of(outcome) for outcome in outcomes]), return_inverse=True)
+    parts = np.concatenate([outcome.values / len(outcome.values) for outcome in outcomes])
+    values = np.bincount(images, parts, minlength=len(rows)) * len(rows) / len(recalls)
+    chance = sum(metric.chance or 0.0 for metric in recalls) / len(recalls)
+    return [*found, measure("mean_recall", "Mean recall", Outcome(values, rows), chance)]
+
+
+def _images_of(outcome: Outcome) -> np.ndarray:
+    """Returns the row of each query's image [query]."""
+    assert outcome.groups is not None
+    return outcome.groups
 
 
 @dataclass
@@ -198,7 +220,7 @@ FOLD = 1000  # images per fold in COCO's 1K protocol (Karpathy and Fei-Fei 2015)
 class FoldsResult:
     """Retrieval within folds of FOLD images: metrics over the queries of all folds."""
 
-    metrics: list[Metric]  # the recalls and median ranks of both directions
+    metrics: list[Metric]  # the recalls and median ranks of both directions, and the mean recall
     num_folds: int
     num_images: int
     left_over: int  # images beyond the last whole fold
@@ -233,7 +255,7 @@ def retrieve_in_folds(
 def _pool(folds: Sequence[RetrievalResult], fold: int) -> list[Metric]:
     """Returns the metrics over the queries of all folds."""
     sides = zip(*((result.image_to_text, result.text_to_image) for result in folds))
-    return [metric for side in sides for metric in _pool_direction(side, fold)]
+    return with_mean_recall([metric for side in sides for metric in _pool_direction(side, fold)])
 
 
 def _pool_direction(folds: Sequence[Direction], fold: int) -> list[Metric]:

@@ -153,16 +153,16 @@ def _emoji_summary(out: Path, source: Source, runs: Mapping[str, Path], comparis
 
 def _evaluated(task: str, what: str, short: str, style: str) -> Evaluated:
     metrics = {f"{task}.{side}.r{k}": f"{words} R@{k}" for side, words in _SIDES.items() for k in (1, 10)}
-    drawn = [f"{task}.{side}.r1" for side in _SIDES]
+    mean_recall = f"{task}.mean_recall"
     return Evaluated(
-        f"{what}, {style}",
-        short,
-        f"Among {what}, {style},",
-        metrics,
-        drawn,
-        drawn[0],
-        "finds the right one first for",
-        "names",
+        title=f"{what}, {style}",
+        short=short,
+        where=f"Among {what}, {style},",
+        metrics={**metrics, mean_recall: "Mean recall"},
+        drawn=[f"{task}.{side}.r1" for side in _SIDES],
+        found="finds the right one first for",
+        queries="names",
+        mean_recall=mean_recall,
     )
 
 

@@ -22,9 +22,9 @@ class Evaluated:
         where: The same within a sentence, such as "Among 1,918 drawings by OpenMoji, a style that neither has seen,".
         metrics: The metrics to show: full name, such as "retrieval_test.text_to_image.r1", -> title.
         drawn: Those of them that are also drawn.
-        headline: The one of them that a sentence is about. "": no sentence.
-        found: What the headline counts, such as "finds the right drawing first for" (a percentage follows).
+        found: What the first drawn one counts, such as "finds the right drawing first for" (a percentage follows). "": no sentence.
         queries: Such as "names".
+        mean_recall: The one of them by which the sentence compares the methods.
     """
 
     title: str
@@ -32,9 +32,9 @@ class Evaluated:
     where: str
     metrics: Mapping[str, str]
     drawn: Sequence[str]
-    headline: str = ""
     found: str = ""
     queries: str = ""
+    mean_recall: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,21 @@ def demo_page(demo: DemoSummary) -> Page:
 
 
 def sentence_of(comparison: Comparison, evaluated: Evaluated) -> str | None:
-    """Returns the headline metric of the second method and of the first, and their paired difference, in one sentence."""
+    """Returns the first drawn metric of both methods, and the paired difference of their mean recalls, in two sentences."""
     first, second = comparison.groups
-    if evaluated.headline not in first.metrics:
+    if not evaluated.found or evaluated.mean_recall not in first.metrics:
         return None
-    base, other = (group.metrics[evaluated.headline] for group in (first, second))
+    base, other = (percent(group.metrics[evaluated.drawn[0]].value) for group in (first, second))
+    known, recall = (group.metrics[evaluated.mean_recall] for group in (first, second))
     start = (
-        f"{evaluated.where} {second.name} {evaluated.found} {percent(other.value)} of the {evaluated.queries}, "
-        f"{first.name} for {percent(base.value)}"
+        f"{evaluated.where} {second.name} {evaluated.found} {other} of the {evaluated.queries}, {first.name} for {base}. Mean recall is "
+        f"{percent(recall.value)} with {second.name} and {percent(known.value)} with {first.name}"
     )
-    difference, interval = other.difference or 0.0, other.difference_over_items
+    difference, interval = recall.difference or 0.0, recall.difference_over_items
     if interval is None:
         return f"{start}."
     size = f"{abs(100 * difference):.1f} percentage points {'more' if difference >= 0 else 'less'}"
-    edges = f"95 % interval {difference_text(other.kind, *interval)}"
+    edges = f"95 % interval {difference_text(recall.kind, *interval)}"
     if interval[0] <= 0 <= interval[1]:
         return f"{start}: no significant difference ({edges} percentage points)."
     return f"{start}: {size} ({edges})."
@@ -117,7 +118,8 @@ def _results(page: Page, demo: DemoSummary) -> None:
     groups = demo.comparison.groups
     page.section(
         "Results",
-        "R@K is the fraction of queries with a right result among the first K. Intervals are 95 % bootstrap intervals over the evaluated "
+        "R@K is the fraction of queries with a right result among the first K, and mean recall the mean of R@1, R@5 and R@10 of both "
+        "directions. Intervals are 95 % bootstrap intervals over the evaluated "
         "pairs. Differences are in percentage points and paired: both methods are measured on the same resampled pairs.",
     )
     first, second = groups

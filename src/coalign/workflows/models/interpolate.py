@@ -242,6 +242,6 @@ def _evaluate(folder: Path, run: Run, pairs: TrainingData) -> tuple[list[Metric]
 
 def _score(results: Mapping[str, TaskResult]) -> float:
     """Returns the score by which training chooses its best weights: the mean recall, or the accuracy if the captions are class labels."""
-    metrics = results["zeroshot"].metrics[:1] if "zeroshot" in results else results["retrieval"].metrics
-    rates = [metric.value for metric in metrics if metric.kind == "rate"]
-    return sum(rates) / len(rates) if rates else 0.0
+    if "zeroshot" in results:
+        return results["zeroshot"].metrics[0].value
+    return next((metric.value for metric in results["retrieval"].metrics if metric.name == "mean_recall"), 0.0)

@@ -92,11 +92,8 @@ def validation(
                 )
             embeds = embed_images(encoder, images, total=len(tracked))
             result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
-            sides = (result.image_to_text, result.text_to_image)
-            recalls = [metric for side in sides for metric in side.recall.values() if metric.can_beat_chance()]
+            recalls = [each for each in result.metrics() if each.kind == "rate" and each.can_beat_chance()]
             values |= {f"val/{metric.name.replace('.', '_')}": metric.value for metric in recalls}
-            if recalls:
-                values["val/mean_recall"] = sum(metric.value for metric in recalls) / len(recalls)
             if labels is not None:
                 zero_shot = classify(encoder, embeds, labels.class_of, labels.classnames, prompts).result
                 values["val/zero_shot_acc1"] = zero_shot.metrics[0].value
