@@ -36,6 +36,8 @@ def boolean_flips(name):
 CASES = [(name, "transformer", changes) for name in METHODS for changes in boolean_flips(name)]
 CASES += [(name, "batch norm", {}) for name in METHODS if takes(name, BATCH_NORM)]
 CASES += [(name, "hugging face", {}) for name in ("clip", "declip") if find_spec("transformers")]
+# each slice draws its own dropout, see `test_dropout`
+CASES += [("clip-strong", "transformer", {"text_dropout": 0.0, "multi_positive": on}) for on in (False, True)]
 
 
 class WrongCount(CLIP):
@@ -79,3 +81,15 @@ def test_two_processes(tmp_path):
                     assert_equal_steps(whole, rank[number])
             else:
                 assert_equal_steps(whole, rank[number])
+
+
+def test_dropout(tmp_path):
+    """Two slices on one process, which encodes each of them twice, equal the slices of two processes, which encode theirs once."""
+    halves = on_two_processes(half_steps, tmp_path, [("clip-strong", "transformer", {}, None, None)])
+    method = build_method("clip-strong", tmp_path)
+    sliced = run_step(method, batch_for(method), ALONE, [slice(0, 4), slice(4, 8)])
+    for (step,) in halves:
+        assert_equal_steps(sliced, step)
+    for changes in ({"text_dropout": 0.0}, {"text_dropout": 0.3}):
+        method = build_method("clip-strong", tmp_path, **changes)
+        assert run_step(method, batch_for(method), ALONE, [slice(0, 4), slice(4, 8)])[0] != pytest.approx(sliced[0])

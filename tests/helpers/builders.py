@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from coalign.methods import config_class, method_class
+from coalign.methods import METHODS, config_class, method_class, recipe
 from coalign.networks.towers.spec import TowerSpec
 from coalign.types import Batch, ImageView, TextView
 
@@ -29,12 +29,13 @@ def shrunk(config):
 
 
 def build_method(name, folder, model=TRANSFORMER, cls=None, **changes):
-    """Builds a small float64 method by name (or of class `cls`), with the same weights on every call."""
+    """Builds a small float64 method by its name or its recipe's (or of class `cls`), with the same weights on every call."""
     path = folder / "model.json"
     path.write_text(json.dumps(model))
     torch.manual_seed(7)
-    config = replace(shrunk(config_class(name)()), **changes)
-    return (cls or method_class(name))(
+    config = config_class(name)() if name in METHODS else recipe(name)(100).method_config
+    config = replace(shrunk(config), **changes)
+    return (cls or method_class(name if name in METHODS else recipe(name)(100).method))(
         config, TowerSpec(str(path), vocab_size=50, context_length=12, batch_norm_group=2)
     ).double()
 

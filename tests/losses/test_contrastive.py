@@ -113,3 +113,52 @@ def test_whole_batch_equals_sum_over_local_rows(monkeypatch, labels):
     torch.testing.assert_close(whole, parts)
     for a, b in zip(torch.autograd.grad(whole, inputs), torch.autograd.grad(parts, inputs)):
         torch.testing.assert_close(a, b)
+
+
+def smoothed(logits, candidates, smoothing):
+    """Sums torch's cross-entropy with label smoothing over the rows, each among its candidates. Row i's positive is column i."""
+    total = 0.0
+    for i, row in enumerate(candidates):
+        columns = row.nonzero().squeeze(1)
+        target = (columns == i).nonzero().squeeze()
+        total = total + F.cross_entropy(logits[i, columns], target, label_smoothing=smoothing)
+    return total
+
+
+@pytest.mark.parametrize("shared", [None, "captions", "captions and groups", "all captions"])
+def test_label_smoothing_equals_torch(monkeypatch, shared):
+    """Values and gradients, over the whole batch and over the sum of its parts."""
+    monkeypatch.setattr(tiled, "TILE", 2)
+    torch.manual_seed(0)
+    inputs = images, texts, scale = leaves(*F.normalize(torch.randn(2, 7, 4), dim=-1), torch.tensor([9.0]))
+    rows, labels, candidates = torch.arange(7), None, torch.ones(7, 7, dtype=torch.bool)
+    if shared:
+        captions = torch.tensor([3, 1, 3, 2, 1, 3, 5]) if "all" not in shared else torch.full([7], 2**62)
+        labels = torch.stack([captions, torch.tensor([4, 3, 4, 4, 1, 2, 5])], 1) if "groups" in shared else captions
+        equal = labels[:, None] == labels[None]
+        candidates = ~(equal if equal.ndim == 2 else equal.any(2)) | torch.eye(7, dtype=torch.bool)
+
+    def part(local, smoothing=0.3):
+        pair = None if labels is None else (labels[local], labels)
+        return contrastive.clip_loss(images[local], texts[local], images, texts, rows[local], scale, pair, smoothing)
+
+    logits = scale * images @ texts.T
+    expected = (smoothed(logits, candidates, 0.3) + smoothed(logits.T, candidates, 0.3)) / 2
+    if shared != "all captions":
+        assert expected != part(slice(None), 0.0)
+    for ours in (part(slice(None)), part(slice(0, 2)) + part(slice(2, 7))):
+        torch.testing.assert_close(ours, expected)
+        for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs, retain_graph=True)):
+            torch.testing.assert_close(a, b)
+
+
+def test_label_smoothing_is_computed_in_float32():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 300, 16), dim=-1).bfloat16()
+    rows, labels = torch.arange(300), torch.randint(200, (300,))
+    arguments = (rows, 100.0, (labels, labels), 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = contrastive.clip_loss(image, text, image, text, *arguments)
+    image, text = image.double(), text.double()
+    expected = contrastive.clip_loss(image, text, image, text, *arguments)
+    assert under_autocast.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -3,13 +3,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.builders import build_method, make_batch
+from helpers.builders import HUGGING_FACE, build_method, make_batch
 from helpers.pairs import Pairs, make_loader
+from helpers.steps import ALONE
+from torch.nn import functional as F
 
-from coalign.training.distributed import RankGather, World
+from coalign.errors import UserError
+from coalign.methods.clip.config import CLIPConfig
+from coalign.training.distributed import RankGather
+from coalign.training.step import forward_backward
 from coalign.types import StepInfo
 
-GATHER, STEP = RankGather(World(0, 1, torch.device("cpu"))), StepInfo(0, 10)
+GATHER, STEP = RankGather(ALONE), StepInfo(0, 10)
 
 
 def loss(method, features):
@@ -90,3 +95,78 @@ def test_training_and_inference_embeddings_agree(clip):
     torch.testing.assert_close(features["image_embeds"], clip.encode_image(batch.images["image"].pixels))
     torch.testing.assert_close(features["text_embeds"], clip.encode_text(caption.ids, caption.lengths))
     torch.testing.assert_close(features["text_embeds"].norm(dim=-1), torch.ones(4, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- strong views
+
+
+def projected(projector, features):
+    """The normalized outputs of a projector, by torch's functions."""
+    *hidden, last = projector.layers
+    for layer, norm in zip(hidden, projector.norms, strict=True):
+        features = F.batch_norm(layer(features), None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        features = features.relu()
+    return F.normalize(last(features), dim=-1)
+
+
+def test_loss_of_strong_views_equals_dense_logits(tmp_path):
+    method = build_method("clip-strong", tmp_path, text_dropout=0.0, multi_positive=False)
+    batch, rows = make_batch(method.view_plan, 6), torch.arange(6)
+
+    def both_ways(images, texts, scale, **options):
+        logits = scale * images @ texts.T
+        return (F.cross_entropy(logits, rows, **options) + F.cross_entropy(logits.T, rows, **options)) / 2
+
+    result = forward_backward(method, batch, STEP, ALONE)
+    features = result.features
+    images, texts = (
+        [projected(projector, view) for view in features[name].unbind(1)]
+        for projector, name in ((method.image_projector, "strong_images"), (method.text_projector, "strong_texts"))
+    )
+    assert len(images) == len(texts) == 2
+    strong = sum(both_ways(image, text, 10, label_smoothing=0.1) for image in images for text in texts).item() / 4
+    weak = both_ways(features["image_embeds"], features["text_embeds"], 1 / 0.07).item()
+    assert result.terms == pytest.approx({"clip": weak, "strong": strong})
+    assert result.loss == pytest.approx((weak + 2 * strong) / 3)
+
+
+def test_dropout_changes_the_strong_captions_in_training_only(tmp_path):
+    method = build_method("clip-strong", tmp_path)
+    batch = make_batch(method.view_plan, 6)
+
+    def encode(seed):
+        torch.manual_seed(seed)
+        return method.encode(batch, STEP)
+
+    def changed(one, other):
+        return {name for name in one if not torch.equal(one[name], other[name])}
+
+    assert changed(encode(0), encode(1)) == {"strong_texts"}
+    assert not changed(encode(0), encode(0))
+    method.text.frozen = (method.text.transformer,)  # as of a locked encoder
+    method.train()
+    assert not changed(encode(0), encode(1))
+    method.text.frozen = ()
+    method.eval()
+    assert not changed(encode(0), encode(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strong_views": -1}, "strong_views is -1, but must be at least 0"),
+        ({"strong_views": 1, "label_smoothing": 1.0}, "label_smoothing is 1.0, but must be at least 0 and below 1"),
+        ({"label_smoothing": 0.1}, "label_smoothing is 0.1, but applies to strong views only; set strong_views"),
+        ({"text_dropout": 0.1}, "text_dropout is 0.1, but applies to strong views only; set strong_views"),
+    ],
+)
+def test_invalid_options(options, message):
+    with pytest.raises(UserError, match=message):
+        CLIPConfig(**options)
+
+
+def test_hugging_face_encoders_have_no_text_dropout(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="use --text-dropout 0"):
+        build_method("clip-strong", tmp_path, HUGGING_FACE)
+    build_method("clip-strong", tmp_path, HUGGING_FACE, text_dropout=0.0)

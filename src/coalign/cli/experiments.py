@@ -73,7 +73,7 @@ def benchmark_command(
     Args:
         data: anything that `coalign train --data` accepts
         out: the folder for the runs, benchmark.html and benchmark.json
-        methods: the methods to train; clip is always included
+        methods: the methods to train, or clip-strong; clip is always included
         minutes: wall-clock minutes for all trials together, with equal time per method
         epochs: train every method for this many epochs instead, at equal samples seen
         fractions: fractions of the pairs to train on, at equal samples seen

@@ -103,7 +103,7 @@ def benchmark(
     Args:
         data: The training data, as in `open_data`.
         out: The folder of the trials and the results.
-        methods: Names of methods. CLIP is always trained, as the base of the comparison.
+        methods: Names of methods, or clip-strong. CLIP is always trained, as the base of the comparison.
         minutes: Total training time of all trials, equal for every method. The number of epochs follows from its measured speed.
         epochs: Train every method for this many epochs instead, at equal samples seen.
         fractions: Fractions of the training pairs to train on, besides all of them, at equal samples seen.
@@ -171,8 +171,9 @@ def _page(result: BenchmarkResult) -> Page:
 def _check(
     methods: Sequence[str], minutes: float, epochs: float | None, fractions: Sequence[float], seeds: int, jobs: int
 ) -> None:
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise UserError(f"There is no method named {unknown[0]!r}; the methods are {', '.join(METHODS)}.")
+    known = [*METHODS, "clip-strong"]
+    if unknown := [name for name in methods if name not in known]:
+        raise UserError(f"There is no method named {unknown[0]!r}; the methods are {', '.join(known)}.")
     if len(methods) < 2:
         raise UserError(f"--methods must name another method besides {BASE}, such as uniclip or mcd.")
     for name, value in {"--minutes": minutes, "--epochs": epochs, "--seeds": seeds, "--jobs": jobs}.items():

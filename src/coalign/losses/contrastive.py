@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -43,10 +44,13 @@ def clip_loss(
     positives: Int[Tensor, " batch"],
     logit_scale: Float[Tensor, 1] | float,
     labels: Labels | None = None,
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Returns CLIP's loss: the mean of `info_nce` from image to text and from text to image, local rows against gathered columns.
 
     `positives` holds the global indices of the local rows. If the local rows are the whole batch, both directions share their products.
+    With `label_smoothing` ε, the target of a row is 1 − ε on its positive, plus ε spread evenly over the columns of its denominator
+    (Szegedy et al. 2016, §7).
     """
     scale, (row_labels, column_labels) = _prepare(images, len(gathered_texts), positives, logit_scale, labels)
     if len(images) == len(gathered_images):
@@ -54,7 +58,16 @@ def clip_loss(
     else:
         pairs = ((images, gathered_texts), (texts, gathered_images))
         negatives = torch.stack([negatives_logsumexp(q, k, scale, row_labels, column_labels) for q, k in pairs])
-    return -F.logsigmoid(_paired_logits(images, texts, scale) - negatives).sum() / 2
+    paired = _paired_logits(images, texts, scale)
+    loss = -F.logsigmoid(paired - negatives).sum() / 2
+    if not label_smoothing:
+        return loss
+    # a share ε of the positive's logit is replaced by the mean logit, which is the logit of the mean key
+    means = [
+        _paired_logits(queries, _mean_keys(keys, positives, row_labels, column_labels), scale)
+        for queries, keys in ((images, gathered_texts), (texts, gathered_images))
+    ]
+    return loss + label_smoothing * (paired - sum(means) / 2).sum()
 
 
 def nt_xent(
@@ -91,6 +104,30 @@ def _paired_logits(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
     """Returns s·q_i·k_i for each row i."""
     with torch.autocast(queries.device.type, enabled=False):  # autocast would use half precision
         return (at_least_float32(queries) * at_least_float32(keys)).sum(1) * scale
+
+
+def _mean_keys(
+    keys: Float[Tensor, "column dim"],
+    positives: Int[Tensor, " row"],
+    row_labels: Int[Tensor, "row label"],
+    column_labels: Int[Tensor, "column label"],
+) -> Float[Tensor, "row dim"]:
+    """Returns the mean key over each row's denominator: its positive, and all columns that share no label with it.
+
+    The columns that share a label are subtracted from the sum over all columns: those equal at each position, less those equal at two, and
+    so on. A positive shares all labels with its row.
+    """
+    with torch.autocast(keys.device.type, enabled=False):
+        keys = at_least_float32(keys)
+        total, count = keys.sum(0) + keys[positives], keys.new_tensor(len(keys) + 1)
+        for size in range(1, row_labels.shape[1] + 1):
+            for chosen in combinations(range(row_labels.shape[1]), size):
+                labels = torch.cat([row_labels[:, chosen], column_labels[:, chosen]])
+                rows, columns = labels.unique(dim=0, return_inverse=True)[1].split([len(row_labels), len(keys)])
+                sums = keys.new_zeros(len(labels), keys.shape[1]).index_add(0, columns, keys)
+                total = total + (-1) ** size * sums[rows]
+                count = count + (-1) ** size * columns.bincount(minlength=len(labels))[rows]
+        return total / count[:, None]
 
 
 # ---------------------------------------------------------------- against a queue of keys

@@ -93,16 +93,21 @@ def is_plain(transformer: Transformer) -> bool:
 
 
 def run_blocks(
-    transformer: Transformer, x: Tensor, packing: Packing, causal: bool = False, read: Tensor | None = None
+    transformer: Transformer,
+    x: Tensor,
+    packing: Packing,
+    causal: bool = False,
+    read: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Runs packed tokens [tokens, width] through the blocks, with the same weights and outputs as open_clip's.
 
     `read` (int64 [sequences]) selects one token per sequence, which must be its last one if `causal`: returns [sequences, width]. Otherwise
-    returns [tokens, width].
+    returns [tokens, width]. `dropout` is the probability that an input of a block is dropped, in blocks that are in training mode.
     """
     attend, last = partial(packing.attend, causal=causal), len(transformer.resblocks) - 1
     for index, block in enumerate(transformer.resblocks):
-        x = _run(transformer, block, x, attend, read if index == last else None)
+        x = _run(transformer, block, x, attend, read if index == last else None, dropout)
     return x
 
 
@@ -125,9 +130,15 @@ def _run(transformer: Transformer, *args: Any) -> Tensor:
 
 
 def _block(
-    block: ResidualAttentionBlock, x: Tensor, attend: Callable[..., Tensor], read: Tensor | None = None
+    block: ResidualAttentionBlock,
+    x: Tensor,
+    attend: Callable[..., Tensor],
+    read: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`attend`: queries, keys, values [..., width] and the number of heads -> [..., width]."""
+    if dropout and block.training:
+        x = F.dropout(x, dropout)
     attention = block.attn
     weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, x.shape[-1]
     normed = block.ln_1(x)

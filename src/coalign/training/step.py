@@ -49,8 +49,8 @@ def forward_backward(
     def encode(index: int) -> Features:
         # one autocast context per slice: its weight cache must not reuse casts made without gradient in a pass with gradient
         with _autocast(world, autocast):
-            # dropout depends on step and slice only, so that a pass can be recomputed and a run resumed
-            torch.manual_seed((seed * 1_000_003 + step.step) * 1_009 + index)
+            # dropout depends on the step and on the slice of the global batch only, so that a pass can be recomputed and a run resumed
+            torch.manual_seed((seed * 1_000_003 + step.step) * 1_009 + world.rank * len(slices) + index)
             return method.encode(batch[slices[index]], step)
 
     with torch.set_grad_enabled(not caching), timed("encoder forward"):

@@ -81,6 +81,7 @@ RUNS = [
     ("slip", VIT, {}),
     ("declip", VIT, {}),
     ("mcd", VIT, {}),
+    ("clip-strong", VIT, {"projector-width": 16}),
 ]
 
 

@@ -272,7 +272,8 @@ def test_hue_and_flips_are_off_if_captions_name_colors_and_sides():
     plain = recipe("slip")(10_000)
     for others in (["a lamp", "a righteous redneck"], []):
         assert with_safe_views(plain, others) == (plain, None)
-    assert with_safe_views(recipe("clip")(10_000), captions)[1] is None
+    assert with_safe_views(recipe("clip")(10_000), captions)[1] is None  # it has no strong views
+    assert "flips of strong_image_view are off" in with_safe_views(recipe("clip-strong")(10_000), captions)[1]
 
 
 def test_changed_views_are_recorded_and_said(tmp_path, pairs, model_file, capsys):

@@ -49,10 +49,12 @@ class TextTower(Tower):
         ids: Int[Tensor, "batch token"] | Float[Tensor, "batch width"],
         lengths: Int[Tensor, " batch"],
         with_tokens: bool = False,
+        dropout: float = 0.0,
     ) -> TextFeatures:
         """ids int64 [batch, token], lengths int64 [batch] -> TextFeatures. Raises ValueError for texts longer than the context.
 
-        Pooled features, float [batch, width], which a locked tower has computed before, are returned as they are.
+        `dropout` is the probability that an input of a block is dropped in training. Pooled features, float [batch, width], which a locked
+        tower has computed before, are returned as they are.
         """
         if ids.is_floating_point():
             return TextFeatures(ids, None)
@@ -71,9 +73,10 @@ class TextTower(Tower):
         read = ends - sorted_lengths + 1 if self.pooling == "start" else ends
         inverse = by_length.argsort()  # index of each caption among the sorted captions
         if self.pooling != "mean" and not with_tokens:
-            x = tower.ln_final(run_blocks(tower.transformer, x, packing, causal, read))  # [batch, width]
+            x = run_blocks(tower.transformer, x, packing, causal, read, dropout)
+            x = tower.ln_final(x)  # [batch, width]
             return TextFeatures(x.index_select(0, inverse), None)
-        x = tower.ln_final(run_blocks(tower.transformer, x, packing, causal))  # [tokens, width]
+        x = tower.ln_final(run_blocks(tower.transformer, x, packing, causal, dropout=dropout))  # [tokens, width]
         tokens = x.new_zeros(ids.numel(), self.width).index_copy(0, by_length[row] * ids.shape[1] + position, x)
         tokens = tokens.view(*ids.shape, self.width)
         if self.pooling == "mean":

@@ -48,12 +48,12 @@ def with_safe_views(config: TrainConfig, captions: Sequence[str]) -> tuple[Train
 
 
 def _default_views(method_config: Any) -> dict[str, AugmentationPolicy]:
-    """Returns the policies of image views that are as the method has them by default."""
-    default = type(method_config)()
+    """Returns the policies of image views that the method loads and that are as it has them by default."""
+    default, unused = type(method_config)(), getattr(method_config, "unused_views", ())
     return {
         name: value
         for name, value in vars(method_config).items()
-        if isinstance(value, AugmentationPolicy) and value == getattr(default, name)
+        if isinstance(value, AugmentationPolicy) and value == getattr(default, name) and name not in unused
     }
 
 
