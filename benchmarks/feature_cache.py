@@ -87,7 +87,7 @@ def run(
     else:
         from rich.console import Console
 
-        features.compute(Console(quiet=True))
+        features.compute(Console(quiet=True), config.workers or 0)
     computing = (time.process_time() - start) / len(indices)
     loader = pair_loader(method, config, source, indices, tokenizer, WORLD, config.batch_size, {}, cached=cached)
     steps, marks = loader.steps_per_epoch, []

@@ -54,6 +54,16 @@ def test_the_time_left_is_estimated_from_where_the_total_became_known(clock, cap
     assert capsys.readouterr().err == "clip: training: 510 of 1,000 steps, 32 min 40 s left\n"
 
 
+def test_what_another_process_says_of_itself_is_shown_as_it_is(clock, capsys):
+    with progress("clip: preparing", unit="steps") as task:
+        clock[0] += 5
+        task.update(0, what="clip: features of images", state="416 of 1,824, 1 min 57 s left")
+        clock[0] += 40
+        task.update(5, 10, "clip: training")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["clip: features of images: 416 of 1,824, 1 min 57 s left", "clip: training: 5 of 10 steps"]
+
+
 def test_what_cannot_tell_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(module, "_FIRST_SECONDS", 0.05)
     with waiting("Projecting"):

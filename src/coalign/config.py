@@ -279,9 +279,9 @@ class TrainConfig:
     seed: int = setting(0, compared=False, on_card=True)
     """Random seed of the initial weights, the order of the samples and the augmentations."""
     # Data loading workers per process. 0: a thread of the process. None: CPU cores over processes, at most 8; 0 up to 10,000 pairs whose
-    # decoded images are kept. Does not affect the results.
+    # images are decoded only once. Does not affect the results.
     workers: int | None = setting(None, valid=at_least(0), may_change_on_resume=True)
-    # Keep decoded images for the epochs after the first. None: in a quarter of the available memory, if they fit. Otherwise
+    # Keep decoded images for later epochs and validations. None: in a quarter of the available memory, if they fit. Otherwise
     # gigabytes on disk, in the system's temporary folder, per machine; 0: off. Does not affect the results.
     image_cache: float | None = setting(None, valid=at_least(0), may_change_on_resume=True)
     device_views: bool = setting(False)

@@ -33,6 +33,7 @@ class Task:
     def __init__(self, what: str, total: int | None, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._done = self._first = 0
+        self._words: str | None = None
         self._began = _clock()
         self._bar: TaskID | None = None
         self._on_terminal = _BARS.visible()
@@ -40,11 +41,15 @@ class Task:
         if os.environ.get("RANK", "0") != "0":
             self._next = math.inf
 
-    def update(self, done: int, total: int | None = None, what: str | None = None) -> None:
-        """Sets the number of items that are done and, if given, the number of all items and what is being done."""
+    def update(self, done: int, total: int | None = None, what: str | None = None, state: str | None = None) -> None:
+        """Sets the number of items that are done and, if given, the number of all items and what is being done.
+
+        state: words to show instead of the numbers, such as those of another process on what it does.
+        """
         if total is not None and self._total is None:  # the time left is estimated from here
             self._first, self._began = done, _clock()
         self._done, self._total, self._what = done, total or self._total, what or self._what
+        self._words = state
         self.show()
 
     def show(self) -> None:
@@ -70,6 +75,8 @@ class Task:
 
     def _state(self, now: float) -> str:
         """Returns "1,200 of 5,000 images, 12 s left", as far as that is known."""
+        if self._words is not None:
+            return self._words
         unit = f" {self._unit}" if self._unit else ""
         if self._total is None:
             return f"{self._done:,}{unit}" if self._done else ""

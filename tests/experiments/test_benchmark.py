@@ -132,6 +132,22 @@ def test_methods_get_equal_time(quick, tmp_path, monkeypatch):
     number = json.loads((tmp_path / "out/clip-seed0/config.json").read_text())["num_train"]
     assert epochs["clip"] == pytest.approx((120 - module.OVERHEAD) * 10 / number)
     assert epochs["slip"] == pytest.approx(epochs["clip"] * 0.4)
+    benchmark("photos", "capped", ["slip"], minutes=4, jobs=2, max_epochs=0.5)  # of the faster one; both get less time
+    assert json.loads((tmp_path / "capped/plan.json").read_text())["epochs"] == {"clip": 0.5, "slip": 0.2}
+
+
+def test_the_speed_is_measured_for_some_seconds(monkeypatch):
+    asked = []
+
+    def profile(data, config_for, steps):
+        asked.append(steps)
+        return Profile(0.01 * steps, {}, 1000.0 / steps, [])
+
+    monkeypatch.setattr(module, "profile", profile)
+    assert module._speed("photos", None) == pytest.approx(1000 / 84)
+    assert asked == [6, 84]  # 84 steps of the 0.06 s that the first six took on average: five seconds
+    monkeypatch.setattr(module, "profile", lambda data, config_for, steps: Profile(2.0, {}, 7.0, []))
+    assert module._speed("photos", None) == 7.0  # six steps are enough
 
 
 @pytest.mark.parametrize(

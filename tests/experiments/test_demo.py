@@ -19,11 +19,13 @@ from coalign.data.prepare.emoji import prepare_emoji
 from coalign.data.sources.open import open_source
 from coalign.experiments import benchmark as benchmark_module
 from coalign.experiments import demo as module
+from coalign.experiments import demo_examples
 from coalign.experiments.benchmark import benchmark
 from coalign.experiments.demo import demo
 from coalign.experiments.demo_examples import evenly_spaced, is_hit
 from coalign.experiments.trials import _train
 from coalign.methods.table import Arm, Table
+from coalign.networks.towers.image import ImageTower
 from coalign.runs.folder import read_config
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
@@ -129,6 +131,27 @@ def test_searches_are_those_of_coalign_search(done):
     ]
 
 
+def test_a_locked_image_encoder_of_both_runs_runs_once(tmp_path, pairs, model_file, trained, monkeypatch):
+    runs = {f"seed {seed}": tmp_path / str(seed) for seed in (1, 2)}
+    for seed, out in enumerate(runs.values(), 1):
+        options = {"init_from": trained, "image_tuning": "locked", "epochs": 1, "evals": 0, "seed": seed}
+        assert cli.main(tiny.train_args(pairs, out, model_file, **options)) == 0
+    source, counts = open_source(str(pairs)), []
+    indices, queries = np.arange(len(source)), dict.fromkeys(["a red tree", "blue", "lying"], "")
+    original = ImageTower.forward
+
+    def forward(self, pixels, *args, **options):
+        counts.append(len(pixels) if pixels.ndim == 4 else 0)
+        return original(self, pixels, *args, **options)
+
+    monkeypatch.setattr(ImageTower, "forward", forward)
+    found = demo_examples.search(runs, source, indices, queries)
+    assert sum(counts) == len(source)
+    for name, folder in runs.items():
+        for query, alone in zip(found, demo_examples.search({name: folder}, source, indices, queries)):
+            assert [cell.caption for cell in query.results[name]] == [cell.caption for cell in alone.results[name]]
+
+
 def test_hits_and_the_rule_of_the_queries():
     assert is_hit("smiling cat", ["grinning cat with smiling eyes"])
     assert not is_hit("smiling cat", ["cat with wry smile", "smiling face"])
@@ -141,8 +164,8 @@ def test_hits_and_the_rule_of_the_queries():
 def test_your_own_pairs(quick, tmp_path, monkeypatch, capsys):
     data, out = tiny.write_pairs(tmp_path / "photos", 240), tmp_path / "own"
 
-    def short(data, out, methods, *, minutes, seeds):
-        assert minutes == module.OWN_MINUTES
+    def short(data, out, methods, *, minutes, max_epochs, seeds):
+        assert (minutes, max_epochs) == (module.OWN_MINUTES, module.OWN_EPOCHS)
         return benchmark(data, out, methods, epochs=1, seeds=seeds)
 
     monkeypatch.setattr(module, "benchmark", short)

@@ -300,14 +300,23 @@ def test_the_warm_up_of_encoders_starts_after_the_heads(tmp_path):
 
 
 def test_rates_that_destroy_weights_are_warned_of(tmp_path):
-    for lr, new_lr, number in ((1e-4, None, 0), (1e-5, 1e-3, 0), (2e-3, None, 2)):
-        optimizer = OptimizerConfig(lr=lr, new_lr=new_lr)
-        _, tuning = tuned("clip", tmp_path, settings={"optimizer": optimizer})
-        assert len(tuning.warnings()) == number
-    assert tuning.warnings()[0] == (
-        "The image trunk starts from weights, but its learning rate of 0.002 is above 0.0001, which destroys pretrained weights; "
-        "use --lr 1e-05, or lock the encoder with --image-tuning locked."
+    both = (
+        "The learning rate of the pretrained image and text encoders, 0.002, is above 0.0001, which destroys their weights; "
+        "use --lr 1e-05, or lock them with --image-tuning locked --text-tuning locked."
     )
+    one = (
+        "The learning rate of the pretrained text encoder, 0.002, is above 0.0001, which destroys its weights; use --lr 1e-05, or lock it "
+        "with --text-tuning locked."
+    )
+    for lr, new_lr, changes, warning in (
+        (1e-4, None, {}, None),
+        (1e-5, 1e-3, {}, None),
+        (2e-3, None, {}, both),
+        (2e-3, None, {"image_tuning": "locked"}, one),
+    ):
+        optimizer = OptimizerConfig(lr=lr, new_lr=new_lr)
+        _, tuning = tuned("clip", tmp_path, settings={"optimizer": optimizer}, **changes)
+        assert tuning.warning() == warning
 
 
 # ---------------------------------------------------------------- heads
@@ -360,7 +369,7 @@ def test_every_two_tower_method_trains_with_each_head(tmp_path, name, head, monk
     ("name", "parts", "settings", "message"),
     [
         ("clip", (), {"image_tuning": "locked"}, "--image-tuning locked needs pretrained weights, but the image encoder starts"),
-        ("clip", ("trunk",), {"text_tuning": "last:4"}, "--text-tuning last:4 needs as many blocks, but the text encoder has 3"),
+        ("clip", ("trunk",), {"text_tuning": "last:4"}, "--text-tuning last:4 is more than the 3 blocks of the text encoder"),
         ("oner", (), {"head": "mlp"}, "--head needs a method with an image and a text encoder, such as clip; oner has one"),
         ("oner", (), {"text_layer_decay": 0.5}, "--text-layer-decay needs a method with an image and a text encoder"),
         ("clip", ("trunk", "projection"), {"image_tuning": "locked", "text_tuning": "locked"}, "Nothing is left to train"),

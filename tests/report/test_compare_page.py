@@ -94,6 +94,8 @@ def test_the_page_shows_everything(tmp_path):
         "1, 2",
     ):
         assert words in html, words
+    assert "<th>seeds</th>" in html
+    assert "<th>seed</th>" in compare_page(comparison()).html()  # "0" of one run is not a number of seeds
     assert html.count("data:image/png;base64,") == 3
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
 

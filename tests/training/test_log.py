@@ -193,6 +193,22 @@ def test_plain_lines_are_printed_at_the_first_and_last_step_and_at_intervals(tmp
     assert lines[-2].endswith("ETA 0 s")
 
 
+def test_the_eta_includes_the_validations_to_come(tmp_path: Path, clock: Clock) -> None:
+    console = plain_console()
+    with RunLog(tmp_path, 100, interactive=False, line_seconds=0, console=console, evals=4) as run_log:
+        for step in range(100):
+            clock.now += 0.5
+            run_log.step(step, {}, pairs=32, wait_seconds=0)
+            if (step + 1) % 25 == 0:
+                clock.now += 20
+                run_log.evaluation(step, {}, seconds=20.0)
+    etas = [line.split("ETA ")[1] for line in console.file.getvalue().splitlines() if "ETA" in line]
+    assert etas[23] == "38 s"  # how long a validation takes is not known yet
+    assert etas[49] == "1 min 25 s"  # 50 steps, and 3 validations, one of them after this step
+    assert etas[98] == "20 s"
+    assert etas[99] == "20 s"
+
+
 @pytest.mark.parametrize("interactive", [False, True])
 def test_only_distinct_rates_are_printed(tmp_path: Path, clock: Clock, interactive: bool) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=interactive, color_system=None)

@@ -41,6 +41,7 @@ from coalign.version import __version__
 from coalign.workflows.evaluate.eval_report import write_results
 from coalign.workflows.train.preflight import check_trials
 from coalign.workflows.train.profile import profile
+from coalign.workflows.train.setup import ConfigFn
 
 # The mean of the first of these that all runs have ranks the methods: title -> task and name of each metric. Accuracy: the captions are
 # class labels. R@5 or R@1: among ten captions, R@10 is 100 % for any model.
@@ -53,7 +54,9 @@ HEADLINES = {
 }
 OVERHEAD = 40.0  # seconds of a trial besides training: start-up, evaluation, report
 PLAN, RESULT = "plan.json", "benchmark.json"
-VAL_FRACTION, EVALS, PROFILED = 0.1, 5, 6
+VAL_FRACTION, EVALS = 0.1, 5
+PROFILED = 6  # steps by which the speed is estimated, to choose how many measure it
+MEASURED_SECONDS = 5.0  # of training by which the speed is measured: epochs after the first, too, if they are short
 
 
 @dataclass
@@ -88,6 +91,7 @@ def benchmark(
     *,
     minutes: float = 60.0,
     epochs: float | None = None,
+    max_epochs: float | None = None,
     fractions: Sequence[float] = (1.0,),
     seeds: int = 2,
     jobs: int | None = None,
@@ -106,6 +110,7 @@ def benchmark(
         methods: Names of methods, or clip-strong. CLIP is always trained, as the base of the comparison.
         minutes: Total training time of all trials, equal for every method. The number of epochs follows from its measured speed.
         epochs: Train every method for this many epochs instead, at equal samples seen.
+        max_epochs: Use less time, equal for every method, if one of them would train for more epochs.
         fractions: Fractions of the training pairs to train on, besides all of them, at equal samples seen.
         seeds: The number of seeds (0 to seeds - 1).
         jobs: The number of trials that run at once. None: one per core.
@@ -136,6 +141,7 @@ def benchmark(
         "methods": methods,
         "minutes": minutes,
         "epochs": epochs,
+        "max_epochs": max_epochs,
         "fractions": fractions,
         "seeds": seeds,
         "context_length": context_length,
@@ -261,19 +267,28 @@ def _affordable(data: str, settings: Mapping[str, Any], jobs: int, console: Cons
         least = math.ceil(2 * OVERHEAD * math.ceil(trials / jobs) / 60)
         raise UserError(f"--minutes {settings['minutes']:g} is too short for {trials} trials; give {least} or more.")
     sweep = _table(settings, dict.fromkeys(settings["methods"], 1.0))
-    threads, epochs = torch.get_num_threads(), {}
+    threads, speeds = torch.get_num_threads(), {}
     torch.set_num_threads(max(1, num_cores() // jobs))
     try:
         for method in settings["methods"]:
             with waiting(f"Measuring the speed of {method}"):
-                found = profile(data, partial(_alone, sweep, method), steps=PROFILED)
-            epochs[method] = seconds * found.pairs_per_second / number
-            console.print(
-                f"{method}: {found.pairs_per_second:,.0f} pairs/s; {epochs[method]:.1f} epochs in {duration(seconds)} per trial"
-            )
+                speeds[method] = _speed(data, partial(_alone, sweep, method))
     finally:
         torch.set_num_threads(threads)
+    if settings["max_epochs"] is not None:
+        seconds = min(seconds, settings["max_epochs"] * number / max(speeds.values()))
+    epochs = {method: seconds * speed / number for method, speed in speeds.items()}
+    for method, speed in speeds.items():
+        console.print(f"{method}: {speed:,.0f} pairs/s; {epochs[method]:.1f} epochs in {duration(seconds)} per trial")
     return epochs
+
+
+def _speed(data: str, config_for: ConfigFn) -> float:
+    """Measures pairs per second. A few steps are not enough: at first, images are decoded and workers start."""
+    found = profile(data, config_for, steps=PROFILED)
+    if (steps := math.ceil(MEASURED_SECONDS / found.seconds)) > PROFILED:
+        found = profile(data, config_for, steps=steps)
+    return found.pairs_per_second
 
 
 def _alone(sweep: Table, method: str, num_pairs: int) -> TrainConfig:

@@ -21,7 +21,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console.width = max(console.width, 100)
     groups = comparison.groups
     several = any(len(group.runs) > 1 for group in groups)
-    table = _plain_table("run", "method", "seeds", "parameters", "steps", "samples seen", "training time")
+    table = _plain_table(
+        "run", "method", compare_page.seed_column(groups), "parameters", "steps", "samples seen", "training time"
+    )
     for group in groups:
         numbers = (f"{round(number):,}" for number in (group.parameters, group.steps, group.samples_seen))
         seeds = ", ".join(map(str, group.seeds))

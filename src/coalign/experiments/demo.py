@@ -54,6 +54,7 @@ QUERIES = ("red heart", "smiling cat", "flag of Japan")  # of the page's searche
 EXAMPLES = 8  # pairs shown, and queries chosen by the rule
 
 OWN_MINUTES = 10.0  # of training, for your own pairs
+OWN_EPOCHS = 100.0  # at most: few pairs are seen that often sooner, and more would overfit them
 OWN_QUERIES = 12
 
 # ---------------------------------------------------------------- emoji
@@ -209,10 +210,11 @@ def _write(out: Path, summary: DemoSummary, console: Console) -> Path:
 def own_demo(data: str, out: str | Path, minutes: float = OWN_MINUTES) -> Path:
     """Trains CLIP and MCD on your pairs for equal time, as `benchmark` does, and writes the same kind of page to `out`.
 
-    If interrupted, call it again to resume. Returns the path of the page. Raises UserError as `benchmark` does.
+    minutes: of both together; less if one of them would train for more than `OWN_EPOCHS` epochs. If interrupted, call it again to resume.
+    Returns the path of the page. Raises UserError as `benchmark` does.
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
-    result = benchmark(data, out, ("clip", "mcd"), minutes=minutes, seeds=1)
+    result = benchmark(data, out, ("clip", "mcd"), minutes=minutes, max_epochs=OWN_EPOCHS, seeds=1)
     runs = {group.name: out / f"{group.name}-seed0" for group in result.comparison.groups}
     first = load(next(iter(runs.values())))
     source = open_source(data, reading=reading_of(data, first))

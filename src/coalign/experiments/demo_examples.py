@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,10 @@ from coalign.evaluation.embed import embed_images, embed_texts
 from coalign.report.demo_page import Search
 from coalign.report.page import GalleryCell
 from coalign.runs.run import load
+from coalign.types import DualEncoder
 from coalign.workflows.evaluate.samples import captions_of
 
+_STARTS = ("image_tuning", "model", "pretrained", "image_tower", "init_from", "image_size")
 TOP = 5  # images per search and method
 _SIDE = 128  # pixels of the longer side of an image on the page
 _GAP = 10  # pixels between the two drawings of an emoji
@@ -43,12 +46,21 @@ def evenly_spaced(items: Sequence[str], number: int) -> list[str]:
 
 
 def search(runs: Mapping[str, Path], source: Source, indices: np.ndarray, queries: Mapping[str, str]) -> list[Search]:
-    """Searches images for each query, by the model of each run. queries: text -> a remark on it."""
+    """Searches images for each query, by the model of each run. queries: text -> a remark on it.
+
+    A locked image encoder that several runs start from runs once.
+    """
     captions = captions_of(source)
     nearest: dict[str, list[list[int]]] = {}
+    features: dict[Any, list[Any]] = {}  # of locked image encoders, by what they start from
     for name, folder in runs.items():
-        encoder = load(folder).encoder()
-        batches = image_batches(source, indices, encoder.image_size, preprocess=encoder.preprocess)
+        run = load(folder)
+        encoder, start = run.encoder(), tuple(getattr(run.config, setting) for setting in _STARTS)
+        batches: Iterable[Any] | None = features.get(start)
+        if batches is None:
+            batches = image_batches(source, indices, encoder.image_size, preprocess=encoder.preprocess)
+            if run.config.image_tuning == "locked":
+                batches = _remembered(batches, encoder, features.setdefault(start, []))
         images = embed_images(encoder, batches, total=len(indices))
         scores = similarities(encoder.similarity, images.embeds, embed_texts(encoder, list(queries))).T
         top = scores.topk(min(TOP, len(images.indices))).indices.tolist()
@@ -64,6 +76,14 @@ def search(runs: Mapping[str, Path], source: Source, indices: np.ndarray, querie
         }
         found.append(Search(GalleryCell(None, query, note=remark), results))
     return found
+
+
+def _remembered(batches: Iterable[Any], encoder: DualEncoder, kept: list[Any]) -> Iterator[Any]:
+    """Yields batches with the features of a locked image encoder instead of pixels, and keeps them."""
+    assert encoder.image_features is not None
+    for indices, pixels, bad in batches:
+        kept.append((indices, encoder.image_features(pixels) if indices else pixels, bad))
+        yield kept[-1]
 
 
 def picture(source: Source, index: int) -> np.ndarray:

@@ -167,7 +167,8 @@ def _show_steps(trial: Trial, task: Task) -> None:
         return
     total, done = num_steps(saved.config, saved.num_train), last_step(trial.folder) + 1
     if not done:
-        task.update(0, what=f"{name}: {_features_line(_log(trial)) or 'preparing'}")
+        what, state = _features_line(_log(trial)) or ("preparing", None)
+        task.update(0, what=f"{name}: {what}", state=state)
         return
     task.update(done, total, f"{name}: {'training' if done < total else 'evaluating'}")
 
@@ -176,10 +177,14 @@ def _log(trial: Trial) -> Path:
     return trial.folder.with_name(f"{trial.folder.name}.log")
 
 
-def _features_line(log: Path) -> str:
-    """Returns the latest line on the features that a trial computes before its first step, such as "features of images: 48 of 94"."""
-    lines = (line.decode(errors="replace") for line in _last_lines(log))
-    return next((f"f{line[1:]}" for line in lines if line.startswith("Features of ")), "")
+def _features_line(log: Path) -> tuple[str, str] | None:
+    """Returns what the latest line says of the features that a trial computes before its first step, such as "features of images" and
+    "48 of 94, 3 s left"; None if there is none."""
+    for line in _last_lines(log):
+        what, colon, state = line.decode(errors="replace").partition(": ")
+        if colon and what.startswith("Features of "):
+            return f"f{what[1:]}", state
+    return None
 
 
 def last_step(folder: Path) -> int:

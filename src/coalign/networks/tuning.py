@@ -114,17 +114,23 @@ class Tuning:
         totals = {role: sum(p.numel() for p in members) for role, members in self._members().items()}
         return {role: totals[role] - trained for role, trained in self.num_trained().items()}
 
-    def warnings(self) -> list[str]:
-        """Returns a sentence on each part that starts from weights and has a rate that would destroy them."""
+    def warning(self) -> str | None:
+        """Returns a sentence on the encoders that start from weights and have a rate that would destroy them; None if there are none."""
         limit = 10 * PRETRAINED_LR
-        return [
-            f"The {row.role} {row.part} starts from {row.starts}, but its learning rate of {row.lr:g} is above {limit:g}, which destroys "
-            f"pretrained weights; use --lr {PRETRAINED_LR:g}, or lock the encoder with --{row.role}-tuning locked."
-            for row in self.table()
-            if row.role in self.towers and row.is_pretrained and row.lr is not None and row.lr > limit
-            # a run from scratch continues at its own rates
-            if row.starts != str(self.config.init_from)
-        ]
+        rates: dict[str, float] = {}
+        for row in self.table():
+            is_own = row.starts == str(self.config.init_from)  # a run from scratch continues at its own rates
+            if row.role in self.towers and row.is_pretrained and row.lr is not None and row.lr > limit and not is_own:
+                rates[row.role] = max(row.lr, rates.get(row.role, 0.0))
+        if not rates:
+            return None
+        several = len(rates) > 1
+        locks = " ".join(f"--{role}-tuning locked" for role in rates)
+        return (
+            f"The learning rate of the pretrained {' and '.join(rates)} {'encoders' if several else 'encoder'}, {max(rates.values()):g}, "
+            f"is above {limit:g}, which destroys {'their' if several else 'its'} weights; use --lr {PRETRAINED_LR:g}, or lock "
+            f"{'them' if several else 'it'} with {locks}."
+        )
 
     def table(self) -> list[TunedPart]:
         """Returns all parts with parameters, in the order of the roles."""
@@ -272,12 +278,12 @@ def _check(tuning: Tuning) -> None:
         number, how = len(blocks(tower)), tuning.tuning(role)
         if how != "full" and TRUNK not in tower.starts:
             raise UserError(
-                f"--{role}-tuning {how} needs pretrained weights, but the {role} encoder starts from random values; add --pretrained, "
-                f"or train it with --{role}-tuning full."
+                f"--{role}-tuning {how} needs pretrained weights, but the {role} encoder starts from random values; add --pretrained or "
+                f"--{role}-tower, or train it with --{role}-tuning full."
             )
         if how.startswith("last:") and int(how.removeprefix("last:")) > number:
             raise UserError(
-                f"--{role}-tuning {how} needs as many blocks, but the {role} encoder has {number}; use a smaller number, or full."
+                f"--{role}-tuning {how} is more than the {number} blocks of the {role} encoder; use a smaller number, or full."
             )
         if given[f"--{role}-layer-decay"] and not number:
             raise UserError(

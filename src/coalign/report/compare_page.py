@@ -167,6 +167,11 @@ def setting_text(settings: Mapping[str, Any], name: str) -> str:
     return "none" if name in settings and settings[name] is None else shown(settings.get(name))
 
 
+def seed_column(groups: Sequence[Group]) -> str:
+    """Returns the heading of the column that lists the seeds of each group."""
+    return "seeds" if any(len(group.runs) > 1 for group in groups) else "seed"
+
+
 # ---------------------------------------------------------------- sections
 
 
@@ -174,7 +179,7 @@ def _setup(page: Page, comparison: Comparison) -> None:
     groups = comparison.groups
     page.section("Training")
     page.table(
-        ("", "method", "seeds", "trainable parameters", "steps", "samples seen", "training time"),
+        ("", "method", seed_column(groups), "trainable parameters", "steps", "samples seen", "training time"),
         [
             (
                 g.name,

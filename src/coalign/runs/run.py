@@ -251,8 +251,9 @@ def init_from_run(method: Method, config: TrainConfig) -> None:
     for name in ("method", "model", "head"):
         theirs, ours = getattr(source_config, name), getattr(config, name)
         if theirs != ours:
+            remedy = "use the same method" if name == "method" else f"add --{name} {theirs}"
             raise UserError(
-                f"The run {folder} of --init-from has the {name} {theirs}, but this run has {ours}; use the same {name}."
+                f"The run {folder} of --init-from has the {name} {theirs}, but this run has {ours}; {remedy}."
             )
     for name in ("pretrained", "image_tower", "text_tower"):
         if getattr(config, name) not in (None, getattr(source_config, name)):

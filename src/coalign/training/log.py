@@ -69,6 +69,8 @@ class RunLog:
     A row of metrics.jsonl has "step", the values, and `TIMINGS`: seconds of training (summed over interruptions), pairs_per_second, and
     data_wait, the fraction of time spent waiting for data. Non-finite values become null. On resume, rows from `start_step` on are
     removed, because those steps run again.
+
+    evals: the validations to come, each of which the ETA expects to take as long as the last one.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RunLog:
         row_every: int = 1,
         line_seconds: float = 30.0,
         console: Console | None = None,
+        evals: int = 0,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file, rows = open_rows(run_dir / "metrics.jsonl", lambda _, row: row.get("step", start_step) < start_step)
@@ -91,6 +94,7 @@ class RunLog:
         self._began = _clock() - max((row.get("seconds", 0.0) for row in rows), default=0.0)
         self._restart_window()
         self._recent: deque[tuple[float, int]] | None = None  # (seconds, steps) between rows, for the ETA
+        self._evals_left, self._eval_seconds = evals, 0.0  # seconds of the last validation
         self._shown: dict[str, str] = {}
         self._console = console or Console()
         self._live: Live | None = None
@@ -147,9 +151,10 @@ class RunLog:
             line = "  ".join(f"{name} {value}" for name, value in shown.items())
             self.note(f"{self._position()}  {line}  {self._eta()}")
 
-    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Logs validation results as a separate row. Their time does not count toward pairs per second."""
+    def evaluation(self, step: int, values: Mapping[str, Any], seconds: float = 0.0) -> None:
+        """Logs validation results as a separate row. Their time, `seconds`, does not count toward pairs per second."""
         self._restart_window()
+        self._evals_left, self._eval_seconds = self._evals_left - 1, seconds
         numbers = {name: float(value) for name, value in values.items()}
         self._write(step, numbers, {})
         shown = {name: _number(name, value) for name, value in numbers.items()}
@@ -184,7 +189,8 @@ class RunLog:
         if not self._recent:
             return "ETA -"
         seconds, steps = map(sum, zip(*self._recent))
-        return f"ETA {duration(seconds / steps * max(0, self._total_steps - self._next_step))}"
+        training = seconds / steps * max(0, self._total_steps - self._next_step)
+        return f"ETA {duration(training + self._eval_seconds * max(0, self._evals_left))}"
 
     def _render(self) -> Group:
         head = Table.grid(padding=(0, 2))

@@ -171,9 +171,9 @@ class Trainer:
         ended: Literal["finished", "stopped early", "interrupted"] = "finished"
         with ExitStack() as stack:
             signal = stack.enter_context(StopSignal())
-            self._log = (
-                stack.enter_context(RunLog(self.run_dir, self.total_steps, self.interactive, start)) if first else None
-            )
+            evals = len([step for step in self.eval_steps if step > start]) if self.validate else 0
+            log = RunLog(self.run_dir, self.total_steps, self.interactive, start, evals=evals) if first else None
+            self._log = log and stack.enter_context(log)
             self._bad = BadSampleLog(self.run_dir, self.config.max_bad_fraction, state.get("bad")) if first else None
             if self._bad:
                 stack.callback(self._bad.close)
@@ -280,13 +280,14 @@ class Trainer:
 
     def _evaluate(self, info: StepInfo) -> None:
         assert self.validate is not None
+        began = time.monotonic()
         self.method.eval()
         with torch.no_grad(), unsharded(self.method):
             result = self.validate(info)
         self.method.train()
         progress = self.progress
         if self._log:
-            self._log.evaluation(info.step, result.values)
+            self._log.evaluation(info.step, result.values, time.monotonic() - began)
         if progress.best_score is None or result.score > progress.best_score:
             progress.best_score, progress.best_step, progress.evals_since_best = result.score, progress.step, 0
             weights = full_tensors(self.method.state_dict(), self.world.is_first)

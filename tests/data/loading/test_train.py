@@ -477,6 +477,25 @@ def test_captions_without_an_image_are_used_if_the_plan_allows(tmp_path):
     assert loaded.batch.has_image is None
 
 
+def test_a_substitute_that_cannot_be_decoded_is_not_counted_as_the_texts(tmp_path):
+    """Its own sample is bad; the caption that it stands in for is not."""
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "good.png")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "cut.jpg", quality=95)
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])  # its header can be read
+    rows = [{"image": "good.png", "caption": "good"}, {"image": "cut.jpg", "caption": "cut"}]
+    rows += [{"caption": f"text {number}"} for number in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = ViewPlan(images={"a": WEAK}, texts={"text": TextPolicy()}, imageless=True)
+    source = open_source(str(tmp_path / "pairs.jsonl"))
+    [loaded] = make_loader(source, plan=plan, indices=np.arange(32), batch_size=32).batches(0, 1)
+    assert {entry.key for entry in loaded.bad} == {source.record(1).key}
+    assert set(loaded.batch.indices.tolist()) >= {0, *range(2, 32)}
+    values = {pixels.float().mean().item() for pixels in loaded.batch.images["a"].pixels}
+    assert values == {0.0, 200.0}
+
+
 def test_group_ids_stand_for_the_values_of_a_column():
     class Products(Pairs):
         def record(self, index: int) -> Record:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coalign.config import DataConfig
 from coalign.data.sources.benchmarks.sugarcrepe import KINDS, SugarCrepe
 from coalign.data.sources.coco import open_karpathy
 from coalign.data.sources.open import open_source
@@ -64,6 +65,20 @@ def test_a_given_folder_without_the_images_is_an_error(tmp_path):
     with pytest.raises(UserError, match=rf"are not in {tmp_path}/train, but in {tmp_path}/images; give that folder"):
         open_source(f"coco:{path}:{tmp_path / 'train'}")
     assert open_source(f"coco:{path}:{tmp_path}").image(2)
+
+
+def test_options_for_columns_are_refused(tmp_path):
+    """Captions are where the format has them; an option without effect would go unnoticed."""
+    path, reading = karpathy(tmp_path, True), DataConfig(caption_column=("sentences",))
+    message = "dataset.json has no table with columns, which --caption-column needs"
+    for spec in (str(path), f"coco:{path}"):
+        with pytest.raises(UserError, match=message):
+            open_source(spec, reading=reading)
+    (tmp_path / "x.csv").write_text("image,caption,sentences\nimages/val2014/000000.jpg,one,two\n")
+    mixture = open_source(f"{path} + {tmp_path / 'x.csv'}", reading=reading)  # it has an effect on the table
+    assert mixture.record(len(mixture) - 1).captions == ("two",)
+    with pytest.raises(UserError, match="scenes has no table with columns, which --tag-column needs"):
+        open_source("scenes:20", reading=DataConfig(tag_column="topics"))
 
 
 def test_broken_entries_of_coco_captions_are_left_out(tmp_path):

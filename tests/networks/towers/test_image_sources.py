@@ -270,6 +270,7 @@ def bad_files(tmp_path):
     torch.save({"state_dict": state, "payload": Payload()}, "code_test_vit.pth")
     torch.save(timm.create_model("test_vit"), "whole_test_vit.pth")
     torch.save({"state_dict": {**state, "epoch": 3}}, "numbers.pth")
+    torch.save({"weight": torch.zeros(3)}, "other_test_vit.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "test_vit.pth").read_bytes()[:5000])
     (tmp_path / "cut.safetensors").write_bytes(b"12345678")
     (tmp_path / "text.txt").write_text("weights")
@@ -311,8 +312,9 @@ def bad_files(tmp_path):
         ("code_test_vit.pth", "pickled objects other than tensors, which are never loaded"),
         ("whole_test_vit.pth", "pickled objects other than tensors, which are never loaded"),
         ("numbers.pth", "is not a dictionary of tensors"),
-        ("cut.pth", r"cut\.pth cannot be read"),
-        ("cut.safetensors", r"cut\.safetensors cannot be read"),
+        ("other_test_vit.pth", r"belongs to \(it does not fit test_vit: .* is missing\); name the model: timm:NAME:other_test_vit"),
+        ("cut.pth", r"cut\.pth cannot be read: .*; if it is cut off, download it again"),
+        ("cut.safetensors", r"cut\.safetensors cannot be read: .*; if it is cut off, download it again"),
         ("text.txt", "has an unknown type; use one of .safetensors"),
         ("empty", "The folder empty is not an image tower: it has no open_clip_config.json"),
         ("no weights", r"The folder no weights has no weights; it needs open_clip_model\.safetensors"),

@@ -467,8 +467,8 @@ def test_features_that_are_not_finite(tmp_path, pairs, model_file, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "flags", "words"),
     [
-        ({"recipe": "filip"}, [], "The term filip of filip needs the patches of the image tower, but of a locked tower only the pooled"),
-        ({"recipe": "filip", "image_tuning": "full"}, [], "The term filip of filip needs the tokens of the text tower"),
+        ({"recipe": "filip"}, [], "filip needs the patches of the image tower, but of a locked tower only the pooled"),
+        ({"recipe": "filip", "image_tuning": "full"}, [], "filip needs the tokens of the text tower"),
         ({"recipe": "mcd", "feature_views": 2}, [], "The term mlm of mcd masks words by a token that is new to the text encoder"),
         ({"recipe": "declip", "feature_views": 0}, [], "The term text_ss of declip masks words by a token that is new to the text encoder"),
         ({"recipe": "slip"}, [], "slip compares 3 views of an image (image, ssl_1, ssl_2), which are equal with"),

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import tiny
 from helpers.pairs import CLIP_PLAN, Pairs
 
+from coalign.cli import main as cli
+from coalign.data.sources.folders.folder import FolderSource
 from coalign.methods import recipe
 from coalign.training.distributed import World
 from coalign.types import CLIP_PREPROCESS
 from coalign.workflows.train import image_cache
 from coalign.workflows.train.batches import TrainingData
 from coalign.workflows.train.image_cache import RunImageCache
-from coalign.workflows.train.setup import resolve
+from coalign.workflows.train.setup import resolve_workers
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -124,11 +127,30 @@ def test_a_rank_that_cannot_open_the_memory_decodes(kept):
         assert reads == [3]
 
 
+def test_images_are_read_as_often_for_many_validations_as_for_one(
+    tmp_path, pairs, model_file, monkeypatch, without_run_reports
+):
+    """Validations after the first read kept images. Counts the images of the folder that are read during and after training."""
+    reads = []
+    original = FolderSource.image
+
+    def image(self, index):
+        reads[-1] += 1
+        return original(self, index)
+
+    monkeypatch.setattr(FolderSource, "image", image)
+    for number, evals in enumerate((1, 1, 6)):  # the first run also reads images to split the data
+        reads.append(0)
+        args = tiny.train_args(pairs, tmp_path / f"run{number}", model_file, evals=evals)
+        assert cli.main([*args, "--no-group-look-alikes"]) == 0
+    assert reads[1] == reads[2] > 0
+
+
 def test_few_pairs_are_loaded_by_a_thread(monkeypatch):
     monkeypatch.setattr("coalign.workflows.train.setup.num_cores", lambda: 12)
     config = recipe("clip")(40)
-    assert resolve(config, 10_000, ONE).workers == 0
-    assert resolve(config, 10_001, ONE).workers == 8
-    assert resolve(config, 10_001, World(0, 4, torch.device("cpu"))).workers == 3
-    assert resolve(replace(config, image_cache=0.0), 100, ONE).workers == 8
-    assert resolve(replace(config, workers=2), 100, ONE).workers == 2
+    assert resolve_workers(config, 10_000, ONE, True).workers == 0
+    assert resolve_workers(config, 10_001, ONE, True).workers == 8
+    assert resolve_workers(config, 10_001, World(0, 4, torch.device("cpu")), True).workers == 3
+    assert resolve_workers(config, 100, ONE, False).workers == 8
+    assert resolve_workers(replace(config, workers=2), 100, ONE, True).workers == 2

@@ -216,6 +216,7 @@ class PairLoader:
     ) -> dict[int, BadSample]:
         """Adds the image views of the samples that have not failed."""
         failures: dict[int, BadSample] = {}
+        imageless: set[int] = set()
 
         def opened() -> Iterator[tuple[int, AnyImage]]:
             for row, index in enumerate(draws.indices.tolist()):
@@ -229,6 +230,8 @@ class PairLoader:
                         failures[row] = bad.copy()
                         continue
                 chunk.rows["has_image"][positions[row]] = image is not None
+                if image is None:
+                    imageless.add(row)
                 if self._images and (image := image or self._substitute_image(index, draws.epoch)):
                     yield row, image
 
@@ -239,7 +242,8 @@ class PairLoader:
             views = make_views(images, self._images, uniform, self.image_size, self.finish_on is None, self.preprocess)
             pixels[:, positions[rows]] = views.pixels
             chunk.rows["params"][positions[rows]] = views.params.transpose(1, 0, 2)
-            failures |= {rows[row]: bad for row, bad in views.failures.items()}
+            # a substitute that cannot be decoded stays black, and counts where it is a sample's own image
+            failures |= {rows[row]: bad for row, bad in views.failures.items() if rows[row] not in imageless}
         if self.plan.patch_ranks:
             grid = chunk.rows["patch_ranks"].shape[2:]
             for view, name in enumerate(self.plan.images):

@@ -92,6 +92,7 @@ class Source(ABC):
         unread: What lies beside the data and looks like data, such as "captions.csv".
         classes: The class of each sample, if the captions are class labels.
         prompts: The prompts for names of classes, as in `coalign.data.text.prompts.templates`.
+        has_columns: Whether columns can be chosen by name (`DataConfig`), as in a table.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Source(ABC):
     unread: Sequence[str] = ()
     classes: Classes | None = None
     prompts: Sequence[str] = ("default",)
+    has_columns: bool = False
 
     @abstractmethod
     def __len__(self) -> int:

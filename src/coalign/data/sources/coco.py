@@ -83,6 +83,7 @@ def _open_rows(
     if images is not None and not images.is_dir():
         raise UserError(f"The image folder {images} does not exist.")
     source = TableSource(printable(str(path)), images or path.parent, rows, columns, left_out)
+    source.has_columns = False  # the format says where captions are
     found = source.image_folder
     if images is None and found is None:
         raise _no_images(path, source.record(0).key)

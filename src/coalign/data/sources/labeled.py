@@ -39,7 +39,7 @@ class LabeledSource(Source):
     def __init__(self, source: Source, classes: Classes) -> None:
         self.source, self.classes = source, classes
         self.name, self.splits = source.name, source.splits
-        self.left_out, self.unread = source.left_out, source.unread
+        self.left_out, self.unread, self.has_columns = source.left_out, source.unread, source.has_columns
 
     def __len__(self) -> int:
         return len(self.source)

@@ -34,6 +34,7 @@ class Mixture(Source):
         own_splits = [source.splits or {} for source in sources]
         self.splits = _merge_splits(own_splits, self._ends) if any(own_splits) else None
         self.classes = _merge_classes(sources)
+        self.has_columns = any(source.has_columns for source in sources)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -14,7 +14,7 @@ from coalign.data.sources.coco import is_coco, is_karpathy, open_coco, open_karp
 from coalign.data.sources.folders.folder import FolderSource
 from coalign.data.sources.folders.metadata_tables import open_other_tables, open_tables
 from coalign.data.sources.folders.scan import ARCHIVE_EXTENSIONS, FolderScan, extension, name_files, scan_folder
-from coalign.data.sources.labeled import LabeledSource, label_source
+from coalign.data.sources.labeled import label_source
 from coalign.data.sources.mixture import SEPARATOR, open_mixture
 from coalign.data.sources.tables.files import table_kind
 from coalign.data.sources.tables.hf import is_saved_dataset, open_hf
@@ -68,11 +68,10 @@ def open_source(spec: str, split: str | None = None, reading: DataConfig = DETEC
     elif _is_scenes(spec):
         if reading.captions_from is not None:
             raise UserError(f"{spec} has its own captions; omit --captions-from.")
-        return _open_scenes(spec, split)
+        source, split = _open_scenes(spec, split), None
     else:
         source = _open_labeled(spec, reading)
-    opened = source.source if isinstance(source, LabeledSource) else source
-    if isinstance(opened, (FolderSource, ShardSource)) and (option := _column_option(reading)):
+    if not source.has_columns and (option := _column_option(reading)):
         raise UserError(
             f"{source.name} has no table with columns, which {option} needs; name a table or omit the option."
         )

@@ -86,16 +86,18 @@ def _file(name: str, path: Path, modified: int) -> TowerSource:
         return _folder(name, path.parent)
     letters = re.sub("[^a-z0-9]", "", path.name.lower())
     names = sorted({*timm.list_models(), *timm.list_pretrained()}, key=lambda model: (-len(model), model))
+    unfit = ""
     for model in names:
         if re.sub("[^a-z0-9]", "", model) in letters:
             expected, classifiers = _timm_state(model, {})
             try:
                 fit_weights(weights, expected, classifiers)
-            except ValueError:
+            except ValueError as error:
+                unfit = unfit or f" (it does not fit {model}: {error})"
                 continue
             return _timm(name, model, {}, str(path))
     raise UserError(
-        f"The weights file {name} does not show which model of timm it belongs to; name the model: timm:NAME:{name}."
+        f"The weights file {name} does not show which model of timm it belongs to{unfit}; name the model: timm:NAME:{name}."
     )
 
 
@@ -158,7 +160,9 @@ def _timm_from_file(description: str, model: str, options: Mapping[str, Any], fi
     try:
         weights = fit_weights(read_weights(file), expected, classifiers)
     except ValueError as error:
-        raise UserError(f"The weights {description} do not fit timm's {model}: {error}.") from error
+        raise UserError(
+            f"The weights {description} do not fit timm's {model}: {error}; name the model that they belong to."
+        ) from error
     source = timm.create_model(model, num_classes=0, **options)
     own = source.state_dict()
     source.load_state_dict({name: own[name] if value.is_meta else value for name, value in weights.items()})

@@ -57,7 +57,10 @@ def _load(path: Path) -> Any:
             "alone, best as .safetensors."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"The weights file {path} cannot be read: {first_line(error)}") from error
+        reason = first_line(error).rstrip(".")
+        raise UserError(
+            f"The weights file {path} cannot be read: {reason}; if it is cut off, download it again."
+        ) from error
 
 
 def fit_weights(

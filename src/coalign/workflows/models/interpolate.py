@@ -133,10 +133,9 @@ def print_interpolation(result: Interpolation) -> None:
             "directions. In parentheses: 95 % bootstrap intervals."
         )
     if result.taken_from_run:
-        names = ", ".join(result.taken_from_run[:3]) + (", …" if len(result.taken_from_run) > 3 else "")
-        console.print(
-            f"The start does not have {len(result.taken_from_run):,} tensors of the run, which are the run's: {names}."
-        )
+        names, more = ", ".join(result.taken_from_run[:3]), len(result.taken_from_run) - 3
+        names += f" and {more:,} more tensors" if more > 0 else ""
+        console.print(f"The start does not have {names}, which is the run's for every α.", markup=False)
     for path in result.runs.values():
         console.print(str(path), markup=False)
     if result.chosen is None:

@@ -18,6 +18,7 @@ from coalign.method import Method
 from coalign.runs.run import context_length, image_size, patch_grid, preprocess
 from coalign.training.distributed import World
 
+MAX_TRACKED = 2000  # validation pairs used during training; the final evaluation uses all
 MAX_VOCABULARY_PAIRS = 200_000  # training pairs to build a tokenizer or a tag vocabulary from
 
 
@@ -31,9 +32,19 @@ class TrainingData:
     val: np.ndarray  # indices of `val_source`
     test_splits: Mapping[str, np.ndarray] = field(default_factory=dict)  # splits of `source` for the final evaluation
 
+    @property
+    def has_own_val(self) -> bool:
+        """Whether the validation pairs are samples of `source`, with the same indices."""
+        return self.val_source.name == self.source.name
+
+    @property
+    def tracked(self) -> np.ndarray:
+        """The indices of the validation pairs that are used during training: a fixed sample."""
+        return np.sort(np.random.default_rng(0).permutation(self.val)[:MAX_TRACKED])
+
     def account(self) -> list[str]:
         """Returns a sentence each on what opening the data left out, on its classes, and on a single held-out pair."""
-        same = self.val_source.name == self.source.name
+        same = self.has_own_val
         lines = [*account_lines(self.source), *class_lines(self.source, self.train, self.val if same else self.val[:0])]
         if len(self.val) == 1:
             lines.append("Only one pair is held out, so nothing is evaluated; set a larger --val-fraction.")

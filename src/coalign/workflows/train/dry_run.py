@@ -126,7 +126,7 @@ def _print_parts(console: Console, tuning: Tuning) -> None:
     trained, frozen = sum(each.trained for each in parts), sum(each.frozen for each in parts)
     table.add_row("total", "", "", f"{trained + frozen:,}", f"{frozen:,}", "")
     console.print(table)
-    for warning in tuning.warnings():
+    if warning := tuning.warning():
         console.print(warning)
 
 

@@ -109,10 +109,12 @@ class RunFeatures:
         config, plan = self.config, self.method.view_plan
         if term := self.method.token_terms.get(name):
             parts = "patches" if name == "image" else "tokens"
+            what, remedy = f"The term {term} of {config.method}", f"add --no-{term.replace('_', '-')}, "
+            if term == config.method:  # cannot be turned off
+                what, remedy = term, ""
             raise UserError(
-                f"The term {term} of {config.method} needs the {parts} of the {name} tower, but of a locked tower only the pooled "
-                f"features are kept; turn the term off if there is an option, use --{name}-tuning full, or run the tower in every step "
-                "with --feature-views 0."
+                f"{what} needs the {parts} of the {name} tower, but of a locked tower only the pooled features are kept; {remedy}use "
+                f"--{name}-tuning full, or run the tower in every step with --feature-views 0."
             )
         if name == "image" and config.feature_views == 1 and len(plan.images) > 1:
             raise UserError(
@@ -192,8 +194,11 @@ class RunFeatures:
 
     # ------------------------------------------------------------ the pass
 
-    def compute(self, console: Console) -> None:
-        """Computes the features that are missing, each process a part. All processes must call it, after the weights are loaded."""
+    def compute(self, console: Console, workers: int) -> None:
+        """Computes the features that are missing, each process a part. All processes must call it, after the weights are loaded.
+
+        workers: processes that load images.
+        """
         if not self.towers:
             return
         self.method.eval()
@@ -201,11 +206,13 @@ class RunFeatures:
         with torch.no_grad(), unsharded(self.method), torch.autocast(device, autocast, enabled=autocast is not None):
             missing = self._prepare(console)
             if any(missing) and self.world.is_first:
-                console.print(f"{self.announcement(missing)} It takes about {duration(self._estimate(missing))}.")
+                seconds = self._estimate(missing)
+                time_words = f" Computing them takes about {duration(seconds)}." if seconds >= 1 else ""
+                console.print(self.announcement(missing) + time_words)
             for each, chunks in zip(self._passes, missing):
                 with progress(f"Features of {each.name}") as task:
                     task.update(each.file.num_complete(), each.file.rows)
-                    for rows, loaded in self._load(each, chunks[self.world.rank :: self.world.size]):
+                    for rows, loaded in self._load(each, chunks[self.world.rank :: self.world.size], workers):
                         each.file.write(rows.start, *each.encode(loaded))
                         task.update(each.file.num_complete())
             self.world.barrier()
@@ -227,9 +234,9 @@ class RunFeatures:
         self._check_shared()
         return self.world.broadcast([each.missing() for each in self._passes if self.world.is_first])
 
-    def _load(self, each: _Pass, chunks: list[slice]) -> Iterator[tuple[slice, Any]]:
-        """Yields the chunks with their inputs, which loader workers prepare."""
-        workers = (self.config.workers or 0) if each.name == "images" else 0
+    def _load(self, each: _Pass, chunks: list[slice], workers: int) -> Iterator[tuple[slice, Any]]:
+        """Yields the chunks with their inputs, which loader workers prepare if they are images."""
+        workers = workers if each.name == "images" else 0
         with closing(fetch_all(_Loader(each.load, chunks), range(len(chunks)), workers, ahead=1)) as fetched:
             yield from zip(chunks, fetched)
 

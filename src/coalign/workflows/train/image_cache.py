@@ -25,7 +25,8 @@ class RunImageCache:
     """The image cache of a run, shared by its processes on this machine.
 
     Attributes:
-        cache: None if images are decoded in every epoch.
+        cache: None if nothing is kept.
+        decodes_once: Whether each image is decoded only once, and not in every epoch.
         description: A sentence on what is kept where; "" if there is nothing to say.
         folder: The folder of a cache on disk.
     """
@@ -37,6 +38,7 @@ class RunImageCache:
         self.cache: ImageCache | None = None
         self.description = ""
         self.folder = _folder(out, pairs.source)
+        self.decodes_once = True
         if once:
             return
         if config.image_cache is None:
@@ -45,6 +47,7 @@ class RunImageCache:
         elif config.image_cache:
             self.cache = ImageCache(len(pairs.source), config.image_cache * 1e9, self.folder / "images")
             self.description = f"Decoded images are kept in {self.folder}, up to {data_size(config.image_cache * 1e9)}."
+        self.decodes_once = self.cache is not None
 
     def remove(self) -> None:
         """Removes the files of a cache on disk, if there are any."""
@@ -55,7 +58,8 @@ class RunImageCache:
         machines = world.gather_objects(_machine())
         is_first = machines.index(machines[world.rank]) == world.rank  # of this machine's processes
         if is_first:
-            indices = np.unique(pairs.train % len(source))
+            tracked = pairs.tracked if pairs.has_own_val and config.evals else pairs.tracked[:0]
+            indices = np.unique(np.concatenate([pairs.train % len(source), tracked]))
             needed = decoded_bytes(source, indices, method.view_plan.images, image_size(method), preprocess(method))
             available = available_memory()
             if needed <= SHARE * available:

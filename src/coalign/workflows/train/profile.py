@@ -24,11 +24,11 @@ from coalign.workflows.train.features import RunFeatures
 from coalign.workflows.train.image_cache import RunImageCache
 from coalign.workflows.train.setup import (
     ConfigFn,
-    add_workers,
     compile_towers,
     initial_method,
     open_data,
     resolve,
+    resolve_workers,
     run_tokenizer,
     shard_model,
 )
@@ -53,7 +53,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         raise UserError(f"--steps is {steps}, but must be at least 1.")
     world = join_world(device)
     pairs, config = open_data(data, config_for, world)
-    workers_given, config = config.workers, replace(resolve(config, len(pairs.train), world), evals=0)
+    config = replace(resolve(config, len(pairs.train), world), evals=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, config = run_tokenizer(config, pairs)
         method, tuning = initial_method(config, tokenizer, world)
@@ -63,8 +63,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             pairs.train = pairs.train[: (WARMUP_STEPS + steps) * config.batch_size]
         tags = pairs.tag_ids(method.view_plan.tags)
         images = RunImageCache(config, method, pairs, Path(folder), world, once="image" in features.towers)
-        if workers_given is None and images.cache is None:
-            config = add_workers(config, world)
+        config = resolve_workers(config, len(pairs.train), world, images.decodes_once)
         loader = pair_loader(
             method,
             config,
@@ -83,7 +82,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             save_checkpoints=False, tuning=tuning,
         )  # fmt: skip
         compile_towers(method, config)
-        features.compute(Console(highlight=False, soft_wrap=True))
+        features.compute(Console(highlight=False, soft_wrap=True), config.workers or 0)
         silence = contextlib.redirect_stdout(io.StringIO())  # hides the progress lines
         with Stopwatch(world.device) as stopwatch, silence:
             ended = trainer.fit().ended

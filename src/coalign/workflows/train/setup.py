@@ -241,17 +241,13 @@ def _check_batch_norm(method: Method, config: TrainConfig, world: World) -> None
 
 
 def resolve(config: TrainConfig, num_pairs: int, world: World, resumed: Path | None = None) -> TrainConfig:
-    """Sets what depends on the data and the number of processes, if it is unset.
+    """Sets what depends on the data and the number of processes, if it is unset. (`resolve_workers` sets the loader workers.)
 
-    Loader workers are 0, a thread, for few pairs whose images are to be decoded only once (see `add_workers`): starting processes takes
-    longer than loading. A group of BatchNorm is what a process encodes at once; a resumed run keeps its group size, also with another
-    number of processes or another micro-batch. An unset temperature is the pretrained model's. The warm-up of a constant schedule is a
-    number of steps, which an extended run keeps.
+    A group of BatchNorm is what a process encodes at once; a resumed run keeps its group size, also with another number of processes or
+    another micro-batch. An unset temperature is the pretrained model's. The warm-up of a constant schedule is a number of steps, which an
+    extended run keeps.
     """
-    workers, group = config.workers, config.batch_norm_group
-    if workers is None:
-        few = num_pairs <= MAX_THREAD_PAIRS and config.image_cache != 0 and config.epochs > 1
-        workers = 0 if few else _default_workers(world)
+    group = config.batch_norm_group
     original = None if resumed is None else read_config(resumed).config
     if group is None and original is not None:
         group = original.batch_norm_group
@@ -263,7 +259,7 @@ def resolve(config: TrainConfig, num_pairs: int, world: World, resumed: Path | N
         if original is not None and original.optimizer.warmup_fraction == optimizer.warmup_fraction:
             warmup = original.optimizer.warmup_steps or 0
         optimizer = replace(optimizer, warmup_steps=warmup)
-    resolved = replace(config, workers=workers, batch_norm_group=group, optimizer=optimizer)
+    resolved = replace(config, batch_norm_group=group, optimizer=optimizer)
     return _resolve_temperature(resolved, resumed)
 
 
@@ -290,14 +286,15 @@ def _resolve_temperature(config: TrainConfig, resumed: Path | None) -> TrainConf
     return replace(config, method_config=replace(own, **changes))
 
 
-def add_workers(config: TrainConfig, world: World) -> TrainConfig:
-    """Sets the default number of loader workers for images that are decoded in every epoch, because they do not fit in memory."""
-    return replace(config, workers=_default_workers(world))
+def resolve_workers(config: TrainConfig, num_pairs: int, world: World, decodes_once: bool) -> TrainConfig:
+    """Sets the number of loader workers per process, if it is unset: CPU cores over processes, at most 8.
 
-
-def _default_workers(world: World) -> int:
-    """Returns the loader workers per process: CPU cores over processes, at most 8."""
-    return max(1, min(8, num_cores() // world.size))
+    It is 0, a thread, for few pairs whose images are decoded only once: starting processes takes longer than loading.
+    """
+    if config.workers is not None:
+        return config
+    is_short = decodes_once and num_pairs <= MAX_THREAD_PAIRS
+    return replace(config, workers=0 if is_short else max(1, min(8, num_cores() // world.size)))
 
 
 def run_tokenizer(

@@ -41,12 +41,12 @@ from coalign.workflows.train.preflight import open_and_check
 from coalign.workflows.train.resume import check_folder, extension_lines, prepare_folder
 from coalign.workflows.train.setup import (
     ConfigFn,
-    add_workers,
     compile_towers,
     fingerprint,
     initial_method,
     num_steps,
     resolve,
+    resolve_workers,
     shard_model,
 )
 from coalign.workflows.train.start import Tracking, check_track, save_start
@@ -74,7 +74,7 @@ def train(
             `TrainConfig`.
         resume: "auto" resumes from the newest checkpoint in `out`, or starts if there is none. "no" always starts.
         device: "cpu", "cuda", "cuda:N" or "mps". None: the best there is.
-        dry_run: Only print the settings, the model, its cost and the first batch. Writes nothing.
+        dry_run: Only print the settings, the model, its cost and the first batch. Writes nothing but `first_batch.png`.
 
     Returns:
         How the training ended, or None for a dry run. The metrics are in `results.json` and the report.
@@ -96,18 +96,17 @@ def train(
         check_folder(out, resume)
     resumed = resume == "auto" and (out / CONFIG).exists()
     pairs, settings, tokenizer = open_and_check(data, config_for, console, world, out, resumed)
-    workers_given, settings = settings.workers, resolve(settings, len(pairs.train), world, out if resumed else None)
+    settings = resolve(settings, len(pairs.train), world, out if resumed else None)
     method, tuning = initial_method(settings, tokenizer, world, out if checkpoint.exists(out) else None)
     features = RunFeatures(method, settings, tokenizer, out, world)
+    images = RunImageCache(settings, method, pairs, out, world, once="image" in features.towers)
+    settings = resolve_workers(settings, len(pairs.train), world, images.decodes_once)
     tracking = Tracking(data, out, settings, method, tokenizer, world)
     if dry_run:
         _dry_run(world, console, data, out, settings, method, tuning, tokenizer, pairs, world, features)
         return None
     shard_model(method, settings, world)
     tags = pairs.tag_ids(method.view_plan.tags)
-    images = RunImageCache(settings, method, pairs, out, world, once="image" in features.towers)
-    if workers_given is None and images.cache is None:
-        settings = add_workers(settings, world)
     cached = features.views("train", pairs.source, pairs.train, tags)
     loader = pair_loader(
         method, settings, pairs.source, pairs.train, tokenizer, world, settings.batch_size, tags, images.cache, cached
@@ -121,7 +120,7 @@ def train(
     compile_towers(method, settings)
     saved = SavedConfig(data, settings, len(pairs.train), len(pairs.val), fingerprint(pairs))
     with _lock(out, world):
-        trainer.validate = validation(method, settings, pairs, tokenizer, world, tags, features)
+        trainer.validate = validation(method, settings, pairs, tokenizer, world, tags, features, images)
         epochs_before = prepare_folder(out, saved, tokenizer, world)  # last, after all checks of the settings
         first_step = trainer.resume() if resume == "auto" else 0
         if not first_step:
@@ -156,7 +155,7 @@ def _fit(trainer: Trainer, images: RunImageCache, features: RunFeatures, console
         images.remove()  # left by an abandoned run in the same folder
     world.barrier()
     if trainer.progress.step < trainer.total_steps:
-        features.compute(console)
+        features.compute(console, trainer.config.workers or 0)
     try:
         result = trainer.fit()
         world.barrier()  # no process reads the cache after this
@@ -214,7 +213,7 @@ def _start_lines(
     )
     untagged = f"No training pair has tags, so the tag loss of {config.method} stays at 0; add a column or field of tags, or --no-j-tag."
     kept = [images.description] if images.description and first_step < total_steps else []
-    warnings = [] if first_step else tuning.warnings()
+    warnings = [] if first_step else list(filter(None, [tuning.warning()]))
     return [*([untagged] if method.view_plan.tags and not tags else []), *warnings, run, *kept]
 
 

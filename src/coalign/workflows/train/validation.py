@@ -34,8 +34,7 @@ from coalign.workflows.evaluate.samples import Samples, captions_of, class_label
 from coalign.workflows.evaluate.tasks import TASKS
 from coalign.workflows.train.batches import TrainingData, pair_loader
 from coalign.workflows.train.features import RunFeatures
-
-MAX_TRACKED = 2000  # validation pairs used during training; the final evaluation uses all
+from coalign.workflows.train.image_cache import RunImageCache
 
 
 def validation(
@@ -46,6 +45,7 @@ def validation(
     world: World,
     tag_ids: Mapping[str, int],
     features: RunFeatures,
+    kept: RunImageCache,
 ) -> Callable[[StepInfo], ValidationResult] | None:
     """Returns the validation function of a run, or None if there are too few validation pairs.
 
@@ -56,10 +56,11 @@ def validation(
     batch_size = min(config.batch_size, len(pairs.val)) // world.size * world.size
     if len(pairs.val) < 2 or batch_size < 2:
         return None
-    tracked = np.sort(np.random.default_rng(0).permutation(pairs.val)[:MAX_TRACKED])
+    tracked = pairs.tracked
     cached = features.views("val", pairs.val_source, tracked, tag_ids) if config.evals else NOTHING_CACHED
+    cache = kept.cache if pairs.has_own_val else None
     loader = pair_loader(
-        method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids, cached=cached
+        method, config, pairs.val_source, tracked, tokenizer, world, batch_size, tag_ids, cache, cached
     )
     encoder = features.remembering(dual_encoder(method, tokenizer, "validation"))
     autocast = autocast_dtype(config.precision, world.device)

@@ -43,6 +43,7 @@ class TablesSource(Source):
     def __init__(self, scan: FolderScan, tables: dict[str, Source]) -> None:
         self._root, self.name = scan.root, printable(scan.root)
         self._tables = list(tables.values())
+        self.has_columns = any(table.has_columns for table in self._tables)
         self._paths = list(tables)
         self._prefixes = [os.path.dirname(path) for path in tables]
         places = [(number, row) for number, table in enumerate(self._tables) for row in range(len(table))]

@@ -22,6 +22,8 @@ from coalign.types import Record
 class HFSource(Source):
     """All splits of a dataset, concatenated. Images are not decoded: `image` returns the encoded file."""
 
+    has_columns = True
+
     def __init__(self, name: str, folder: Path, parts: dict[str, Any], reading: DataConfig) -> None:
         from datasets import ClassLabel
 

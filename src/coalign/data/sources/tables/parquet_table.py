@@ -36,6 +36,8 @@ _BATCH = 4096  # rows
 class ParquetSource(Source):
     """One sample per row. Images stay in the files, and are read by their row groups (see `RowGroups`)."""
 
+    has_columns = True
+
     def __init__(self, name: str, folder: Path, files: Sequence[Path], columns: Columns) -> None:
         self.name, self.folder, self.files, self.columns = name, folder, list(files), columns
         unreadable = LeftOutPlaces()

@@ -38,6 +38,8 @@ class TableSource(Source):
     of its own. Rows that cannot be read are left out.
     """
 
+    has_columns = True
+
     def __init__(
         self,
         name: str,
