@@ -264,6 +264,16 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, two, pairs):
     assert "results.json is not a valid results file" in error_of(capsys, *two)
 
 
+def test_runs_evaluated_on_different_pixels_are_refused(two):
+    for folder, version in zip(two, (3, 2)):
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "evaluation_view": version}))
+    with pytest.raises(
+        UserError, match=r"resize images otherwise; evaluate bad again with `coalign train … --resume auto`\."
+    ):
+        compare(two)
+
+
 def test_runs_with_different_classes_are_refused(tmp_path):
     one = write_run(tmp_path / "one", zero_shot=True)
     other = write_run(tmp_path / "other", zero_shot=True, epochs=1)

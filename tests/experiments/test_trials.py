@@ -1,8 +1,15 @@
 """How far trials are, as the files of their processes tell."""
 
 import json
+from types import SimpleNamespace
 
-from coalign.experiments.trials import _features_line, last_step
+import torch
+from helpers.run_folders import write_run
+
+from coalign.data.images import evaluation_view
+from coalign.experiments.trials import _features_line, finished, last_step
+from coalign.runs.folder import read_config
+from coalign.training import checkpoint
 
 
 def test_the_latest_line_of_a_long_log_counts(tmp_path):
@@ -19,3 +26,14 @@ def test_the_last_step_of_a_log_that_is_being_written(tmp_path):
     rows = "".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in range(2000))
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 20')
     assert last_step(tmp_path) == 1999
+
+
+def test_a_trial_evaluated_on_older_pixels_is_evaluated_again_if_it_has_weights(tmp_path):
+    folder = write_run(tmp_path / "clip-seed0")
+    trial = SimpleNamespace(folder=folder, config=lambda _: read_config(folder).config)
+    assert finished(trial)  # without weights, it would have to be trained again
+    checkpoint.save(folder, "last", {"weight": torch.zeros(2)}, optimizer={"step": 1}, trainer={"step": 1})
+    assert not finished(trial)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "evaluation_view": evaluation_view.VERSION}))
+    assert finished(trial)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import re
+from html.entities import codepoint2name, html5
 
 import ftfy
 from hypothesis import strategies as st
@@ -24,6 +26,14 @@ _PIECES = (
 )  # fmt: skip
 
 
+_COMMON = {*range(0x180), *codepoint2name}
+_ENTITIES = (
+    *(f"&{name}" for name, value in html5.items() if set(map(ord, value)) <= _COMMON),
+    *(form for code in sorted(_COMMON) for form in (f"&#{code};", f"&#x{code:X};")),
+    *("&EACUTE;", "&Jscr;", "&NotEqual;", "&#9731;", "&#x1F600;", "schÃ¶n", "â€œ"),
+)
+
+
 def texts() -> st.SearchStrategy[str]:
     """Pieces of captions, characters of one script, and any characters, joined. Unassigned ones differ by versions of Unicode."""
     assigned = st.characters(exclude_categories=("Cs", "Cn", "Co"))
@@ -33,12 +43,21 @@ def texts() -> st.SearchStrategy[str]:
             max_size=12,
         )
     )
-    return st.lists(st.one_of(st.sampled_from(_PIECES), scripts, st.text(assigned, max_size=4)), max_size=6).map(
-        "".join
-    )
+    pieces = (st.sampled_from(_PIECES), scripts, st.text(assigned, max_size=4), st.sampled_from(_ENTITIES))
+    return st.lists(st.one_of(*pieces), max_size=6).map("".join)
 
 
 def is_repaired(text: str) -> bool:
     """Whether CLIP's cleaning repairs it in a way that depends on more than single characters: wrongly decoded text and HTML entities."""
     plain = ftfy.fix_text(text, fix_encoding=False, unescape_html=False)
     return html.unescape(ftfy.fix_text(text)) != plain
+
+
+def is_rare(text: str) -> bool:
+    """Whether only Python repairs it: wrongly decoded text, and entities of other than Latin characters and HTML 4's symbols.
+
+    An entity that only `html.unescape` resolves, as ftfy does not where a "<" precedes it, is not cleaned further.
+    """
+    if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
+        return True
+    return any(not set(map(ord, html.unescape(entity))) <= _COMMON for entity in re.findall("&[#0-9A-Za-z]+;?", text))

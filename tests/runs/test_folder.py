@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from coalign.config import DataConfig
 from coalign.methods import recipe
-from coalign.runs.folder import CONFIG, SavedConfig, describe_model, read_config, write_config
+from coalign.runs.folder import CONFIG, SavedConfig, data_name, describe_model, public, read_config, write_config
 
 
 def test_runs_from_before_look_alikes_keep_their_split(tmp_path):
@@ -25,3 +25,28 @@ def test_a_model_is_described_without_long_paths():
     assert describe_model(replace(image, text_tower="/a/b/minilm/model")) == "lite0-5793.pth and minilm/model"
     assert describe_model(replace(config, text_tower="hf:org/name")) == "the image encoder of tiny and hf:org/name"
     assert describe_model(replace(image, image_tower="timm:resnet50:/a/w.pth")).startswith("timm:resnet50:w.pth and")
+
+
+def test_what_is_published_names_no_local_folders():
+    names = {
+        "/home/me/photos": "photos",
+        "~/photos": "photos",
+        "../photos": "photos",
+        "data/../../me/photos": "photos",
+        "data/photos": "data/photos",
+        "hf:owner/name": "hf:owner/name",
+        "timm:resnet50:/home/me/w.pt": "timm:resnet50:w.pt",
+        "coco:/home/me/captions.json:/home/me/images": "coco:captions.json:images",
+        "data/photos + /home/me/web": "data/photos + web",
+        "photos.csv + 0.5*/home/me/web/{00..10}.tar + 2 * ~/more": "photos.csv + 0.5*{00..10}.tar + 2 * more",
+        "0.75 × /home/me/a + 0.25 × runs/b (WiSE-FT)": "0.75 × a + 0.25 × runs/b (WiSE-FT)",
+        "a 3*4 grid": "a 3*4 grid",
+    }
+    assert {name: public(name) for name in names} == names
+    assert public({"a": ["/home/me/x", 3, None]}) == {"a": ["x", 3, None]}
+
+
+def test_the_name_of_data_has_no_folder():
+    assert data_name("/home/me/photos") == data_name("data/photos/") == "photos"
+    assert data_name("scenes:8192") == "scenes:8192"
+    assert data_name("a/photos.csv + 0.5*/home/me/web") == "photos.csv + 0.5*web"

@@ -19,7 +19,7 @@ from coalign.files import read_rows
 from coalign.metric import Metric, Outcome, metrics_from_json
 from coalign.progress import progress
 from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
-from coalign.runs.folder import SavedConfig, check_output, read_config, read_results
+from coalign.runs.folder import SavedConfig, check_output, public, read_config, read_results
 from coalign.runs.outcomes import read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
 
@@ -59,7 +59,8 @@ def compare(
         The groups with their metrics, and the settings that they share.
 
     Raises:
-        UserError: A folder has no finished run, a run is given twice, or the runs have different held-out pairs.
+        UserError: A folder has no finished run, a run is given twice, or the runs have different held-out pairs, or were evaluated by
+            versions of coalign that resize images otherwise.
 
     Example:
         ```python
@@ -81,6 +82,7 @@ def compare(
     finished = [_read(folder, name) for folder, name in zip(folders, _names(folders))]
     for run in finished[1:]:
         _check_same_items(finished[0], run)
+        _check_same_view(finished[0], run)
     grouped: dict[str, list[Finished]] = {}
     for run, key in zip(finished, groups or [json.dumps(run.settings, sort_keys=True) for run in finished]):
         grouped.setdefault(key, []).append(run)
@@ -114,13 +116,12 @@ def _read(folder: Path, name: str) -> Finished:
         raise UserError(f"The run {folder} held out no pairs, so it has no metrics to compare.")
     parameters, ran = sum(results["parameters"].values()), results["run"]
     metrics = _metrics(results["tasks"], outcomes)
-    flat = flatten({"data": _shown_data(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
+    flat = flatten({"data": public(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
     for key in ("classes", "pretrained", "image_tower", "text_tower"):
         if flat[key]:
             flat[key] = Path(flat[key]).name
     if flat["tokenizer"]:
-        kind, _, path = flat["tokenizer"].rpartition(":")
-        flat["tokenizer"] = f"{kind}:{_shown_data(path)}" if kind else _shown_data(path)
+        flat["tokenizer"] = public(flat["tokenizer"])
     compared = {"data", "num_train", *fields_marked(TrainConfig, "compared")}
     settings = {key: value for key, value in flat.items() if key.partition(".")[0] in compared}
     if saved.extended_from:
@@ -147,11 +148,6 @@ def _metrics(tasks: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[
     }
 
 
-def _shown_data(data: str) -> str:
-    """The name of the data without its folder, which is private and makes no difference."""
-    return Path(data).name if Path(data).is_absolute() else data
-
-
 def _validations(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, float]]:
     """The validations of a run, with samples seen and elapsed seconds."""
     seconds = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
@@ -176,6 +172,15 @@ def _check_same_items(first: Finished, other: Finished) -> None:
                 f"{first.name} and {other.name} were evaluated on different held-out samples, classes or foils ({task}), so their metrics "
                 "cannot be compared; evaluate both on the same data with `coalign eval`."
             )
+
+
+def _check_same_view(first: Finished, other: Finished) -> None:
+    views = [run.results.get("evaluation_view", 0) for run in (first, other)]
+    if views[0] != views[1]:
+        raise UserError(
+            f"{first.name} and {other.name} were evaluated by versions of coalign that resize images otherwise; evaluate "
+            f"{(first if views[0] < views[1] else other).name} again with `coalign train … --resume auto`."
+        )
 
 
 def _check_seeds(group: Sequence[Finished]) -> None:

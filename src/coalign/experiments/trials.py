@@ -22,6 +22,7 @@ from typing import Any
 
 from coalign.config import TrainConfig, fields_marked
 from coalign.cores import num_cores
+from coalign.data.images import evaluation_view
 from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments import tag_pretraining as tag_pretraining
@@ -30,7 +31,8 @@ from coalign.experiments.pretrained_towers import PACKAGES, pretrained_towers
 from coalign.methods.defaults import fit_to_start
 from coalign.methods.table import Table
 from coalign.progress import Task, progress
-from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, write_config
+from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, read_results, write_config
+from coalign.training import checkpoint
 from coalign.types import AugmentationPolicy
 from coalign.workflows.train.setup import num_steps
 from coalign.workflows.train.train import train
@@ -77,7 +79,10 @@ class Trial:
 
 
 def finished(trial: Trial) -> bool:
-    """Whether the trial is finished. Raises UserError if its folder holds a run of another table, or of an older version of this one."""
+    """Whether the trial is finished. False if it was evaluated on an older version's pixels, and has weights to be evaluated again.
+
+    Raises UserError if its folder holds a run of another table, or of an older version of this one.
+    """
     if not (trial.folder / RESULTS).exists():
         return False
     saved = read_config(trial.folder)
@@ -87,7 +92,8 @@ def finished(trial: Trial) -> bool:
         raise UserError(
             f"{trial.folder} holds a run whose {changed[0]} differs from this table's; choose another --out."
         )
-    return True
+    is_current = read_results(trial.folder).get("evaluation_view") == evaluation_view.VERSION
+    return is_current or not checkpoint.exists(trial.folder)
 
 
 def _is_same(name: str, saved: TrainConfig, expected: TrainConfig) -> bool:

@@ -30,11 +30,11 @@ _LOAD = {
 
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
-    "transformers": """from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
+    "transformers": """from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-images = CLIPImageProcessor.from_pretrained("FOLDER")""",
+images = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")  # resizes as in training""",
     "sentence-transformers": """from PIL import Image
 from sentence_transformers import SentenceTransformer
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coalign.config import TrainConfig, from_json, to_json
+from coalign.data.sources.mixture import SEPARATOR
 from coalign.errors import UserError
 from coalign.files import write_json
 from coalign.methods import config_class
@@ -91,12 +93,13 @@ def write_exported(folder: Path, saved: SavedConfig) -> None:
 
 
 def data_name(data: str) -> str:
-    """Returns the name of data without its folder."""
-    return Path(data).name or data
+    """Returns the name of data without its folder; of a mixture, the names of its sources with their weights."""
+    parts = (_weight_and_source(part) for part in data.split(SEPARATOR))
+    return SEPARATOR.join(weight + (Path(source).name or source) for weight, source in parts)
 
 
 def public(value: Any) -> Any:
-    """Reduces paths to their last name, also after `timm:NAME:`, so that what is published reveals no local folders.
+    """Reduces paths to their last name, so that what is published reveals no local folders: also after `timm:NAME:`, and in mixtures.
 
     Relative paths within the current folder are kept. Lists and objects are reduced value by value.
     """
@@ -106,9 +109,19 @@ def public(value: Any) -> Any:
         return [public(each) for each in value]
     if not isinstance(value, str):
         return value
-    kind, colon, path = value.rpartition(":")
-    is_local = Path(path).is_absolute() or Path(path).parts[:1] in (("..",), ("~",))
-    return kind + colon + Path(path).name if is_local else value
+    parts = (_weight_and_source(part) for part in value.split(SEPARATOR))
+    return SEPARATOR.join(weight + ":".join(map(_public_path, source.split(":"))) for weight, source in parts)
+
+
+def _weight_and_source(part: str) -> tuple[str, str]:
+    """Returns "0.5*" and "/data/web" of a part of a mixture, "0.5*/data/web"."""
+    source = re.sub(r"^\s*\d+(\.\d+)?\s*[*×]\s*", "", part)
+    return part.removesuffix(source), source
+
+
+def _public_path(path: str) -> str:
+    is_local = Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts
+    return Path(path).name if is_local else path
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -166,6 +166,21 @@ def test_pickling_and_saving_preserve_ids(clip: Tokenizer, small: Tokenizer, tmp
             ]
 
 
+def test_a_file_that_truncates_and_pads_is_read_without(small: Tokenizer, tmp_path: Path) -> None:
+    """As an ONNX export's does; a run has a context length of its own."""
+    backend = Backend.from_str(small.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "exported.json"))
+    loaded = load_tokenizer(tmp_path / "exported.json")
+    for text in ("a", "a photo of a small dog in the deep snow"):
+        assert loaded.encode(text, 77) == small.encode(text, 77)
+    loaded.save(tmp_path / "again.json")
+    again = Backend.from_file(str(tmp_path / "again.json"))
+    assert again.truncation is None
+    assert again.padding is None
+
+
 def test_normalizers_lowercase_a_final_sigma_as_python_does() -> None:
     for text in ("ΟΔΟΣ ΤΗΣ", "Σ", "ΑΣΑ", "Α.Σ", "dog\u200b\u0301Σ", "ΑΣ.", "ΑΣ.Α", "1Σ"):
         assert caption_normalizer().normalize_str(text).replace("\u0301", "") == text.lower().replace("\u0301", "")

@@ -487,6 +487,18 @@ def test_resuming_a_finished_run_trains_nothing(copy, pairs, model_file, capsys)
     assert all("tfevents" in path.name for path in after.keys() - before.keys())
 
 
+def test_resuming_a_run_evaluated_on_older_pixels_evaluates_it_again(copy, pairs, model_file, capsys):
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps({**results, "evaluation_view": results["evaluation_view"] - 1}))
+    rows = (copy / "metrics.jsonl").read_text()
+    assert go(pairs, copy, model_file, resume="auto") == 0
+    assert "The run is already complete." not in capsys.readouterr().out
+    again = json.loads((copy / "results.json").read_text())
+    assert again["evaluation_view"] == results["evaluation_view"]
+    assert again["tasks"]["retrieval"]["metrics"] == results["tasks"]["retrieval"]["metrics"]
+    assert (copy / "metrics.jsonl").read_text() == rows
+
+
 def test_every_setting_that_may_change_on_resume_may_change(copy, pairs, model_file, capsys):
     changes = {
         "workers": 1, "image_cache": 1, "save_every": 4, "patience": 100, "max_bad_fraction": 0.5, "max_non_finite": 3,

@@ -7,7 +7,7 @@ from PIL import Image
 
 from coalign.types import Preprocess
 
-VERSION = 2  # of the pixels, part of the key of stored features
+VERSION = 2  # of the pixels; part of the key of stored features, and of the results of a run
 _MAX_RATIO = 64  # of the sides of an image that is resized as a whole
 
 

@@ -66,6 +66,8 @@ class Tokenizer:
         self.name = name
         self._backend = backend
         backend.encode_special_tokens = True  # encode special tokens in a caption as ordinary text
+        backend.no_truncation()  # which the file of an export may set, as well as padding
+        backend.no_padding()
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         last = self.vocab_size - 2, self.vocab_size - 1
         self.hugging_face = (backend.token_to_id(START), backend.token_to_id(END)) != last
@@ -275,10 +277,7 @@ def _hugging_face_tokenizer(name: str) -> Tokenizer:
         backend = AutoTokenizer.from_pretrained(name).backend_tokenizer
     except Exception as error:  # many kinds: no network, no such file, not a fast tokenizer
         raise UserError(f"The tokenizer hf:{name} could not be loaded: {str(error).splitlines()[0]}") from error
-    backend = Backend.from_str(backend.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return Tokenizer(backend, Path(name).name)
+    return Tokenizer(Backend.from_str(backend.to_str()), Path(name).name)
 
 
 def _byte_characters() -> list[str]:

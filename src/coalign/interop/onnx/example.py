@@ -8,7 +8,8 @@ EXAMPLE = "example.py"
 
 _SCRIPT = '''"""Embeds an image and a text, and compares them: python example.py photo.jpg "a red flower"
 
-Needs onnxruntime, tokenizers, numpy and Pillow. For images of 8 bits per channel and at most 16 megapixels.
+Needs onnxruntime, tokenizers, numpy and Pillow. The embeddings are those of the trained model for images of 8 bits per channel, at most
+16 megapixels, and sides that differ at most 64-fold. coalign maps the range of deeper ones and reduces larger ones first.
 """
 
 import sys
@@ -19,19 +20,14 @@ from onnxruntime import InferenceSession
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-FOLDER = Path(__file__).parent
-SIDE = {side}
-images, texts = (InferenceSession(FOLDER / f"{{name}}.onnx") for name in ("image", "text"))
-tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))  # truncates and pads
-tokenizer.encode_special_tokens = True  # encodes special tokens in a text as ordinary text
-
+FOLDER, SIDE = Path(__file__).parent, {side}
+{names} = (InferenceSession(FOLDER / f"{{name}}.onnx") for name in ({files}))
+tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))  # cleans, truncates and pads
+{special}
 
 def embed_image(path):
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.has_transparency_data:
-        image, transparent = Image.new("RGB", image.size, "white"), image.convert("RGBA")
-        image.paste(transparent, mask=transparent)
-    image = image.convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {view}
     return images.run(None, {{"pixels": np.asarray(image).transpose(2, 0, 1)[None]}}){result}
 
@@ -40,39 +36,41 @@ def embed_text(text):
     return texts.run(None, {{"input_ids": np.array([tokenizer.encode(text).ids])}}){result}
 
 
-{compare}
-
-if __name__ == "__main__":
-    print(similarity(embed_image(sys.argv[1]), embed_text(sys.argv[2])))  # [image, text]
+{similarity}if __name__ == "__main__":
+    print({compared})
 '''
+_SPECIAL = "tokenizer.encode_special_tokens = True  # encodes [MASK] in a text as ordinary text\n"
+_SIMILARITY = """def similarity(images, texts):  # outputs of the two functions -> [1, 1]
+    names = [each.name for each in comparison.get_inputs()]
+    return comparison.run(None, dict(zip(names, [*images, *texts])))[0]
+
+
+"""
+_COSINE = "embed_image(sys.argv[1]) @ embed_text(sys.argv[2]).T"  # of normalized embeddings
 _VIEWS = {  # the arithmetic of `evaluation_view`
     "squash": "    image = image.resize((SIDE, SIDE), {resample})",
-    "shortest": """    shortest = min(image.size)
-    width, height = (SIDE if side == shortest else SIDE * side // shortest for side in image.size)
+    "shortest": """    width, height = (SIDE * side // min(image.size) for side in image.size)
     left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
     image = image.resize((width, height), {resample}).crop((left, top, left + SIDE, top + SIDE))""",
     "longest": """    inner = image.resize([max(1, round(SIDE * side / max(image.size))) for side in image.size], {resample})
     image = Image.new("RGB", (SIDE, SIDE))
     image.paste(inner, ((SIDE - inner.width) // 2, (SIDE - inner.height) // 2))""",
 }
-_COSINE = """def similarity(images, texts):
-    return images @ texts.T  # cosines, as embeddings are normalized
-"""
-_OWN = """comparison = InferenceSession(FOLDER / "similarity.onnx")
 
 
-def similarity(images, texts):
-    names = [each.name for each in comparison.get_inputs()]
-    return comparison.run(None, dict(zip(names, [*images, *texts])))[0]
-"""
+def example_script(side: int, preprocess: Preprocess, compares_cosines: bool, special_tokens: bool) -> str:
+    """Returns the content of EXAMPLE. Embeddings are normalized arrays [1, dim] or, for a method's own similarity, lists of arrays.
 
-
-def example_script(side: int, preprocess: Preprocess, compares_cosines: bool) -> str:
-    """Returns the content of EXAMPLE. Embeddings are arrays [1, dim] or, for a method's own similarity, lists of arrays."""
+    special_tokens: whether the tokenizer would encode special tokens in a text as such.
+    """
     resample = f"Image.Resampling.{preprocess.interpolation.upper()}"
     return _SCRIPT.format(
         side=side,
+        names="images, texts" if compares_cosines else "images, texts, comparison",
+        files='"image", "text"' if compares_cosines else '"image", "text", "similarity"',
+        special=_SPECIAL if special_tokens else "",
         view=_VIEWS[preprocess.resize_mode].format(resample=resample),
         result="[0]" if compares_cosines else "",
-        compare=_COSINE if compares_cosines else _OWN,
+        similarity="" if compares_cosines else _SIMILARITY,
+        compared=_COSINE if compares_cosines else "similarity(embed_image(sys.argv[1]), embed_text(sys.argv[2]))",
     )

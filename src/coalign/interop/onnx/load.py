@@ -28,7 +28,7 @@ MISSING = 'ONNX needs the extra "onnx": pip install "coalign[onnx]".'
 def from_onnx(folder: Path) -> DualEncoder:
     """Loads an exported folder, which onnxruntime runs on the CPU. Raises UserError if the folder is not an ONNX export."""
     info = read_info(folder)
-    tokenizer, uncut = (_read_tokenizer(folder / TOKENIZER) for _ in range(2))
+    tokenizer, uncut = (read_tokenizer(folder / TOKENIZER) for _ in range(2))
     uncut.no_truncation()
     image, text = (session(folder / f"{name}.onnx") for name in ("image", "text"))
     return DualEncoder(
@@ -47,7 +47,8 @@ def from_onnx(folder: Path) -> DualEncoder:
     )
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Reads the tokenizer of an ONNX export, which truncates and pads. Raises UserError if the file is none."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a plain Exception for all errors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from coalign.errors import UserError
 from coalign.files import save_tensors, write_json
 from coalign.interop.onnx.example import EXAMPLE, example_script
 from coalign.interop.onnx.export import to_onnx, write_tokenizer
-from coalign.interop.onnx.load import INFO, TOKENIZER, from_onnx, session, to_embeds
+from coalign.interop.onnx.load import INFO, TOKENIZER, from_onnx, read_tokenizer, session, to_embeds, token_ids
 from coalign.interop.onnx.quantize import KINDS
 from coalign.interop.open_clip.export import to_open_clip
 from coalign.interop.sentence_transformers import from_sentence_transformers, to_sentence_transformers
@@ -32,6 +32,7 @@ from coalign.networks.two_towers import TwoTowers
 from coalign.runs.card import card
 from coalign.runs.folder import read_config, write_exported
 from coalign.runs.run import Run, context_length, image_size, load, preprocess
+from coalign.workflows.models.caption_check import TokenIds
 from coalign.workflows.models.export_check import PROBE_TEXTS, Peer, check_close, compare, random_pixels
 from coalign.workflows.models.quantize import quantize_folder
 
@@ -104,14 +105,15 @@ def _open_clip(run: Run, out: Path) -> list[str]:
         "open_clip",
         encode_image=lambda pixels: model.encode_image(image.normalize(pixels)),
         encode_text=lambda texts: model.encode_text(tokenize(texts)),
+        token_ids=lambda texts: tokenize(texts).tolist(),
         encode_files=lambda files: model.encode_image(torch.stack([transform(each) for each in files])),
     )
     return compare(run, peer)
 
 
-def _transformers(run: Run, out: Path) -> list[str]:
+def _write_transformers(run: Run, out: Path) -> ImageTower:
+    """Writes a folder of transformers. Returns the image tower."""
     try:
-        from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
         from transformers.utils import logging
     except ImportError:
         raise UserError('An export to transformers needs the extra "hf": pip install "coalign[hf]".') from None
@@ -124,8 +126,15 @@ def _transformers(run: Run, out: Path) -> list[str]:
         to_transformers(image, text, scale, *around).save_pretrained(out)
     _tokenizer(run).save_pretrained(out)
     write_json(out / "preprocessor_config.json", preprocessor(image.image_size, image.preprocess))
+    return image
+
+
+def _transformers(run: Run, out: Path) -> list[str]:
+    image = _write_transformers(run, out)
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
     model = _load(lambda: AutoModel.from_pretrained(out), "transformers").eval()
-    tokenize, processor = AutoTokenizer.from_pretrained(out), CLIPImageProcessor.from_pretrained(out)
+    tokenize, processor = AutoTokenizer.from_pretrained(out), AutoImageProcessor.from_pretrained(out, backend="pil")
 
     def encode_image(pixels: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model(image.normalize(pixels)).pooler_output)
@@ -138,12 +147,12 @@ def _transformers(run: Run, out: Path) -> list[str]:
         pixels = processor(files, return_tensors="pt").pixel_values
         return model.visual_projection(model.vision_model(pixels).pooler_output)
 
-    return compare(run, Peer("transformers", encode_image, encode_text, encode_files=encode_files))
+    return compare(run, Peer("transformers", encode_image, encode_text, _token_ids(out), encode_files=encode_files))
 
 
 def _sentence_transformers(run: Run, out: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
-        _transformers(run, Path(temporary))
+        _write_transformers(run, Path(temporary))
         to_sentence_transformers(Path(temporary), out)
     model = _load(lambda: from_sentence_transformers(out), "sentence-transformers")
 
@@ -153,7 +162,15 @@ def _sentence_transformers(run: Run, out: Path) -> list[str]:
     def encode_image(pixels: Tensor) -> Tensor:
         return encode([Image.fromarray(each.numpy()) for each in pixels.permute(0, 2, 3, 1)])
 
-    return compare(run, Peer("sentence-transformers", encode_image, encode, encode_files=encode))
+    return compare(run, Peer("sentence-transformers", encode_image, encode, _token_ids(out), encode_files=encode))
+
+
+def _token_ids(folder: Path) -> TokenIds:
+    """Returns the tokenizer of a folder of transformers as a function of texts."""
+    from transformers import AutoTokenizer
+
+    tokenize = AutoTokenizer.from_pretrained(folder)
+    return lambda texts: tokenize(texts, truncation=True).input_ids
 
 
 def _timm(run: Run, out: Path) -> list[str]:
@@ -195,9 +212,16 @@ def _onnx(run: Run, out: Path) -> list[str]:
         **graphs,
     }
     write_json(out / INFO, info)
-    (out / EXAMPLE).write_text(example_script(side, settings, encoder.compares_cosines))
+    words = read_tokenizer(out / TOKENIZER)
+    (out / EXAMPLE).write_text(
+        example_script(side, settings, encoder.compares_cosines, bool(words.get_added_tokens_decoder()))
+    )
     peer = from_onnx(out)
-    notes = compare(run, Peer("ONNX", peer.encode_image, peer.encode_text, peer.similarity))
+
+    def ids_of(texts: list[str]) -> Sequence[Sequence[int]]:
+        return token_ids(words, texts).tolist()
+
+    notes = compare(run, Peer("ONNX", peer.encode_image, peer.encode_text, ids_of, peer.similarity))
     if "joint" in inputs:
         joint = to_embeds(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
         with torch.no_grad():

@@ -17,6 +17,7 @@ from coalign.embeds import fields
 from coalign.errors import UserError
 from coalign.runs.run import Run, image_size, preprocess
 from coalign.types import DualEncoder, Embeds, Similarity, dot_product
+from coalign.workflows.models.caption_check import TokenIds, check_captions, differing_texts
 
 TOLERANCE = 1e-5  # between normalized embeddings, which should differ by rounding only
 PREPROCESSING_TOLERANCE = (
@@ -46,7 +47,8 @@ CHECK_TEXTS = (
 # texts that some libraries clean as nobody else does
 REPAIRED_TEXTS = {
     "wrongly decoded text": ("schÃ¶n", "â€œquotesâ€\x9d and caf\u00c3\u00a9", "Ñ\u0081Ð¾Ð±Ð°ÐºÐ°"),
-    "rare HTML entities": ("&Jscr; &NotEqual;", "&#9731; and &#x1F600;", "fish &amp chips &copy 2024"),
+    "rare HTML entities": ("&Jscr; &NotEqual;", "&#9731; and &#x1F600;"),
+    "HTML entities without a semicolon": ("fish &amp chips", "&copy 2024"),
 }
 
 
@@ -54,12 +56,13 @@ REPAIRED_TEXTS = {
 class Peer:
     """The exported model, loaded by the other library.
 
-    encode_files: upright RGB images to embeds, by the library's own preprocessing.
+    token_ids: as `check_captions` takes them. encode_files: upright RGB images to embeds, by the library's own preprocessing.
     """
 
     library: str
     encode_image: Callable[[Tensor], Any]  # uint8 pixels [batch, 3, side, side] -> embeds
     encode_text: Callable[[list[str]], Any]
+    token_ids: TokenIds
     similarity: Similarity = dot_product
     encode_files: Callable[[list[Image.Image]], Tensor] | None = None
 
@@ -68,22 +71,23 @@ class Peer:
 def compare(run: Run, peer: Peer) -> list[str]:
     """Returns sentences on what was compared and what differs.
 
-    Raises UserError unless both models embed and compare random images and CHECK_TEXTS alike. REPAIRED_TEXTS may differ.
+    Raises UserError unless both models embed and compare random images and CHECK_TEXTS alike, and tokenize the run's captions alike.
+    REPAIRED_TEXTS may differ.
     """
     encoder, pixels = run.encoder(), random_pixels(run)
     cosines = encoder.compares_cosines
     images = encoder.encode_image(pixels), peer.encode_image(pixels)
-    check_close(*images, "image embeddings", peer.library, cosines)
+    check_close(*images, "image embeddings", peer.library, cosines, _advice(peer))
     for texts in (
         [text for text in CHECK_TEXTS if len(text) < 200],
         [text for text in CHECK_TEXTS if len(text) >= 200],
     ):
         ours, theirs = encoder.encode_text(texts), peer.encode_text(texts)
         if difference(ours, theirs, cosines) > TOLERANCE:
-            _raise_for_texts(texts, encoder, peer)
+            _raise_for_texts(run, texts, encoder, peer)
         if not cosines:
             similarities = encoder.similarity(images[0], ours), peer.similarity(images[1], theirs)
-            check_close(*similarities, "similarities", peer.library, False)
+            check_close(*similarities, "similarities", peer.library, False, _advice(peer))
     notes = [
         f"Checked in {peer.library}: {len(CHECK_TEXTS)} texts in over 20 scripts and {len(pixels)} images have equal embeddings."
     ]
@@ -99,16 +103,24 @@ def compare(run: Run, peer: Peer) -> list[str]:
         notes.append(
             f"{peer.library} cleans these otherwise than the run, and embeds them differently: {', '.join(found)}."
         )
+    notes.append(check_captions(run, peer.library, peer.token_ids))
     return notes + (_compare_preprocessing(run, encoder, peer) if peer.encode_files else [])
 
 
-def _raise_for_texts(texts: Sequence[str], encoder: DualEncoder, peer: Peer) -> None:
-    """Raises UserError with the first of texts that are embedded differently."""
+def _advice(peer: Peer) -> str:
+    return "" if peer.library == "ONNX" else "; use --to onnx"
+
+
+def _raise_for_texts(run: Run, texts: Sequence[str], encoder: DualEncoder, peer: Peer) -> None:
+    """Raises UserError with the first of texts that are tokenized or embedded differently."""
+    cosines, advice = encoder.compares_cosines, _advice(peer)
     for text in texts:
+        if differing_texts(run, [text], peer.token_ids):
+            raise UserError(f"{peer.library} returns other token ids than the run, such as for {text[:40]!r}{advice}.")
         what = f"text embeddings (such as of {text[:40]!r})"
-        check_close(encoder.encode_text([text]), peer.encode_text([text]), what, peer.library, encoder.compares_cosines)
+        check_close(encoder.encode_text([text]), peer.encode_text([text]), what, peer.library, cosines, advice)
     embeds = encoder.encode_text(texts), peer.encode_text(list(texts))
-    check_close(*embeds, "text embeddings", peer.library, encoder.compares_cosines)
+    check_close(*embeds, "embeddings of several texts at once", peer.library, cosines, advice)
 
 
 def _compare_preprocessing(run: Run, encoder: DualEncoder, peer: Peer) -> list[str]:
@@ -127,12 +139,16 @@ def _compare_preprocessing(run: Run, encoder: DualEncoder, peer: Peer) -> list[s
             f"{peer.library} cannot represent the preprocessing of this model: embeddings of images that it resizes would differ by "
             f"{resized:.1e}; use --to onnx."
         )
-    if max(resized, shifted) <= TOLERANCE:
-        return [f"Images that {peer.library} resizes itself have equal embeddings, too."]
-    return [
-        f"Embeddings of images that {peer.library} resizes itself differ by at most {resized:.1e}, as it rounds pixels otherwise, and by "
-        f"{shifted:.1e} if an odd number of pixels is cut off, so that it may crop one pixel beside."
+    rounding = f"differ by at most {resized:.1e}, as it rounds pixels otherwise"
+    notes = [
+        f"Embeddings of images that {peer.library} resizes itself {'are equal' if resized <= TOLERANCE else rounding}."
     ]
+    if shifted > TOLERANCE:
+        notes.append(
+            f"If an odd number of pixels is cut off, {peer.library} may crop one pixel beside; then they differ, as of one image by "
+            f"{shifted:.1e}."
+        )
+    return notes
 
 
 def check_images(side: int) -> list[Image.Image]:
@@ -167,11 +183,10 @@ def difference(expected: Embeds, actual: Embeds, cosines: bool = True) -> float:
     return largest
 
 
-def check_close(expected: Embeds, actual: Embeds, what: str, library: str, cosines: bool = True) -> None:
-    """Raises UserError if the tensors differ by more than rounding."""
+def check_close(
+    expected: Embeds, actual: Embeds, what: str, library: str, cosines: bool = True, advice: str = ""
+) -> None:
+    """Raises UserError, which ends with the advice, if the tensors differ by more than rounding."""
     distance = difference(expected, actual, cosines)
     if distance > TOLERANCE:
-        raise UserError(
-            f"{library} cannot represent this model: its {what} would differ by {distance:.1e}. "
-            "It only supports a linear projection of each tower's features, no other heads."
-        )
+        raise UserError(f"{library} cannot represent this model: its {what} would differ by {distance:.1e}{advice}.")

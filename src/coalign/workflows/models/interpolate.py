@@ -13,6 +13,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from coalign.data.images import evaluation_view
 from coalign.data.text.tokenizer import load_tokenizer
 from coalign.devices import best_device
 from coalign.errors import UserError
@@ -233,9 +234,8 @@ def _evaluate(folder: Path, run: Run, pairs: TrainingData) -> tuple[list[Metric]
     write_outcomes(folder, {name: each.metrics for name, each in results.items()}, items)
     finished = read_results(run.path)
     tasks = {name: each.to_json() for name, each in results.items()}
-    write_json(
-        folder / RESULTS, {"run": finished["run"], "parameters": finished["parameters"], "tasks": tasks}, default=str
-    )
+    of_run = {"run": finished["run"], "parameters": finished["parameters"]}
+    write_json(folder / RESULTS, {**of_run, "tasks": tasks, "evaluation_view": evaluation_view.VERSION}, default=str)
     return [metric for each in results.values() for metric in each.metrics], _score(results)
 
 

@@ -320,7 +320,7 @@ def run_tokenizer(
     config = replace(config, tokenizer=name)
     if name != "captions":
         return load_tokenizer(name), config
-    return train_bpe(_captions(pairs.source, pairs.train), default_vocab_size(config.model)), config
+    return train_bpe(captions_of(pairs.source, pairs.train), default_vocab_size(config.model)), config
 
 
 def _fitting_tokenizer(pretrained: str, name: str | None, fitting: str | None) -> Tokenizer:
@@ -339,7 +339,8 @@ def _fitting_tokenizer(pretrained: str, name: str | None, fitting: str | None) -
     return tokenizer
 
 
-def _captions(source: Source, indices: np.ndarray) -> Iterator[str]:
+def captions_of(source: Source, indices: np.ndarray) -> Iterator[str]:
+    """Yields the captions of at most the first `MAX_VOCABULARY_PAIRS` pairs that can be read."""
     for index in indices[:MAX_VOCABULARY_PAIRS].tolist():
         try:
             yield from source.record(index).captions

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from coalign.config import NOMINAL_PAIRS, TrainConfig
+from coalign.data.images import evaluation_view
 from coalign.data.text.tokenizer import Tokenizer
 from coalign.errors import UserError
 from coalign.files import write_json
@@ -252,6 +253,7 @@ def _finish(
         "frozen_parameters": tuning.num_frozen(),
         "tasks": tasks,
         "look_alikes_in_train": look_alikes,
+        "evaluation_view": evaluation_view.VERSION,
         **({"tracked": tracked.values} if tracked.values else {}),
     }
     write_json(out / RESULTS, values, default=_plain)  # last: if it exists, the report is complete
@@ -259,11 +261,12 @@ def _finish(
 
 
 def _is_reported(out: Path, step: int) -> bool:
-    """Returns whether the results and the report of the run after `step` steps are complete."""
+    """Returns whether the results and the report of the run after `step` steps are complete, and evaluated on today's pixels."""
     if not (out / HELD_OUT).exists():
         return False
     try:
-        return bool(read_results(out)["run"]["step"] == step)
+        results = read_results(out)
+        return bool(results["run"]["step"] == step and results.get("evaluation_view") == evaluation_view.VERSION)
     except UserError:
         return False
 
