@@ -108,7 +108,8 @@ def seeds_passage(others: dict[str, dict[str, Any]]) -> str:
         for each in others.values()
     ]
     return textwrap.fill(
-        f"With the seeds {' and '.join(others)}, the difference in mean recall on OpenMoji's drawings is {' and '.join(found)}.", 140
+        f"With the seeds {' and '.join(others)}, the difference in mean recall on OpenMoji's drawings is {' and '.join(found)}.",
+        140,
     )
 
 

@@ -287,7 +287,7 @@ class TrainConfig:
     device_views: bool = setting(False)
     """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
     caption_safe_views: bool = setting(False)
-    """Shift no hues if captions name colors, and flip no images if they name sides. Views whose options are given are not changed."""
+    """Shift no hues if captions name colors, and flip no images if they name sides. Given options of views are kept."""
     reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig, metadata=marks())
     """How the data is read."""
     val_fraction: float = setting(0.05, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))

@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A run that was stopped because its loss or gradient was not finite."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of the message of another library's error, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

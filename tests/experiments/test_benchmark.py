@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers import tiny
 
@@ -197,14 +198,21 @@ def test_a_factor_at_the_smallest_fraction_is_a_bound(scores, bound):
     assert efficiencies(curves)["mcd"].bound == bound
 
 
-def test_a_factor_has_an_interval_if_every_seed_has_a_curve():
+def test_a_factor_has_an_interval_of_the_factors_of_draws():
     curves = {"clip": {f: {0: x, 1: x + 2} for f, x in zip(FRACTIONS, [10, 20, 40])}}
     curves["mcd"] = {f: {0: x, 1: x} for f, x in zip(FRACTIONS, [10, 40, 60])}
-    found = efficiencies(curves)["mcd"]
-    low, high = found.over_seeds
-    assert low < found.factor < high
-    del curves["mcd"][0.5][1]
-    assert efficiencies(curves)["mcd"].over_seeds is None
+    noise = np.random.default_rng(0).normal(size=(2, 3, 200))
+    draws = {
+        name: {f: np.mean(list(seeds.values())) + each for (f, seeds), each in zip(of_method.items(), noises)}
+        for (name, of_method), noises in zip(curves.items(), noise)
+    }
+    found = efficiencies(curves, draws)["mcd"]
+    factors = [
+        factor(FRACTIONS, *([draws[name][f][i] for f in FRACTIONS] for name in ("mcd", "clip"))) for i in range(200)
+    ]
+    assert found.interval == pytest.approx(tuple(np.quantile(factors, [0.025, 0.975])))
+    assert found.interval[0] < found.factor < found.interval[1]
+    assert efficiencies(curves)["mcd"].interval is None
     del curves["mcd"][0.5]
     assert not efficiencies(curves)
 

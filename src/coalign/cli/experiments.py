@@ -99,12 +99,14 @@ def reproduce_command(
     seeds: int = 3,
     jobs: int = 1,
     arms: tuple[str, ...] = (),
+    track: tuple[str, ...] = (),
     skip_data_checks: bool = False,
     reading: Reading = DETECT,
 ) -> None:
     """Train every arm of a table of experiments with several seeds, and compare them.
 
-    If interrupted, run it again to resume.
+    If the table has a search, first choose the settings and the length of each arm on the held-out pairs. If interrupted, run it again to
+    resume.
 
     Example: coalign reproduce two-towers-scenes --data scenes:8192:hard --out runs/two-towers --jobs 2
 
@@ -115,7 +117,8 @@ def reproduce_command(
         scale: cpu trains small models in hours; paper only writes launch.sh, with the commands of the paper's recipes
         seeds: number of seeds (0 to N-1) per arm
         jobs: number of trials to run in parallel, each on its share of the cores
-        arms: train only these arms, and the arms whose weights they evaluate; empty: all
+        arms: train only these arms, and the arms whose weights or settings they take; empty: all
+        track: one or more tasks of `coalign eval`, such as zeroshot:birds, to evaluate each trial on, but not those of a search
         skip_data_checks: train even if a check of the data finds a problem; see `coalign train`
     """
     from coalign.experiments import tables
@@ -129,7 +132,8 @@ def reproduce_command(
     from coalign.experiments.compare_terminal import print_comparison
     from coalign.experiments.reproduce import reproduce
 
-    options: Any = {"scale": scale, "seeds": seeds, "jobs": jobs, "arms": arms, "skip_data_checks": skip_data_checks}
+    options: Any = {"scale": scale, "seeds": seeds, "jobs": jobs, "arms": arms, "track": track}
+    options["skip_data_checks"] = skip_data_checks
     comparison = reproduce(table, data, out, reading=reading, **options)
     if comparison is not None:
         print_comparison(comparison)

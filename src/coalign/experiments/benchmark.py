@@ -25,6 +25,7 @@ from coalign.experiments.data_efficiency import (
     Scores,
     efficiencies,
     efficiency_words,
+    fraction_draws,
     fraction_scores,
 )
 from coalign.experiments.trials import Trial, finished, run_trials
@@ -319,7 +320,8 @@ def judge(trials: Sequence[Trial]) -> BenchmarkResult:
         return BenchmarkResult(comparison, advice, {}, headline=headline)
     by_fraction = fraction_scores(trials, metrics) if BASE in above_chance else {}
     advice = _advice(trials, best, others, scores, headline, names)
-    return BenchmarkResult(comparison, advice, efficiencies(by_fraction), by_fraction, headline)
+    efficiency = efficiencies(by_fraction, fraction_draws(trials, metrics) if by_fraction else None)
+    return BenchmarkResult(comparison, advice, efficiency, by_fraction, headline)
 
 
 def _headline(comparison: Comparison) -> tuple[str, Sequence[tuple[str, str]]]:

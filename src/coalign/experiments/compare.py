@@ -19,7 +19,7 @@ from coalign.files import read_rows
 from coalign.metric import Metric, Outcome, metrics_from_json
 from coalign.progress import progress
 from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
-from coalign.runs.folder import SavedConfig, check_output, public, read_config, read_results
+from coalign.runs.folder import TRACKED, SavedConfig, check_output, public, read_config, read_results
 from coalign.runs.outcomes import read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
 
@@ -79,7 +79,7 @@ def compare(
         raise UserError(
             f"The run {next(f for f in folders if f.resolve() in twice)} is given twice; name each run once."
         )
-    finished = [_read(folder, name) for folder, name in zip(folders, _names(folders))]
+    finished = [read_finished(folder, name) for folder, name in zip(folders, _names(folders))]
     for run in finished[1:]:
         _check_same_items(finished[0], run)
         _check_same_view(finished[0], run)
@@ -108,14 +108,16 @@ def compare(
 # ---------------------------------------------------------------- reading
 
 
-def _read(folder: Path, name: str) -> Finished:
+def read_finished(folder: Path, name: str) -> Finished:
+    """Reads a finished run. Raises UserError if there is none, or if it held out no pairs."""
     saved = read_config(folder)
     results = read_results(folder)
     items, outcomes = read_outcomes(folder)
     if not outcomes:
         raise UserError(f"The run {folder} held out no pairs, so it has no metrics to compare.")
     parameters, ran = sum(results["parameters"].values()), results["run"]
-    metrics = _metrics(results["tasks"], outcomes)
+    tasks, items, outcomes = _with_tracked(results, items, outcomes)
+    metrics = _metrics(tasks, outcomes)
     flat = flatten({"data": public(saved.data), "num_train": saved.num_train, **to_json(saved.config)})
     for key in ("classes", "pretrained", "image_tower", "text_tower"):
         if flat[key]:
@@ -132,6 +134,25 @@ def _read(folder: Path, name: str) -> Finished:
     return Finished(
         name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, metrics, validations
     )
+
+
+def _with_tracked(
+    results: Mapping[str, Any], items: dict[str, np.ndarray], outcomes: Mapping[str, Outcome]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Outcome]]:
+    """Adds the tasks of --track, at the end of the run, to the tasks, their items and outcomes, by names without folders."""
+    names = {}
+    tasks = dict(results["tasks"])
+    for number, (task, values) in enumerate(results.get("tracked", {}).items()):
+        kind, _, data = task.partition(":")
+        name = names[f"{TRACKED}{number}"] = f"{kind}:{public(data)}"
+        metrics = (metric.prefixed(name) for metric in metrics_from_json(values["end"]["metrics"]))
+        tasks[name] = {"metrics": {metric.name: metric.to_json() for metric in metrics}}
+    items = {names.get(task, task): hashes for task, hashes in items.items()}
+    renamed = {}
+    for key, outcome in outcomes.items():
+        task, dot, metric = key.partition(".")
+        renamed[names.get(task, task) + dot + metric] = outcome
+    return tasks, items, renamed
 
 
 def _metrics(tasks: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Metric]:

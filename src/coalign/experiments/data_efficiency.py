@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coalign.evaluation.metrics import over_runs
+from coalign.evaluation.metrics import LEVEL, arm_draws
 from coalign.runs.folder import read_results
+from coalign.runs.outcomes import read_outcomes
 
 if TYPE_CHECKING:
     from coalign.experiments.trials import Trial
+    from coalign.metric import Outcome
 
 BASE = "clip"
 
@@ -24,60 +26,78 @@ class Efficiency:
 
     Attributes:
         factor: The factor.
-        over_seeds: 95 % t-interval, computed for the factor's logarithm. None if a seed is missing.
+        interval: 95 % interval by `arm_draws`, over seeds and held-out items. None if a fraction has a single seed.
         bound: Whether the curves cross at or below the smallest fraction: the factor is this, or farther from 1.
     """
 
     factor: float
-    over_seeds: tuple[float, float] | None
+    interval: tuple[float, float] | None
     bound: bool
 
 
-# method -> fraction of the pairs -> seed -> score, such as R@10, mean of both directions
+# method, or arm -> fraction of the pairs -> seed -> score, such as R@10, mean of both directions
 Scores = dict[str, dict[float, dict[int, float]]]
+Draws = Mapping[str, Mapping[float, np.ndarray]]  # method -> fraction -> mean score in each replicate of a bootstrap
 
 
 def fraction_scores(trials: Sequence[Trial], metrics: Sequence[tuple[str, str]]) -> Scores:
-    """The scores of every method that was trained on several fractions: the mean of metrics, each given by its task and its name.
+    """The scores of every arm that was trained on several fractions: the mean of metrics, each given by its task and its name.
 
     Empty if a trial lacks one of them.
     """
     scores: Scores = {}
     for trial in trials:
-        arm = trial.sweep.arms[trial.arm]
         tasks = read_results(trial.folder)["tasks"]
         if any(name not in tasks.get(task, {"metrics": {}})["metrics"] for task, name in metrics):
             return {}
         value = np.mean([tasks[task]["metrics"][name]["value"] for task, name in metrics])
-        scores.setdefault(arm.recipe, {}).setdefault(arm.train_fraction, {})[trial.seed] = float(value)
-    return {method: by_fraction for method, by_fraction in scores.items() if len(by_fraction) > 1}
+        fraction = trial.sweep.arms[trial.arm].train_fraction
+        scores.setdefault(trial.sweep.whole(trial.arm), {}).setdefault(fraction, {})[trial.seed] = float(value)
+    return {arm: by_fraction for arm, by_fraction in scores.items() if len(by_fraction) > 1}
 
 
-def efficiencies(scores: Scores) -> dict[str, Efficiency]:
-    """The factor of each method that was trained on the same fractions as CLIP."""
+def fraction_draws(trials: Sequence[Trial], metrics: Sequence[tuple[str, str]]) -> Draws:
+    """Bootstrap draws of the same scores, over seeds and the held-out items, which all trials share.
+
+    Empty if an arm has a single seed.
+    """
+    runs: dict[tuple[str, float], list[list[Outcome]]] = {}
+    for trial in trials:
+        outcomes = read_outcomes(trial.folder)[1]
+        key = trial.sweep.whole(trial.arm), trial.sweep.arms[trial.arm].train_fraction
+        runs.setdefault(key, []).append([outcomes[f"{task}.{name}"] for task, name in metrics])
+    draws: dict[str, dict[float, np.ndarray]] = {}
+    if all(len(of_arm) > 1 for of_arm in runs.values()):
+        for (arm, fraction), values in zip(runs, arm_draws(list(runs.values()))[1]):
+            draws.setdefault(arm, {})[fraction] = values
+    return draws
+
+
+def efficiencies(scores: Scores, draws: Draws | None = None) -> dict[str, Efficiency]:
+    """The factor of each method that was trained on the same fractions as CLIP; with an interval if there are draws."""
     base = scores.get(BASE, {})
     return {
-        method: _efficiency(by_fraction, base)
+        method: _efficiency(by_fraction, base, *((draws[method], draws[BASE]) if draws else ()))
         for method, by_fraction in scores.items()
         if method != BASE and by_fraction.keys() == base.keys()
     }
 
 
-def _efficiency(scores: Mapping[float, Mapping[int, float]], base: Mapping[float, Mapping[int, float]]) -> Efficiency:
+def _efficiency(
+    scores: Mapping[float, Mapping[int, float]],
+    base: Mapping[float, Mapping[int, float]],
+    *draws: Mapping[float, np.ndarray],
+) -> Efficiency:
     fractions = sorted(scores)
     means = [[float(np.mean(list(one[fraction].values()))) for fraction in fractions] for one in (scores, base)]
     overall = factor(fractions, *means)
-    every = {seed for one in (scores, base) for of_seed in one.values() for seed in of_seed}
-    complete = [seed for seed in sorted(every) if all(seed in one[f] for one in (scores, base) for f in fractions)]
-    logs = [
-        math.log(factor(fractions, *([one[f][seed] for f in fractions] for one in (scores, base)))) for seed in complete
-    ]
-    interval = over_runs(logs) if len(complete) == len(every) else None
-    return Efficiency(
-        overall,
-        None if interval is None else (math.exp(interval[0]), math.exp(interval[1])),
-        bound=overall in (fractions[0], 1 / fractions[0]),
-    )
+    interval = None
+    if draws:
+        ours, theirs = (np.stack([one[fraction] for fraction in fractions], 1).tolist() for one in draws)
+        factors = [factor(fractions, *replicate) for replicate in zip(ours, theirs)]
+        low, high = np.quantile(factors, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        interval = float(low), float(high)
+    return Efficiency(overall, interval, bound=overall in (fractions[0], 1 / fractions[0]))
 
 
 def factor(fractions: Sequence[float], scores: Sequence[float], base: Sequence[float]) -> float:
@@ -104,8 +124,8 @@ def efficiency_words(efficiency: Mapping[str, Efficiency]) -> list[str]:
     for name, found in efficiency.items():
         interval = (
             ""
-            if found.over_seeds is None
-            else f" (95 % interval over seeds {found.over_seeds[0]:.2f} to {found.over_seeds[1]:.2f})"
+            if found.interval is None
+            else f" (95 % interval over seeds and items {found.interval[0]:.2f} to {found.interval[1]:.2f})"
         )
         least = ("at least " if found.factor > 1 else "at most ") if found.bound else ""
         lines.append(

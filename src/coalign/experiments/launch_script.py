@@ -58,7 +58,12 @@ def _lines(sweep: Table, arms: list[str], data: str, out: Path, seeds: int) -> I
 
 def run_name(arm: str, seed: int) -> str:
     """Folder name of one arm trained with one seed."""
-    return f"{arm.replace(' ', '-').replace(',', '').replace(chr(39), '')}-seed{seed}"
+    return f"{arm_name(arm)}-seed{seed}"
+
+
+def arm_name(arm: str) -> str:
+    """Name of an arm in names of files."""
+    return arm.replace(" ", "-").replace(",", "").replace("'", "")
 
 
 def options(name: str, config: TrainConfig) -> list[str]:

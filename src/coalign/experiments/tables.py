@@ -13,6 +13,7 @@ from coalign.errors import UserError
 from coalign.methods import METHODS
 from coalign.methods.declip.config import VIEW
 from coalign.methods.mcd.tables import DISTILLATION
+from coalign.methods.search import Search
 from coalign.methods.table import Arm, Table, by_fraction, chain
 from coalign.methods.table_settings import CLIP_ART_CLASSES, SMALL_QUEUE, STYLE_SHIFT, TUNED_LR, TWO_TOWERS, Rows
 from coalign.methods.uniclip.tables import VIEWS
@@ -104,6 +105,10 @@ def _pretrained_towers(data: str, starts: Collection[str], **settings: Any) -> T
         claims=tuple(("clip", name) for name in starts if _STARTS[name].recipe == "clip"),
         **settings,
     )
+
+
+# arms of the headline; `locked` starts from pretrained encoders, the others from scratch
+HEADLINE = {name: Arm(name) for name in ("clip", "uniclip", "mcd")} | {"locked": _STARTS["locked"]}
 
 
 def _paper_tables() -> dict[str, Table]:
@@ -220,6 +225,18 @@ TABLES: dict[str, Table] = {
         [name for name in _STARTS if name != "locked, 160 pixels"],
         test_splits=("test",),
         headline_metrics=("retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10"),
+    ),
+    "headline-emoji-concepts": Table(
+        "CLIP, UniCLIP, MCD and a head on locked encoders, each with its best settings, on new concepts of emoji, by number of pairs",
+        by_fraction(HEADLINE, (1.0, 0.5, 0.25, 0.125)),
+        epochs=80,
+        search=Search(epochs=(20, 40, 80)),
+        val_by="concept",
+        evals=4,
+        caption_safe_views=True,
+        test_splits=("test",),
+        claims=tuple(("clip", name) for name in HEADLINE if name != "clip"),
+        headline_metrics=("retrieval_test.r10", "retrieval_test.r1"),
     ),
     **_paper_tables(),
 }

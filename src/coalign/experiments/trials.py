@@ -29,12 +29,14 @@ from coalign.experiments import tag_pretraining as tag_pretraining
 from coalign.experiments.launch_script import run_name
 from coalign.experiments.pretrained_towers import PACKAGES, pretrained_towers
 from coalign.methods.defaults import fit_to_start
+from coalign.methods.search import Choice, with_settings
 from coalign.methods.table import Table
 from coalign.progress import Task, progress
 from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, read_results, write_config
 from coalign.training import checkpoint
+from coalign.training.trainer import TrainResult
 from coalign.types import AugmentationPolicy
-from coalign.workflows.train.setup import num_steps
+from coalign.workflows.train.setup import ConfigFn, num_steps
 from coalign.workflows.train.train import train
 
 CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder"
@@ -54,6 +56,12 @@ class Trial:
     seed: int
     data: str
     out: Path  # the table's folder
+    choice: Choice | None = None  # of the table's search
+    track: tuple[str, ...] = ()  # as in `TrainConfig`
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -66,16 +74,33 @@ class Trial:
         return replace(self, arm=weights_of) if weights_of else None
 
     def config(self, num_pairs: int) -> TrainConfig:
-        sweep = self.sweep
+        sweep = self.sweep if self.choice is None else replace(self.sweep, epochs=self.choice.epochs)
         config = sweep.config(self.arm, self.seed, num_pairs)
-        config = replace(config, classes=self.out / CLASSES if sweep.classes else None, probe=sweep.probe)
+        epochs, classes = config.epochs, self.out / CLASSES if sweep.classes else None
+        config = replace(config, classes=classes, probe=sweep.probe, track=self.track)
         if start := sweep.arms[self.arm].start:
             towers = pretrained_towers(setting for setting in PACKAGES if setting not in start)
             fitted = fit_to_start(replace(config, **{"image_size": None} | towers | dict(start)))
-            return replace(fitted, **start)  # what the arm sets is kept
-        if not sweep.pretraining_scenes:
+            config = replace(fitted, **start)  # what the arm sets is kept
+        elif sweep.pretraining_scenes:
+            config = replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
+        if self.choice is None or sweep.search is None:
             return config
-        return replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
+        # as long as the warm-up of the shortest run of the search, from which the others were extended
+        shortest = replace(config, epochs=epochs * sweep.search.epochs[0] / self.choice.epochs)
+        warmup = config.optimizer.num_warmup_steps(num_steps(shortest, num_pairs))
+        config = with_settings(replace(config, epochs=epochs), self.choice.settings)
+        return replace(config, optimizer=replace(config.optimizer, warmup_steps=warmup))
+
+    def train(self, threads: int) -> TrainResult | None:
+        """Trains the trial, or evaluates the weights of its base. Resumes if it was interrupted."""
+        if self.base is not None and not (self.folder / CONFIG).exists():
+            _copy_weights(self, self.base)
+        return train(self.data, self.folder, self.config_fn(threads), resume="auto")
+
+    def config_fn(self, threads: int) -> ConfigFn:
+        # with one core per trial, a loader process would only compete with training
+        return lambda num_pairs: replace(self.config(num_pairs), workers=0 if threads == 1 else None)
 
 
 def finished(trial: Trial) -> bool:
@@ -87,7 +112,7 @@ def finished(trial: Trial) -> bool:
         return False
     saved = read_config(trial.folder)
     expected = trial.config(saved.num_train)
-    names = fields_marked(TrainConfig, "identifies_trial")
+    names = [*fields_marked(TrainConfig, "identifies_trial"), *(["optimizer"] if trial.choice else [])]
     if changed := [name for name in names if not _is_same(name, saved.config, expected)]:
         raise UserError(
             f"{trial.folder} holds a run whose {changed[0]} differs from this table's; choose another --out."
@@ -137,7 +162,7 @@ def run_trials(trials: Sequence[Trial], jobs: int) -> list[str]:
                     if error is not None:
                         failures.append(f"{trial.folder.name} ({error})")
                     outcome = "done" if error is None else f"failed: {error}"
-                    line = f"{next(number)} of {len(trials)}: {trial.arm}, seed {trial.seed}: {outcome}"
+                    line = f"{next(number)} of {len(trials)}: {trial.label}: {outcome}"
                     print(line, flush=True)  # above the bars of the other trials
             finally:
                 pool.shutdown(cancel_futures=True)  # after Ctrl-C, which running trials receive too, no other starts
@@ -152,7 +177,7 @@ def _in_a_process(trial: Trial, threads: int) -> str | None:
     process.start()
     sender.close()
     try:
-        with progress(f"{trial.arm}, seed {trial.seed}: preparing", unit="steps") as task:
+        with progress(f"{trial.label}: preparing", unit="steps") as task:
             while not receiver.poll(_POLL_SECONDS):
                 _show_steps(trial, task)
         return receiver.recv()
@@ -165,7 +190,6 @@ def _in_a_process(trial: Trial, threads: int) -> str | None:
 
 def _show_steps(trial: Trial, task: Task) -> None:
     """Shows how many steps of its training another process has done, as its folder tells."""
-    name = f"{trial.arm}, seed {trial.seed}"
     try:
         saved = read_config(trial.folder)
     except UserError:  # it has not begun
@@ -174,9 +198,9 @@ def _show_steps(trial: Trial, task: Task) -> None:
     total, done = num_steps(saved.config, saved.num_train), last_step(trial.folder) + 1
     if not done:
         what, state = _features_line(_log(trial)) or ("preparing", None)
-        task.update(0, what=f"{name}: {what}", state=state)
+        task.update(0, what=f"{trial.label}: {what}", state=state)
         return
-    task.update(done, total, f"{name}: {'training' if done < total else 'evaluating'}")
+    task.update(done, total, f"{trial.label}: {'training' if done < total else 'evaluating'}")
 
 
 def _log(trial: Trial) -> Path:
@@ -266,17 +290,10 @@ def _copy_weights(trial: Trial, base: Trial) -> None:
 
 def _train(trial: Trial, threads: int) -> None:
     """Trains one trial, or re-evaluates it. Its output goes to a log file beside its folder."""
-
-    def config_for(num_pairs: int) -> TrainConfig:
-        # with one core per trial, a loader process would only compete with training
-        return replace(trial.config(num_pairs), workers=0 if threads == 1 else None)
-
     log = _log(trial)
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            if trial.base is not None and not (trial.folder / CONFIG).exists():
-                _copy_weights(trial, trial.base)
-            result = train(trial.data, trial.folder, config_for, resume="auto")
+            result = trial.train(threads)
         except Exception as error:
             print(error) if isinstance(error, UserError) else traceback.print_exc()
             raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from coalign.config import DETECT, DataConfig, RoleConfig, TrainConfig
 from coalign.methods import recipe, recipes
+from coalign.methods.search import Search
 
 PAPER_PAIRS = 1_000_000  # placeholder: the papers' recipes do not depend on the number of pairs
 
@@ -45,10 +47,12 @@ class Table:
     title: str
     arms: Mapping[str, Arm]
     epochs: float
+    search: Search | None = None  # chooses settings and epochs on the held-out pairs; None: they are the table's
     note: str = ""  # how the settings were chosen
     batch_size: int | None = 128  # None: the recipe's
     image_size: int | None = 48  # None: the recipe's
     val_fraction: float = 0.1
+    val_by: str | None = None  # hold out values of this column
     evals: int = 5
     image_lr: float | None = None  # for arms that set none; None: the recipe's
     reading: DataConfig = DETECT  # how the data is read
@@ -64,7 +68,8 @@ class Table:
     test_splits: tuple[str, ...] = ()  # evaluated at the end in addition to the held-out pairs
     # (lower, higher): the second arm is better, according to the paper or to the purpose of a control
     claims: tuple[tuple[str, str], ...] = ()
-    headline_metrics: tuple[str, ...] = ("retrieval.image_to_text.r10",)  # the metrics that decide the claims
+    # the metrics that decide the claims; see `parts`
+    headline_metrics: tuple[str, ...] = ("retrieval.image_to_text.r10",)
     paper_metric: str = ""  # what the arms' `paper` values measure, in %, and where the paper reports them
     paper_recipe: str = ""  # name of the paper's recipe, with {method} for an arm's recipe; "": there is no such paper
     paper_task: str = "zeroshot:imagenet"  # the paper's evaluation task
@@ -73,6 +78,11 @@ class Table:
     def retrieval_tasks(self) -> dict[str, str]:
         """Retrieval on the held-out pairs and on the test splits: task in the results of a trial -> its split."""
         return {"retrieval": "held out", **{f"retrieval_{split}": split for split in self.test_splits}}
+
+    def whole(self, arm: str) -> str:
+        """Returns the name of the same arm on all pairs; the arm itself if there is none."""
+        on_all = replace(self.arms[arm], train_fraction=1.0)
+        return next((name for name, other in self.arms.items() if other == on_all), arm)
 
     def config(self, arm: str, seed: int, num_pairs: int) -> TrainConfig:
         """Returns the settings of one trial on `num_pairs` training pairs, without `classes` and `probe` (see `Trial.config`)."""
@@ -100,6 +110,7 @@ class Table:
             skip_data_checks=self.skip_data_checks,
             caption_safe_views=self.caption_safe_views,
             val_fraction=self.val_fraction,
+            val_by=self.val_by,
             train_fraction=row.train_fraction,
             unpaired_captions=row.unpaired_captions,
             test_splits=self.test_splits,
@@ -136,10 +147,18 @@ def fraction_name(arm: str, fraction: float) -> str:
     return arm if fraction == 1 else f"{arm}, {100 * fraction:g} %"
 
 
-def by_fraction(arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """Returns each arm on all, half and a quarter of the pairs."""
+def by_fraction(arms: Mapping[str, Arm], fractions: Sequence[float] = (1.0, 0.5, 0.25)) -> dict[str, Arm]:
+    """Returns each arm on fractions of the pairs."""
     return {
         fraction_name(name, fraction): replace(arm, train_fraction=fraction)
-        for fraction in (1.0, 0.5, 0.25)
+        for fraction in fractions
         for name, arm in arms.items()
     }
+
+
+def parts(metric: str) -> tuple[str, ...]:
+    """Returns the metrics whose mean a headline metric is: of "retrieval_test.r10", both directions; of any other, itself."""
+    if not re.fullmatch(r"\w+\.r[0-9]+", metric):
+        return (metric,)
+    task, name = metric.split(".")
+    return tuple(f"{task}.{direction}.{name}" for direction in ("image_to_text", "text_to_image"))

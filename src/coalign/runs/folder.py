@@ -28,6 +28,8 @@ CONFIG, TOKENIZER, MODEL, RESULTS, REPORT, HELD_OUT, START_RESULTS, START_OUTCOM
     "tracked_start.npz",
 )
 
+# with their number, the names of the tasks of --track in HELD_OUT, as their own names may contain any character
+TRACKED = "tracked"
 EXPORTED = "coalign_run.json"  # of an export: CONFIG of its run without local paths
 
 RUN_FILES = {

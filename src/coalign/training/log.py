@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from coalign.errors import UserError
+from coalign.errors import NotFinite, UserError
 from coalign.files import write_bytes
 from coalign.formatting import duration
 from coalign.progress import bars, drawn_elsewhere
@@ -298,7 +298,7 @@ class NonFiniteGuard:
             open_rows(run_dir / "non_finite.jsonl", lambda _, row: row.get("step", start_step) < start_step)[0].close()
 
     def step(self, step: int, finite: bool, samples: Sequence[int | str] = (), what: str = "loss or gradient") -> None:
-        """Records that a step was taken (finite) or skipped. samples: indices of the global batch. Raises UserError at the limit."""
+        """Records that a step was taken (finite) or skipped. samples: indices of the global batch. Raises NotFinite at the limit."""
         if finite:
             self.in_a_row = 0
             return
@@ -309,7 +309,7 @@ class NonFiniteGuard:
                 _write_row(file, {"step": step, "what": what, "samples": list(samples)})
         if self.in_a_row >= self.limit:
             where = f" (samples in {self._run_dir / 'non_finite.jsonl'})" if self._run_dir is not None else ""
-            raise UserError(
+            raise NotFinite(
                 f"The {what} was not finite for {self.in_a_row} consecutive steps, most recently step {step}{where}; "
                 "lower the learning rate, lengthen the warm-up, or train in fp32 or bf16 instead of fp16."
             )

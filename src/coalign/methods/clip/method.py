@@ -127,7 +127,7 @@ class CLIP(TwoTowers):
 #   checkpoint by them, and also evaluates the MLPs and mixtures of both similarities [c].
 # - Label smoothing is 0.1, for strong views only [c]. A row's target is spread over the columns of its denominator, without those that
 #   `multi_positive` removes [i].
-# - Text dropout is that of the residual stream before each block, for strong views only, with probability 0.2 on CC3M, 0.05 on CC12M and
+# - Text dropout acts on the residual stream before each block, for strong views only, with probability 0.2 on CC3M, 0.05 on CC12M and
 #   0 on YFCC15M [c]. Each slice of a micro-batched step draws its own.
 # - Text augmentation: EDA's three operations with equal probability [i]. The code has synonym replacement, swap and deletion with
 #   probability .4, .4 and .2, after it has removed stop words with probability .8, also from the weak view's caption [c].

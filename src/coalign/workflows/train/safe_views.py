@@ -22,7 +22,7 @@ SIDES = ("left", "right", "leftmost", "rightmost", "leftward", "rightward")
 def with_safe_views(config: TrainConfig, captions: Sequence[str]) -> tuple[TrainConfig, str | None]:
     """Returns the configuration with views that fit the captions, if `caption_safe_views` is set, and a sentence on what changed.
 
-    Only views with the policy that the method has by default are changed. The result depends on the captions alone, so that a resumed run
+    Only options that have the method's default are changed. The result depends on the captions alone, so that a resumed run
     gets the same one.
     """
     if not config.caption_safe_views:
@@ -33,7 +33,7 @@ def with_safe_views(config: TrainConfig, captions: Sequence[str]) -> tuple[Train
     for what, fraction, option in (("colors", colors, "hue"), ("sides", sides, "flip_p")):
         if fraction < NAMED:
             continue
-        views = [name for name, policy in _default_views(config.method_config).items() if getattr(policy, option)]
+        views = _default_views(config.method_config, option)
         for name in views:
             changes[name] = replace(changes.get(name, getattr(config.method_config, name)), **{option: 0.0})
         if views:
@@ -47,14 +47,17 @@ def with_safe_views(config: TrainConfig, captions: Sequence[str]) -> tuple[Train
     return replace(config, method_config=replace(config.method_config, **changes)), line
 
 
-def _default_views(method_config: Any) -> dict[str, AugmentationPolicy]:
-    """Returns the policies of image views that the method loads and that are as it has them by default."""
+def _default_views(method_config: Any, option: str) -> list[str]:
+    """Returns the image views that the method loads, and whose option is set, as the method has it by default."""
     default, unused = type(method_config)(), getattr(method_config, "unused_views", ())
-    return {
-        name: value
-        for name, value in vars(method_config).items()
-        if isinstance(value, AugmentationPolicy) and value == getattr(default, name) and name not in unused
-    }
+    return [
+        name
+        for name, policy in vars(method_config).items()
+        if isinstance(policy, AugmentationPolicy)
+        and getattr(policy, option)
+        and getattr(policy, option) == getattr(getattr(default, name), option)
+        and name not in unused
+    ]
 
 
 def _fraction(captions: Sequence[str], words: Sequence[str]) -> float:

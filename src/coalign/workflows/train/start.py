@@ -37,9 +37,9 @@ def save_start(out: Path, method: Method, config: TrainConfig, world: World) -> 
     world.barrier()
 
 
-def check_track(config: TrainConfig) -> None:
-    """Raises UserError if a task of `config.track` does not exist or has no data."""
-    parse_tasks(config.track, EvalConfig(data_root=config.data_root))
+def check_track(config: TrainConfig) -> list[str]:
+    """Returns the tasks of `config.track`, as TASK:DATA. Raises UserError if one does not exist or has no data."""
+    return [f"{task.name}:{data}" for task, data in parse_tasks(config.track, EvalConfig(data_root=config.data_root))]
 
 
 @dataclass
@@ -58,6 +58,7 @@ class TrackedChanges:
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    end: Tracked = field(default_factory=Tracked)
 
     def lines(self) -> list[str]:
         """Returns what to print: the change of each task's main metric, and the notes."""
@@ -85,7 +86,7 @@ class Tracking:
             return []
         if first_step:
             self.start = _read(self.out)
-            if missing := [each for each in self._names() if each not in self.start.values]:
+            if missing := [each for each in check_track(self.config) if each not in self.start.values]:
                 raise UserError(
                     f"The run in {self.out} was not evaluated on {missing[0]} at its start, so --track cannot add it; omit it."
                 )
@@ -97,8 +98,8 @@ class Tracking:
 
     def evaluate_end(self) -> TrackedChanges:
         """Evaluates the result and compares it with the start."""
-        result = TrackedChanges()
         end = self._evaluate(self._open()) if self.config.track else Tracked()
+        result = TrackedChanges(end=end)
         for task, metrics in end.metrics.items():
             same_data = np.array_equal(end.items[task], self.start.items[task])
             if not same_data:
@@ -114,9 +115,6 @@ class Tracking:
                 "changes": {each.end.name: each.to_json() for each in found},
             }
         return result
-
-    def _names(self) -> list[str]:
-        return [f"{task.name}:{data}" for task, data in parse_tasks(self.config.track, self._eval_config())]
 
     def _eval_config(self) -> EvalConfig:
         return EvalConfig(data_root=self.config.data_root, workers=self.config.workers or 0)

@@ -25,6 +25,7 @@ from coalign.runs.folder import (
     HELD_OUT,
     REPORT,
     RESULTS,
+    TRACKED,
     SavedConfig,
     describe_model,
     describe_samples,
@@ -244,7 +245,10 @@ def _finish(
         for task, held_out in results.items()
         if (evaluation := held_out.result.evaluation)
     }
-    write_outcomes(out, {task: held_out.result.metrics for task, held_out in results.items()}, items)
+    metrics = {task: held_out.result.metrics for task, held_out in results.items()}
+    for number, task in enumerate(tracked.values):
+        metrics[f"{TRACKED}{number}"], items[f"{TRACKED}{number}"] = tracked.end.metrics[task], tracked.end.items[task]
+    write_outcomes(out, metrics, items)
     tasks = {task: held_out.result.to_json() for task, held_out in results.items()}
     look_alikes = {each.split: each.look_alikes[0] for each in results.values() if each.look_alikes is not None}
     values = {

@@ -1,0 +1,230 @@
+"""The search of a table: trials with drawn settings on all pairs, each extended to every length, and the best by the held-out pairs.
+
+An arm on a fraction of the pairs takes the settings chosen on all pairs; one trial chooses its length. The weights of a trial are deleted
+once it is complete; its scores are in search/ARM-trialN.json, and those of all in search.json. Test splits are not evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coalign.config import TrainConfig, fields_marked, to_json
+from coalign.errors import NotFinite, UserError
+from coalign.evaluation.retrieval import RECALL_AT
+from coalign.experiments.launch_script import arm_name
+from coalign.experiments.trials import Trial, run_trials
+from coalign.files import write_json
+from coalign.methods.search import Choice, Search, best_of, crops_matter
+from coalign.methods.table import Table
+from coalign.runs.folder import data_name, public, read_config, read_results
+from coalign.training.trainer import TrainResult
+from coalign.workflows.train.train import train
+
+FOLDER, RESULT = "search", "search.json"
+SEED = 1000  # of the first trial of a search; the seeds of the table's own trials are below
+SCORE = [f"{direction}.r{k}" for direction in ("image_to_text", "text_to_image") for k in RECALL_AT]  # their mean
+
+
+@dataclass(frozen=True)
+class SearchTrial(Trial):
+    """One trial of the search of an arm, which is extended to every length."""
+
+    number: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}, trial {self.number + 1}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / FOLDER / f"{arm_name(self.arm)}-trial{self.number + 1}"
+
+    @property
+    def record(self) -> Path:
+        """The file of its scores."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """The lengths in epochs of the table, ascending."""
+        return _search(self.sweep).epochs
+
+    def config(self, num_pairs: int) -> TrainConfig:
+        # only the held-out pairs are evaluated, and only at the end of each length
+        return replace(super().config(num_pairs), test_splits=(), classes=None, probe=False, evals=0)
+
+    def train(self, threads: int) -> TrainResult | None:
+        """Trains the lengths that are not scored yet. The score of each is stored as soon as it is known."""
+        values = self.read()
+        for epochs in self.lengths:
+            if f"{epochs:g}" in values["lengths"]:
+                continue
+            try:
+                result = train(self.data, self.folder, self.of_length(epochs).config_fn(threads), resume="auto")
+            except NotFinite as error:  # such settings are a result, too: the worst
+                write_json(self.record, values | self._described() | {"diverged": str(error)}, indent=1)
+                break
+            if result is None or result.ended == "interrupted":
+                return result
+            values["lengths"][f"{epochs:g}"] = {
+                "score": score(self.folder),
+                "samples_seen": result.step * read_config(self.folder).config.batch_size,
+                "core_seconds": round(result.seconds * threads, 1),
+            }
+            write_json(self.record, values | self._described(), indent=1)
+        self.remove_weights()
+        return None
+
+    def read(self) -> dict[str, Any]:
+        """Returns the contents of its record. Raises UserError if it is of another table or of other settings."""
+        if not self.record.exists():
+            return {"trial": self.number + 1, "lengths": {}}
+        try:
+            values: dict[str, Any] = json.loads(self.record.read_text())
+            expected = self._identity(values["num_train"])
+            saved = {name: values["config"][name] for name in expected}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.record} cannot be read; delete it to train this trial again.") from error
+        if changed := [name for name, value in expected.items() if saved[name] != value]:
+            raise UserError(
+                f"{self.record} holds a trial whose {changed[0]} differs from this table's; choose another --out."
+            )
+        return values
+
+    def is_complete(self) -> bool:
+        values = self.read()
+        complete = "diverged" in values or all(f"{epochs:g}" in values["lengths"] for epochs in self.lengths)
+        if complete:
+            self.remove_weights()  # a kill may have left them
+        return complete
+
+    def remove_weights(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def of_length(self, epochs: float) -> SearchTrial:
+        assert self.choice is not None
+        return replace(self, choice=replace(self.choice, epochs=epochs))
+
+    def _described(self) -> dict[str, Any]:
+        """The trial's settings, and what identifies it."""
+        assert self.choice is not None
+        num_train = read_config(self.folder).num_train
+        settings = asdict(self.choice.settings)
+        if not crops_matter(self.config(num_train)):
+            del settings["crop"]
+        return {"settings": settings, "num_train": num_train, "config": self._identity(num_train)}
+
+    def _identity(self, num_train: int) -> dict[str, Any]:
+        names = (*fields_marked(TrainConfig, "identifies_trial"), "optimizer", "val_by", "val_fraction")
+        config = to_json(self.of_length(self.lengths[0]).config(num_train))
+        found = {"data": data_name(self.data), **{name: config[name] for name in names}}
+        return dict(json.loads(json.dumps(public(found))))
+
+
+def score(folder: Path) -> float:
+    """Returns the mean of R@1, R@5 and R@10 of both directions on the held-out pairs."""
+    metrics = read_results(folder)["tasks"].get("retrieval", {"metrics": {}})["metrics"]
+    if not metrics:
+        raise UserError("Too few pairs are held out to choose settings by them; use more data.")
+    return float(np.mean([metrics[name]["value"] for name in SCORE]))
+
+
+@dataclass
+class ArmSearch:
+    """The complete search of an arm.
+
+    Attributes:
+        trials: The trials as stored.
+        choice: The best settings and length; on a fraction of the pairs, the settings are those chosen on all pairs.
+    """
+
+    trials: list[dict[str, Any]]
+    choice: Choice
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the trials, the choice, and the expected best score of k of the trials, for k = 1 to all."""
+        trials = [{name: value for name, value in trial.items() if name != "config"} for trial in self.trials]
+        scores = [max((each["score"] for each in trial["lengths"].values()), default=0.0) for trial in trials]
+        chosen = asdict(self.choice)
+        chosen["settings"] = {
+            name: chosen["settings"][name] for name in trials[0]["settings"]
+        }  # without what has no effect
+        return {"chosen": chosen, "best_of": best_of(scores), "trials": trials}
+
+
+def run_search(sweep: Table, arms: Sequence[str], data: str, out: Path, jobs: int) -> list[str]:
+    """Runs the trials that the searches of the arms lack, and writes search.json. Returns the failed ones with their reasons."""
+    (out / FOLDER).mkdir(exist_ok=True)
+    failures: list[str] = []
+    tried: list[Path] = []
+    for _ in ("on all pairs", "on fractions, with the settings chosen on all"):
+        trials = [trial for trial in missing_trials(sweep, arms, data, out) if trial.folder not in tried]
+        tried += [trial.folder for trial in trials]
+        failures += run_trials(trials, jobs)
+    values = {arm: found.to_json() for arm, found in searches(sweep, data, out).items()}
+    write_json(out / RESULT, {"search": asdict(_search(sweep)), "arms": values}, indent=1)
+    return failures
+
+
+def missing_trials(sweep: Table, arms: Sequence[str], data: str, out: Path) -> list[SearchTrial]:
+    """Returns the trials to run now for the searches of the arms: first those on all pairs."""
+    found = searches(sweep, data, out)
+    arms = [sweep.arms[arm].weights_of or arm for arm in arms]
+    trials = [
+        trial
+        for arm in dict.fromkeys([*map(sweep.whole, arms), *arms])
+        for trial in _trials(sweep, arm, data, out, found)
+        if not trial.is_complete()
+    ]
+    return sorted(trials, key=lambda trial: trial.number)
+
+
+def searches(sweep: Table, data: str, out: Path) -> dict[str, ArmSearch]:
+    """Returns the search of every arm whose trials are complete, in the order of the arms."""
+    found: dict[str, ArmSearch] = {}
+    for arm in sorted(sweep.arms, key=lambda name: sweep.whole(name) != name):
+        trials = _trials(sweep, arm, data, out, found)
+        if trials and all(trial.is_complete() for trial in trials):
+            found[arm] = ArmSearch([trial.read() for trial in trials], _best(arm, trials))
+    return {arm: found[arm] for arm in sweep.arms if arm in found}
+
+
+def _trials(sweep: Table, arm: str, data: str, out: Path, found: Mapping[str, ArmSearch]) -> list[SearchTrial]:
+    """The trials of an arm's search. None, if it evaluates another arm's weights, or if the settings on all pairs are not chosen yet."""
+    search, whole = _search(sweep), sweep.whole(arm)
+    if sweep.arms[arm].weights_of or (whole != arm and whole not in found):
+        return []
+    drawn = search.draws() if whole == arm else [found[whole].choice.settings]
+    return [
+        SearchTrial(sweep, arm, SEED + number, data, out, Choice(settings, search.epochs[0]), number=number)
+        for number, settings in enumerate(drawn)
+    ]
+
+
+def _search(sweep: Table) -> Search:
+    assert sweep.search is not None
+    return sweep.search
+
+
+def _best(arm: str, trials: Sequence[SearchTrial]) -> Choice:
+    """The settings and the length with the highest score; of equal ones, the shortest of the first trial."""
+    scored = [
+        (trial.read()["lengths"][f"{epochs:g}"]["score"], -epochs, -trial.number, trial.of_length(epochs).choice)
+        for trial in trials
+        for epochs in trial.lengths
+        if f"{epochs:g}" in trial.read()["lengths"]
+    ]
+    if not scored:
+        raise UserError(
+            f"All {len(trials)} trials of the search of {arm} diverged, so nothing can be chosen; lower its learning rate."
+        )
+    choice = max(scored, key=lambda each: each[:3])[3]
+    assert choice is not None
+    return choice
