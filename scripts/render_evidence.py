@@ -12,7 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import headline
+from evidence.headline_page import headline_page
 from evidence.other_pages import clip_page, detection_page, misalignment_page
+from evidence.plan import read_plan, verdicts
+from evidence.plan_page import plan_page
 from evidence.small_models import small_models_page
 from evidence.speed import speed_page
 from evidence.summary import summary_page
@@ -35,8 +39,13 @@ def read_tables() -> dict[str, Values]:
 
 def pages(tables: dict[str, Values]) -> dict[str, str]:
     """Returns name -> Markdown of every page."""
+    plan = read_plan(ROOT / "results/plan.json")
+    found = {"index": summary_page(tables), "plan": plan_page(plan, tables)}
+    if headline.NAME in tables:
+        own = [each for each in verdicts(plan, tables) if each.claim.table == headline.NAME]
+        found["headline"] = headline_page(tables[headline.NAME], own)
     return {
-        "index": summary_page(tables),
+        **found,
         **{name: table_page(values) for name, values in tables.items()},
         "clip-openclipart": clip_page(read("openclipart_clip")),
         "detection": detection_page(read("detection-scenes")),
@@ -54,6 +63,8 @@ def main() -> None:
         (OUT / f"{name}.md").write_text(text)
     for name, figure in figures(tables).items():
         figure.savefig(OUT / f"{name}.png", dpi=110)
+    if headline.NAME in tables:
+        headline.main()
 
 
 if __name__ == "__main__":

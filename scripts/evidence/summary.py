@@ -268,6 +268,7 @@ def experiments(tables: Mapping[str, Values]) -> list[str]:
     """Returns links to all pages, with one sentence each."""
     missing = [name for name in TABLES if name not in tables]
     others = [
+        f"{link('plan')}: the claims that the next experiments test, chosen before training.",
         f"{link('clip-openclipart')}: one CLIP model, trained for 30 epochs with the default settings, 3 seeds.",
         f"{link('detection')}: does a pretrained image encoder help a detector?",
         f"{link('misalignment')}: do models trained on scenes detect views and captions that do not match?",

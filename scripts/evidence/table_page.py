@@ -258,26 +258,34 @@ def claims(values: Values) -> list[str]:
     """Returns the claims with their verdicts, and the rank correlation of our means with the paper's values."""
     if not values["claims"]:
         return []
-    cells = []
-    for claim in values["claims"]:
-        spans = [span_text(claim[f"over_{unit}"]) for unit in ("items", "seeds")]
-        cells.append(
-            [
-                claim["claim"],
-                metric_title(values, claim["metric"]),
-                signed(claim["difference"]),
-                *spans,
-                f"**{claim['verdict']}**",
-            ]
+    over, header = "over items and over seeds", ["Over items", "Over seeds"]
+    rows = [_separate_intervals(values, claim) for claim in values["claims"] if "over_items" in claim]
+    if not rows:
+        over, header = (
+            "over seeds and items (hierarchical bootstrap), not corrected for the number of claims",
+            ["95 % CI", "*p*"],
         )
+        rows = [_one_interval(claim) for claim in values["claims"]]
     return [
         "## Claims",
         paragraph(
-            "Of the paper, and of the controls. Differences in percentage points, with 95 % CI over items and over seeds. "
-            f"{correlations(values)}"
+            f"Of the paper, and of the controls. Differences in percentage points, with 95 % CI {over}. {correlations(values)}"
         ),
-        table(["Claim", "Metric", "Difference", "Over items", "Over seeds", ""], cells),
+        table(["Claim", "Metric", "Difference", *header, ""], rows),
     ]
+
+
+def _separate_intervals(values: Values, claim: Values) -> list[str]:
+    """The row of a claim that is decided by its intervals over items and over seeds, as in older results."""
+    spans = [span_text(claim[f"over_{unit}"]) for unit in ("items", "seeds")]
+    title = metric_title(values, claim["metric"])
+    return [claim["claim"], title, signed(claim["difference"]), *spans, f"**{claim['verdict']}**"]
+
+
+def _one_interval(claim: Values) -> list[str]:
+    p = "–" if claim["p"] is None else f"{claim['p']:.3f}"
+    spans = [span_text(claim["interval"]), p]
+    return [claim["claim"], claim["title"], signed(claim["difference"]), *spans, f"**{claim['verdict']}**"]
 
 
 def correlations(values: Values) -> str:

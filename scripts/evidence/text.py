@@ -114,11 +114,14 @@ def minus(text: str) -> str:
 
 
 def factor_text(efficiency: Values | None) -> str:
-    """Returns a data-efficiency factor with its interval over seeds. ≥ and ≤: the curves cross beyond the fractions tried."""
+    """Returns a data-efficiency factor with its interval: over seeds and items, or in older results over seeds.
+
+    ≥ and ≤: the curves cross beyond the fractions tried.
+    """
     if efficiency is None:
         return ""
     bound = ("≥ " if efficiency["factor"] > 1 else "≤ ") if efficiency["bound"] else ""
-    low, high = efficiency["over_seeds"] or (1.0, 1.0)
+    low, high = efficiency.get("interval") or efficiency.get("over_seeds") or (1.0, 1.0)
     return f"{bound}{efficiency['factor']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
 
 

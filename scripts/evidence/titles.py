@@ -25,6 +25,7 @@ ABLATIONS = {
     "learning-rates-openclipart": "Learning rates",
 }
 OTHERS = {
+    "plan": "Planned claims",
     "clip-openclipart": "CLIP on Open Clip Art",
     "detection": "Detectors on scenes",
     "misalignment": "Misalignment",

@@ -19,7 +19,7 @@ STYLE_SHIFT: dict[str, Any] = {
     "test_splits": ("test",),
     "headline_metrics": ("retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10"),
 }
-# Tags of Open Clip Art, as `tag` or `tag = class name`. If an image has several, the first one in this list counts.
+# Tags of Open Clip Art, as `tag` or `tag = class name`. If an image has several, its first tag counts.
 CLIP_ART_CLASSES = (
     "flag", "card = playing card", "fruit", "dessert", "beverage = drink", "insect", "mammal", "bird", "fish", "flower", "tree",
     "people = person", "building", "boat", "clothing", "toy", "tool", "music = musical instrument", "sports = sport", "arrow",

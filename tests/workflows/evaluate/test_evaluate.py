@@ -107,8 +107,8 @@ def test_other_splits(run, pairs, four):
     assert select_split(open_source(str(four)), str(four), run, None)[0] == "all"
     with pytest.raises(UserError, match="no split named 'test'"):
         select_split(source, str(pairs), run, "test")
-    with pytest.raises(UserError, match="no split named 'val'"):
-        select_split(open_source(str(four)), str(four), run, "val")
+    splits = [select_split(open_source(str(four)), str(four), run, name)[1].tolist() for name in ("train", "val")]
+    assert splits == [indices.tolist() for indices in assign_splits(open_source(str(four)))[0].values()]
 
 
 def test_splits_of_the_data(run, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from coalign.config import DETECT, DataConfig
 from coalign.data.sources.base import FOLDER, LeftOut, Source, choose_split
+from coalign.data.sources.benchmarks.digits import DIGITS, Digits
 from coalign.data.sources.benchmarks.sugarcrepe import SugarCrepe
 from coalign.data.sources.benchmarks.winoground import Winoground
 from coalign.data.sources.coco import is_coco, is_karpathy, open_coco, open_karpathy
@@ -32,7 +33,7 @@ from coalign.errors import UserError
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SUPPORTED = (
     "a folder of images, a CSV, TSV, JSON, Parquet or Arrow table, a folder of Parquet files, .tar shards, COCO captions JSON, "
-    "a saved Hugging Face dataset, hf:owner/name, coco:captions.json:images, sugarcrepe:folder:images, winoground:folder, or scenes"
+    "a saved Hugging Face dataset, hf:owner/name, coco:captions.json:images, sugarcrepe:folder:images, winoground:folder, digits, or scenes"
 )
 
 
@@ -119,6 +120,8 @@ def _open(spec: str, reading: DataConfig) -> Source:
         if not spec.split("?")[0].endswith(".tar"):
             raise UserError(f"{spec} does not end with .tar; only .tar shards can be read from a URL.")
         return open_shards(spec)
+    if spec == DIGITS and not os.path.exists(spec):
+        return Digits()
     spec = os.path.expanduser(spec)
     if not os.path.exists(spec) and any(character in spec for character in "{*?["):
         if not spec.endswith(".tar"):

@@ -31,8 +31,8 @@ def unmet_need(task: Task, context: EvalContext) -> str | None:
             return problem
     if task.learns and not len(context.train.indices):
         return (
-            f"{task.name}:{context.data} has nothing to train on: all of its samples are evaluated; add a train split, evaluate another "
-            "--split, or set --train-data."
+            f"{task.name}:{context.data} has nothing to train on: all of its samples are evaluated; add a train split, "
+            "evaluate --split val, or set --train-data."
         )
     return None
 

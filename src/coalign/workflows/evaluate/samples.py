@@ -11,7 +11,7 @@ import numpy as np
 
 from coalign.config import DETECT, DataConfig
 from coalign.data.sources.base import Source
-from coalign.data.splits import run_splits
+from coalign.data.splits import assign_splits, run_splits
 from coalign.data.text.prompts import read_classes
 from coalign.errors import BadSample, UserError
 from coalign.runs.folder import SavedConfig, data_name
@@ -55,6 +55,8 @@ class Labels:
 def select_split(source: Source, data: str, run: Origin | None, split: str | None) -> tuple[str, np.ndarray]:
     """Returns the name and the sample indices of the split to evaluate; see `evaluate` for the default.
 
+    Of data without splits, "val" are the samples that training on it would hold out by default, and "train" are the others.
+
     run: the run that the model is of or was exported from. Raises UserError if the split does not exist.
     """
     all_indices = np.arange(len(source))
@@ -70,10 +72,11 @@ def select_split(source: Source, data: str, run: Origin | None, split: str | Non
     if split is None:
         split = next((name for name in ("test", "val") if source_splits and len(source_splits.get(name, ()))), None)
         return (split, source_splits[split]) if source_splits and split else ("all", all_indices)
-    if not source_splits or split not in source_splits:
-        known = ", ".join([*(source_splits or {}), "all"])
+    splits = source_splits or (assign_splits(source)[0] if split in ("train", "val") else {})
+    if not len(splits.get(split, ())):
+        known = ", ".join([*(source_splits or ("train", "val")), "all"])
         raise UserError(f"{data} has no split named {split!r}; choose from {known}.")
-    return split, source_splits[split]
+    return split, splits[split].astype(np.int64)
 
 
 def is_trained_on(run: Origin, data: str) -> bool:
