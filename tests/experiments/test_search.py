@@ -249,21 +249,23 @@ def test_locked_arms_draw_no_crop_and_have_the_lengths_of_the_search(monkeypatch
 
 SCRIPT = """
 import sys
-from coalign.experiments import tables
+from pathlib import Path
+
+from coalign.experiments.search import run_search
 from coalign.methods.search import Search
 from coalign.methods.table import Arm, Table
 
 if __name__ == "__main__":
-    tables.TABLES["test"] = Table(
-        "a test", {"clip": Arm("clip")}, epochs=1, search=Search(epochs=(2, 4), trials=2), batch_size=16, image_size=32, evals=0
-    )
-    reproduce("test", "scenes:192,size=32", sys.argv[1], seeds=1)
+    sweep = Table("a test", {"clip": Arm("clip")}, epochs=1, search=Search((2, 4), trials=1), batch_size=16, image_size=32)
+    Path(sys.argv[1]).mkdir(exist_ok=True)
+    assert not run_search(sweep, ["clip"], "photos", Path(sys.argv[1]), 1)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_search_resumes(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
+    tiny.write_pairs(tmp_path / "photos", 96)
     command = [sys.executable, "script.py"]
 
     def start(out):

@@ -1,45 +1,102 @@
-"""Image files of many kinds and shapes, for fuzz tests of decoding, preprocessing and exports."""
+"""Random images, captions, and what is known of a random dataset."""
 
 from __future__ import annotations
 
 import io
+import os
 import random
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-_SIZES = (
-    (32, 32), (64, 48), (48, 64), (333, 500), (640, 480), (1, 1), (2, 3), (1, 300), (300, 1), (900, 20), (7, 400), (3, 2500), (1200, 900),
-)  # fmt: skip
-_FORMATS = {"bmp": "BMP", "tiff": "TIFF", "gif": "GIF", "webp": "WEBP"} | dict.fromkeys(
-    ("jpeg", "progressive", "cmyk", "gray jpeg", "rotated"), "JPEG"
-)
-_MODES = {
-    "cmyk": "CMYK", "gray": "L", "gray jpeg": "L", "palette": "P", "transparent palette": "P", "one bit": "1", "gray alpha": "LA",
-}  # fmt: skip
-KINDS = (*_FORMATS, "png", "alpha", "16-bit", "gray", "palette", "transparent palette", "one bit", "gray alpha")
+from coalign.config import DETECT, DataConfig
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "round",
+    "café",
+    "grün",
+    "圆形",
+    "dog's",
+    "boat",
+    "tree",
+    "naïve",
+    "house",
+    "🙂",
+    "tall",
+]
+FORMATS = {"png": "PNG", "PNG": "PNG", "jpg": "JPEG", "JPG": "JPEG", "jpeg": "JPEG", "jfif": "JPEG", "gif": "GIF",
+           "bmp": "BMP", "webp": "WEBP", "tif": "TIFF", "ppm": "PPM", "avif": "AVIF"}  # fmt: skip
+UNOPENABLE = ("svg", "cr2", "NEF", "eps")
+NOT_UTF8 = "ungültig".encode("latin-1")
 
 
-def random_image(rng: random.Random) -> tuple[bytes, str]:
-    """Returns a file of a random kind and shape, and its kind, one of KINDS."""
-    size, kind = rng.choice(_SIZES), rng.choice(KINDS)
-    shape = (max(1, size[1] // 9), max(1, size[0] // 9), 3)
-    image = Image.fromarray(np.random.default_rng(rng.getrandbits(30)).integers(0, 256, shape, dtype=np.uint8))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    options: dict[str, object] = {}
-    if kind == "rotated":
-        exif = Image.Exif()
-        exif[0x0112] = rng.randint(2, 8)
-        options["exif"] = exif
-    if kind == "progressive":
-        options["progressive"] = True
-    if kind in ("alpha", "gray alpha"):
-        image.putalpha(Image.linear_gradient("L").resize(size))
-    if kind == "transparent palette":
-        options["transparency"] = 3
-    if kind == "16-bit":
-        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    image = image.convert(_MODES[kind]) if kind in _MODES else image
-    out = io.BytesIO()
-    image.save(out, _FORMATS.get(kind, "PNG"), **options)
-    return out.getvalue(), kind
+@dataclass
+class Truth:
+    """What a dataset holds. `refused`: it must not open. If nothing is usable, it may open or not."""
+
+    spec: str
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the usable samples, by key
+    total: int = 0  # images, rows, or samples of shards that are there, usable or not
+    reading: DataConfig = DETECT
+    refused: bool = False
+
+    def add(self, key: str, captions: tuple[str, ...], usable: bool = True) -> None:
+        self.total += 1
+        if captions and usable:
+            assert key not in self.captions
+            self.captions[key] = captions
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(3, 6)))
+
+
+@cache
+def encoded(kind: str, number: int) -> bytes:
+    buffer = io.BytesIO()
+    color = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+    Image.new("RGB", (4, 4), color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def random_image(rng: random.Random, extension: str) -> bytes:
+    kind = (
+        FORMATS[extension] if rng.random() > 0.1 else rng.choice(["PNG", "JPEG", "WEBP"])
+    )  # whatever the extension says
+    return encoded(kind, rng.randrange(8))
+
+
+def damaged_image(rng: random.Random, extension: str) -> bytes:
+    content = encoded(FORMATS[extension], rng.randrange(8))
+    return rng.choice([b"", content[: len(content) * 2 // 5], b"<!doctype html><p>404", b"version https://git-lfs\n"])
+
+
+def put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def put_image(rng: random.Random, path: Path, damage: float = 0.2) -> bool:
+    """Writes an image, possibly a damaged one, or a link. Returns whether it is usable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extension = path.suffix[1:]
+    if rng.random() < damage:
+        if rng.random() < 0.25:
+            os.symlink(f"nowhere.{extension}", path)
+        else:
+            path.write_bytes(damaged_image(rng, extension))
+            if os.geteuid() and rng.random() < 0.2:  # root reads any file
+                path.chmod(0)
+        return False
+    if rng.random() < 0.1:
+        put(path.parent.parent / "elsewhere" / f".{path.name}", random_image(rng, extension))
+        os.symlink(Path("..", "elsewhere", f".{path.name}"), path)
+    else:
+        path.write_bytes(random_image(rng, extension))
+    return True

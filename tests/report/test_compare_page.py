@@ -10,6 +10,7 @@ from coalign.report.compare_page import (
     Comparison,
     Group,
     compare_page,
+    differing,
     interval_text,
     verdict,
 )
@@ -98,6 +99,15 @@ def test_the_page_shows_everything(tmp_path):
     assert "<th>seed</th>" in compare_page(comparison()).html()  # "0" of one run is not a number of seeds
     assert html.count("data:image/png;base64,") == 3
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+
+
+def test_what_only_one_run_has_is_method_specific_only_in_a_method():
+    groups = [group("clip", seeds=[0]), group("other", seeds=[0])]
+    for each, settings in zip(
+        groups, ({"epochs": 1}, {"epochs": 2, "weights": "0.5 × a + 0.5 × b", "method_config.k": 3})
+    ):
+        each.settings = settings
+    assert differing(groups) == (["epochs", "weights"], ["method_config.k"])
 
 
 def test_a_single_group_has_no_differences(tmp_path):

@@ -37,7 +37,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             table.add_row(compare_page.setting_name(name), *words)
         console.print(table)
     if own:
-        console.print(f"{len(own):,} method-specific settings also differ; the page of --report lists them.")
+        differ = "setting also differs" if len(own) == 1 else "settings also differ"
+        console.print(f"{len(own):,} method-specific {differ}; the page of --report has a list.")
     columns = ["", "value", "over items", *(["over seeds"] if several else [])]
     columns += ["difference", "over items", *(["over seeds"] if several else [])] if len(groups) > 1 else []
     table = _plain_table(*columns)

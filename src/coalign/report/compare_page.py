@@ -202,9 +202,9 @@ def _setup(page: Page, comparison: Comparison) -> None:
 
 
 def differing(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
-    """The differing settings that all groups have, and those that only some have."""
+    """The differing settings that are not of a method, or that all groups have; and those of methods that only some have."""
     counts = Counter(name for group in groups for name in group.settings if name != "method")
-    common = [name for name, count in counts.items() if count == len(groups)]
+    common = [name for name, count in counts.items() if count == len(groups) or "." not in name]
     return common, [name for name in counts if name not in common]
 
 

@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 from helpers import tiny
-from helpers.random_images import random_image
+from helpers.random_image_files import random_image
 from helpers.random_texts import is_rare, is_repaired, texts
 from hypothesis import given, settings
 from PIL import Image, ImageOps

@@ -170,8 +170,8 @@ def test_what_cannot_be_interpolated(runs, tmp_path, pairs, model_file, trained,
 
     assert go(pairs, tmp_path / "wide", tmp_path / "wide.json", **_wide(tmp_path)) == 0
     refused("start", runs / "first", "has not stored what it started from, as its first weights were random")
-    refused(tmp_path / "nothing", runs / "more", "does not exist; give one of these")
-    refused(tmp_path, runs / "more", "is neither a run nor a folder in open_clip's format")
+    refused(tmp_path / "nothing", runs / "more", "does not exist; give a run, a folder in open_clip's format, or")
+    refused(tmp_path, runs / "more", "holds no model; give a run, a folder in open_clip's format")
     refused(trained, runs / "more", "have different models: image.trunk.* is in one of them only")
     refused(tmp_path / "wide", trained, "has the shape .* in wide and .*; interpolation needs equal shapes")
     copy = tmp_path / "copy"

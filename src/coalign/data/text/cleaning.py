@@ -51,7 +51,9 @@ def clip_normalizer() -> normalizers.Normalizer:
     mapped = {one: unicodedata.normalize("NFKC", one) for one in [*map(chr, _FULL_AND_HALF_WIDTH), *_LIGATURES]}
     mapped["ﬅ"] = "ſt"  # as ftfy does
     plain = [normalizers.Replace(one, other) for one, other in mapped.items() if one != other]
-    return normalizers.Sequence([*_repairs(), *plain, *_clip_entities(mapped), normalizers.NFC(), *_plain_text()])
+    return normalizers.Sequence(
+        [*_repairs(), *plain, *_clip_entities(mapped), normalizers.NFC(), *_short_entities(), *_plain_text()]
+    )
 
 
 def _repairs() -> list[normalizers.Normalizer]:
@@ -77,7 +79,7 @@ def _entities() -> list[normalizers.Normalizer]:
 def _clip_entities(mapped: dict[str, str]) -> list[normalizers.Normalizer]:
     """Resolves the entities of ASCII, of Latin letters and of HTML 4's symbols, by all their names and numbers, with repeated escapes.
 
-    As in `html.unescape`, numbers and the names of HTML 2 need no semicolon; as in ftfy, "&EACUTE;" is É. All names of HTML 5 would take
+    As in `html.unescape`, numbers need no semicolon; as in ftfy, "&EACUTE;" is É. All names of HTML 5 would take
     1,100 more passes, and more than double the time to tokenize a caption; all numbers would take one pass per character of Unicode.
     mapped: what single characters are mapped to afterwards.
     """
@@ -86,19 +88,23 @@ def _clip_entities(mapped: dict[str, str]) -> list[normalizers.Normalizer]:
     codes = {*range(0x180), *codepoint2name} - {ord("&")}
     patterns = defaultdict(list)
     for name, value in ({name[1:]: value for name, value in HTML_ENTITIES.items()} | html5).items():
-        if name.endswith(";") and len(value) == 1 and ord(value) in codes:
+        if name.endswith(";") and codes.issuperset(map(ord, value)):
             patterns[value].append(name)
     for code in codes:
         patterns[html.unescape(f"&#{code};")].append(_number(code))
-    short = sorted((name for name in html5 if not name.endswith(";") and html5[name] != "&"), key=len, reverse=True)
     return [
         normalizers.Replace(Regex(f"&(?:(?:amp|AMP);?|{_number(ord('&'))})+"), "&"),
         *(
             normalizers.Replace(Regex(f"&(?:{'|'.join(alternatives)})"), mapped.get(value, value))
             for value, alternatives in patterns.items()
         ),
-        *(normalizers.Replace(f"&{name}", html5[name]) for name in short),
     ]
+
+
+def _short_entities() -> list[normalizers.Normalizer]:
+    """Resolves the names of HTML 2 without a semicolon, the longest first. ftfy leaves them to `html.unescape`, which comes later."""
+    names = sorted((name for name in html5 if not name.endswith(";") and html5[name] != "&"), key=len, reverse=True)
+    return [normalizers.Replace(f"&{name}", html5[name]) for name in names]
 
 
 def _number(code: int) -> str:

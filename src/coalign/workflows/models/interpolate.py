@@ -167,8 +167,10 @@ def _start_weights(start: str, run: Run) -> tuple[Weights, str]:
     if (folder / OPEN_CLIP_CONFIG).is_file():
         config = replace(run.config, model=start, pretrained=start, image_tower=None, text_tower=None, init_from=None)
         return initial_weights(build_method(config, run.tokenizer), config), name
-    problem = "is neither a run nor a folder in open_clip's format" if folder.exists() else "does not exist"
-    raise UserError(f'{start} {problem}; give one of these, or "start" for what {run.path} started from.')
+    problem = "holds no model" if folder.exists() else "does not exist"
+    raise UserError(
+        f'{start} {problem}; give a run, a folder in open_clip\'s format, or "start" for what {run.path} started from.'
+    )
 
 
 def _match(start: Weights, run: Run, name: str) -> tuple[list[str], list[str]]:

@@ -192,6 +192,9 @@ def _print_cost(
 
 
 def _print_plans(console: Console, options: Sequence[Plan], load_seconds: float) -> None:
+    if all(3600 * each.slow_hours < 60 for each in options):
+        console.print("The whole run would take less than a minute on a GPU (predicted, not measured).")
+        return
     table = Table(
         "GPUs", "micro-batch", "memory", f"{GOOD_MFU:.0%} MFU", f"{DECLIP_MFU:.0%} MFU", "GPU hours", "comm.", "cores",
         title="The whole run on GPUs (predicted, not measured)", title_justify="left",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from coalign.config import TrainConfig
 from coalign.data.loading.cached_views import NOTHING_CACHED
 from coalign.data.loading.eval import image_batches
+from coalign.data.loading.samples import BadEntry
 from coalign.data.sources.base import Source
 from coalign.data.splits import look_alikes_in_train
 from coalign.data.text.prompts import class_prompts, templates
@@ -25,7 +27,7 @@ from coalign.runs.run import dual_encoder
 from coalign.training.distributed import World
 from coalign.training.step import evaluate_loss
 from coalign.training.trainer import ValidationResult, autocast_dtype
-from coalign.types import StepInfo
+from coalign.types import DualEncoder, StepInfo
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.context import EvalContext, TaskResult
 from coalign.workflows.evaluate.eval_model import EvalModel
@@ -84,13 +86,7 @@ def validation(
         values = {"val/loss": total / loader.steps_per_epoch}
         if world.is_first:
             if not images:
-                size, workers = encoder.image_size, config.workers or 0
-                images.extend(
-                    (indices, features.encoded(pixels), bad)
-                    for indices, pixels, bad in image_batches(
-                        pairs.val_source, tracked, size, workers=workers, preprocess=encoder.preprocess
-                    )
-                )
+                images.extend(_image_batches(encoder, tracked_samples, config, features))
             embeds = embed_images(encoder, images, total=len(tracked))
             result = retrieve(encoder, embeds, captions_of(pairs.val_source)).result
             recalls = [each for each in result.metrics() if each.kind == "rate" and each.can_beat_chance()]
@@ -102,6 +98,16 @@ def validation(
         return ValidationResult(values, world.broadcast(values.get(score, 0.0)))
 
     return validate
+
+
+def _image_batches(
+    encoder: DualEncoder, samples: Samples, config: TrainConfig, features: RunFeatures
+) -> Iterator[tuple[list[int], Tensor, list[BadEntry]]]:
+    """Yields the batches of `image_batches`, of a cached image tower with its features instead of pixels."""
+    size, workers = encoder.image_size, config.workers or 0
+    batches = image_batches(samples.source, samples.indices, size, workers=workers, preprocess=encoder.preprocess)
+    for indices, pixels, bad in batches:
+        yield indices, features.encoded(pixels), bad
 
 
 @dataclass(frozen=True)
