@@ -1,7 +1,7 @@
 """Runs `coalign train` without its evaluations and prints the time of each epoch as JSON, data loading, logging and updates included.
 
-Works with earlier revisions too, through PYTHONPATH. With --towers, also the time of each pass through a tower in isolation: forward and
-backward, on the last batch, in the run's precision.
+Works with earlier revisions too, through PYTHONPATH. With --towers, also the CPU time of each epoch inside the towers, forward and
+backward, and the time of each pass through a tower in isolation: forward and backward, on the last batch, in the run's precision.
 
 Run: python benchmarks/timed_training.py [--towers] --epochs N [options of `coalign train`]
 """
@@ -29,6 +29,41 @@ REPEATS = 5  # of a pass through a tower
 def num_parameters(model: torch.nn.Module) -> int:
     """Returns the number of parameters apart from token embeddings, which depend on the captions."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("token_embedding.weight"))
+
+
+class TowerClock:
+    """Adds up the CPU time that the main thread spends in towers and their projections. Their backward pass begins when the first gradient
+    arrives at one, as the loss comes before, and ends with the step's."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from coalign.networks.towers.spec import find_towers
+
+        self.seconds = 0.0
+        self._since: float | None = None
+        for tower in find_towers(trainer.method):
+            for module in (tower, tower.projection):
+                module.register_forward_pre_hook(lambda *_: self._start())
+                module.register_forward_hook(lambda *_: self._stop())
+            tower.projection.register_forward_hook(lambda *call: self._watch(call[-1]))
+        backward = torch.Tensor.backward
+
+        def timed_backward(tensor: torch.Tensor) -> None:
+            backward(tensor)
+            self._stop()
+
+        torch.Tensor.backward = timed_backward  # type: ignore[method-assign,assignment]
+
+    def _start(self) -> None:
+        self._since = self._since or time.thread_time()
+
+    def _stop(self) -> None:
+        if self._since is not None:
+            self.seconds += time.thread_time() - self._since
+            self._since = None
+
+    def _watch(self, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: self._start())
 
 
 def isolated_passes(trainer: Trainer, batch: Any) -> list[dict[str, Any]]:
@@ -75,12 +110,13 @@ def time_training(options: list[str], epochs: int, towers: bool) -> None:
     def timed_fit(self: Trainer) -> None:
         batches, marks, seen = self.batches, [], []
         steps = self.num_pairs // self.config.batch_size
+        clock = TowerClock(self) if towers else None
 
         def marked(first: int, stop: int) -> Iterator[Any]:
             loader = batches(first, stop)
             for step in range(first, stop):
                 if step % steps == 0:
-                    marks.append((time.process_time(), time.perf_counter()))
+                    marks.append((time.process_time(), time.perf_counter(), clock.seconds if clock else 0.0))
                 loaded = next(loader)
                 seen[:] = [loaded.batch]
                 yield loaded
@@ -88,9 +124,9 @@ def time_training(options: list[str], epochs: int, towers: bool) -> None:
         # the epoch after the last one is not trained: its mark ends the last one
         self.batches, self.total_steps = marked, epochs * steps + 1
         fit(self)
-        used, wall = ([b - a for a, b in pairwise(times)] for times in zip(*marks))
+        used, wall, inside = ([b - a for a, b in pairwise(times)] for times in zip(*marks))
         result = {
-            "pairs": steps * self.config.batch_size, "steps": steps, "cpu": used, "wall": wall,
+            "pairs": steps * self.config.batch_size, "steps": steps, "cpu": used, "wall": wall, "in_towers": inside,
             "precision": "fp32" if self.autocast is None else "bf16",
             "model": self.config.model, "context_length": self.config.context_length,
             "vocab_size": len(json.loads((self.run_dir / "tokenizer.json").read_text())["model"]["vocab"]),

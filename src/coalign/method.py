@@ -23,6 +23,8 @@ class Method(nn.Module, ABC):
     # Terms of the loss that need more of a tower than its pooled features, such as patches or masked words: name of the tower, "image"
     # or "text", -> name of the term. They cannot be computed from cached features.
     token_terms: Mapping[str, str] = {}
+    # Whether `encode` runs the towers `image` and `text` by `networks.towers.side_by_side.both`.
+    encodes_both: bool = False
 
     @abstractmethod
     def encode(self, batch: Batch, step: StepInfo) -> Features:

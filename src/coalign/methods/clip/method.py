@@ -16,6 +16,7 @@ from coalign.networks.heads import MLP
 from coalign.networks.logit_scale import LogitScale
 from coalign.networks.towers.hugging_face import HuggingFaceTextTower
 from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.side_by_side import both
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
 from coalign.networks.two_towers import TwoTowers
@@ -28,6 +29,8 @@ class CLIP(TwoTowers):
     With n strong views of image and caption (Fini et al. 2023), (L + n · L_strong) / (1 + n): L_strong is the mean of L over the n × n
     pairs of strong views, with smoothed labels, projectors and a temperature of its own.
     """
+
+    encodes_both = True
 
     def __init__(self, config: CLIPConfig, towers: TowerSpec) -> None:
         super().__init__()
@@ -51,18 +54,22 @@ class CLIP(TwoTowers):
         self.dropout = {"dropout": config.text_dropout} if config.text_dropout else {}
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
-        caption = batch.texts["caption"]
-        features = {
-            "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
-            "text_embeds": self.encode_text(caption.ids, caption.lengths),  # [batch, dim]
-            **batch.ids(),  # [batch] each
-        }
+        return both(lambda: self._encode_images(batch), lambda: self._encode_texts(batch)) | batch.ids()  # [batch] each
+
+    def _encode_images(self, batch: Batch) -> Features:
+        features = {"image_embeds": self.encode_image(batch.images["image"].pixels)}  # [batch, dim]
         if self.strong:  # before the projection: the projectors of strong views are MLPs on the towers' features
-            texts = [batch.texts[name] for name in self.strong]
-            images = [self.image(batch.images[name].pixels).pooled for name in self.strong]
-            captions = [self.text(text.ids, text.lengths, **self.dropout).pooled for text in texts]
-            features["strong_images"], features["strong_texts"] = torch.stack(images, 1), torch.stack(captions, 1)
-        return features  # strong: [batch, view, width]
+            strong = [self.image(batch.images[name].pixels).pooled for name in self.strong]
+            features["strong_images"] = torch.stack(strong, 1)  # [batch, view, width]
+        return features
+
+    def _encode_texts(self, batch: Batch) -> Features:
+        caption, strong = batch.texts["caption"], [batch.texts[name] for name in self.strong]
+        features = {"text_embeds": self.encode_text(caption.ids, caption.lengths)}  # [batch, dim]
+        if strong:
+            views = [self.text(text.ids, text.lengths, **self.dropout).pooled for text in strong]
+            features["strong_texts"] = torch.stack(views, 1)  # [batch, view, width]
+        return features
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         image_embeds, text_embeds = features["image_embeds"], features["text_embeds"]

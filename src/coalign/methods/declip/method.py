@@ -19,6 +19,7 @@ from coalign.networks.heads import MLP, MaskedLanguageHead, spread
 from coalign.networks.logit_scale import LogitScale
 from coalign.networks.queue import FeatureQueue, nearest_neighbors
 from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.side_by_side import both
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
 from coalign.networks.two_towers import TwoTowers
@@ -33,6 +34,8 @@ class DeCLIP(TwoTowers):
     L_ISS is SimSiam, L_TSS is masked language modeling, L_MVS is InfoNCE over the other three pairs of views, and L_NNS is InfoNCE of the
     images with the nearest neighbor of the text in a queue.
     """
+
+    encodes_both = True
 
     length_dependent = ("when the nearest-neighbor term starts",)
 
@@ -62,7 +65,14 @@ class DeCLIP(TwoTowers):
         self.diagnostics: dict[str, Tensor] = {}  # of the last step, for logging only; not in the state_dict
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
+        features = both(lambda: self._encode_images(batch), lambda: self._encode_texts(batch))
+        return {**features, **batch.ids(), "indices": batch.queue_ids}  # [batch] each
+
+    def _encode_images(self, batch: Batch) -> Features:
         images = [self.image.projection(self.image(batch.images[name].pixels).pooled) for name in self.view_plan.images]
+        return {"image_projected": torch.stack(images, 1)}  # [batch, view, dim], not normalized, as SimSiam needs it
+
+    def _encode_texts(self, batch: Batch) -> Features:
         texts, masked = [], {}
         for name in self.view_plan.texts:
             view = batch.texts[name]
@@ -72,13 +82,7 @@ class DeCLIP(TwoTowers):
                 masked = {"mlm_total": total, "mlm_count": count}  # [batch]
             if name != "masked_text":
                 texts.append(F.normalize(self.text.projection(encoded.pooled), dim=-1))
-        return {
-            "image_projected": torch.stack(images, 1),  # [batch, view, dim], not normalized, as SimSiam needs it
-            "text_embeds": torch.stack(texts, 1),  # [batch, view, dim]
-            **batch.ids(),  # [batch] each
-            "indices": batch.queue_ids,  # [batch]
-            **masked,
-        }
+        return {"text_embeds": torch.stack(texts, 1), **masked}  # [batch, view, dim]
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         config, count = self.config, len(features["text_embeds"])

@@ -21,6 +21,7 @@ from coalign.method import Method
 from coalign.methods.filip.config import FILIPConfig
 from coalign.networks.logit_scale import LogitScale
 from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.side_by_side import both
 from coalign.networks.towers.spec import TowerSpec, new_projection
 from coalign.networks.towers.text import build_text_tower
 from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolicy, ViewPlan
@@ -85,6 +86,8 @@ def logits_info_nce(logits: Tensor, positives: Tensor, labels: Labels | None = N
 class FILIP(Method):
     """L = ½ · [InfoNCE(image → text, s^I) + InfoNCE(text → image, s^T)], with similarities of patches and tokens (Eqs. 1-5)."""
 
+    encodes_both = True
+
     def __init__(self, config: FILIPConfig, towers: TowerSpec) -> None:
         super().__init__()
         self.config = config
@@ -102,13 +105,16 @@ class FILIP(Method):
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         caption = batch.texts["caption"]
-        texts = self.encode_text(caption.ids, caption.lengths)
-        return {
-            "patch_embeds": self.encode_image(batch.images["image"].pixels).vectors,  # [batch, patch, dim]
-            "token_embeds": texts.vectors,  # [batch, token, dim]
-            "token_valid": texts.valid,  # [batch, token]
-            **batch.ids(),  # [batch] each
-        }
+
+        def encode_captions() -> Features:
+            texts = self.encode_text(caption.ids, caption.lengths)
+            return {"token_embeds": texts.vectors, "token_valid": texts.valid}  # [batch, token, dim] and [batch, token]
+
+        features = both(
+            lambda: {"patch_embeds": self.encode_image(batch.images["image"].pixels).vectors},  # [batch, patch, dim]
+            encode_captions,
+        )
+        return features | batch.ids()  # [batch] each
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         images = _without_mask(features["patch_embeds"])

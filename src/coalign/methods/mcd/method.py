@@ -25,6 +25,7 @@ from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.ema import cosine_momentum, ema_copy, momentum_for, update_ema
 from coalign.networks.heads import MaskedLanguageHead
 from coalign.networks.towers.image import ImageTower, build_image_tower
+from coalign.networks.towers.side_by_side import both
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
 from coalign.networks.two_towers import TwoTowers
@@ -36,6 +37,7 @@ AUGMENTED, ORIGINAL, TEXT = 0, 1, 2  # the views of a pair: ṽ, v, t; in this o
 class MCD(TwoTowers):
     """L = (1−λ)·L_con(v, ṽ, t) + λ·[L_con(v, t) + L_distill] + β·L_MLM (Eq. 13); λ rises from 0 to 1 over the run."""
 
+    encodes_both = True
     length_dependent = ("λ, the weight of the distillation", "the momentum of the teacher")
 
     def __init__(self, config: MCDConfig, towers: TowerSpec) -> None:
@@ -67,14 +69,22 @@ class MCD(TwoTowers):
         self.diagnostics: dict[str, Tensor] = {}  # of the last step, for logging only; not in the state_dict
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
-        augmented, original = self._embed(self.image, [batch.images["augmented"], batch.images["image"]])
-        caption = batch.texts["caption"]
-        text = self.text(caption.ids, caption.lengths, with_tokens=self.config.mlm and self.config.contrast_masked_text)
-        text_embeds = F.normalize(self.text.projection(text.pooled), dim=-1)
-        features = {
-            "embeds": torch.stack([augmented, original, text_embeds], dim=1),  # [batch, view, dim]
+        features = both(lambda: self._encode_images(batch), lambda: self._encode_texts(batch))
+        embeds = [features.pop(name) for name in ("augmented", "original", "text")]
+        return {
+            "embeds": torch.stack(embeds, dim=1),  # [batch, view, dim]
+            **features,
             **batch.ids(),  # [batch] each
         }
+
+    def _encode_images(self, batch: Batch) -> Features:
+        augmented, original = self._embed(self.image, [batch.images["augmented"], batch.images["image"]])
+        return {"augmented": augmented, "original": original}
+
+    def _encode_texts(self, batch: Batch) -> Features:
+        caption = batch.texts["caption"]
+        text = self.text(caption.ids, caption.lengths, with_tokens=self.config.mlm and self.config.contrast_masked_text)
+        features = {"text": F.normalize(self.text.projection(text.pooled), dim=-1)}
         if self.mlm_head is not None:
             masked, tokens = batch.texts[self.masked_view], text.tokens
             if tokens is None:

@@ -14,6 +14,7 @@ from coalign.methods.slip.config import SLIPConfig
 from coalign.networks.heads import MLP, spread
 from coalign.networks.logit_scale import LogitScale
 from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.side_by_side import both
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
 from coalign.networks.two_towers import TwoTowers
@@ -22,6 +23,8 @@ from coalign.types import Batch, Features, Gather, LossTerm, StepInfo, TextPolic
 
 class SLIP(TwoTowers):
     """L = L_CLIP(weak view, caption) + c · L_NT-Xent(two strong views), with SimCLR's head on the image features (Algorithm 1)."""
+
+    encodes_both = True
 
     def __init__(self, config: SLIPConfig, towers: TowerSpec) -> None:
         super().__init__()
@@ -38,14 +41,16 @@ class SLIP(TwoTowers):
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
         caption = batch.texts["caption"]
-        return {
-            "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
-            "text_embeds": self.encode_text(caption.ids, caption.lengths),  # [batch, dim]
-            # before CLIP's projection: the SSL head is an MLP on the tower's features
-            "ssl_1_features": self.image(batch.images["ssl_1"].pixels).pooled,  # [batch, width]
-            "ssl_2_features": self.image(batch.images["ssl_2"].pixels).pooled,  # [batch, width]
-            **batch.ids(),  # [batch] each
-        }
+        features = both(
+            lambda: {
+                "image_embeds": self.encode_image(batch.images["image"].pixels),  # [batch, dim]
+                # before CLIP's projection: the SSL head is an MLP on the tower's features
+                "ssl_1_features": self.image(batch.images["ssl_1"].pixels).pooled,  # [batch, width]
+                "ssl_2_features": self.image(batch.images["ssl_2"].pixels).pooled,  # [batch, width]
+            },
+            lambda: {"text_embeds": self.encode_text(caption.ids, caption.lengths)},  # [batch, dim]
+        )
+        return features | batch.ids()  # [batch] each
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         count = len(features["image_embeds"])

@@ -21,6 +21,7 @@ from coalign.methods.uniclip.config import UniCLIPConfig
 from coalign.networks.augmentation_encoder import AugmentationEncoder, build_head
 from coalign.networks.domain_similarity import DomainSimilarity
 from coalign.networks.towers.image import build_image_tower
+from coalign.networks.towers.side_by_side import both
 from coalign.networks.towers.spec import TowerSpec
 from coalign.networks.towers.text import build_text_tower
 from coalign.networks.two_towers import TwoTowers
@@ -32,6 +33,7 @@ LOSSES = {"supcon": sup_con, "mil-nce": mil_nce}  # the other choices are MP-NCE
 class UniCLIP(TwoTowers):
     """L = MP-NCE (Eq. 12) over V image views and U text views of each pair, which are all positives of each other and of themselves."""
 
+    encodes_both = True
     positive_weights: Tensor  # [view, view]
 
     def __init__(self, config: UniCLIPConfig, towers: TowerSpec) -> None:
@@ -79,13 +81,19 @@ class UniCLIP(TwoTowers):
         self.terms_per_pair = int(sum(c.sum() for c in counted))
 
     def encode(self, batch: Batch, step: StepInfo) -> Features:
+        embeds = both(lambda: self._encode_images(batch), lambda: self._encode_texts(batch))
+        return {"embeds": torch.stack(list(embeds.values()), dim=1), **batch.ids()}  # [batch, view, dim], [batch] each
+
+    def _encode_images(self, batch: Batch) -> Features:
         views = [batch.images[name] for name in self.view_plan.images]
         features = self.image(torch.cat([view.pixels for view in views])).pooled  # f_I(A(x)): [view · batch, width]
         shift = int(self.config.foreign_parameters)  # 1: the parameters of another sample of the batch
         images = self.project_image(features, torch.cat([view.params.roll(shift, 0) for view in views]))
-        captions = [batch.texts[name] for name in self.view_plan.texts]
-        embeds = [*images.chunk(len(views)), *(self.encode_text(c.ids, c.lengths) for c in captions)]
-        return {"embeds": torch.stack(embeds, dim=1), **batch.ids()}  # [batch, view, dim], [batch] each
+        return dict(zip(self.view_plan.images, images.chunk(len(views))))
+
+    def _encode_texts(self, batch: Batch) -> Features:
+        captions = {name: batch.texts[name] for name in self.view_plan.texts}
+        return {name: self.encode_text(caption.ids, caption.lengths) for name, caption in captions.items()}
 
     def objective(self, features: Features, targets: Features, gather: Gather, step: StepInfo) -> list[LossTerm]:
         embeds = features["embeds"]

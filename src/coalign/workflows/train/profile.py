@@ -31,6 +31,7 @@ from coalign.workflows.train.setup import (
     resolve_workers,
     run_tokenizer,
     shard_model,
+    step_threads,
 )
 
 WARMUP_STEPS = 3  # not measured: libraries and loader workers start up
@@ -84,7 +85,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         compile_towers(method, config)
         features.compute(Console(highlight=False, soft_wrap=True), config.workers or 0)
         silence = contextlib.redirect_stdout(io.StringIO())  # hides the progress lines
-        with Stopwatch(world.device) as stopwatch, silence:
+        with step_threads(method, config, world), Stopwatch(world.device) as stopwatch, silence:
             ended = trainer.fit().ended
     if ended == "interrupted":
         raise KeyboardInterrupt

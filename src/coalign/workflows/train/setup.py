@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from coalign.networks.checkpointing import checkpoint_blocks
 from coalign.networks.logit_scale import TEMPERATURE
 from coalign.networks.open_clip_parts import AttentionPool2d
 from coalign.networks.towers.pretrained import pretrained_logit_scale
+from coalign.networks.towers.side_by_side import side_by_side, suit_side_by_side
 from coalign.networks.towers.spec import TowerSpec, find_towers
 from coalign.networks.towers.text import TextTower
 from coalign.networks.tuning import Tuning
@@ -204,6 +206,17 @@ def compile_towers(method: Method, config: TrainConfig) -> None:
     for tower in find_towers(method) if config.compile else ():
         if tower.has_fixed_shapes:
             tower.compile()
+
+
+def step_threads(method: Method, config: TrainConfig, world: World) -> AbstractContextManager[None]:
+    """Returns the context in which to train: the towers in a thread each, if this is faster than to split operations among cores."""
+    on_cores = world.device.type == "cpu" and torch.get_num_threads() > 1
+    changed = config.compile or config.gradient_checkpointing or (config.shard and world.size > 1)
+    if on_cores and method.encodes_both and not changed:
+        towers, plan = cast("Any", method), method.view_plan
+        if suit_side_by_side(towers.image, towers.text, len(plan.images), len(plan.texts)):
+            return side_by_side()
+    return nullcontext()
 
 
 def _check_mask_token(method: Method, config: TrainConfig) -> None:

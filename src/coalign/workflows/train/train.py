@@ -50,6 +50,7 @@ from coalign.workflows.train.setup import (
     resolve,
     resolve_workers,
     shard_model,
+    step_threads,
 )
 from coalign.workflows.train.start import Tracking, check_track, save_start
 from coalign.workflows.train.validation import evaluate_held_out, validation
@@ -159,7 +160,8 @@ def _fit(trainer: Trainer, images: RunImageCache, features: RunFeatures, console
     if trainer.progress.step < trainer.total_steps:
         features.compute(console, trainer.config.workers or 0)
     try:
-        result = trainer.fit()
+        with step_threads(trainer.method, trainer.config, world):
+            result = trainer.fit()
         world.barrier()  # no process reads the cache after this
     except Exception:
         images.remove()
