@@ -14,6 +14,7 @@ from typing import Any
 
 import headline
 from evidence.headline_page import headline_page
+from evidence.oner_mct import oner_mct_page
 from evidence.other_pages import clip_page, detection_page, misalignment_page
 from evidence.plan import read_plan, verdicts
 from evidence.plan_page import plan_page
@@ -50,6 +51,7 @@ def pages(tables: dict[str, Values]) -> dict[str, str]:
         "clip-openclipart": clip_page(read("openclipart_clip")),
         "detection": detection_page(read("detection-scenes")),
         "misalignment": misalignment_page(read("misalignment-scenes")),
+        "oner-mct": oner_mct_page(read("oner-mct-account")),
         "small-models": small_models_page(read("small-models")),
         "speed": speed_page(read("benchmarks")),
     }

@@ -272,6 +272,7 @@ def experiments(tables: Mapping[str, Values]) -> list[str]:
         f"{link('clip-openclipart')}: one CLIP model, trained for 30 epochs with the default settings, 3 seeds.",
         f"{link('detection')}: does a pretrained image encoder help a detector?",
         f"{link('misalignment')}: do models trained on scenes detect views and captions that do not match?",
+        f"{link('oner-mct')}: why are they behind CLIP here?",
         f"{link('small-models')}: the default models below 100,000 pairs, compared with others of their size.",
         f"{link('speed')}: time and memory, compared with open_clip, CLIP_benchmark and SLIP's image pipeline.",
     ]

@@ -29,6 +29,7 @@ OTHERS = {
     "clip-openclipart": "CLIP on Open Clip Art",
     "detection": "Detectors on scenes",
     "misalignment": "Misalignment",
+    "oner-mct": "OneR and MCT beside CLIP",
     "small-models": "Small models",
     "speed": "Speed",
 }

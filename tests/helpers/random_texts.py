@@ -53,11 +53,15 @@ def is_repaired(text: str) -> bool:
     return html.unescape(ftfy.fix_text(text)) != plain
 
 
-def is_rare(text: str) -> bool:
-    """Whether only Python repairs it: wrongly decoded text, and entities of other than Latin characters and HTML 4's symbols.
+def _resolved(text: str) -> str:
+    return html.unescape(html.unescape(text))
 
-    An entity that only `html.unescape` resolves, as ftfy does not where a "<" precedes it, is not cleaned further.
-    """
+
+def is_rare(text: str) -> bool:
+    """Whether only Python cleans it so: wrongly decoded text; entities of other than Latin characters and HTML 4's symbols; and, in texts
+    with a "<", entities of curly quotes, which ftfy would make straight if it resolved entities there."""
     if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
+        return True
+    if "<" in text and ftfy.fix_text(_resolved(text), unescape_html=False) != _resolved(ftfy.fix_text(text)):
         return True
     return any(not set(map(ord, html.unescape(entity))) <= _COMMON for entity in re.findall("&[#0-9A-Za-z]+;?", text))

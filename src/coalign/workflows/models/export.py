@@ -114,10 +114,10 @@ def _open_clip(run: Run, out: Path) -> list[str]:
 def _write_transformers(run: Run, out: Path) -> ImageTower:
     """Writes a folder of transformers. Returns the image tower."""
     try:
-        from transformers.utils import logging
+        import transformers
     except ImportError:
         raise UserError('An export to transformers needs the extra "hf": pip install "coalign[hf]".') from None
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     image, text, scale = _towers(run, "transformers")
     around, vision = (run.tokenizer.start_id, run.tokenizer.end_id), run.model_config["vision_cfg"]
     if "timm_model_name" in vision:
