@@ -19,7 +19,7 @@ POWER = """
 **Power** is the probability that a claim holds if the true difference is its effect. It is computed at the level of Holm's first step,
 {level}, so it is a lower bound. The standard error of a difference is the root of 2 *s*²(seed) / seeds + *s*²(item) / items, with *s*(seed)
 the standard deviation of a metric over seeds and *s*(item) the standard deviation of paired differences over items, both in percentage
-points. Items are evaluated images; an emoji with two drawings counts as one.
+points. Items are evaluated images; drawings with the same caption, such as those of an emoji by two vendors, count as one.
 """
 COST = """
 **Core-hours** are an upper bound: every search chooses the longest length. Runs that several claims need count with the first. They sum to

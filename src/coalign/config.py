@@ -279,7 +279,7 @@ class TrainConfig:
     seed: int = setting(0, compared=False, on_card=True)
     """Random seed of the initial weights, the order of the samples and the augmentations."""
     # Data loading workers per process. 0: a thread of the process. None: CPU cores over processes, at most 8; 0 up to 10,000 pairs whose
-    # images are decoded only once. Does not affect the results.
+    # decoded images or features are kept. Does not affect the results.
     workers: int | None = setting(None, valid=at_least(0), may_change_on_resume=True)
     # Keep decoded images for later epochs and validations. None: in a quarter of the available memory, if they fit. Otherwise
     # gigabytes on disk, in the system's temporary folder, per machine; 0: off. Does not affect the results.

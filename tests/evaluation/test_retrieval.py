@@ -254,6 +254,26 @@ def test_mean_recall_is_the_mean_of_the_recalls_and_its_items_are_images_with_th
     assert by_name(few.metrics())["mean_recall"].value == pytest.approx(np.mean(recalls))
 
 
+def test_the_bootstrap_draws_images_with_the_same_captions_together():
+    """Two images have each of 50 pairs of captions: the second image of a pair says nothing new about captions as queries."""
+    image, text, _, _ = problem()
+    image, text = (torch.cat([embeds, embeds]) for embeds in (image[:50], text[:100]))
+    owner, ids = torch.arange(200) // 2, torch.arange(200) % 100
+    twice, once = retrieval(image, text, owner, ids), retrieval(image[:50], text[:100], owner[:100], ids[:100])
+    for metric in twice.metrics()[:-1]:
+        items = owner if metric.name.startswith("text") else np.arange(100)
+        np.testing.assert_array_equal(metric.outcome.groups, items % 50)
+    for metric, other in zip(twice.image_to_text.metrics(), once.image_to_text.metrics(), strict=True):
+        assert (metric.value, metric.low, metric.high) == pytest.approx((other.value, other.low, other.high))
+    recalls = [side.recall[k].value for side in (twice.image_to_text, twice.text_to_image) for k in (1, 5, 10)]
+    mean_recall = by_name(twice.metrics())["mean_recall"]
+    assert (mean_recall.value, mean_recall.count) == (pytest.approx(np.mean(recalls)), 100)
+    # one of two captions in common, and fewer than 50 clusters, as of classes
+    for other_ids in (torch.where(torch.arange(200) < 101, ids, ids + 200), torch.arange(200) // 2 % 49):
+        groups = by_name(retrieval(image, text, owner, other_ids).metrics())["mean_recall"].outcome.groups
+        assert len(set(groups)) == 100
+
+
 def test_single_pair():
     result = retrieval(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]))
     metrics = result.image_to_text.metrics() + result.text_to_image.metrics()

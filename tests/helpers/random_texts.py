@@ -58,10 +58,14 @@ def _resolved(text: str) -> str:
 
 
 def is_rare(text: str) -> bool:
-    """Whether only Python cleans it so: wrongly decoded text; entities of other than Latin characters and HTML 4's symbols; and, in texts
-    with a "<", entities of curly quotes, which ftfy would make straight if it resolved entities there."""
+    """Whether only Python cleans it so: wrongly decoded text, and entities of other than Latin characters and HTML 4's symbols.
+
+    In texts with a "<", ftfy resolves no entities. There, entities of curly quotes stay curly, and three escapes are too many.
+    """
     if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
         return True
-    if "<" in text and ftfy.fix_text(_resolved(text), unescape_html=False) != _resolved(ftfy.fix_text(text)):
+    cleaned = _resolved(ftfy.fix_text(text))
+    straight = ftfy.fix_text(_resolved(text), unescape_html=False)
+    if "<" in text and not cleaned == straight == html.unescape(cleaned):
         return True
     return any(not set(map(ord, html.unescape(entity))) <= _COMMON for entity in re.findall("&[#0-9A-Za-z]+;?", text))

@@ -276,6 +276,7 @@ def export_command(
     weights: str = "last",
     similarity: str | None = None,
     quantize: str | None = None,
+    max_differing: float = 0.0,
 ) -> None:
     """Export a model to open_clip, transformers, sentence-transformers, ONNX, or its image encoder to timm.
 
@@ -290,10 +291,11 @@ def export_command(
         weights: checkpoint: last or best
         similarity: similarity of the run, if its method has several (oner: trained or projector); None: as configured
         quantize: int8 or fp16, for onnx: smaller weights; the loss in retrieval on the held-out pairs is printed and stored
+        max_differing: fraction of the captions of the run's data that the library may tokenize otherwise; with more, the export is rejected
     """
     from coalign.workflows.models.export import export
 
-    print(export(run, to, out, weights, similarity, quantize))
+    print(export(run, to, out, weights, similarity, quantize, max_differing))
 
 
 def import_command(model: Positional[str], out: Path) -> None:

@@ -189,10 +189,10 @@ def hierarchical(runs: Runs, minus: Runs = (), seed: int = 0) -> Hierarchical:
 def arm_draws(arms: Sequence[Runs], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns the mean over runs and metrics of each arm [arm], and its draws by a hierarchical bootstrap [arm, replicate].
 
-    An arm is two or more runs with different seeds. A replicate draws the items, such as images with all their captions, which are common
-    to all runs of all arms and, if they are means, to all metrics; and for each arm, independently, its seeds (Davison and Hinkley 1997,
-    section 3.8; with crossed items and seeds, Owen 2007). The bootstrap variance of the mean of k seeds is too small by the factor
-    (k - 1) / k, so the deviations of a replicate's seeds from the mean of all are multiplied by sqrt(k / (k - 1)) (Hesterberg 2015).
+    An arm is two or more runs with different seeds. A replicate draws the clusters of items, such as images with all their captions, which
+    are common to all runs of all arms and, if they are means, to all metrics; and for each arm, independently, its seeds (Davison and
+    Hinkley 1997, section 3.8; with crossed items and seeds, Owen 2007). The bootstrap variance of the mean of k seeds is too small by the
+    factor (k - 1) / k, so the deviations of a replicate's seeds from the mean of all are multiplied by sqrt(k / (k - 1)) (Hesterberg 2015).
 
     Variance of single items in single runs counts both as variance of items and of seeds, so intervals are wide if it dominates. They are
     narrow if seeds dominate and are few: with 3 seeds per arm, 95 % intervals then covered 91 % in a simulation.

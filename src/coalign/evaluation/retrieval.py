@@ -20,6 +20,7 @@ from coalign.progress import track
 from coalign.types import DualEncoder, Embeds, Similarity, dot_product
 
 RECALL_AT = (1, 5, 10)
+MIN_CLUSTERS = 50  # a bootstrap of fewer clusters is unreliable
 _CHUNK = 2_000_000  # similarities in memory at a time
 
 
@@ -37,7 +38,7 @@ class Direction:
     top_correct: np.ndarray  # bool, whether each is correct
 
     def metrics(self) -> list[Metric]:
-        """Returns the recalls and the median rank. The bootstrap draws images with all their captions.
+        """Returns the recalls and the median rank. The bootstrap draws images with all their captions (see `_clusters`).
 
         Chance is the value of a random order, given each query's number of correct candidates.
         """
@@ -77,21 +78,23 @@ class RetrievalResult:
 def with_mean_recall(found: list[Metric]) -> list[Metric]:
     """Returns the metrics of both directions, and the mean of their recalls that can differ from chance, if any can.
 
-    Its items are images, with what they add to the mean: their own recalls as an image, and those of their captions.
+    Its items are images, with what they add to the mean: their own recalls as an image, and those of their captions. Images that are drawn
+    together share the sum of what they add.
     """
     recalls = [metric for metric in found if metric.kind == "rate" and metric.can_beat_chance()]
     outcomes = [metric.outcome for metric in recalls if metric.outcome is not None]
     if not outcomes:
         return found
-    rows, images = np.unique(np.concatenate([_images_of(outcome) for outcome in outcomes]), return_inverse=True)
+    items = _groups(outcomes[0])  # of image to text, if it can differ from chance: one per image
+    clusters, of_item, sizes = np.unique(items, return_inverse=True, return_counts=True)
+    rows = np.searchsorted(clusters, np.concatenate([_groups(outcome) for outcome in outcomes]))
     parts = np.concatenate([outcome.values / len(outcome.values) for outcome in outcomes])
-    values = np.bincount(images, parts, minlength=len(rows)) * len(rows) / len(recalls)
+    values = (np.bincount(rows, parts, minlength=len(clusters)) / sizes)[of_item] * len(items) / len(recalls)
     chance = sum(metric.chance or 0.0 for metric in recalls) / len(recalls)
-    return [*found, measure("mean_recall", "Mean recall", Outcome(values, rows), chance)]
+    return [*found, measure("mean_recall", "Mean recall", Outcome(values, items), chance)]
 
 
-def _images_of(outcome: Outcome) -> np.ndarray:
-    """Returns the row of each query's image [query]."""
+def _groups(outcome: Outcome) -> np.ndarray:
     assert outcome.groups is not None
     return outcome.groups
 
@@ -111,11 +114,14 @@ class _RaggedLists:
     def lengths(self) -> np.ndarray:
         return np.diff(self.start)
 
+    def row(self, row: int) -> np.ndarray:
+        return self.values[self.start[row] : self.start[row + 1]]
+
     def mask(self, rows: np.ndarray, width: int) -> np.ndarray:
         """Returns bool [row, width], true at the values of each row's list."""
         out = np.zeros((len(rows), width), dtype=bool)
         for i, row in enumerate(rows):
-            out[i, self.values[self.start[row] : self.start[row + 1]]] = True
+            out[i, self.row(row)] = True
         return out
 
 
@@ -133,7 +139,7 @@ def retrieval(
     image_of_text: int64 [text], the row of each text's image. text_ids: int64 [text], equal if and only if the captions are equal: a
     caption is correct for every image that has it, and is one candidate: if it were several, with equal similarities, even a random model
     would be below the chance level. The full similarity matrix is never in memory. Intervals resample images, each with all of its
-    captions.
+    captions, and images with the same captions together (see `_clusters`).
     """
     num_images, num_texts, image_rows = num_samples(image_embeds), num_samples(text_embeds), image_of_text.numpy()
     _check_inputs(num_images, num_texts, image_rows)
@@ -148,7 +154,7 @@ def retrieval(
     ids_of_image = _RaggedLists.group(pairs[:, 0], pairs[:, 1], num_images)
     images_of_id = _RaggedLists.group(pairs[:, 1], pairs[:, 0], num_ids)
 
-    captioned = np.flatnonzero(ids_of_image.lengths())
+    captioned, clusters = np.flatnonzero(ids_of_image.lengths()), _clusters(ids_of_image)
     texts = np.arange(num_texts)
     image_to_text = _search(
         ("image_to_text", "Image → text"),
@@ -156,7 +162,7 @@ def retrieval(
         image_embeds,
         take(text_embeds, torch.from_numpy(first)),
         captioned,
-        captioned,
+        clusters[captioned],
         lambda rows: ids_of_image.mask(rows, num_ids),
         seed,
     )
@@ -168,7 +174,7 @@ def retrieval(
             text_embeds,
             image_embeds,
             texts,
-            image_rows,
+            clusters[image_rows],
             lambda rows: images_of_id.mask(ids[rows], num_images),
             seed,
         ),
@@ -178,6 +184,18 @@ def retrieval(
         num_captionless=num_images - len(captioned),
         modality_gap=modality_gap,
     )
+
+
+def _clusters(ids_of_image: _RaggedLists) -> np.ndarray:
+    """Returns the cluster of each image [image], the row of its first image. The bootstrap draws images with the same captions together.
+
+    Equal captions are one query with one result, so two drawings of the same thing are not independent items. But with fewer than
+    MIN_CLUSTERS clusters, as of images with class labels, each image is its own.
+    """
+    num_images = len(ids_of_image.lengths())
+    first: dict[tuple[int, ...], int] = {}
+    clusters = [first.setdefault(tuple(ids_of_image.row(row).tolist()), row) for row in range(num_images)]
+    return np.array(clusters) if len(first) >= MIN_CLUSTERS else np.arange(num_images)
 
 
 def _check_inputs(num_images: int, num_texts: int, image_rows: np.ndarray) -> None:
@@ -287,7 +305,7 @@ def _search(
 ) -> Direction:
     """Ranks all candidates for the query rows.
 
-    names: key and title of the direction. clusters: int64 [query], row of the query's image. `correct_mask(rows)` -> bool
+    names: key and title of the direction. clusters: int64 [query], of the query's image. `correct_mask(rows)` -> bool
     [row, candidate], with at least one true value per row.
     """
     num_candidates = num_samples(candidates)

@@ -32,7 +32,7 @@ def test_methods_with_two_towers_use_it():
 
 @pytest.mark.parametrize("slices", [None, SLICES], ids=["whole", "slices"])
 @pytest.mark.parametrize("model", [TRANSFORMER, BATCH_NORM], ids=["transformer", "batch norm"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "clip-strong"])  # which draws dropout in the second thread
 def test_a_step_has_the_same_bits(tmp_path, name, model, slices):
     steps = []
     for context in (nullcontext(), side_by_side()):

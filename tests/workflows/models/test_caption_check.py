@@ -46,6 +46,10 @@ def test_captions_that_a_library_tokenizes_otherwise_are_refused(run, tmp_path, 
     ):
         export(run, refused, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    export(run, refused, tmp_path / "accepted", max_differing=0.05)
+    sentence = f"{refused} tokenizes 1 of 32 captions otherwise than the run, such as '{HOSTILE}' of pairs.csv: their embeddings differ."
+    assert sentence in capsys.readouterr().out
+    assert sentence in (tmp_path / "accepted/README.md").read_text()
     export(run, taken, tmp_path / "out")
     sentence = f"{taken} returns the run's token ids for all of 32 captions of pairs.csv."
     assert sentence in capsys.readouterr().out

@@ -49,7 +49,7 @@ def _start(threads: int) -> None:
 
 
 def both(images: Callable[[], Features], texts: Callable[[], Features]) -> Features:
-    """Returns the features of two functions that share no trained weights and draw no random numbers.
+    """Returns the features of two functions that share no trained weights, and of which at most one draws random numbers.
 
     In the context `side_by_side`, they run at the same time, and so do their backward passes. The results are the same.
     """

@@ -32,9 +32,11 @@ from coalign.networks.two_towers import TwoTowers
 from coalign.runs.card import card
 from coalign.runs.folder import read_config, write_exported
 from coalign.runs.run import Run, context_length, image_size, load, preprocess
-from coalign.workflows.models.caption_check import TokenIds
+from coalign.workflows.models.caption_check import TokenIds, check_captions
 from coalign.workflows.models.export_check import PROBE_TEXTS, Peer, check_close, compare, random_pixels
 from coalign.workflows.models.quantize import quantize_folder
+
+Checked = tuple[list[str], Peer | None]  # sentences on what was compared, and the loaded export if it embeds texts
 
 
 def export(
@@ -44,10 +46,12 @@ def export(
     weights: str = "last",
     similarity: str | None = None,
     quantize: str | None = None,
+    max_differing: float = 0.0,
 ) -> Path:
     """Writes the run's model to the new folder `out` for a library of FORMATS; for timm, its image tower alone.
 
     similarity: of a run whose method has several, as in `load`. quantize: int8 or fp16, for ONNX; the loss in retrieval is measured.
+    max_differing: the fraction of the captions of the run's data that the library may tokenize otherwise.
     The library loads the written model and must compute the run's embeddings. Otherwise nothing is left on disk, and UserError is raised.
     """
     if to not in FORMATS:
@@ -62,7 +66,9 @@ def export(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.absolute().parent) as temporary:
             folder = Path(temporary) / "export"
             folder.mkdir()
-            notes = FORMATS[to](run, folder)
+            notes, peer = FORMATS[to](run, folder)
+            if peer is not None:
+                notes = [*notes, check_captions(run, peer.library, peer.token_ids, max_differing)]
             write_exported(folder, read_config(Path(path)))
             if quantize is not None:
                 notes = [*notes, quantize_folder(run, folder, quantize)]
@@ -89,7 +95,7 @@ def check_new_folder(out: str | Path) -> Path:
 # ---------------------------------------------------------------- formats
 
 
-def _open_clip(run: Run, out: Path) -> list[str]:
+def _open_clip(run: Run, out: Path) -> Checked:
     image, text, scale = _towers(run, "open_clip")
     config, state = to_open_clip(run.model_config, image, text, scale)
     # open_clip repairs all texts, and lowercasing them before the tokenizer does would not be equal for Greek
@@ -108,7 +114,7 @@ def _open_clip(run: Run, out: Path) -> list[str]:
         token_ids=lambda texts: tokenize(texts).tolist(),
         encode_files=lambda files: model.encode_image(torch.stack([transform(each) for each in files])),
     )
-    return compare(run, peer)
+    return compare(run, peer), peer
 
 
 def _write_transformers(run: Run, out: Path) -> ImageTower:
@@ -129,7 +135,7 @@ def _write_transformers(run: Run, out: Path) -> ImageTower:
     return image
 
 
-def _transformers(run: Run, out: Path) -> list[str]:
+def _transformers(run: Run, out: Path) -> Checked:
     image = _write_transformers(run, out)
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -147,10 +153,11 @@ def _transformers(run: Run, out: Path) -> list[str]:
         pixels = processor(files, return_tensors="pt").pixel_values
         return model.visual_projection(model.vision_model(pixels).pooler_output)
 
-    return compare(run, Peer("transformers", encode_image, encode_text, _token_ids(out), encode_files=encode_files))
+    peer = Peer("transformers", encode_image, encode_text, _token_ids(out), encode_files=encode_files)
+    return compare(run, peer), peer
 
 
-def _sentence_transformers(run: Run, out: Path) -> list[str]:
+def _sentence_transformers(run: Run, out: Path) -> Checked:
     with tempfile.TemporaryDirectory() as temporary:
         _write_transformers(run, Path(temporary))
         to_sentence_transformers(Path(temporary), out)
@@ -162,7 +169,8 @@ def _sentence_transformers(run: Run, out: Path) -> list[str]:
     def encode_image(pixels: Tensor) -> Tensor:
         return encode([Image.fromarray(each.numpy()) for each in pixels.permute(0, 2, 3, 1)])
 
-    return compare(run, Peer("sentence-transformers", encode_image, encode, _token_ids(out), encode_files=encode))
+    peer = Peer("sentence-transformers", encode_image, encode, _token_ids(out), encode_files=encode)
+    return compare(run, peer), peer
 
 
 def _token_ids(folder: Path) -> TokenIds:
@@ -173,7 +181,7 @@ def _token_ids(folder: Path) -> TokenIds:
     return lambda texts: tokenize(texts, truncation=True).input_ids
 
 
-def _timm(run: Run, out: Path) -> list[str]:
+def _timm(run: Run, out: Path) -> Checked:
     if not isinstance(run.method, TwoTowers):
         raise UserError(
             f"A timm export needs the pooled features of an image tower, which {run.config.method} does not train."
@@ -184,10 +192,10 @@ def _timm(run: Run, out: Path) -> list[str]:
     pixels = random_pixels(run)
     with torch.no_grad():
         check_close(run.method.image_features(pixels), model(image.normalize(pixels)), "image features", "timm")
-    return []
+    return [], None
 
 
-def _onnx(run: Run, out: Path) -> list[str]:
+def _onnx(run: Run, out: Path) -> Checked:
     """Writes graphs of both encoders, and of the joint encoder and the similarity if the model has its own."""
     method: Any = run.method
     encode: dict[str, Callable[[Any], Callable[..., Any]]] = {
@@ -216,26 +224,27 @@ def _onnx(run: Run, out: Path) -> list[str]:
     (out / EXAMPLE).write_text(
         example_script(side, settings, encoder.compares_cosines, bool(words.get_added_tokens_decoder()))
     )
-    peer = from_onnx(out)
+    model = from_onnx(out)
 
     def ids_of(texts: list[str]) -> Sequence[Sequence[int]]:
         return token_ids(words, texts).tolist()
 
-    notes = compare(run, Peer("ONNX", peer.encode_image, peer.encode_text, ids_of, peer.similarity))
+    peer = Peer("ONNX", model.encode_image, model.encode_text, ids_of, model.similarity)
+    notes = compare(run, peer)
     if "joint" in inputs:
         joint = to_embeds(session(out / "joint.onnx")(pixels=pixels.numpy(), input_ids=ids.numpy()))
         with torch.no_grad():
             check_close(
                 run.joint_encoder()(pixels, PROBE_TEXTS), joint, "joint embeddings", "ONNX", encoder.compares_cosines
             )
-    return notes
+    return notes, peer
 
 
 def _print_graph(file: str) -> None:
     print(f"Tracing {file}", flush=True)
 
 
-FORMATS: dict[str, Callable[[Run, Path], list[str]]] = {
+FORMATS: dict[str, Callable[[Run, Path], Checked]] = {
     "open_clip": _open_clip,
     "transformers": _transformers,
     "sentence-transformers": _sentence_transformers,

@@ -17,7 +17,7 @@ from coalign.embeds import fields
 from coalign.errors import UserError
 from coalign.runs.run import Run, image_size, preprocess
 from coalign.types import DualEncoder, Embeds, Similarity, dot_product
-from coalign.workflows.models.caption_check import TokenIds, check_captions, differing_texts
+from coalign.workflows.models.caption_check import TokenIds, differing_texts
 
 TOLERANCE = 1e-5  # between normalized embeddings, which should differ by rounding only
 PREPROCESSING_TOLERANCE = (
@@ -71,8 +71,7 @@ class Peer:
 def compare(run: Run, peer: Peer) -> list[str]:
     """Returns sentences on what was compared and what differs.
 
-    Raises UserError unless both models embed and compare random images and CHECK_TEXTS alike, and tokenize the run's captions alike.
-    REPAIRED_TEXTS may differ.
+    Raises UserError unless both models embed and compare random images and CHECK_TEXTS alike. REPAIRED_TEXTS may differ.
     """
     encoder, pixels = run.encoder(), random_pixels(run)
     cosines = encoder.compares_cosines
@@ -103,7 +102,6 @@ def compare(run: Run, peer: Peer) -> list[str]:
         notes.append(
             f"{peer.library} cleans these otherwise than the run, and embeds them differently: {', '.join(found)}."
         )
-    notes.append(check_captions(run, peer.library, peer.token_ids))
     return notes + (_compare_preprocessing(run, encoder, peer) if peer.encode_files else [])
 
 

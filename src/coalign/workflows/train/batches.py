@@ -19,7 +19,7 @@ from coalign.runs.run import context_length, image_size, patch_grid, preprocess
 from coalign.training.distributed import World
 
 MAX_TRACKED = 2000  # validation pairs used during training; the final evaluation uses all
-MAX_VOCABULARY_PAIRS = 200_000  # pairs to build a tokenizer or a tag vocabulary from, or to check an export with
+MAX_VOCABULARY_PAIRS = 200_000  # training pairs to build a tokenizer or a tag vocabulary from
 
 
 @dataclass

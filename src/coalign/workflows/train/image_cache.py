@@ -26,7 +26,7 @@ class RunImageCache:
 
     Attributes:
         cache: None if nothing is kept.
-        decodes_once: Whether each image is decoded only once, and not in every epoch.
+        decodes_once: Whether decoded images, or their features, are kept for later epochs.
         description: A sentence on what is kept where; "" if there is nothing to say.
         folder: The folder of a cache on disk.
     """

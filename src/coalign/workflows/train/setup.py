@@ -302,7 +302,7 @@ def _resolve_temperature(config: TrainConfig, resumed: Path | None) -> TrainConf
 def resolve_workers(config: TrainConfig, num_pairs: int, world: World, decodes_once: bool) -> TrainConfig:
     """Sets the number of loader workers per process, if it is unset: CPU cores over processes, at most 8.
 
-    It is 0, a thread, for few pairs whose images are decoded only once: starting processes takes longer than loading.
+    It is 0, a thread, for few pairs whose decoded images or features are kept: starting processes takes longer than loading.
     """
     if config.workers is not None:
         return config
