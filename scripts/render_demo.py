@@ -41,6 +41,7 @@ WIDTH, TILE, GAP, MARGIN, HEADER, SCALE = 900, 64, 8, 16, 44, 2
 RIGHT = "#2a9d4a"
 BETWEEN = 36  # the two runs
 TOP = 5
+NO_BREAK = "\0"  # a space within a line
 LABELS = WIDTH - 2 * MARGIN - 2 * (TOP * TILE + (TOP - 1) * GAP) - BETWEEN  # width of the column of queries
 
 
@@ -77,12 +78,12 @@ def passages(values: dict[str, Any], own: int) -> dict[str, str]:
         f"*The first five of OpenMoji's drawings for {NUM_SEARCHES} searches, {rows}. Both models start from an image encoder "
         f"trained on photographs, learned from {values['settings']['num_train']:,} drawings by Twemoji, and have never seen one by "
         f"OpenMoji. Green: the drawing's "
-        f"name has all words of the query. {new_style} `make demo` trains both. Drawings: [OpenMoji](https://openmoji.org), "
+        f"name has all words of the query. {new_style} `make{NO_BREAK}demo` trains both. Drawings: [OpenMoji](https://openmoji.org), "
         "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/).*",
         140,
         break_on_hyphens=False,
         break_long_words=False,
-    )
+    ).replace(NO_BREAK, " ")
     output = f"```text\n{new_style}\n{held_out}\nPage: runs/demo/{PAGE}\n```"
     return {"caption": caption, "output": output, "seeds": seeds_passage(values["other_seeds"])}
 
