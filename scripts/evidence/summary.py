@@ -197,7 +197,8 @@ def compared_tables(tables: Mapping[str, Values]) -> list[Setting]:
 
 
 def other_methods(settings: Sequence[Setting]) -> list[str]:
-    return [name for name in dict.fromkeys(name for each in settings for name in each.metrics) if name != "clip"]
+    found = {name for each in settings for name in each.metrics}
+    return [name for name in METHODS if name in found and name != "clip"]
 
 
 def differences_from_clip(tables: Mapping[str, Values]) -> list[str]:
