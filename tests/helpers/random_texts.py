@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from html.entities import codepoint2name, html5
 
 import ftfy
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 _RANGES = (
     (0x20, 0x7E), (0xA0, 0x17F), (0x180, 0x24F), (0x250, 0x2FF), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x52F), (0x530, 0x58F),
@@ -48,9 +50,20 @@ def texts() -> st.SearchStrategy[str]:
 
 
 def is_repaired(text: str) -> bool:
-    """Whether CLIP's cleaning repairs it in a way that depends on more than single characters: wrongly decoded text and HTML entities."""
+    """Whether CLIP's cleaning repairs it in a way that depends on more than single characters: wrongly decoded text and HTML entities.
+
+    Or whether it has recent combining marks.
+    """
+    if has_recent_marks(text):
+        return True
     plain = ftfy.fix_text(text, fix_encoding=False, unescape_html=False)
     return html.unescape(ftfy.fix_text(text)) != plain
+
+
+def has_recent_marks(text: str) -> bool:
+    """Whether `tokenizers` orders combining marks otherwise than Python, as its tables of Unicode are older."""
+    text = _resolved(text)
+    return normalizers.NFC().normalize_str(text) != unicodedata.normalize("NFC", text)
 
 
 def _resolved(text: str) -> str:
@@ -58,11 +71,12 @@ def _resolved(text: str) -> str:
 
 
 def is_rare(text: str) -> bool:
-    """Whether only Python cleans it so: wrongly decoded text, and entities of other than Latin characters and HTML 4's symbols.
+    """Whether only Python cleans it so: wrongly decoded text, recent combining marks, and entities of other than Latin characters and
+    HTML 4's symbols.
 
     In texts with a "<", ftfy resolves no entities. There, entities of curly quotes stay curly, and three escapes are too many.
     """
-    if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
+    if has_recent_marks(text) or ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
         return True
     cleaned = _resolved(ftfy.fix_text(text))
     straight = ftfy.fix_text(_resolved(text), unescape_html=False)

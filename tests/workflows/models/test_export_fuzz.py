@@ -126,9 +126,9 @@ def test_the_terminal_and_the_card_say_what_differs(exports, tmp_path, capsys):
     expected = (
         r"Checked in transformers.*",
         "transformers cleans these otherwise.*",
-        "transformers returns the run's token ids for all of 64 captions of .*",
         "Embeddings of images that transformers resizes itself are equal.",
         "If an odd number of pixels is cut off, transformers may crop one pixel beside.*",
+        "transformers returns the run's token ids for all of 64 captions of .*",
     )
     assert re.search("\n".join(expected), capsys.readouterr().out)
 

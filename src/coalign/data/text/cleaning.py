@@ -118,6 +118,10 @@ def _plain_text() -> list[normalizers.Normalizer]:
         normalizers.Replace(Regex("[“-‟]"), '"'),
         normalizers.Replace(Regex(_SPACE), " "),
         normalizers.Strip(),
-        normalizers.Replace(Regex(_FINAL_SIGMA), "ς"),
-        normalizers.Lowercase(),
+        lowercase(),
     ]
+
+
+def lowercase() -> normalizers.Normalizer:
+    """Returns Python's `lower`, which tells a final sigma from others."""
+    return normalizers.Sequence([normalizers.Replace(Regex(_FINAL_SIGMA), "ς"), normalizers.Lowercase()])

@@ -100,7 +100,7 @@ def _open_clip(run: Run, out: Path) -> Checked:
     config, state = to_open_clip(run.model_config, image, text, scale)
     # open_clip repairs all texts, and lowercasing them before the tokenizer does would not be equal for Greek
     config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "tokenizer", "tokenizer_kwargs": {"clean": "whitespace"}}
-    _tokenizer(run).save_pretrained(out)
+    _tokenizer(run, repaired=True).save_pretrained(out)
     write_json(out / "open_clip_config.json", config)
     save_tensors(out / "open_clip_model.safetensors", state)
     name = f"local-dir:{out}"
@@ -284,8 +284,8 @@ def _towers(run: Run, library: str) -> tuple[ImageTower, TextTower, Tensor]:
     return method.image, method.text, scale.detach().log()
 
 
-def _tokenizer(run: Run) -> Any:
-    return to_transformers_tokenizer(run.tokenizer, context_length(run.method))
+def _tokenizer(run: Run, repaired: bool = False) -> Any:
+    return to_transformers_tokenizer(run.tokenizer, context_length(run.method), repaired)
 
 
 def _load(create: Callable[[], Any], library: str) -> Any:
