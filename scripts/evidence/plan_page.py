@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from coalign.experiments.tables import TABLES
 from evidence.plan import LEVEL, MAX_CORE_HOURS, Plan, Verdict, arm_hours, core_hours, verdicts
 from evidence.text import Values, bullet, page, paragraph, results_link, signed, span_text, table
 from evidence.titles import TITLES, link
@@ -15,6 +16,7 @@ The claims that the current round of experiments tests. They were written down b
 difference that each is planned for. A claim *holds* or *does not hold* (the reverse is significant) after the correction for all of them;
 until both arms have all their seeds, it is *open*. *p* is corrected.
 """
+EMOJI = "The emoji are written by `coalign data emoji --vendors twemoji openmoji --out data/emoji`."
 POWER = """
 **Power** is the probability that a claim holds if the true difference is its effect. It is computed at the level of Holm's first step,
 {level}, so it is a lower bound. The standard error of a difference is the root of 2 *s*²(seed) / seeds + *s*²(item) / items, with *s*(seed)
@@ -46,6 +48,7 @@ def plan_page(plan: Plan, tables: Mapping[str, Values]) -> str:
         paragraph(plan.values["rule"]),
         "## Data and arms",
         "\n".join(bullet(text) for text in _data(plan, tables)),
+        paragraph(f"{EMOJI} {_missing(plan)}"),
         "## Power",
         paragraph(POWER.format(level=f"{LEVEL} / {len(plan.claims)}")),
         "\n".join(bullet(text) for text in _noise(plan)),
@@ -57,6 +60,12 @@ def plan_page(plan: Plan, tables: Mapping[str, Values]) -> str:
         "## All values",
         f"{results_link('plan')} has all inputs. `scripts/evidence/plan.py` computes power, cost and verdicts from them.",
     )
+
+
+def _missing(plan: Plan) -> str:
+    """Returns a sentence on the tables of the plan that cannot be trained yet; "" if all can."""
+    missing = [f"`{name}`" for name in plan.values["tables"] if name not in TABLES]
+    return f"Not defined yet, so not in `coalign reproduce`: {', '.join(missing)}." if missing else ""
 
 
 def _counts(found: list[Verdict]) -> str:
