@@ -63,8 +63,8 @@ def headline_page(values: Values, verdicts: Sequence[Verdict]) -> str:
         "\n".join(bullet(_claim(each)) for each in verdicts),
         "## Search",
         paragraph(
-            "The length that was chosen, and the expected best score of *k* trials on the held-out pairs (mean of R@1, R@5 and R@10 of "
-            "both directions, in %). If the last columns are close, more trials would hardly help."
+            "The length that was chosen, and the expected best score of *k* trials of the shortest length on the held-out pairs (mean of "
+            "R@1, R@5 and R@10 of both directions, in %). If the last columns are close, more trials would hardly help."
         ),
         table(["", "Epochs", *(f"*k* = {k}" for k in KNOWN)], [_search(values, arm) for arm in by_arm]),
         "## All values",

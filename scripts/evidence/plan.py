@@ -9,11 +9,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 from scipy.special import ndtr, ndtri
 
 from coalign.errors import UserError
+from coalign.methods.search import halved
 from evidence.text import Values
 
 MAX_CLAIMS, MAX_CORE_HOURS = 12, 40.0
@@ -149,14 +151,16 @@ def core_hours(plan: Plan) -> dict[str, float]:
 def arm_hours(plan: Plan, table: str, arm: str) -> float:
     """Returns the core-hours of an arm's search and final runs, if the search chooses the longest length.
 
-    A search has some trials on all pairs, and one trial per fraction, which chooses its length. A trial is a run at a constant rate to the
-    longest length, with a cool-down from each length. On a fraction of the pairs, the number of steps is the same as on all pairs.
+    A search has some trials on all pairs, of which the better half is extended to the next length, and one trial per fraction, which
+    chooses its length. A trial is a run at a constant rate to its longest length, with a cool-down from each length. On a fraction of the
+    pairs, the number of steps is the same as on all pairs.
     """
     cost, of_table = plan.values["cost"], plan.values["tables"][table]
-    lengths, fractions = of_table["lengths"], len(of_table["fractions"])
-    trial = max(lengths) + cost["cooldown"] * sum(lengths)
-    trials = of_table["trials"] + fractions - 1 if of_table["trials"] else 0
-    epochs = trials * trial + of_table["seeds"] * fractions * max(lengths)
+    lengths, trials, fractions = of_table["lengths"], of_table["trials"], len(of_table["fractions"])
+    epochs = float(of_table["seeds"] * fractions * max(lengths))
+    for number, (shorter, length) in enumerate(pairwise((0, *lengths))):
+        extended = halved(trials, number) + fractions - 1 if trials else 0
+        epochs += extended * (length - shorter + cost["cooldown"] * length)
     return epochs * of_table["pairs"] * cost["per_pair"][arm] / cost["clip_pairs_per_second"] / 3600
 
 

@@ -25,9 +25,9 @@ points. Items are evaluated images; drawings with the same caption, such as thos
 """
 COST = """
 **Core-hours** are an upper bound: every search chooses the longest length. Runs that several claims need count with the first. They sum to
-{total:.1f}, and at most {most:g} are allowed. A trial of a search is a run at a constant rate to the longest length, with a cool-down of a
-fifth from each length. A search has one more trial per fraction of the pairs, which chooses its length; on a fraction, the number of
-steps is the same as on all pairs.
+{total:.1f}, and at most {most:g} are allowed. A trial of a search is a run at a constant rate, with a cool-down of a fifth from each
+length; the better half of the trials of a length is extended to the next one. A search has one more trial per fraction of the pairs, which
+chooses its length; on a fraction, the number of steps is the same as on all pairs.
 """
 
 

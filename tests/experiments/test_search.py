@@ -94,8 +94,8 @@ COMMAND = ["reproduce", "test", "--data", "photos/pairs.jsonl", "--out", "out", 
 def test_a_search_chooses_settings_and_lengths_for_the_trials_of_a_table(table, tmp_path, capsys, monkeypatch):
     stopped = []
 
-    def stop(*arguments, **options):  # at the second length of the third trial
-        if len(stopped) == 5:
+    def stop(*arguments, **options):  # at the second length of the first trial that is extended
+        if len(stopped) == 4:
             raise KeyboardInterrupt
         stopped.append(arguments[1].name)
         return train_module.train(*arguments, **options)
@@ -103,18 +103,21 @@ def test_a_search_chooses_settings_and_lengths_for_the_trials_of_a_table(table, 
     monkeypatch.setattr(search, "train", stop)
     assert cli.main(COMMAND) == cli.INTERRUPTED
     monkeypatch.setattr(search, "train", train_module.train)
-    assert stopped == ["clip-trial1"] * 2 + ["other-trial1"] * 2 + ["clip-trial2"]
-    kept = json.loads((tmp_path / "out/search/clip-trial2.json").read_text())
-    assert kept["lengths"].keys() == {"1"}
+    assert stopped == ["clip-trial1", "other-trial1", "clip-trial2", "other-trial2"]
+    better = {arm: better_half(tmp_path / "out/search", arm) for arm in ("clip", "other")}
+    assert table[-1] == better["clip"]
     table.clear()
 
     assert cli.main([*COMMAND, "--track", "retrieval:photos/pairs.jsonl"]) == 0
-    assert table[:4] == ["clip, trial 2", "other, trial 2", "clip, 50 %, trial 1", "other, 50 %, trial 1"]
+    assert set(table[:2]) == set(better.values())
+    assert table[2:4] == ["clip, 50 %, trial 1", "other, 50 %, trial 1"]
     assert table[4:] == [f"{arm}, seed {seed}" for seed in (0, 1) for arm in ARMS]
     assert "other is better than clip, by Test: R@10, mean of both directions: " in capsys.readouterr().out
     assert sorted(path.suffix for path in (tmp_path / "out/search").iterdir()) == [".json"] * 6 + [".log"] * 6
-    log = (tmp_path / "out/search/clip-trial2.log").read_text()
-    assert log.count("Extending the run from 1 to 2 epochs") == 1
+    for number in (1, 2):
+        log = (tmp_path / f"out/search/clip-trial{number}.log").read_text()
+        extended = f"clip, trial {number}" in better.values()
+        assert log.count("Extending the run from 1 to 2 epochs") == extended
 
     found = json.loads((tmp_path / "out/search.json").read_text())
     values = json.loads((tmp_path / "out/table.json").read_text())
@@ -127,8 +130,9 @@ def test_a_search_chooses_settings_and_lengths_for_the_trials_of_a_table(table, 
         best = max(each["score"] for trial in of_arm["trials"] for each in trial["lengths"].values())
         chosen = of_arm["chosen"]
         length = f"{chosen['epochs']:g}"
-        assert best in [t["lengths"][length]["score"] for t in of_arm["trials"] if t["settings"] == chosen["settings"]]
-        assert of_arm["best_of"][-1] == best
+        (scores,) = [trial["lengths"] for trial in of_arm["trials"] if trial["settings"] == chosen["settings"]]
+        assert scores[length]["score"] == best
+        assert of_arm["best_of"][-1] == max(trial["lengths"]["1"]["score"] for trial in of_arm["trials"])
         whole = found["arms"][arm.removesuffix(", 50 %")]
         assert chosen["settings"] == whole["chosen"]["settings"]
         check_trial(tmp_path / f"out/{arm.replace(', ', '-').replace(' ', '-')}-seed1", chosen, of_arm)
@@ -136,11 +140,19 @@ def test_a_search_chooses_settings_and_lengths_for_the_trials_of_a_table(table, 
     check_kept(table, tmp_path, capsys)
 
 
+def better_half(folder, arm):
+    """The label of the better of the arm's two trials."""
+    found = [json.loads((folder / f"{arm}-trial{number}.json").read_text())["lengths"] for number in (1, 2)]
+    assert [lengths.keys() for lengths in found] == [{"1"}, {"1"}]
+    return f"{arm}, trial {1 if found[0]['1']['score'] >= found[1]['1']['score'] else 2}"
+
+
 def check_budget(arms):
     """Every arm has the same draws, lengths and samples."""
     draws = [asdict(each) for each in SEARCH.draws()]
     for arm in ("clip", "other"):
         assert [trial["settings"] for trial in arms[arm]["trials"]] == draws
+        assert sorted(len(trial["lengths"]) for trial in arms[arm]["trials"]) == [1, 2]
     samples = {
         (length, each["samples_seen"])
         for of_arm in arms.values()
@@ -154,7 +166,8 @@ def check_trial(folder, chosen, of_arm):
     """A trial of the table has the chosen settings, the length in steps and the warm-up of the search."""
     saved, results = read_config(folder), read_results(folder)
     config, steps = saved.config, results["run"]["step"]
-    (samples,) = {trial["lengths"][f"{chosen['epochs']:g}"]["samples_seen"] for trial in of_arm["trials"]}
+    length = f"{chosen['epochs']:g}"
+    (samples,) = {each["lengths"][length]["samples_seen"] for each in of_arm["trials"] if length in each["lengths"]}
     assert steps * config.batch_size == samples
     assert config.optimizer.schedule == "constant"
     assert config.optimizer.weight_decay == chosen["settings"]["weight_decay"]

@@ -1,7 +1,8 @@
-"""The search of a table: trials with drawn settings on all pairs, each extended to every length, and the best by the held-out pairs.
+"""The search of a table: trials with drawn settings on all pairs, of which the better half is extended to the next length, and so on.
 
 An arm on a fraction of the pairs takes the settings chosen on all pairs; one trial chooses its length. The weights of a trial are deleted
-once it is complete; its scores are in search/ARM-trialN.json, and those of all in search.json. Test splits are not evaluated.
+once it is not to be extended; its scores are in search/ARM-trialN.json, and those of all in search.json. Scores are of the held-out pairs;
+test splits are not evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from coalign.errors import NotFinite, UserError
 from coalign.experiments.launch_script import arm_name
 from coalign.experiments.trials import Trial, run_trials
 from coalign.files import write_json
-from coalign.methods.search import Choice, Search, best_of, crops_matter
+from coalign.methods.search import Choice, Search, best_of, crops_matter, halved
 from coalign.methods.table import Table
 from coalign.runs.folder import data_name, public, read_config, read_results
 from coalign.training.trainer import TrainResult
@@ -30,9 +31,15 @@ SEED = 1000  # of the first trial of a search; the seeds of the table's own tria
 
 @dataclass(frozen=True)
 class SearchTrial(Trial):
-    """One trial of the search of an arm, which is extended to every length."""
+    """One trial of the search of an arm.
+
+    Attributes:
+        number: Its number, from 0.
+        lengths: The lengths in epochs to train it to now, ascending.
+    """
 
     number: int = 0
+    lengths: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:
@@ -46,11 +53,6 @@ class SearchTrial(Trial):
     def record(self) -> Path:
         """The file of its scores."""
         return self.folder.with_name(f"{self.folder.name}.json")
-
-    @property
-    def lengths(self) -> tuple[float, ...]:
-        """The lengths in epochs of the table, ascending."""
-        return _search(self.sweep).epochs
 
     def config(self, num_pairs: int) -> TrainConfig:
         # only the held-out pairs are evaluated, and only at the end of each length
@@ -75,8 +77,12 @@ class SearchTrial(Trial):
                 "core_seconds": round(result.seconds * threads, 1),
             }
             write_json(self.record, values | self._described(), indent=1)
-        self.remove_weights()
         return None
+
+    def score(self, epochs: float) -> float | None:
+        """Returns the score of a length, or None if it was not trained to it."""
+        found = self.read()["lengths"].get(f"{epochs:g}")
+        return None if found is None else float(found["score"])
 
     def read(self) -> dict[str, Any]:
         """Returns the contents of its record. Raises UserError if it is of another table or of other settings."""
@@ -96,13 +102,7 @@ class SearchTrial(Trial):
 
     def is_complete(self) -> bool:
         values = self.read()
-        complete = "diverged" in values or all(f"{epochs:g}" in values["lengths"] for epochs in self.lengths)
-        if complete:
-            self.remove_weights()  # a kill may have left them
-        return complete
-
-    def remove_weights(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        return "diverged" in values or all(f"{epochs:g}" in values["lengths"] for epochs in self.lengths)
 
     def of_length(self, epochs: float) -> SearchTrial:
         assert self.choice is not None
@@ -119,7 +119,7 @@ class SearchTrial(Trial):
 
     def _identity(self, num_train: int) -> dict[str, Any]:
         names = (*fields_marked(TrainConfig, "identifies_trial"), "optimizer", "val_by", "val_fraction")
-        config = to_json(self.of_length(self.lengths[0]).config(num_train))
+        config = to_json(self.of_length(_search(self.sweep).epochs[0]).config(num_train))
         found = {"data": data_name(self.data), **{name: config[name] for name in names}}
         return dict(json.loads(json.dumps(public(found))))
 
@@ -145,9 +145,9 @@ class ArmSearch:
     choice: Choice
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the trials, the choice, and the expected best score of k of the trials, for k = 1 to all."""
+        """Returns the trials, the choice, and the expected best score of k of the trials at the shortest length, for k = 1 to all."""
         trials = [{name: value for name, value in trial.items() if name != "config"} for trial in self.trials]
-        scores = [max((each["score"] for each in trial["lengths"].values()), default=0.0) for trial in trials]
+        scores = [next((each["score"] for each in trial["lengths"].values()), 0.0) for trial in trials]
         chosen = asdict(self.choice)
         chosen["settings"] = {
             name: chosen["settings"][name] for name in trials[0]["settings"]
@@ -159,10 +159,9 @@ def run_search(sweep: Table, arms: Sequence[str], data: str, out: Path, jobs: in
     """Runs the trials that the searches of the arms lack, and writes search.json. Returns the failed ones with their reasons."""
     (out / FOLDER).mkdir(exist_ok=True)
     failures: list[str] = []
-    tried: list[Path] = []
-    for _ in ("on all pairs", "on fractions, with the settings chosen on all"):
-        trials = [trial for trial in missing_trials(sweep, arms, data, out) if trial.folder not in tried]
-        tried += [trial.folder for trial in trials]
+    tried: list[SearchTrial] = []
+    while trials := [trial for trial in missing_trials(sweep, arms, data, out) if trial not in tried]:
+        tried += trials
         failures += run_trials(trials, jobs)
     values = {arm: found.to_json() for arm, found in searches(sweep, data, out).items()}
     write_json(out / RESULT, {"search": asdict(_search(sweep)), "arms": values}, indent=1)
@@ -170,29 +169,34 @@ def run_search(sweep: Table, arms: Sequence[str], data: str, out: Path, jobs: in
 
 
 def missing_trials(sweep: Table, arms: Sequence[str], data: str, out: Path) -> list[SearchTrial]:
-    """Returns the trials to run now for the searches of the arms: first those on all pairs."""
+    """Returns the trials to run now for the searches of the arms: of every arm, those of the shortest length that is not complete.
+
+    Removes the weights of the trials that are not extended.
+    """
     found = searches(sweep, data, out)
     arms = [sweep.arms[arm].weights_of or arm for arm in arms]
-    trials = [
-        trial
-        for arm in dict.fromkeys([*map(sweep.whole, arms), *arms])
-        for trial in _trials(sweep, arm, data, out, found)
-        if not trial.is_complete()
-    ]
-    return sorted(trials, key=lambda trial: trial.number)
+    missing: list[SearchTrial] = []
+    for arm in dict.fromkeys([*map(sweep.whole, arms), *arms]):
+        drawn = _drawn(sweep, arm, data, out, found)
+        current = [] if arm in found else _current(drawn)
+        for trial in drawn:
+            if trial.number not in [each.number for each in current]:
+                shutil.rmtree(trial.folder, ignore_errors=True)
+        missing += [trial for trial in current if not trial.is_complete()]
+    return sorted(missing, key=lambda trial: trial.number)
 
 
 def searches(sweep: Table, data: str, out: Path) -> dict[str, ArmSearch]:
     """Returns the search of every arm whose trials are complete, in the order of the arms."""
     found: dict[str, ArmSearch] = {}
     for arm in sorted(sweep.arms, key=lambda name: sweep.whole(name) != name):
-        trials = _trials(sweep, arm, data, out, found)
-        if trials and all(trial.is_complete() for trial in trials):
+        trials = _drawn(sweep, arm, data, out, found)
+        if trials and all(trial.is_complete() for trial in _current(trials)):
             found[arm] = ArmSearch([trial.read() for trial in trials], _best(arm, trials))
     return {arm: found[arm] for arm in sweep.arms if arm in found}
 
 
-def _trials(sweep: Table, arm: str, data: str, out: Path, found: Mapping[str, ArmSearch]) -> list[SearchTrial]:
+def _drawn(sweep: Table, arm: str, data: str, out: Path, found: Mapping[str, ArmSearch]) -> list[SearchTrial]:
     """The trials of an arm's search. None, if it evaluates another arm's weights, or if the settings on all pairs are not chosen yet."""
     search, whole = _search(sweep), sweep.whole(arm)
     if sweep.arms[arm].weights_of or (whole != arm and whole not in found):
@@ -204,6 +208,20 @@ def _trials(sweep: Table, arm: str, data: str, out: Path, found: Mapping[str, Ar
     ]
 
 
+def _current(trials: Sequence[SearchTrial]) -> list[SearchTrial]:
+    """Of all trials of an arm, those that are trained to the shortest length that is not complete, or else to the longest length."""
+    current = list(trials)
+    epochs = _search(current[0].sweep).epochs if current else ()
+    for number, length in enumerate(epochs):
+        if (kept := halved(len(trials), number)) < len(current):
+            if not all(trial.is_complete() for trial in current):
+                break
+            current.sort(key=lambda trial: (-(trial.score(epochs[number - 1]) or -1.0), trial.number))
+            del current[kept:]
+        current = [replace(trial, lengths=(*trial.lengths, length)) for trial in current]
+    return current
+
+
 def _search(sweep: Table) -> Search:
     assert sweep.search is not None
     return sweep.search
@@ -212,10 +230,10 @@ def _search(sweep: Table) -> Search:
 def _best(arm: str, trials: Sequence[SearchTrial]) -> Choice:
     """The settings and the length with the highest score; of equal ones, the shortest of the first trial."""
     scored = [
-        (trial.read()["lengths"][f"{epochs:g}"]["score"], -epochs, -trial.number, trial.of_length(epochs).choice)
+        (value, -epochs, -trial.number, trial.of_length(epochs).choice)
         for trial in trials
-        for epochs in trial.lengths
-        if f"{epochs:g}" in trial.read()["lengths"]
+        for epochs in _search(trial.sweep).epochs
+        if (value := trial.score(epochs)) is not None
     ]
     if not scored:
         raise UserError(

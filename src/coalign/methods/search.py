@@ -32,9 +32,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Search:
-    """Random search of settings and length, with the same draws for every arm."""
+    """Random search of settings and length, with the same draws for every arm.
 
-    epochs: tuple[float, ...]  # lengths to extend each trial to, ascending; they replace the epochs of the table
+    Successive halving (Jamieson & Talwalkar 2016): every trial is trained to the shortest length, and the better half of the trials of a
+    length is extended to the next one.
+    """
+
+    epochs: tuple[float, ...]  # lengths of trials, ascending; they replace the epochs of the table
     trials: int = 12
     seed: int = 0  # of the draws
     lr_factor: tuple[float, float] = (0.25, 4.0)  # drawn log-uniformly, as is the weight decay
@@ -60,6 +64,11 @@ class Choice:
 
     settings: Settings
     epochs: float
+
+
+def halved(trials: int, times: int) -> int:
+    """Returns how many of the trials of the shortest length are extended `times` times."""
+    return math.ceil(trials / 2**times)
 
 
 def crops_matter(config: TrainConfig) -> bool:
