@@ -248,6 +248,8 @@ class TrainConfig:
     # Compute the features of encoders without trained blocks once, for this many random views of each image view and each changed
     # caption, and train on them. 1: the evaluation view. 0: run these encoders in every step.
     feature_views: int = setting(1, valid=at_least(0), identifies_trial=True, on_card=True)
+    # Keep these features in this folder, where other runs on the same pairs find them. None: in the run's folder, until its end.
+    feature_folder: Path | None = setting(None, may_change_on_resume=True)
     image_size: int | None = setting(None, valid=at_least(1), identifies_trial=True, on_card=True)
     """Side of the square input images in pixels. None: the model's."""
     # Maximum number of tokens per caption, start and end tokens included. Longer captions are truncated. None: the text encoder's, of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from coalign.errors import UserError
 from coalign.experiments.benchmark import benchmark
 from coalign.experiments.compare import compare
 from coalign.experiments.demo_examples import evenly_spaced, examples, is_hit, middle_names, same_emoji, search
-from coalign.experiments.trials import Trial, finished, run_trials
+from coalign.experiments.trials import FEATURES, Trial, finished, run_trials
 from coalign.files import write_json
 from coalign.methods import method_class
 from coalign.methods.table import Arm, Table
@@ -110,6 +111,7 @@ def _train(trials: list[Trial], console: Console) -> None:
     console.print(f"Training {names}, {how}; the logs are in {first.out}. If interrupted, run it again to resume.")
     if failures := run_trials(missing, jobs):
         raise UserError(f"{'; '.join(failures)}; the logs are in {first.out}.")
+    shutil.rmtree(first.out / FEATURES, ignore_errors=True)
 
 
 def _emoji_summary(out: Path, source: Source, runs: Mapping[str, Path], comparison: Comparison) -> DemoSummary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from coalign.experiments.launch_script import write_launch
 from coalign.experiments.search import RESULT as SEARCH_RESULT
 from coalign.experiments.search import missing_trials, run_search, searches
 from coalign.experiments.tables import table
-from coalign.experiments.trials import CLASSES, LAUNCH, TAG_ENCODER, Trial, finished, run_trials
+from coalign.experiments.trials import CLASSES, FEATURES, LAUNCH, TAG_ENCODER, Trial, finished, run_trials
 from coalign.files import write_json
 from coalign.methods.table import Table, parts
 from coalign.metric import value_text
@@ -81,6 +82,7 @@ def reproduce(
     bases = [base for arm in chosen if (base := sweep.arms[arm].weights_of) and base not in chosen]
     chosen = list(dict.fromkeys([*bases, *chosen]))
     failures, number = _run(sweep, chosen, seeds, jobs, data, out, tuple(track), console)
+    shutil.rmtree(out / FEATURES, ignore_errors=True)
     done = [trial for trial in _trials(sweep, list(sweep.arms), seeds, data, out) if finished(trial)]
     _print_untracked(done, tracked, console)
     command = _command(name, data, seeds, jobs, arms, track)

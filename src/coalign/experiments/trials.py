@@ -41,6 +41,7 @@ from coalign.workflows.train.train import train
 
 CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder"
 METRICS = "metrics.jsonl"
+FEATURES = "features"  # of locked encoders, which the trials of a table share
 _POLL_SECONDS = 0.5
 _TAIL = 16_384  # bytes, longer than a row of the log
 # Of a finished run, what `train` needs to re-evaluate it; without results and report.
@@ -80,6 +81,7 @@ class Trial:
         config = replace(config, classes=classes, probe=sweep.probe, track=self.track)
         if start := sweep.arms[self.arm].start:
             towers = pretrained_towers(setting for setting in PACKAGES if setting not in start)
+            config = replace(config, feature_folder=self.out / FEATURES)
             fitted = fit_to_start(replace(config, **{"image_size": None} | towers | dict(start)))
             config = replace(fitted, **start)  # what the arm sets is kept
         elif sweep.pretraining_scenes:

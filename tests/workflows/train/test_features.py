@@ -413,6 +413,47 @@ def test_features_of_other_weights_are_computed_again(tmp_path, pairs, model_fil
     assert (out / "features" / "train_images").read_bytes() != before
 
 
+def test_runs_share_the_features_of_a_folder(tmp_path, pairs, model_file, towers, capsys):
+    """The second run runs no tower for them, another start computes its own, and the results are those without sharing."""
+    alone, shared, folder = tmp_path / "alone", tmp_path / "shared", tmp_path / "features"
+    assert go(pairs, alone, model_file, epochs=2, evals=0) == 0
+    assert not (alone / "features").exists()
+    passed = []
+    for name, seed in (("first", 0), ("shared", 0), ("other", 1)):
+        towers.update(image=0, text=0)
+        options = {"feature_folder": folder, "seed": seed}
+        assert go(pairs, tmp_path / name, model_file, epochs=2, evals=0, **options) == 0
+        passed.append(towers["image"])
+    assert passed[0] == passed[2] > passed[1]
+    assert len([path for path in folder.iterdir() if path.suffix != ".lock"]) == 4
+    assert "computed again" not in capsys.readouterr().out
+    assert_equal_runs(alone, shared)
+
+
+def test_runs_that_need_the_same_features_at_once_wait_for_each_other(tmp_path, pairs, model_file):
+    args = tiny.train_args(
+        pairs, tmp_path / "run", model_file, **LOCKED, feature_folder=tmp_path / "features", epochs=1
+    )
+    place = args.index(str(tmp_path / "run"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{COMMAND}\nraise SystemExit(main(sys.argv[1:]))", *args[:place], str(out), *args[place + 1 :]],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for out in (tmp_path / "run", tmp_path / "second")
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("are computed once" in output for output in outputs) == 1
+    assert_equal_runs(tmp_path / "run", tmp_path / "second")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, pairs, model_file, capsys):
+    (tmp_path / "file").write_text("")
+    assert go(pairs, tmp_path / "run", model_file, feature_folder=tmp_path / "file" / "features", epochs=1) == 2
+    assert "choose another --feature-folder" in tiny.error_line(capsys)
+
+
 def test_features_of_other_evaluation_views_are_computed_again(tmp_path, pairs, model_file, monkeypatch, capsys):
     """Such as those that an older version of coalign made."""
     with monkeypatch.context() as patch:

@@ -55,7 +55,7 @@ class FeatureFile:
             if (missing := self.num_bytes - shutil.disk_usage(self.path.parent).free) > 0:
                 raise UserError(
                     f"The features in {self.path} take {data_size(self.num_bytes)}, {data_size(missing)} more than the disk has free; "
-                    "free some space, or choose another folder with --out."
+                    "free some space, or choose another folder with --feature-folder."
                 )
             write_atomically(self.path, lambda temporary: self._create(temporary, key))
         except OSError as error:

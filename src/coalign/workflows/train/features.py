@@ -6,12 +6,12 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer, pad
 from coalign.errors import BadSample, UserError
 from coalign.formatting import data_size, duration
+from coalign.locks import lock
 from coalign.method import Method
 from coalign.networks.towers.spec import Tower
 from coalign.progress import progress
@@ -82,16 +83,17 @@ class _Pass:
 
 
 class RunFeatures:
-    """The cached features of a run, in its folder.
+    """The cached features of a run, in its folder, or in one that runs share.
 
     Attributes:
         towers: The locked towers whose features are cached, by name.
-        folder: The folder of the files. It is deleted when the run has ended.
+        folder: The folder of the files. That of the run is deleted when the run has ended.
     """
 
     def __init__(self, method: Method, config: TrainConfig, tokenizer: Tokenizer, out: Path, world: World) -> None:
         self.method, self.config, self.tokenizer, self.world = method, config, tokenizer, world
-        self.folder = out / "features"
+        self.is_shared = config.feature_folder is not None
+        self.folder = config.feature_folder or out / "features"
         locked = locked_towers(method)
         if not locked and config.feature_views > 1:
             raise UserError(
@@ -204,25 +206,58 @@ class RunFeatures:
         self.method.eval()
         autocast, device = autocast_dtype(self.config.precision, self.world.device), self.world.device.type
         with torch.no_grad(), unsharded(self.method), torch.autocast(device, autocast, enabled=autocast is not None):
-            missing = self._prepare(console)
-            if any(missing) and self.world.is_first:
-                seconds = self._estimate(missing)
-                time_words = f" Computing them takes about {duration(seconds)}." if seconds >= 1 else ""
-                console.print(self.announcement(missing) + time_words)
-            for each, chunks in zip(self._passes, missing):
-                with progress(f"Features of {each.name}") as task:
-                    task.update(each.file.num_complete(), each.file.rows)
-                    for rows, loaded in self._load(each, chunks[self.world.rank :: self.world.size], workers):
-                        each.file.write(rows.start, *each.encode(loaded))
-                        task.update(each.file.num_complete())
-            self.world.barrier()
+            keys = [each.key() for each in self._passes]  # on all processes, which gather sharded weights
+            if self.is_shared:  # beside the files of other weights, pairs and views
+                digests = self.world.broadcast([_digest(sorted(key.items())) for key in keys])
+                for each, digest in zip(self._passes, digests):
+                    each.file.path = self.folder / f"{each.name}-{digest}"
+            with self._alone(console):
+                self._compute(self._prepare(keys, console), console, workers)
         for samples in self._samples:  # from now on, their captions are rows of a file
             samples.captions, samples.paraphrases = [], {}
 
-    def _prepare(self, console: Console) -> list[list[slice]]:
+    def _compute(self, missing: list[list[slice]], console: Console, workers: int) -> None:
+        """Computes the chunks that are missing in each file."""
+        if any(missing) and self.world.is_first:
+            seconds = self._estimate(missing)
+            time_words = f" Computing them takes about {duration(seconds)}." if seconds >= 1 else ""
+            console.print(self.announcement(missing) + time_words)
+        for each, chunks in zip(self._passes, missing):
+            with progress(f"Features of {each.name}") as task:
+                task.update(each.file.num_complete(), each.file.rows)
+                for rows, loaded in self._load(each, chunks[self.world.rank :: self.world.size], workers):
+                    each.file.write(rows.start, *each.encode(loaded))
+                    task.update(each.file.num_complete())
+        self.world.barrier()
+
+    @contextmanager
+    def _alone(self, console: Console) -> Iterator[None]:
+        """Context in which no other run writes to the files, if runs share them."""
+        with ExitStack() as locks:
+            if self.is_shared and self.world.is_first:
+                for path in sorted(each.file.path for each in self._passes):
+                    self._lock(locks.enter_context(self._lock_file(path)), console)
+            yield
+
+    def _lock_file(self, path: Path) -> IO[str]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return open(path.with_suffix(".lock"), "w")
+        except OSError as error:
+            raise UserError(
+                f"The features cannot be written to {self.folder} ({error.strerror}); choose another --feature-folder."
+            ) from error
+
+    def _lock(self, file: IO[str], console: Console) -> None:
+        try:
+            lock(file, wait=False)
+        except BlockingIOError:
+            console.print(f"Waiting for another run, which computes the same features in {self.folder} …")
+            lock(file, wait=True)
+
+    def _prepare(self, keys: list[dict[str, str]], console: Console) -> list[list[slice]]:
         """Creates the files. Returns the missing chunks of each."""
         failure = None
-        keys = [each.key() for each in self._passes]  # on all processes, which gather sharded weights
         try:
             for each, key in zip(self._passes, keys) if self.world.is_first else ():
                 if replaced := each.file.prepare(key):
@@ -344,8 +379,8 @@ class RunFeatures:
         return replace(batch, images=images, texts=texts)
 
     def remove(self) -> None:
-        """Deletes the files, from the first process."""
-        if self.world.is_first:
+        """Deletes the files from the first process, unless runs share them."""
+        if self.world.is_first and not self.is_shared:
             rmtree(self.folder, ignore_errors=True)
 
 
