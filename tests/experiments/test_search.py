@@ -253,7 +253,7 @@ def test_locked_arms_draw_no_crop_and_have_the_lengths_of_the_search(monkeypatch
     sweep = tables.TABLES["headline-emoji-concepts"]
     drawn = sweep.search.draws()[0]
     for arm, pairs, epochs in (("locked", 4000, 40), ("locked, 12.5 %", 500, 40 * 31 / 3)):
-        config = Trial(sweep, arm, 0, "emoji", tmp_path, Choice(drawn, 40)).config(pairs)
+        config = Trial(sweep, arm, 0, "emoji", tmp_path, Choice(drawn, 40, 20)).config(pairs)
         assert config.epochs == pytest.approx(epochs)
         assert config.optimizer.lr == pytest.approx(1e-3 * drawn.lr_factor)
         assert config.optimizer.warmup_steps == round(0.1 * 20 * 31)

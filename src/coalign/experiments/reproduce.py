@@ -110,15 +110,13 @@ def _trials(
     sweep: Table, arms: Sequence[str], seeds: int, data: str, out: Path, track: tuple[str, ...] = ()
 ) -> list[Trial]:
     """The trials of the arms; of a table with a search, those whose settings are chosen."""
-    if sweep.search is None:
-        return [Trial(sweep, arm, seed, data, out, track=track) for seed in range(seeds) for arm in arms]
-    found = searches(sweep, data, out)
-    searched = {arm: sweep.arms[arm].weights_of or arm for arm in arms}
+    trained = {arm: sweep.arms[arm].weights_of or arm for arm in arms}
+    choices = {arm: sweep.arms[of].choice for arm, of in trained.items()}
+    if sweep.search is not None:
+        found = searches(sweep, data, out)
+        choices = {arm: found[of].choice for arm, of in trained.items() if of in found}
     return [
-        Trial(sweep, arm, seed, data, out, found[base].choice, track)
-        for seed in range(seeds)
-        for arm, base in searched.items()
-        if base in found
+        Trial(sweep, arm, seed, data, out, choice, track) for seed in range(seeds) for arm, choice in choices.items()
     ]
 
 

@@ -202,8 +202,9 @@ def _drawn(sweep: Table, arm: str, data: str, out: Path, found: Mapping[str, Arm
     if sweep.arms[arm].weights_of or (whole != arm and whole not in found):
         return []
     drawn = search.draws() if whole == arm else [found[whole].choice.settings]
+    shortest = search.epochs[0]
     return [
-        SearchTrial(sweep, arm, SEED + number, data, out, Choice(settings, search.epochs[0]), number=number)
+        SearchTrial(sweep, arm, SEED + number, data, out, Choice(settings, shortest, shortest), number=number)
         for number, settings in enumerate(drawn)
     ]
 

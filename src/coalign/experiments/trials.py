@@ -57,7 +57,7 @@ class Trial:
     seed: int
     data: str
     out: Path  # the table's folder
-    choice: Choice | None = None  # of the table's search
+    choice: Choice | None = None  # of the table's search, or of the arm
     track: tuple[str, ...] = ()  # as in `TrainConfig`
 
     @property
@@ -86,10 +86,9 @@ class Trial:
             config = replace(fitted, **start)  # what the arm sets is kept
         elif sweep.pretraining_scenes:
             config = replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
-        if self.choice is None or sweep.search is None:
+        if self.choice is None:
             return config
-        # as long as the warm-up of the shortest run of the search, from which the others were extended
-        shortest = replace(config, epochs=epochs * sweep.search.epochs[0] / self.choice.epochs)
+        shortest = replace(config, epochs=epochs * self.choice.shortest / self.choice.epochs)
         warmup = config.optimizer.num_warmup_steps(num_steps(shortest, num_pairs))
         config = with_settings(replace(config, epochs=epochs), self.choice.settings)
         return replace(config, optimizer=replace(config.optimizer, warmup_steps=warmup))

@@ -60,10 +60,17 @@ class Search:
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings and length of a run, such as the best ones of a search."""
+    """Settings and length of a run, such as the best ones of a search.
+
+    Attributes:
+        settings: What the search drew.
+        epochs: The length.
+        shortest: The shortest length of the search. Longer runs have its warm-up, as they were extended from it.
+    """
 
     settings: Settings
     epochs: float
+    shortest: float
 
 
 def halved(trials: int, times: int) -> int:
