@@ -47,11 +47,16 @@ SPLIT_TEXTS = {
     "combinations": "*Combinations*: 2,000 scenes with held-out combinations of shapes and colors (the compositional split).",
     "shifted": f"*Shifted*: 2,000 scenes under distribution shift: {SHIFT}.",
 }
-OTHER_VENDOR = "the same 1,918 emoji as drawn by another vendor, OpenMoji"
+# the name of the data in results/ -> its test split, if it is not TEST_IMAGES
+OTHER_TESTS = {
+    "emoji.jsonl": "the same 1,918 emoji as drawn by another vendor, OpenMoji",
+    "concepts.jsonl": "902 drawings of 451 emoji that are in no training pair",
+}
 # the name of the data in results/ -> what it is, and its --data
 DATA = {
     "oca96": ("Open Clip Art", "data/openclipart"),
     "emoji.jsonl": ("emoji of one vendor, Twemoji", "data/emoji/emoji.jsonl"),
+    "concepts.jsonl": ("emoji by Twemoji and OpenMoji", "data/emoji/concepts.jsonl"),
     "style-shift.jsonl": ("two styles of Open Clip Art", "data/openclipart/style-shift.jsonl"),
     "scenes:8192:hard": ("synthetic scenes with hard captions", "scenes:8192:hard"),
     "tune.jsonl": ("Open Clip Art, without the pairs that the other tables hold out", "data/openclipart/tune.jsonl"),
@@ -103,7 +108,7 @@ def setup(values: Values) -> list[str]:
     seeds = f"{counts[0]} {'seed' if counts[0] == 1 else 'seeds'} per row{fewer}"
     models = {METHODS[each["method"]]: each["settings"].get("model", settings["model"]) for each in groups}
     others = "".join(f" ({name}: `{model}`)" for name, model in models.items() if model != settings["model"])
-    texts = SPLIT_TEXTS | ({"test": f"*Test*: {OTHER_VENDOR}."} if settings["data"] == "emoji.jsonl" else {})
+    texts = SPLIT_TEXTS | {"test": f"*Test*: {OTHER_TESTS.get(settings['data'], TEST_IMAGES)}."}
     splits = " ".join(texts[split] for split in sweep.test_splits)
     pretraining = f"All arms start from the same image encoder, pretrained on the tags of {sweep.pretraining_scenes:,} other scenes."
     untrained = [name for name in sweep.arms if name not in {each["name"] for each in groups}]

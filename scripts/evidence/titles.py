@@ -6,6 +6,7 @@ INDEX = "Evidence"
 COMPARISONS = {
     "pretrained-openclipart": "Pretrained encoders on Open Clip Art",
     "pretrained-emoji": "Pretrained encoders on emoji",
+    "pretrained-emoji-concepts": "Pretrained encoders on unseen emoji",
     "two-towers-openclipart": "Five methods on Open Clip Art",
     "style-shift-openclipart": "Style shift",
     "fractions-openclipart": "Fewer pairs: Open Clip Art",

@@ -220,10 +220,17 @@ TABLES: dict[str, Table] = {
         # the split is a stable hash: on data without the tenth that the other tables hold out, 0.2 holds out the next tenth
         val_fraction=0.2,
     ),
-    "pretrained-openclipart": _pretrained_towers("Open Clip Art", ("locked", "locked, 160 pixels")),
+    "pretrained-openclipart": _pretrained_towers("Open Clip Art", ("locked", "locked, 160 pixels", "locked, GLU")),
     "pretrained-emoji": _pretrained_towers(
         "emoji of one vendor, evaluated on another's",
         [name for name in _STARTS if name != "locked, 160 pixels"],
+        test_splits=("test",),
+        headline_metrics=("retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10"),
+    ),
+    "pretrained-emoji-concepts": _pretrained_towers(
+        "emoji, evaluated on emoji that are in no training pair",
+        ("locked", "locked, GLU"),
+        val_by="concept",
         test_splits=("test",),
         headline_metrics=("retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10"),
     ),
