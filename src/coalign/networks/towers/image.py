@@ -74,6 +74,8 @@ class ImageTower(Tower):
         """
         if pixels.ndim == 2:
             return ImageFeatures(pixels, None)
+        if pixels.device.type != "mps":  # convolutions are faster, also where the weights are in the other format
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         trunk, x = self.trunk, self.normalize(pixels)
         if not isinstance(trunk, VisionTransformer) or not is_plain(trunk.transformer):
             return _trunk_features(trunk, x, with_patches)
