@@ -36,25 +36,24 @@ class Packing:
     # per group: indices of its tokens in the padded [size · longest], int64; None if it has no padding
     slots: list[Tensor | None]
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, heads: int, causal: bool) -> Tensor:
+    def attend(self, projected: Tensor, queries: Tensor | None, heads: int, causal: bool) -> Tensor:
         """Softmax attention within each sequence.
 
-        keys, values [tokens, width]; queries [tokens, width], or one query per sequence, [sequences, width], which attends to the whole
-        sequence. Returns [queries, width].
+        `projected`, [tokens, 3 · width], has the queries, keys and values of all tokens. With `queries`, [sequences, width], one per
+        sequence, which attends to the whole sequence, it has keys and values only, [tokens, 2 · width]. Returns [queries, width].
         """
-        all_tokens = len(queries) == len(keys)
-        token, sequence, outputs = 0, 0, []
-        for group, slots in zip(self.groups, self.slots):
-            tokens = slice(token, token + group.num_tokens)
-            rows = tokens if all_tokens else slice(sequence, sequence + group.size)
-            k, v = (_split_heads(_pad(x[tokens], group, slots), heads) for x in (keys, values))
-            q = _pad(queries[rows], group, slots) if all_tokens else queries[rows].unsqueeze(1)
-            is_causal = causal and all_tokens  # the causal mask then also hides the padding
+        parts = _split(projected, [group.num_tokens for group in self.groups])
+        rows = [None] * len(parts) if queries is None else _split(queries, [group.size for group in self.groups])
+        outputs = []
+        for group, slots, part, own in zip(self.groups, self.slots, parts, rows):
+            padded = _pad(part, group, slots)  # at once, as each padding is a pass over memory
+            projections = padded.chunk(3, dim=-1) if own is None else (own.unsqueeze(1), *padded.chunk(2, dim=-1))
+            q, k, v = (_split_heads(each, heads) for each in projections)
+            is_causal = causal and own is None  # the causal mask then also hides the padding
             mask = None if slots is None or is_causal else _valid(group, slots)
-            x = _attention(_split_heads(q, heads), k, v, mask, is_causal)
+            x = _attention(q, k, v, mask, is_causal)
             x = x.transpose(1, 2).flatten(2).flatten(0, 1)  # [size · (longest or 1), width]
-            outputs.append(x.index_select(0, slots) if all_tokens and slots is not None else x)
-            token, sequence = tokens.stop, sequence + group.size
+            outputs.append(x.index_select(0, slots) if own is None and slots is not None else x)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -115,8 +114,8 @@ def run_padded_blocks(transformer: Transformer, x: Tensor, mask: Tensor | None =
     """Runs padded sequences [batch, token, width] through the blocks, for graphs, which cannot pack. `mask`, bool, broadcasts to
     [batch, heads, query, key] and is true where a query attends."""
 
-    def attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-        q, k, v = (_split_heads(x, heads) for x in (queries, keys, values))
+    def attend(projected: Tensor, _: None, heads: int) -> Tensor:
+        q, k, v = (_split_heads(each, heads) for each in projected.chunk(3, dim=-1))
         return _attention(q, k, v, mask, causal=False).transpose(1, 2).flatten(2)
 
     for block in transformer.resblocks:
@@ -136,19 +135,19 @@ def _block(
     read: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`attend`: queries, keys, values [..., width] and the number of heads -> [..., width]."""
+    """`attend` has the arguments of `Packing.attend`: projections, queries and the number of heads."""
     if dropout and block.training:
         x = F.dropout(x, dropout)
     attention = block.attn
     weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, x.shape[-1]
     normed = block.ln_1(x)
     if read is None:
-        queries, keys, values = F.linear(normed, weight, bias).split(width, dim=-1)
+        projected, queries = F.linear(normed, weight, bias), None
     else:
+        projected = F.linear(normed, weight[width:], bias[width:])
         queries = F.linear(normed.index_select(0, read), weight[:width], bias[:width])
-        keys, values = F.linear(normed, weight[width:], bias[width:]).split(width, dim=-1)
         x = x.index_select(0, read)
-    x = x + block.ls_1(attention.out_proj(attend(queries, keys, values, attention.num_heads)))
+    x = x + block.ls_1(attention.out_proj(attend(projected, queries, attention.num_heads)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
@@ -166,10 +165,15 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
 
 
+def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Returns consecutive parts of the rows."""
+    return x.split(sizes) if len(sizes) > 1 else [x]  # split copies the gradient, even of a single part
+
+
 def _pad(x: Tensor, group: LengthGroup, slots: Tensor | None) -> Tensor:
     """[num_tokens, width] -> [size, longest, width]."""
     if slots is not None:
-        x = x.new_zeros(group.size * group.longest, x.shape[1]).index_copy(0, slots, x)
+        x = x.new_zeros(group.size * group.longest, x.shape[1]).index_copy_(0, slots, x)
     return x.unflatten(0, (group.size, group.longest))
 
 
