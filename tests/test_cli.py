@@ -59,7 +59,7 @@ def test_every_command_has_help_and_is_listed(helps):
 OPTIONS = {
     "train": "data out recipe resume dry-run device model pretrained image-tower text-tower init-from image-size context-length "
     "tokenizer batch-size micro-batch epochs optimizer lr start-lr final-lr warmup-fraction warmup-steps weight-decay betas eps "
-    "momentum max-grad-norm "
+    "momentum max-grad-norm test-fraction "
     "precision compile batch-norm-group seed workers val-fraction val-data classes evals patience save-every max-bad-fraction "
     "max-non-finite probe train-fraction unpaired-captions val-by captions-from prompts skip-data-checks group-column "
     "gradient-checkpointing group-look-alikes image-cache device-views temperature max-logit-scale multi-positive",

@@ -294,6 +294,8 @@ class TrainConfig:
     """How the data is read."""
     val_fraction: float = setting(0.05, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
     """Fraction of the pairs to hold out for validation if the dataset has no validation split."""
+    test_fraction: float = setting(0.0, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
+    """Fraction of the pairs to hold out as the split `test` if the dataset has none. They are evaluated with --test-splits test."""
     val_by: str | None = setting(None)
     """Split by this column of the dataset, such as author or site: pairs with the same value stay in the same split."""
     group_look_alikes: bool = setting(True)

@@ -117,6 +117,52 @@ def test_boilerplate_goes_to_train_and_val_keeps_its_fraction() -> None:
     assert np.std(fractions) > 0  # splits depend on the seed
 
 
+def test_a_test_split_is_held_out_besides_val() -> None:
+    """No caption and no image is on two sides; every sample is on one; both have their fraction; samples that come later move none."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"k{i}", [f"caption {rng.integers(6000)}", f"more {i}"], f"image {rng.integers(8000)}".encode())
+        for i in range(4000)
+    ]
+    source = Memory(rows)
+    parts, counts = assign_splits(source, val_fraction=0.1, test_fraction=0.1)
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(4000))
+    assert {name: counts[name] for name in parts} == {name: len(indices) for name, indices in parts.items()}
+    assert len(parts["test"]) == pytest.approx(400, abs=100)
+    assert len(parts["val"]) == pytest.approx(360, abs=100)
+    seen: dict = {}
+    for name, indices in parts.items():
+        for index in indices:
+            for value in (*rows[index][1], rows[index][2]):
+                assert seen.setdefault(value, name) == name
+    without, _ = assign_splits(source, val_fraction=0.1)
+    assert set(parts["val"]) <= set(without["val"])  # the hash of val is the same with and without test
+    later, _ = assign_splits(Memory([*plain(500, "new"), *rows]), val_fraction=0.1, test_fraction=0.1)
+    for name, indices in parts.items():
+        assert set(indices + 500) <= set(later[name])
+
+
+def test_a_test_split_of_the_data_is_kept() -> None:
+    own = {"train": np.arange(300), "test": np.arange(300, 400)}
+    parts, _ = assign_splits(Memory(plain(400), splits=own), val_fraction=0.1, test_fraction=0.3)
+    assert parts["test"].tolist() == list(range(300, 400))
+    assert sorted([*parts["train"], *parts["val"]]) == list(range(300))
+    own = {"train": np.arange(300), "val": np.arange(300, 400)}
+    parts, counts = assign_splits(Memory(plain(400), splits=own), test_fraction=0.2)
+    assert parts["val"].tolist() == list(range(300, 400))
+    assert sorted([*parts["train"], *parts["test"]]) == list(range(300))
+    assert 30 < counts["test"] < 90
+    only = {"val": np.arange(400)}
+    assert assign_splits(Memory(plain(400), splits=only), test_fraction=0.2)[0].keys() == {"val"}
+
+
+def test_the_test_split_has_every_class_that_can_be_divided() -> None:
+    rows = [(f"k{i}", [f"class {i % 7}"], f"image {i}".encode()) for i in range(140)]
+    parts, _ = assign_splits(Memory(rows), val_fraction=0.1, test_fraction=0.1)
+    for indices in parts.values():
+        assert {int(i) % 7 for i in indices} == set(range(7))
+
+
 def test_groups_are_as_frequent_in_val_as_single_samples() -> None:
     rows = [(f"k{i}", [f"caption {i // 3}"], f"image {i}".encode()) for i in range(12_000)]
     parts, counts = assign_splits(Memory(rows), val_fraction=0.1)
@@ -252,8 +298,8 @@ def test_shard_splits_match_other_sources_and_ignore_location(tmp_path: Path) ->
 def test_the_split_of_shards_is_cached(tmp_path: Path, monkeypatch) -> None:
     """It is drawn again if a shard or the fraction changes."""
     drawn = []
-    real = splits_module._draw_val
-    monkeypatch.setattr(splits_module, "_draw_val", lambda *args: drawn.append(args) or real(*args))
+    real = splits_module._draw
+    monkeypatch.setattr(splits_module, "_draw", lambda *args: drawn.append(args) or real(*args))
     path = write_tar(
         tmp_path / "a.tar", [(f"{i}.{kind}", f"{i}".encode()) for i in range(60) for kind in ("jpg", "txt")]
     )

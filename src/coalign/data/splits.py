@@ -33,19 +33,22 @@ def assign_splits(
     by: str | None = None,
     group: str | None = None,
     look_alikes: bool = True,
+    test_fraction: float = 0.0,
 ) -> tuple[Splits, dict[str, int]]:
     """Returns the source's own splits; if it has no val split, holds one out of train (or of all samples) by a stable hash.
+
+    With a `test_fraction`, a source without a test split gets one likewise; val is then held out of the rest.
 
     Samples that share a caption, an identical image file or a value in the column `group`, and with `look_alikes` also those with
     near-duplicate images, form a group, transitively. Each group is assigned as a whole, by the hash of its smallest key. So if data is
     added, a sample changes sides only if the new data
 
     - joins its group with a sample of a smaller key: the group then is on that key's side;
-    - moves its group across the limit of 1 % of the data (or `val_fraction`, with `group`): larger groups, such as pairs with boilerplate
-      captions and long series of look-alikes, go to train;
+    - moves its group across the limit of 1 % of the data (or the fraction to hold out, with `group`): larger groups, such as pairs with
+      boilerplate captions and long series of look-alikes, go to train;
     - changes what is a look-alike: see `look_alike_groups` on groups of more than half of the data, and `MAX_LOOK_ALIKES`.
 
-    Unusable samples go to train. If the hash leaves val empty, val is the group with the lowest hash.
+    Unusable samples go to train. If the hash leaves val or test empty, it is the group with the lowest hash.
 
     Finding look-alikes decodes every image once; the hashes are cached. In data of more than `MAX_LOOK_ALIKES` samples, they are not
     searched for.
@@ -63,35 +66,46 @@ def assign_splits(
     `grouped` (samples in groups of two or more), `unusable`, `look_alikes` (samples with a look-alike, if searched for), and with `by`
     `excluded` (samples in neither split).
     """
-    own: Splits = dict(source.splits or {})
-    if "val" in own or (own and "train" not in own):
+    splits: Splits = dict(source.splits or {})
+    can_hold_out = not splits or "train" in splits
+    fractions = {"test": test_fraction} if can_hold_out and test_fraction > 0 and "test" not in splits else {}
+    if can_hold_out and "val" not in splits:
+        fractions["val"] = val_fraction
+    if "val" not in fractions:
         if by is not None:
             raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
         if group is not None and not any(value for _, value in _column(source, group)):
             raise _no_column(source, "--group-column", group)
-        return own, {name: len(indices) for name, indices in own.items()}
-    pool = own.get("train", _all_indices(source))
-    if look_alikes and len(source) > MAX_LOOK_ALIKES and val_fraction > 0:
-        _log.info("%s has more than %s samples: its splits may share look-alikes", source.name, f"{MAX_LOOK_ALIKES:,}")
-    look_alikes = look_alikes and 0 < len(source) <= MAX_LOOK_ALIKES and val_fraction > 0
-    settings = f"{val_fraction} {seed} {by} stratified"
-    settings += (f" {group}" if group else "") + (f" look-alikes {VERSION}" if look_alikes else "")
-    draw = partial(_draw_val, source, pool, val_fraction, seed, by, group, look_alikes)
-    (in_train, in_val), counts = _cached(source, settings, draw)
-    if excluded := counts.get("excluded"):
-        _log.info(
-            "%s samples of held-out values of %s are left out, as their images are in train too, or look like one there",
-            f"{excluded:,}",
-            by,
-        )
-    splits = own | {"train": pool[in_train], "val": pool[in_val]}
+    counts: dict[str, int] = {}
+    of_test = f" after test {test_fraction}" if "test" in fractions else ""
+    for name, fraction in fractions.items():
+        pool = splits.get("train", _all_indices(source))
+        similar = look_alikes and fraction > 0
+        if similar and len(source) > MAX_LOOK_ALIKES:
+            _log.info(
+                "%s has more than %s samples: its splits may share look-alikes", source.name, f"{MAX_LOOK_ALIKES:,}"
+            )
+        similar = similar and 0 < len(source) <= MAX_LOOK_ALIKES
+        settings = f"{fraction} {seed} {by} stratified"
+        settings += (f" {group}" if group else "") + (f" look-alikes {VERSION}" if similar else "")
+        settings += " test" if name == "test" else of_test
+        # another hash than for val, which is drawn from the rest
+        draw = partial(_draw, source, pool, fraction, seed + (name == "test"), by, group, similar)
+        (in_train, held_out), counts = _cached(source, settings, draw)
+        if excluded := counts.get("excluded"):
+            _log.info(
+                "%s samples of held-out values of %s are left out, as their images are in train too, or look like one there",
+                f"{excluded:,}",
+                by,
+            )
+        splits = splits | {"train": pool[in_train], name: pool[held_out]}
     return splits, {name: len(indices) for name, indices in splits.items()} | counts
 
 
 def run_splits(source: Source, config: TrainConfig) -> Splits:
     """Returns the splits of a run with this configuration."""
-    group = config.reading.group_column
-    return assign_splits(source, config.val_fraction, 0, config.val_by, group, config.group_look_alikes)[0]
+    group, similar = config.reading.group_column, config.group_look_alikes
+    return assign_splits(source, config.val_fraction, 0, config.val_by, group, similar, config.test_fraction)[0]
 
 
 def _all_indices(source: Source) -> np.ndarray:
@@ -99,16 +113,17 @@ def _all_indices(source: Source) -> np.ndarray:
     return np.arange(len(source), dtype=np.uint32 if len(source) < 2**32 else np.int64)
 
 
-def _draw_val(
+def _draw(
     source: Source,
     pool: np.ndarray,
-    val_fraction: float,
+    fraction: float,
     seed: int,
     by: str | None,
     group: str | None,
     look_alikes: bool,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Draws the splits of the samples in `pool`: whether each is in train and in val, bool [2, pool], and counts for a report."""
+    """Draws the fraction of the samples in `pool` to hold out: whether each is in train and is held out, bool [2, pool], and counts for a
+    report."""
     hashes = fingerprints(source)
     is_usable = hashes.caption_counts > 0
     together = [column_labels(source, "--group-column", group)] if group is not None else []
@@ -116,26 +131,26 @@ def _draw_val(
     if look_alikes:
         looks = look_alike_groups(look_hashes(source, np.where(is_usable, hashes.images, np.uint64(0))))
     similar = [] if looks is None else [looks]
-    largest = _LARGE if group is None else max(_LARGE, val_fraction)
+    largest = _LARGE if group is None else max(_LARGE, fraction)
     usable, keys = is_usable[pool], hashes.keys[pool]
     if by is not None:
         groups = _connected(is_usable, [column_labels(source, "--val-by", by), *together])
-        in_val, counts = _val_mask(groups[pool], keys, usable, val_fraction, seed, largest)
+        held_out, counts = _held_out_mask(groups[pool], keys, usable, fraction, seed, largest)
     elif (labels := _labels(source, hashes)) is not None:
         groups = _connected(is_usable, [_numbered(hashes.images), *together, *similar])
-        in_val, counts = _stratified_mask(groups[pool], labels[pool], keys, usable, val_fraction, seed, largest)
+        held_out, counts = _stratified_mask(groups[pool], labels[pool], keys, usable, fraction, seed, largest)
     else:
         groups = _groups(hashes, [*together, *similar])
-        in_val, counts = _val_mask(groups[pool], keys, usable, val_fraction, seed, largest)
-    in_train = ~in_val
+        held_out, counts = _held_out_mask(groups[pool], keys, usable, fraction, seed, largest)
+    in_train = ~held_out
     if by is not None:
         for values in (hashes.images.view(np.int64), *similar):
             own = values[pool]
-            in_val &= ~np.isin(own, own[in_train & usable & (own != -1)])
-        counts["excluded"] = int(np.count_nonzero(~in_train & ~in_val))
+            held_out &= ~np.isin(own, own[in_train & usable & (own != -1)])
+        counts["excluded"] = int(np.count_nonzero(~in_train & ~held_out))
     if looks is not None:
         counts["look_alikes"] = int((np.bincount(looks + 1)[looks + 1] > 1)[looks >= 0].sum())
-    return np.stack([in_train, in_val]), counts
+    return np.stack([in_train, held_out]), counts
 
 
 def _labels(source: Source, hashes: Fingerprints) -> np.ndarray | None:
@@ -229,11 +244,11 @@ def nested_subset(indices: np.ndarray, fraction: float) -> np.ndarray:
     return indices[np.sort(np.argsort(draws, kind="stable")[: max(1, round(fraction * len(indices)))])]
 
 
-def _val_mask(
-    groups: np.ndarray, keys: np.ndarray, usable: np.ndarray, val_fraction: float, seed: int, largest: float
+def _held_out_mask(
+    groups: np.ndarray, keys: np.ndarray, usable: np.ndarray, fraction: float, seed: int, largest: float
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Whether each sample is in val, bool [sample], and counts of groups. Groups above the fraction `largest` of the data are in train."""
-    in_val = np.zeros(len(groups), dtype=bool)
+    """Whether each sample is held out, bool [sample], and counts of groups. Those above the fraction `largest` of the data are in train."""
+    held_out = np.zeros(len(groups), dtype=bool)
     _, group, sizes = np.unique(groups[usable], return_inverse=True, return_counts=True)
     counts = {
         "groups": len(sizes),
@@ -245,11 +260,11 @@ def _val_mask(
     np.minimum.at(smallest, group, keys[usable])
     draws = _uniform(smallest, seed)
     small = sizes <= max(1, largest * len(groups))
-    chosen = small & (draws < val_fraction)
-    if val_fraction > 0 and len(sizes) > 1 and not chosen.any():
+    chosen = small & (draws < fraction)
+    if fraction > 0 and len(sizes) > 1 and not chosen.any():
         chosen[np.lexsort((draws, ~small))[0]] = True
-    in_val[usable] = chosen[group]
-    return in_val, counts
+    held_out[usable] = chosen[group]
+    return held_out, counts
 
 
 def _stratified_mask(
@@ -257,31 +272,32 @@ def _stratified_mask(
     classes: np.ndarray,
     keys: np.ndarray,
     usable: np.ndarray,
-    val_fraction: float,
+    fraction: float,
     seed: int,
     largest: float,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Like `_val_mask`, but every class with two groups or more has one in val and one in train.
+    """Like `_held_out_mask`, but every class with two groups or more has one held out and one in train.
 
-    A group belongs to the class of its smallest key. The hash of that key decides, as in `_val_mask`; a class without a group in val gets
-    the one with the lowest hash, if possible a small one, and one without a group in train the one with the highest.
+    A group belongs to the class of its smallest key. The hash of that key decides, as in `_held_out_mask`; of a class without a held-out
+    group, the one with the lowest hash is held out, if possible a small one; of one without a group in train, that with the highest is in
+    train.
     """
-    in_val = np.zeros(len(groups), dtype=bool)
+    held_out = np.zeros(len(groups), dtype=bool)
     order = np.flatnonzero(usable)[np.argsort(keys[usable], kind="stable")]
     _, first, group, sizes = np.unique(groups[order], return_index=True, return_inverse=True, return_counts=True)
     _, stratum = np.unique(classes[order][first], return_inverse=True)  # of each group
     draws = _uniform(keys[order][first], seed)
     small = sizes <= max(1, largest * len(groups))
-    chosen = small & (draws < val_fraction)
+    chosen = small & (draws < fraction)
     by_draw = np.lexsort((draws, ~small, stratum))
     starts = np.flatnonzero(np.diff(stratum[by_draw], prepend=-1))
     lowest, highest = by_draw[starts], by_draw[np.append(starts[1:], len(by_draw))[: len(starts)] - 1]
     divisible = lowest != highest
-    if val_fraction > 0:
+    if fraction > 0:
         chosen[lowest[divisible]] = True
         chosen[highest[divisible]] = False
         chosen[lowest[~divisible]] = False  # its class would never be trained on
-    in_val[order] = chosen[group]
+    held_out[order] = chosen[group]
     counts = {
         "groups": len(sizes),
         "largest_group": int(sizes.max(initial=0)),
@@ -289,7 +305,7 @@ def _stratified_mask(
         "unusable": int(np.count_nonzero(~usable)),
         "classes": len(starts),
     }
-    return in_val, counts
+    return held_out, counts
 
 
 def _uniform(keys: np.ndarray, seed: int) -> np.ndarray:

@@ -63,12 +63,11 @@ def select_split(source: Source, data: str, run: Origin | None, split: str | Non
     if split == "all":
         return "all", all_indices
     source_splits = source.splits
-    if run is not None and is_trained_on(run, data) and split in (None, "train", "val") and run.config.val_data is None:
-        splits = run_splits(source, run.config)
-        if (
-            not isinstance(run, SavedConfig) or len(splits["val"]) == run.num_val
-        ):  # else it is other data of the same name
-            return split or "val", splits[split or "val"]
+    if run is not None and is_trained_on(run, data) and run.config.val_data is None:
+        splits, name = run_splits(source, run.config), split or "val"
+        # else it is other data of the same name
+        if name in splits and (not isinstance(run, SavedConfig) or len(splits["val"]) == run.num_val):
+            return name, splits[name]
     if split is None:
         split = next((name for name in ("test", "val") if source_splits and len(source_splits.get(name, ()))), None)
         return (split, source_splits[split]) if source_splits and split else ("all", all_indices)

@@ -14,7 +14,7 @@ import torch
 from coalign.config import NOMINAL_PAIRS, TrainConfig, flatten, to_json
 from coalign.cores import num_cores
 from coalign.data.loading.train import check_batch_size
-from coalign.data.sources.base import Source
+from coalign.data.sources.base import Source, Splits
 from coalign.data.sources.labeled import label_by_captions
 from coalign.data.sources.mixture import Mixture
 from coalign.data.sources.open import open_source
@@ -77,13 +77,12 @@ def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
     if config.val_data:
         val_source = label_by_captions(open_source(config.val_data, reading=config.reading))
         val = (val_source.splits or {}).get("val", np.arange(len(val_source)))
-        pairs = TrainingData(
-            source, _splits(data, source, replace(config, val_fraction=0.0, val_by=None))["train"], val_source, val
-        )
+        splits = _splits(data, source, replace(config, val_fraction=0.0, val_by=None))
+        pairs = TrainingData(source, splits["train"], val_source, val)
     else:
         splits = _splits(data, source, config)
         pairs = TrainingData(source, splits["train"], source, splits["val"])
-    pairs.test_splits = _test_splits(data, source, config.test_splits)
+    pairs.test_splits = _test_splits(data, splits, config.test_splits)
     parts = [nested_subset(pairs.train, config.train_fraction)]
     if config.unpaired_captions:
         texts = UnpairedCaptions(source, pairs.train, parts[0])
@@ -141,7 +140,7 @@ def fingerprint(pairs: TrainingData) -> str:
     return f"{stable_hash(*seen):016x}"
 
 
-def _splits(data: str, source: Source, config: TrainConfig) -> dict[str, np.ndarray]:
+def _splits(data: str, source: Source, config: TrainConfig) -> Splits:
     splits = dict(run_splits(source, config))
     if "train" not in splits:
         raise UserError(
@@ -150,8 +149,7 @@ def _splits(data: str, source: Source, config: TrainConfig) -> dict[str, np.ndar
     return {"val": np.arange(0), **splits}
 
 
-def _test_splits(data: str, source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
-    splits = source.splits or {}
+def _test_splits(data: str, splits: Splits, names: Sequence[str]) -> dict[str, np.ndarray]:
     for name in names:
         if name in ("train", "val") or len(splits.get(name, ())) < 2:
             known = [split for split in splits if split not in ("train", "val") and len(splits[split]) > 1]

@@ -127,8 +127,8 @@ def evaluate_held_out(
 
     On the validation pairs, if there are at least two: "retrieval"; "foils", if the data has them; and, if `config.classes` is set or the
     captions are class labels, "zeroshot" and (with `config.probe`) "probe", which is trained on the training pairs. On each test split
-    NAME: "retrieval_NAME". If some of the pairs of a retrieval task have look-alikes in training, also "TASK_without_look_alikes", on the
-    others.
+    NAME: "retrieval_NAME" and, if the captions are class labels, "zeroshot_NAME". If some of the pairs of a retrieval task have look-alikes
+    in training, also "TASK_without_look_alikes", on the others.
     """
     encoder = dual_encoder(method, tokenizer, name)
     device = next(method.parameters()).device
@@ -165,9 +165,10 @@ def evaluate_held_out(
             results[task.name] = HeldOutResult(pairs.val_source, task.load()(held_out))
         without_look_alikes("retrieval", "Without look-alikes", pairs.val_source, pairs.val)
     for split, indices in pairs.test_splits.items():
-        result = TASKS["retrieval"].load()(context(pairs.source, indices))
         title = split.replace("_", " ").capitalize()
-        result.metrics = [metric.prefixed(title) for metric in result.metrics]
-        results[f"retrieval_{split}"] = HeldOutResult(pairs.source, result, split)
+        for kind in ("retrieval", *(["zeroshot"] if pairs.source.classes is not None else [])):
+            result = TASKS[kind].load()(context(pairs.source, indices))
+            result.metrics = [metric.prefixed(title) for metric in result.metrics]
+            results[f"{kind}_{split}"] = HeldOutResult(pairs.source, result, split)
         without_look_alikes(f"retrieval_{split}", f"{title} without look-alikes", pairs.source, indices)
     return results
