@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from scipy.special import ndtr, ndtri
 
 from coalign.errors import UserError
+from coalign.evaluation.metrics import holm
 from coalign.methods.search import halved
 from evidence.text import Values
 
@@ -165,15 +166,6 @@ def arm_hours(plan: Plan, table: str, arm: str) -> float:
 
 
 # ---------------------------------------------------------------- verdicts
-
-
-def holm(p_values: Sequence[float], planned: int) -> list[float]:
-    """Returns the p-values adjusted by Holm for `planned` claims; those whose p-values are not known yet count as 1."""
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (planned - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def verdicts(plan: Plan, tables: Mapping[str, Values]) -> list[Verdict]:

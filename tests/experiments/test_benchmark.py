@@ -1,28 +1,39 @@
-"""`coalign benchmark`: methods trained on equal terms, compared on the same held-out pairs, and their data efficiency."""
+"""`coalign benchmark`: settings chosen by a search in equal time, leads tested on pairs that chose nothing, and data efficiency."""
 
 import json
 import math
-from dataclasses import replace
+import shlex
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import tiny
 
 from coalign.cli import main as cli
+from coalign.cli.train import TrainCommand, _parse_settings
 from coalign.config import DataConfig
+from coalign.data.sources.open import open_source
 from coalign.errors import UserError
 from coalign.experiments import benchmark as module
+from coalign.experiments import benchmark_plan, benchmark_result, reproduce, search
 from coalign.experiments.benchmark import benchmark
+from coalign.experiments.benchmark_plan import ENOUGH, FEWEST, MOST, make_plan
+from coalign.experiments.benchmark_result import BenchmarkResult, Lead
 from coalign.experiments.data_efficiency import efficiencies, factor
 from coalign.experiments.trials import _train
+from coalign.methods.search import Search
 from coalign.methods.table import Table
-from coalign.runs.folder import read_config
+from coalign.runs.folder import read_config, read_results
+from coalign.workflows.train import train as train_module
 from coalign.workflows.train.profile import Profile
+
+SPEEDS = {"clip": 1000.0, "slip": 400.0, "mcd": 500.0}
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path, without_run_reports):
-    """Runs trials in this process with a tiny model. Returns the list of trained (arm, seed)."""
+    """Runs trials in this process with a tiny model, at most three per search. Returns the labels of the trials that ran."""
     model, ran = str(tiny.write_model(tmp_path / "model")), []
     original = Table.config
 
@@ -33,57 +44,146 @@ def quick(monkeypatch, tmp_path, without_run_reports):
 
     def run(trials, jobs):
         for trial in trials:
-            ran.append((trial.arm, trial.seed))
+            ran.append(trial.label)
             _train(trial, 1)
         return []
 
     monkeypatch.setattr(Table, "config", config)
-    monkeypatch.setattr(module, "run_trials", run)
+    for each in (search, reproduce):
+        monkeypatch.setattr(each, "run_trials", run)
+    monkeypatch.setattr(benchmark_plan, "MOST", 3)
+    monkeypatch.setattr(module, "_speed", lambda data, config_for: SPEEDS[config_for(64).method])
     monkeypatch.chdir(tmp_path)
     tiny.write_pairs(tmp_path / "photos", 240)
     return ran
 
 
-def test_methods_fractions_and_seeds_are_trained_once_and_compared(quick, tmp_path, capsys):
-    command = [
-        "benchmark",
-        "--data",
-        "photos",
-        "--out",
-        "out",
-        "--methods",
-        "slip",
-        "--epochs",
-        "3",
-        "--fractions",
-        "0.5",
-        "1",
-    ]
+@pytest.fixture
+def used(monkeypatch):
+    """The pairs of every run that was evaluated, by its name."""
+    found, evaluate = {}, train_module.evaluate_held_out
+
+    def evaluate_held_out(method, config, pairs, tokenizer, name):
+        found[name] = pairs
+        return evaluate(method, config, pairs, tokenizer, name)
+
+    monkeypatch.setattr(train_module, "evaluate_held_out", evaluate_held_out)
+    return found
+
+
+def test_settings_are_searched_and_leads_tested_on_pairs_that_chose_nothing(quick, used, tmp_path, capsys):
+    command = ["benchmark", "--data", "photos", "--out", "out", "--methods", "slip"]
+    command += ["--epochs", "2", "--fractions", "0.5", "1", "--seeds", "2"]
     assert cli.main([*command, "--json", "results.json"]) == 0
     arms = ["clip", "slip", "clip, 50 %", "slip, 50 %"]
-    assert quick == [(arm, seed) for seed in (0, 1) for arm in arms]
+    first = [f"{arm}, trial {number}" for number in (1, 2, 3) for arm in ("clip", "slip")]
+    assert quick[:6] == first
+    assert (
+        len(quick) == 6 + 4 + 2 + 2 + 8
+    )  # the better two and the best are extended; of a fraction, there is one trial
+    assert quick[-8:] == [f"{arm}, seed {seed}" for seed in (0, 1) for arm in arms]
+    check_pairs(used)
     printed = capsys.readouterr().out
-    assert printed.count("On these pairs ") == 1
+    assert "clip: 1,000 pairs/s; 0.5, 1 or 2 epochs" in printed
+    assert "Search: 3 trials per method, of which 2 and 1 are extended. Then 2 new seeds per method" in printed
+    assert printed.count("On these pairs ") + printed.count("No method beats chance") == 1
     assert "Report: out/benchmark.html" in printed
     values = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert json.loads((tmp_path / "results.json").read_text())["advice"] == values["advice"] in printed
     page = (tmp_path / "out/benchmark.html").read_text()
     assert values["advice"] in page
-    assert "By dataset size" in page
+    assert values["headline"] == "R@10, mean of both directions"
+    check_verdict(values, tmp_path / "out")
+    check_search(values)
+    check_command(values, printed, tmp_path / "out")
     assert values["by_fraction"]["slip"].keys() == {"0.5", "1.0"}
-    assert values["efficiency"].keys() <= {"slip"}
-    groups = {group["name"]: group for group in values["groups"]}
-    assert list(groups) == arms
-    steps = {group["steps"] for group in groups.values()}
-    # as many pairs seen; not equal, for this batch is not the table's
-    assert max(steps) - min(steps) < 0.05 * max(steps)
-    assert groups["clip"]["settings"]["num_train"] == pytest.approx(
-        2 * groups["clip, 50 %"]["settings"]["num_train"], abs=1
-    )
+    assert "By dataset size" in page
+    assert values["efficiency"].keys() == {"slip"}
+    check_kept(command, quick, tmp_path, capsys)
 
+
+def check_pairs(used):
+    """The test pairs are trained on by no run and evaluated by no trial of a search; every run has the same."""
+    tests = [set(pairs.test_splits["test"].tolist()) for name, pairs in used.items() if "-trial" not in name]
+    assert len(tests) == 8
+    assert all(test == tests[0] for test in tests)
+    assert 10 <= len(tests[0]) <= 40
+    for name, pairs in used.items():
+        train, val = set(pairs.train.tolist()), set(pairs.val.tolist())
+        assert not tests[0] & (train | val)
+        assert not train & val
+        assert ("-trial" in name) == (not pairs.test_splits)
+        assert len(train) + len(val) + len(tests[0]) == 240 or "50" in name
+
+
+def check_verdict(values, out):
+    """The best method is that with the best validation score; its lead is the difference of means on the test pairs."""
+    validation = {arm: each["validation"] for arm, each in values["chosen"].items()}
+    for arm in ("clip", "slip"):
+        scores = [
+            read_results(out / f"{arm}-seed{seed}")["tasks"]["retrieval"]["metrics"]["mean_recall"]["value"]
+            for seed in (0, 1)
+        ]
+        assert validation[arm] == pytest.approx(np.mean(scores))
+    best, other = sorted(("clip", "slip"), key=lambda arm: -validation[arm])
+    (lead,) = values["leads"]
+    assert lead["over"] == other
+    tested = {arm: score_on_test(out, arm) for arm in (best, other)}
+    assert lead["difference"] == pytest.approx(tested[best] - tested[other])
+    low, high = lead["interval"]
+    assert low <= lead["difference"] <= high
+    assert 0 < lead["p"] <= 1
+    assert values["recommended"] in (best, other)
+    assert f"On these pairs {best} is best by validation" in values["advice"]
+    names = {name for group in values["groups"] for name in group["metrics"]}
+    assert all(name.startswith("retrieval_test") for name in names)
+
+
+def score_on_test(out, arm):
+    found = [read_results(out / f"{arm}-seed{seed}")["tasks"]["retrieval_test"]["metrics"] for seed in (0, 1)]
+    return np.mean([each[f"{side}.r10"]["value"] for each in found for side in ("image_to_text", "text_to_image")])
+
+
+def check_search(values):
+    """Both methods have the same draws; fractions keep the settings chosen on all pairs."""
+    draws = [asdict(each) for each in Search((1,), trials=3).draws()]
+    for arm in ("clip", "slip"):
+        found = values["search"][arm]
+        assert [trial["settings"] for trial in found["trials"]] == draws
+        assert len(found["best_of"]) == 3
+        best = max(each["score"] for trial in found["trials"] for each in trial["lengths"].values())
+        (trial,) = [each for each in found["trials"] if each["settings"] == found["chosen"]["settings"]]
+        assert trial["lengths"][f"{found['chosen']['epochs']:g}"]["score"] == best
+        assert values["chosen"][arm]["epochs"] == found["chosen"]["epochs"] * 0.5
+        assert values["search"][f"{arm}, 50 %"]["chosen"]["settings"] == found["chosen"]["settings"]
+
+
+def check_command(values, printed, out):
+    """The printed command has the settings of the runs that were tested, and holds out and evaluates what `train` does by default."""
+    assert values["command"] in printed
+    words = shlex.split(values["command"])
+    assert words[:2] == ["coalign", "train"]
+    saved = read_config(out / f"{values['recommended']}-seed1")
+    command, config = _parse_settings(words[2:], saved.num_train, "train", TrainCommand)
+    assert (command.recipe, command.data) == (values["recommended"], "photos")
+    expected = saved.config
+    assert config.epochs == pytest.approx(expected.epochs, rel=1e-3)
+    assert config.optimizer.schedule == "constant"
+    assert config.optimizer.lr == pytest.approx(expected.optimizer.lr, rel=1e-3)
+    assert config.optimizer.weight_decay == pytest.approx(expected.optimizer.weight_decay, rel=1e-3)
+    assert config.optimizer.warmup_steps == expected.optimizer.warmup_steps
+    crops = [each.method_config.image_view.crop_scale[0] for each in (config, expected)]
+    assert crops[0] == pytest.approx(crops[1], rel=1e-3)
+    assert (config.batch_size, config.model) == (expected.batch_size, expected.model)
+    assert (config.val_fraction, config.test_fraction, config.test_splits, config.seed) == (0.05, 0.0, (), 0)
+
+
+def check_kept(command, ran, tmp_path, capsys):
+    """What is finished is kept, and not mixed with trials of other settings."""
+    ran.clear()
     assert cli.main(command) == 0
-    assert len(quick) == 8  # finished trials are kept
-    for other in (["--seeds", "3"], ["--data", "elsewhere"]):
+    assert ran == []
+    for other in (["--seeds", "3"], ["--data", "elsewhere"], ["--minutes", "5"]):
         assert cli.main([*command, *other]) == 2
         assert "was started with different settings" in capsys.readouterr().err
     (tmp_path / "out/plan.json").write_text("{")
@@ -91,50 +191,115 @@ def test_methods_fractions_and_seeds_are_trained_once_and_compared(quick, tmp_pa
     assert "is not a plan written by `coalign benchmark`" in capsys.readouterr().err
 
 
-def test_tables_with_columns_of_other_names(quick, tmp_path, capsys):
-    rows = [f"{path.relative_to(tmp_path)};{path.stem};a caption" for path in (tmp_path / "photos").rglob("*.png")]
-    (tmp_path / "pairs.csv").write_text("\n".join(["where;words;caption", *rows]))
-    command = [
-        "benchmark",
-        "--data",
-        "pairs.csv",
-        "--out",
-        "out",
-        "--methods",
-        "slip",
-        "--epochs",
-        "0.2",
-        "--seeds",
-        "1",
+def test_tables_with_a_test_split_and_columns_of_other_names(quick, used, tmp_path, capsys):
+    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    rows = [
+        f"{path.relative_to(tmp_path)};{path.stem};a caption;{'test' if number % 5 == 0 else 'train'}"
+        for number, path in enumerate(paths)
     ]
+    (tmp_path / "pairs.csv").write_text("\n".join(["where;words;caption;split", *rows]))
+    command = ["benchmark", "--data", "pairs.csv", "--out", "out", "--methods", "slip", "--epochs", "1", "--seeds", "1"]
     assert cli.main(command) == 2  # no column of images is detected
-    assert "its columns are: where, words, caption" in capsys.readouterr().err
+    assert "its columns are: where, words, caption, split" in capsys.readouterr().err
     options = ["--image-column", "where", "--caption-column", "words", "--separator", ";"]
     assert cli.main([*command, *options]) == 0
-    assert len(quick) == 2
-    for arm, _ in quick:
+    source = open_source("pairs.csv", reading=DataConfig("where", ("words",), separator=";"))
+    for arm in ("clip", "slip"):
         run = read_config(tmp_path / "out" / f"{arm}-seed0")
         assert run.config.reading == DataConfig("where", ("words",), separator=";")
-        assert run.num_train + run.num_val == 240
+        assert run.num_train + run.num_val == 192
+        assert used[f"{arm}-seed0"].test_splits["test"].tolist() == source.splits["test"].tolist()
+    values = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert values["held_out"]["images"] == 48
+    assert not values["command"] or "--image-column where" in values["command"]
+    quick.clear()
     assert cli.main([*command, *options]) == 0
-    assert len(quick) == 2  # nothing is trained again
+    assert not quick  # nothing is trained again
     assert cli.main([*command, *options[:2], "--caption-column", "caption"]) == 2
     assert "was started with different settings" in capsys.readouterr().err
 
 
-def test_methods_get_equal_time(quick, tmp_path, monkeypatch):
-    """Two methods, two seeds, two trials at once: half of the time for each trial, minus its overhead."""
-    speed = {"clip": 10.0, "slip": 4.0}
-    monkeypatch.setattr(
-        module, "profile", lambda data, config_for, steps: Profile(1.0, {}, speed[config_for(64).method], [])
-    )
-    benchmark("photos", "out", ["slip"], minutes=4, jobs=2)
-    epochs = json.loads((tmp_path / "out/plan.json").read_text())["epochs"]
-    number = json.loads((tmp_path / "out/clip-seed0/config.json").read_text())["num_train"]
-    assert epochs["clip"] == pytest.approx((120 - module.OVERHEAD) * 10 / number)
-    assert epochs["slip"] == pytest.approx(epochs["clip"] * 0.4)
-    benchmark("photos", "capped", ["slip"], minutes=4, jobs=2, max_epochs=0.5)  # of the faster one; both get less time
-    assert json.loads((tmp_path / "capped/plan.json").read_text())["epochs"] == {"clip": 0.5, "slip": 0.2}
+def test_class_labels_are_compared_by_accuracy(quick, tmp_path):
+    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    rows = [f"{path.relative_to(tmp_path)},{('red', 'green', 'blue')[n % 3]} thing" for n, path in enumerate(paths)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,caption", *rows]))
+    result = benchmark("labels.csv", "out", ["slip"], epochs=0.5, seeds=1)
+    assert result.headline == "zero-shot top-1"
+    tasks = read_results(tmp_path / "out/clip-seed0")["tasks"]
+    assert tasks["zeroshot_test"]["metrics"]["acc1"]["title"].startswith("Test: ")
+    assert result.chosen["clip"]["validation"] == tasks["zeroshot"]["metrics"]["acc1"]["value"]
+    assert "zeroshot_test.acc1" in result.comparison.groups[0].metrics
+
+
+# ---------------------------------------------------------------- plan
+
+BUDGET = {"spent": 30.0, "fractions": 1, "seeds": 3, "jobs": 2}
+
+
+def test_methods_get_equal_time():
+    speeds = {"clip": 500.0, "uniclip": 200.0}
+    plan = make_plan(speeds, 2000, 60, **BUDGET)
+    assert plan.epochs["clip"] / plan.epochs["uniclip"] == pytest.approx(2.5, rel=0.01)
+    assert plan.seconds <= 60 * 60 - 30
+    assert plan.seconds > 0.99 * (60 * 60 - 30)  # nothing is left, as neither limit is reached
+
+
+def test_the_time_of_a_plan_is_that_of_its_trials():
+    """Simulated trial by trial, on two cores: each trial starts where one is free; a length begins when all of the one before are done."""
+    plan = make_plan({"clip": 500.0, "mcd": 250.0}, 2000, 60, **BUDGET)
+    shortest = plan.epochs["clip"] * 2000 / 500
+    number, total = plan.trials, 0.0
+    for methods_trials, length in (
+        (2 * number, 1.0),
+        (2 * math.ceil(number / 2), 2 - 0.8),  # from before the cool-down, a fifth of the run
+        (2 * math.ceil(number / 4), 4 - 0.8 * 2),
+        (2 * 3, 4.0),
+    ):
+        cores = [0.0, 0.0]
+        for _ in range(methods_trials):
+            cores[cores.index(min(cores))] += benchmark_plan.OVERHEAD + shortest * length
+        total += max(cores)
+    assert plan.seconds == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("minutes", [30, 45, 60, 90, 240, 600])
+def test_trials_are_as_many_as_leave_enough_epochs(minutes):
+    plan = make_plan({"clip": 300.0, "uniclip": 120.0, "mcd": 150.0}, 2500, minutes, **BUDGET)
+    assert FEWEST <= plan.trials <= MOST
+    if plan.trials > FEWEST:
+        assert min(plan.epochs.values()) >= 0.99 * ENOUGH
+    if plan.trials < MOST:
+        assert min(plan.epochs.values()) < 1.5 * ENOUGH  # one more trial would leave fewer
+    assert min(plan.epochs.values()) * 4 <= benchmark_plan.LONGEST
+
+
+def test_few_pairs_are_not_trained_on_for_all_of_a_long_time():
+    plan = make_plan({"clip": 300.0, "mcd": 150.0}, 200, 600, **BUDGET)
+    assert plan.trials == MOST
+    assert plan.seconds < 3600
+    assert 4 * plan.epochs["mcd"] == pytest.approx(50, rel=0.01)
+    assert 4 * plan.epochs["clip"] == pytest.approx(100, rel=0.01)
+
+
+def test_equal_samples():
+    plan = make_plan({"clip": 500.0, "mcd": 250.0}, 2000, 60, **BUDGET, longest=30)
+    assert plan.epochs == {"clip": 7.5, "mcd": 7.5}
+    assert FEWEST <= plan.trials <= MOST
+    assert plan.seconds <= 3570
+    assert make_plan({"clip": 500.0, "mcd": 250.0}, 2000, 600, **BUDGET, longest=30).trials == MOST
+
+
+@pytest.mark.parametrize("longest", [None, 200.0])
+def test_the_minutes_that_are_needed_are_enough(longest):
+    speeds = {"clip": 100.0, "mcd": 50.0}
+    with pytest.raises(
+        UserError, match=r"--minutes 5 is too short for .*; give \d+ or more, or omit a method"
+    ) as error:
+        make_plan(speeds, 2000, 5, **BUDGET, longest=longest)
+    needed = int(str(error.value).split("give ")[1].split()[0])
+    assert make_plan(speeds, 2000, needed, **BUDGET, longest=longest).trials == FEWEST
+    with pytest.raises(UserError):
+        make_plan(speeds, 2000, needed - 1, **BUDGET, longest=longest)
 
 
 def test_the_speed_is_measured_for_some_seconds(monkeypatch):
@@ -157,17 +322,80 @@ def test_the_speed_is_measured_for_some_seconds(monkeypatch):
         (["--methods", "simclr"], "no method named 'simclr'"),
         (["--methods", "clip"], "another method besides clip"),
         (["--fractions", "2"], "--fractions contains 2"),
-        (["--fractions", "0.01", "--methods", "slip", "--epochs", "1"], "fewer than two batches"),
+        (["--fractions", "0.01", "--methods", "slip"], "fewer than two batches"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--jobs", "0"], "--jobs is 0"),
-        (["--minutes", "1"], "too short"),
-        (["--context-length", "12", "--epochs", "1"], "--context-length 13 keeps them whole"),
+        (["--minutes", "1", "--methods", "slip"], "--minutes 1 is too short"),
+        (["--epochs", "5000", "--methods", "slip"], "--minutes 60 is too short for 5000 epochs"),
+        (["--context-length", "12"], "--context-length 13 keeps them whole"),
+        (["--data", "few"], "for test, but 10 of each are needed; use more data."),
     ],
 )
-def test_wrong_options_are_reported_before_training(quick, capsys, options, message):
+def test_wrong_options_are_reported_before_training(quick, tmp_path, capsys, options, message):
+    tiny.write_pairs(tmp_path / "few", 40)
     assert cli.main(["benchmark", "--data", "photos", "--out", "out", *options]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
     assert not quick
+
+
+# ---------------------------------------------------------------- verdict
+
+
+def lead(over, difference, p):
+    return Lead(over, difference, None if p is None else (difference - 0.1, difference + 0.1), p)
+
+
+@pytest.mark.parametrize(
+    ("leads", "recommended", "sentence"),
+    [
+        (
+            [lead("clip", 0.1, 0.001), lead("slip", 0.2, 0.03)],
+            "mcd",
+            "10.0 percentage points ahead of clip; its lead over every other method is significant: choose mcd.",
+        ),
+        (
+            [lead("clip", 0.1, 0.2), lead("slip", 0.05, 0.7)],
+            "clip",
+            "5.0 percentage points ahead of slip, but its lead over clip and slip is not significant: choose the cheapest of them, clip.",
+        ),
+        (
+            [lead("clip", 0.1, 0.001), lead("slip", 0.02, 0.7)],
+            "mcd",
+            "over slip is not significant: choose the cheapest",
+        ),
+        ([lead("clip", 0.1, None)], "mcd", "with one seed, it is not known whether"),
+        (
+            [lead("clip", -0.1, 0.001)],
+            "clip",
+            "10.0 percentage points behind clip, which is significant: the validation",
+        ),
+        ([lead("clip", -0.02, 0.5)], "clip", "2.0 percentage points behind clip, but its lead over clip is not"),
+        ([], "mcd", "no other method finished"),
+    ],
+)
+def test_the_advice(leads, recommended, sentence):
+    costs = {"clip": 1.0, "mcd": 2.0, "slip": 2.1}
+    metrics = {"zeroshot_test.acc1": SimpleNamespace(value=0.5)}
+    groups = {name: SimpleNamespace(seconds=cost, samples_seen=100, metrics=metrics) for name, cost in costs.items()}
+    result = BenchmarkResult(None, "", leads=leads, headline="zero-shot top-1")
+    found, advice = benchmark_result._advice(result, groups, "mcd", "zeroshot_test.acc1")
+    assert found == recommended
+    assert advice.startswith("On these pairs mcd is best by validation: zero-shot top-1, 50.0 % on the test pairs")
+    assert sentence in advice
+
+
+def test_p_values_are_corrected_for_the_number_of_methods(monkeypatch):
+    p_values = {"clip": 0.02, "slip": 0.03, "oner": 0.5}
+
+    def decide(sweep, trials):
+        assert sweep.claims == (("clip", "mcd"), ("slip", "mcd"), ("oner", "mcd"))
+        return [{"difference": 0.1, "interval": (0.0, 0.2), "p": p_values[lower]} for lower, _ in sweep.claims]
+
+    monkeypatch.setattr(benchmark_result, "decide", decide)
+    found = benchmark_result._leads(Table("", {}, 1.0), [], "mcd", list(p_values), "retrieval_test.r10")
+    assert [each.p for each in found] == pytest.approx([0.06, 0.06, 0.5])
+    assert not any(each.is_significant for each in found)
 
 
 # ---------------------------------------------------------------- data efficiency
@@ -222,25 +450,28 @@ def test_a_score_lost_with_more_pairs_is_not_reached():
 
 
 def test_a_failed_trial_is_reported_and_the_others_compared(quick, monkeypatch, capsys):
-    run = module.run_trials
+    run = reproduce.run_trials
 
     def failing(trials, jobs):
-        run([trial for trial in trials if trial.arm != "mcd"], jobs)
-        return ["mcd-seed0 (out of memory)"]
+        failed = [trial for trial in trials if trial.arm == "mcd"]
+        run([trial for trial in trials if trial not in failed], jobs)
+        return [f"{trial.folder.name} (out of memory)" for trial in failed]
 
-    monkeypatch.setattr(module, "run_trials", failing)
-    result = benchmark("photos", "out", ["slip", "mcd"], epochs=1, seeds=1)
+    for each in (search, reproduce):
+        monkeypatch.setattr(each, "run_trials", failing)
+    result = benchmark("photos", "out", ["slip", "mcd"], epochs=0.4, seeds=1)
     assert [group.name for group in result.comparison.groups] == ["clip", "slip"]
-    assert "failed: mcd-seed0 (out of memory)" in capsys.readouterr().out
+    assert "failed: mcd-trial1 (out of memory)" in capsys.readouterr().out
 
 
 def test_methods_at_chance_are_not_recommended(quick):
-    result = benchmark("photos", "out", ["slip"], epochs=0.2, fractions=(0.5,), seeds=1)
+    result = benchmark("photos", "out", ["slip"], epochs=0.2, seeds=1)
     assert result.advice.startswith("No method beats chance yet")
-    assert not result.efficiency
+    assert not any([result.efficiency, result.command, result.recommended])
 
 
 def test_nothing_finished_is_an_error(quick, monkeypatch):
-    monkeypatch.setattr(module, "run_trials", lambda *_: ["clip-seed0 (no)"])
+    for each in (search, reproduce):
+        monkeypatch.setattr(each, "run_trials", lambda trials, jobs: ["clip-seed0 (no)"] if trials else [])
     with pytest.raises(UserError, match="nothing to compare"):
         benchmark("photos", "out", ["slip"], epochs=1)

@@ -18,8 +18,10 @@ from coalign.cli import main as cli
 from coalign.data.prepare.emoji import prepare_emoji
 from coalign.data.sources.open import open_source
 from coalign.experiments import benchmark as benchmark_module
+from coalign.experiments import benchmark_plan, demo_examples
 from coalign.experiments import demo as module
-from coalign.experiments import demo_examples
+from coalign.experiments import reproduce as reproduce_module
+from coalign.experiments import search as search_module
 from coalign.experiments.benchmark import benchmark
 from coalign.experiments.demo import demo
 from coalign.experiments.demo_examples import evenly_spaced, is_hit
@@ -65,7 +67,7 @@ def quick(monkeypatch, tmp_path, without_run_reports):
     monkeypatch.setattr(Table, "config", config)
     arms = {name: Arm(name, start=FROM_SCRATCH) for name in module.SETTINGS.arms}
     monkeypatch.setattr(module, "SETTINGS", replace(module.SETTINGS, arms=arms, batch_size=16, evals=1))
-    for each in (module, benchmark_module):
+    for each in (module, search_module, reproduce_module):
         monkeypatch.setattr(each, "run_trials", run)
     return ran
 
@@ -164,13 +166,15 @@ def test_hits_and_the_rule_of_the_queries():
 def test_your_own_pairs(quick, tmp_path, monkeypatch, capsys):
     data, out = tiny.write_pairs(tmp_path / "photos", 240), tmp_path / "own"
 
-    def short(data, out, methods, *, minutes, max_epochs, seeds):
-        assert (minutes, max_epochs) == (module.OWN_MINUTES, module.OWN_EPOCHS)
+    def short(data, out, methods, *, minutes, seeds):
+        assert (minutes, seeds) == (module.OWN_MINUTES, module.OWN_SEEDS)
         return benchmark(data, out, methods, epochs=1, seeds=seeds)
 
     monkeypatch.setattr(module, "benchmark", short)
+    monkeypatch.setattr(benchmark_plan, "MOST", 3)
+    monkeypatch.setattr(benchmark_module, "_speed", lambda *_: 1000.0)
     assert cli.main(["demo", "--data", str(data), "--out", str(out)]) == 0
-    assert quick == ["clip", "mcd"]
+    assert quick[-4:] == ["clip", "mcd"] * 2
     advice = json.loads((out / "benchmark.json").read_text())["advice"]
     page = (out / "index.html").read_text()
     assert advice in page

@@ -56,7 +56,7 @@ def benchmark_command(
     minutes: float = 60.0,
     epochs: float | None = None,
     fractions: tuple[float, ...] = (1.0,),
-    seeds: int = 2,
+    seeds: int = 3,
     jobs: int | None = None,
     report: Path | None = None,
     json: Path | None = None,
@@ -64,8 +64,9 @@ def benchmark_command(
     skip_data_checks: bool = False,
     reading: Reading = DETECT,
 ) -> None:
-    """Train several methods on your data for equal time, and compare them on the same held-out pairs.
+    """Find out which method is best for your data: choose settings for each on validation pairs, and compare them on test pairs.
 
+    Every method gets equal time.
     Add --fractions 0.25 0.5 1 to also measure data efficiency relative to CLIP. If interrupted, run it again to resume.
 
     Example: coalign benchmark --data pairs.csv --out runs/benchmark --minutes 60
@@ -74,10 +75,10 @@ def benchmark_command(
         data: anything that `coalign train --data` accepts
         out: the folder for the runs, benchmark.html and benchmark.json
         methods: the methods to train, or clip-strong; clip is always included
-        minutes: wall-clock minutes for all trials together, with equal time per method
-        epochs: train every method for this many epochs instead, at equal samples seen
+        minutes: wall-clock minutes in all, with equal time per method; the number of trials and their lengths follow from it
+        epochs: epochs of the longest trials of every method, for equal samples seen instead of equal time
         fractions: fractions of the pairs to train on, at equal samples seen
-        seeds: number of seeds (0 to N-1) per method
+        seeds: number of seeds (0 to N-1) per method, of the runs that are tested
         jobs: number of trials to run in parallel, each on its share of the cores; None: one per core
         report: write the report to this HTML file instead of benchmark.html
         json: also write the results to this JSON file

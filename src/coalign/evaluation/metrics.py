@@ -186,6 +186,16 @@ def hierarchical(runs: Runs, minus: Runs = (), seed: int = 0) -> Hierarchical:
     return Hierarchical(float(value), float(low), float(high), p)
 
 
+def holm(p_values: Sequence[float], planned: int | None = None) -> list[float]:
+    """Returns the p-values adjusted by Holm for `planned` tests (default: these); tests without a p-value yet count as 1."""
+    planned = len(p_values) if planned is None else planned
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (planned - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def arm_draws(arms: Sequence[Runs], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns the mean over runs and metrics of each arm [arm], and its draws by a hierarchical bootstrap [arm, replicate].
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from coalign.data.sources.base import Source
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
 from coalign.experiments.benchmark import benchmark
+from coalign.experiments.benchmark_result import RECOMMENDED, BenchmarkResult
 from coalign.experiments.compare import compare
 from coalign.experiments.demo_examples import evenly_spaced, examples, is_hit, middle_names, same_emoji, search
 from coalign.experiments.trials import FEATURES, Trial, finished, run_trials
@@ -54,8 +55,7 @@ NAMES = {"twemoji": "Twemoji", "openmoji": "OpenMoji"}
 QUERIES = ("red heart", "smiling cat", "flag of Japan")  # of the page's searches, before those that a rule chooses
 EXAMPLES = 8  # pairs shown, and queries chosen by the rule
 
-OWN_MINUTES = 10.0  # of training, for your own pairs
-OWN_EPOCHS = 100.0  # at most: few pairs are seen that often sooner, and more would overfit them
+OWN_MINUTES, OWN_SEEDS = 10.0, 2  # for your own pairs
 OWN_QUERIES = 12
 
 # ---------------------------------------------------------------- emoji
@@ -195,6 +195,15 @@ def _next_commands(data: str = "photos", run: str = "runs/mcd", query: str = "a 
     return [shlex.join(["coalign", *command]) for command in commands]
 
 
+def _train_and_search(result: BenchmarkResult, data: str, out: Path, queries: Sequence[str]) -> list[str]:
+    if not (result.command and queries):
+        return []
+    return [
+        result.command,
+        shlex.join(["coalign", "search", str(out / RECOMMENDED), "--data", data, "--text", queries[0]]),
+    ]
+
+
 def _write(out: Path, summary: DemoSummary, console: Console) -> Path:
     sentences = [*summary.advice, *filter(None, (sentence_of(summary.comparison, e) for e in summary.evaluated))]
     values: dict[str, Any] = {"version": __version__, "sentences": sentences, **summary.comparison.to_json()}
@@ -212,15 +221,15 @@ def _write(out: Path, summary: DemoSummary, console: Console) -> Path:
 def own_demo(data: str, out: str | Path, minutes: float = OWN_MINUTES) -> Path:
     """Trains CLIP and MCD on your pairs for equal time, as `benchmark` does, and writes the same kind of page to `out`.
 
-    minutes: of both together; less if one of them would train for more than `OWN_EPOCHS` epochs. If interrupted, call it again to resume.
+    minutes: of both together. If interrupted, call it again to resume.
     Returns the path of the page. Raises UserError as `benchmark` does.
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
-    result = benchmark(data, out, ("clip", "mcd"), minutes=minutes, max_epochs=OWN_EPOCHS, seeds=1)
+    result = benchmark(data, out, ("clip", "mcd"), minutes=minutes, seeds=OWN_SEEDS)
     runs = {group.name: out / f"{group.name}-seed0" for group in result.comparison.groups}
     first = load(next(iter(runs.values())))
     source = open_source(data, reading=reading_of(data, first))
-    train, held_out = (select_split(source, data, first, split)[1] for split in ("train", "val"))
+    train, held_out = (select_split(source, data, first, split)[1] for split in ("train", "test"))
     captions = captions_of(source)
     queries = evenly_spaced([texts[0] for index in held_out.tolist() if (texts := captions(index))], OWN_QUERIES)
     known = result.comparison.groups[0].metrics
@@ -230,19 +239,20 @@ def own_demo(data: str, out: str | Path, minutes: float = OWN_MINUTES) -> Path:
         summary = DemoSummary(
             title=f"CLIP and MCD on {name}",
             subtitle=f"coalign {__version__} · {len(train):,} training pairs",
-            trained=f"Both models were trained from random weights on the same {len(train):,} pairs of {name}, for the same time.",
+            trained=f"Both models were trained from random weights on the same {len(train):,} pairs of {name}. Their settings and lengths "
+            "were chosen on other pairs, in the same time for both. The test pairs were used by neither.",
             examples_text="Training pairs, evenly spaced in the alphabetical order of their captions.",
             examples=examples(source, train.tolist(), EXAMPLES),
             comparison=result.comparison,
-            evaluated=[Evaluated(f"{len(held_out):,} held-out pairs", "", "", rates, list(rates))],
-            searches_text=f"The first five of {len(held_out):,} held-out images, best first. An image is a hit (✓, green frame) if its "
-            "caption has all words of the query. The queries are held-out captions, evenly spaced in alphabetical order.",
+            evaluated=[Evaluated(f"{len(held_out):,} test pairs", "", "", rates, list(rates))],
+            searches_text=f"The first five of {len(held_out):,} test images, best first. An image is a hit (✓, green frame) if its "
+            "caption has all words of the query. The queries are their captions, evenly spaced in alphabetical order.",
             searches=search(runs, source, held_out, dict.fromkeys(queries, "")),
             epochs={name: read_config(folder).config.epochs for name, folder in runs.items()},
             runs={name: str(folder) for name, folder in runs.items()},
-            commands_text="Train the better method for longer, search with it, and compare more methods and seeds:",
+            commands_text="Train the recommended method, search with it, and compare more methods for longer:",
             commands=[
-                *_next_commands(data, query=queries[0] if queries else "a red apple")[1:],
+                *_train_and_search(result, data, out, queries),
                 f"coalign benchmark --data {shlex.quote(data)} --out runs/benchmark --minutes 60",
             ],
             advice=[result.advice],

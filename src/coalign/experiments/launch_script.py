@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +66,22 @@ def arm_name(arm: str) -> str:
     return arm.replace(" ", "-").replace(",", "").replace("'", "")
 
 
-def options(name: str, config: TrainConfig) -> list[str]:
-    """The options of `coalign train` that change the recipe `name` to `config`."""
-    was, now = (flatten(to_json(each)) for each in (recipe(name)(PAPER_PAIRS), config))
+def options(
+    name: str, config: TrainConfig, num_pairs: int = PAPER_PAIRS, text: Callable[[Any], str] = str
+) -> list[str]:
+    """The options of `coalign train` that change the recipe `name` for `num_pairs` training pairs to `config`. text: of a value."""
+    was, now = (flatten(to_json(each)) for each in (recipe(name)(num_pairs), config))
     words: list[str] = []
     for key, value in now.items():
         if value != was.get(key):
-            words += _option(
-                key.removeprefix("method_config.").removeprefix("optimizer.").removeprefix("reading."), value
-            )
+            name = key.removeprefix("method_config.").removeprefix("optimizer.").removeprefix("reading.")
+            words += _option(name, value, text)
     return words
 
 
-def _option(key: str, value: Any) -> list[str]:
+def _option(key: str, value: Any, text: Callable[[Any], str]) -> list[str]:
     flag = key.replace("_", "-")
     if isinstance(value, bool):
         *outer, last = flag.split(".")
         return ["--" + ".".join([*outer, last if value else f"no-{last}"])]
-    return [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return [f"--{flag}", *map(text, value if isinstance(value, (list, tuple)) else [value])]

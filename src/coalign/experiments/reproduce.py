@@ -81,14 +81,16 @@ def reproduce(
         return None
     bases = [base for arm in chosen if (base := sweep.arms[arm].weights_of) and base not in chosen]
     chosen = list(dict.fromkeys([*bases, *chosen]))
-    failures, number = _run(sweep, chosen, seeds, jobs, data, out, tuple(track), console)
-    shutil.rmtree(out / FEATURES, ignore_errors=True)
-    done = [trial for trial in _trials(sweep, list(sweep.arms), seeds, data, out) if finished(trial)]
+    missing = [each for each in table_trials(sweep, chosen, seeds, data, out, tuple(track)) if not finished(each)]
+    missing += missing_trials(sweep, chosen, data, out) if sweep.search else []
+    _prepare(sweep, missing, data, out, console)
+    failures = run_table(sweep, chosen, seeds, jobs, data, out, tuple(track))
+    done = [trial for trial in table_trials(sweep, list(sweep.arms), seeds, data, out) if finished(trial)]
     _print_untracked(done, tracked, console)
     command = _command(name, data, seeds, jobs, arms, track)
     comparison = _compare(name, sweep, done, command, console) if len(done) > 1 else None
     if failures:
-        of = "" if sweep.search else f" of {number}"
+        of = "" if sweep.search else f" of {len(chosen) * seeds}"
         raise UserError(f"{len(failures)}{of} trials failed: {'; '.join(failures)}. Their logs are in {out}.")
     return comparison
 
@@ -106,7 +108,7 @@ def _check(
     return check_track(replace(sweep.config(next(iter(sweep.arms)), 0, NOMINAL_PAIRS), track=tuple(track)))
 
 
-def _trials(
+def table_trials(
     sweep: Table, arms: Sequence[str], seeds: int, data: str, out: Path, track: tuple[str, ...] = ()
 ) -> list[Trial]:
     """The trials of the arms; of a table with a search, those whose settings are chosen."""
@@ -120,28 +122,25 @@ def _trials(
     ]
 
 
-def _run(
-    sweep: Table,
-    arms: Sequence[str],
-    seeds: int,
-    jobs: int,
-    data: str,
-    out: Path,
-    track: tuple[str, ...],
-    console: Console,
-) -> tuple[list[str], int]:
-    """Runs the search, if there is one, and the trials that are not finished. Returns the failed ones, and the number of trials."""
-    missing = [trial for trial in _trials(sweep, arms, seeds, data, out, track) if not finished(trial)]
-    missing += missing_trials(sweep, arms, data, out) if sweep.search else []
+def _prepare(sweep: Table, missing: Sequence[Trial], data: str, out: Path, console: Console) -> None:
+    """Checks the data before the trials that are missing, and trains the image encoder that they start from, if the table has one."""
     if missing:
         # reports bad data before the trials start
         check_trials(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
     if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
         console.print(f"Pretraining the arms' image encoder on the tags of {sweep.pretraining_scenes:,} other scenes …")
         tag_pretraining.train(sweep.pretraining_scenes, sweep.image_size or 64, out / TAG_ENCODER)
+
+
+def run_table(
+    sweep: Table, arms: Sequence[str], seeds: int, jobs: int, data: str, out: Path, track: tuple[str, ...] = ()
+) -> list[str]:
+    """Runs the search, if there is one, and the trials that are not finished. Returns the failed ones."""
     failures = run_search(sweep, arms, data, out, jobs) if sweep.search else []
-    trials = _trials(sweep, arms, seeds, data, out, track)
-    return [*failures, *run_trials([trial for trial in trials if not finished(trial)], jobs)], len(trials)
+    trials = table_trials(sweep, arms, seeds, data, out, track)
+    failures += run_trials([trial for trial in trials if not finished(trial)], jobs)
+    shutil.rmtree(out / FEATURES, ignore_errors=True)
+    return failures
 
 
 def _print_untracked(trials: Sequence[Trial], tracked: Sequence[str], console: Console) -> None:

@@ -125,11 +125,13 @@ class SearchTrial(Trial):
 
 
 def score(folder: Path) -> float:
-    """Returns the mean recall on the held-out pairs."""
-    metrics = read_results(folder)["tasks"].get("retrieval", {"metrics": {}})["metrics"]
-    if "mean_recall" not in metrics:
+    """Returns the mean recall on the held-out pairs; if the captions are class labels, the zero-shot accuracy."""
+    tasks = read_results(folder)["tasks"]
+    task, name = ("zeroshot", "acc1") if "zeroshot" in tasks else ("retrieval", "mean_recall")
+    metrics = tasks.get(task, {"metrics": {}})["metrics"]
+    if name not in metrics:
         raise UserError("Too few pairs are held out to choose settings by them; use more data.")
-    return float(metrics["mean_recall"]["value"])
+    return float(metrics[name]["value"])
 
 
 @dataclass

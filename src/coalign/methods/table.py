@@ -56,6 +56,7 @@ class Table:
     image_size: int | None = 48  # None: the recipe's
     val_fraction: float = 0.1
     val_by: str | None = None  # hold out values of this column
+    test_fraction: float = 0.0  # if the data has no test split
     evals: int = 5
     image_lr: float | None = None  # for arms that set none; None: the recipe's
     reading: DataConfig = DETECT  # how the data is read
@@ -114,6 +115,7 @@ class Table:
             caption_safe_views=self.caption_safe_views,
             val_fraction=self.val_fraction,
             val_by=self.val_by,
+            test_fraction=self.test_fraction,
             train_fraction=row.train_fraction,
             unpaired_captions=row.unpaired_captions,
             test_splits=self.test_splits,

@@ -97,10 +97,16 @@ class Comparison:
 
 def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
     """The report of a comparison. `advice` replaces the headline sentence at its top."""
-    groups = comparison.groups
-    page = Page("Comparison", ", ".join(group.name for group in groups))
+    page = Page("Comparison", ", ".join(group.name for group in comparison.groups))
     for sentence in advice or [verdict(comparison)]:
         page.verdict(sentence)
+    add_comparison(page, comparison)
+    return page
+
+
+def add_comparison(page: Page, comparison: Comparison) -> None:
+    """Adds the sections of a comparison."""
+    groups = comparison.groups
     _setup(page, comparison)
     _results(page, comparison)
     curves = compare_figures.learning_curves({group.name: group.validations for group in groups})
@@ -116,7 +122,6 @@ def compare_page(comparison: Comparison, advice: Sequence[str] = ()) -> Page:
         _settings_table(page, groups, own)
     page.section("Shared settings")
     page.table(("setting", "value"), [(name, shown(value)) for name, value in comparison.settings.items()])
-    return page
 
 
 def verdict(comparison: Comparison) -> str:
