@@ -258,6 +258,8 @@ _SETTINGS = ("", "learning rate", "weight decay", "crop", "epochs")
 def print_result(result: BenchmarkResult) -> None:
     """Prints the results on the test pairs, the chosen settings, the advice and the command."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
     tables: list[tuple[Sequence[str], list[tuple[str, ...]]]] = [(_SETTINGS, _settings_rows(result))]
     if result.headline:
         tables.append((_COLUMNS, _rows(result)))
