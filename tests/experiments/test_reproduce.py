@@ -170,6 +170,20 @@ def test_a_trial_that_fails_stops_no_other(small, tmp_path):
     assert len(json.loads((tmp_path / "out/table.json").read_text())["groups"]) == 2
 
 
+def test_shared_features_are_kept_until_no_trial_needs_them(tmp_path, monkeypatch):
+    """Another process may run the other arms of the table."""
+    start, done = {"image_tuning": "locked"}, []
+    sweep = Table(
+        "", {"scratch": Arm("clip"), "one": Arm("clip", start=start), "other": Arm("mcd", start=start)}, epochs=1
+    )
+    monkeypatch.setattr(module, "finished", lambda trial: trial.label in done)
+    monkeypatch.setattr(module, "run_trials", lambda trials, jobs: done.extend(trial.label for trial in trials) or [])
+    (tmp_path / "features").mkdir()
+    for arm, kept in (("one", True), ("other", False)):
+        assert module.run_table(sweep, [arm], 2, 1, "photos", tmp_path) == []
+        assert (tmp_path / "features").exists() == kept
+
+
 def test_wrong_arguments_are_reported(small, tmp_path, capsys):
     for words, message in (
         (["nothing"], "There is no table named"),

@@ -139,8 +139,16 @@ def run_table(
     failures = run_search(sweep, arms, data, out, jobs) if sweep.search else []
     trials = table_trials(sweep, arms, seeds, data, out, track)
     failures += run_trials([trial for trial in trials if not finished(trial)], jobs)
-    shutil.rmtree(out / FEATURES, ignore_errors=True)
+    _remove_features(sweep, seeds, data, out)
     return failures
+
+
+def _remove_features(sweep: Table, seeds: int, data: str, out: Path) -> None:
+    """Removes the features that trials share, if no trial needs them anymore. Other processes may run other arms of the table."""
+    arms = [arm for arm, row in sweep.arms.items() if row.start]
+    trials = table_trials(sweep, arms, seeds, data, out)
+    if len(trials) == len(arms) * seeds and all(map(finished, trials)):
+        shutil.rmtree(out / FEATURES, ignore_errors=True)
 
 
 def _print_untracked(trials: Sequence[Trial], tracked: Sequence[str], console: Console) -> None:

@@ -448,6 +448,14 @@ def test_runs_that_need_the_same_features_at_once_wait_for_each_other(tmp_path, 
     assert_equal_runs(tmp_path / "run", tmp_path / "second")
 
 
+def test_a_run_that_is_validated_on_its_training_pairs_shares_one_file_for_both(tmp_path, pairs, model_file, capsys):
+    """It does not wait for itself."""
+    folder = tmp_path / "features"
+    assert go(pairs, tmp_path / "run", model_file, val_data=pairs, feature_folder=folder, epochs=1, evals=1) == 0
+    assert len([path for path in folder.glob("texts-*") if path.suffix != ".lock"]) == 1
+    assert "Waiting for another run" not in capsys.readouterr().out
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, pairs, model_file, capsys):
     (tmp_path / "file").write_text("")
     assert go(pairs, tmp_path / "run", model_file, feature_folder=tmp_path / "file" / "features", epochs=1) == 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,40 +232,58 @@ class RunFeatures:
 
     @contextmanager
     def _alone(self, console: Console) -> Iterator[None]:
-        """Context in which no other run writes to the files, if runs share them."""
+        """Context in which no other run writes to the files, if runs share them. All processes must enter it."""
         with ExitStack() as locks:
-            if self.is_shared and self.world.is_first:
-                for path in sorted(each.file.path for each in self._passes):
-                    self._lock(locks.enter_context(self._lock_file(path)), console)
+            # a run that is validated on its training pairs has the same file twice
+            for path in sorted({each.file.path for each in self._passes}) if self.is_shared else ():
+                waits = False
+                # not longer in one step than the other processes wait for the first
+                while not self._on_first(partial(self._lock, path, locks)):
+                    if self.world.is_first and not waits:
+                        console.print(f"Waiting for another run, which computes the same features in {self.folder} …")
+                    waits = True
+                    time.sleep(1)
             yield
 
-    def _lock_file(self, path: Path) -> IO[str]:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return open(path.with_suffix(".lock"), "w")
-        except OSError as error:
-            raise UserError(
-                f"The features cannot be written to {self.folder} ({error.strerror}); choose another --feature-folder."
-            ) from error
+    def _lock(self, path: Path, locks: ExitStack) -> bool:
+        """Locks a file until `locks` is closed. Returns False if another run holds its lock."""
+        with ExitStack() as own:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = own.enter_context(open(path.with_suffix(".lock"), "w"))
+            except OSError as error:
+                raise UserError(
+                    f"The features cannot be written to {self.folder} ({error.strerror}); choose another --feature-folder."
+                ) from error
+            try:
+                lock(file, wait=False)
+            except BlockingIOError:
+                return False
+            locks.enter_context(own.pop_all())
+        return True
 
-    def _lock(self, file: IO[str], console: Console) -> None:
-        try:
-            lock(file, wait=False)
-        except BlockingIOError:
-            console.print(f"Waiting for another run, which computes the same features in {self.folder} …")
-            lock(file, wait=True)
+    def _on_first(self, action: Callable[[], Any]) -> Any:
+        """Returns on all processes what `action` returns on the first one. Raises its UserError on all, too."""
+        result, failure = None, None
+        if self.world.is_first:
+            try:
+                result = action()
+            except UserError as error:
+                failure = str(error)
+        result, failure = self.world.broadcast((result, failure))
+        if failure:
+            raise UserError(failure)
+        return result
 
     def _prepare(self, keys: list[dict[str, str]], console: Console) -> list[list[slice]]:
         """Creates the files. Returns the missing chunks of each."""
-        failure = None
-        try:
-            for each, key in zip(self._passes, keys) if self.world.is_first else ():
+
+        def create() -> None:
+            for each, key in zip(self._passes, keys):
                 if replaced := each.file.prepare(key):
                     console.print(f"{each.file.path} is computed again: {replaced}.")
-        except UserError as error:
-            failure = str(error)
-        if failure := self.world.broadcast(failure):
-            raise UserError(failure)
+
+        self._on_first(create)
         self._check_shared()
         return self.world.broadcast([each.missing() for each in self._passes if self.world.is_first])
 
@@ -331,9 +349,10 @@ class RunFeatures:
         """Raises UserError on all processes if one does not see the files of the first."""
         seen = self.world.gather_objects(all(each.file.path.exists() for each in self._passes))
         if not all(seen):
+            option = "--feature-folder" if self.is_shared else "--out"
             raise UserError(
                 f"Rank {seen.index(False)} of {self.world.size} does not see {self.folder}, which rank 0 created; choose a folder "
-                "that all machines share with --out, or add --feature-views 0."
+                f"that all machines share with {option}, or add --feature-views 0."
             )
 
     # ------------------------------------------------------------ validation
