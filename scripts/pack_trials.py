@@ -76,11 +76,10 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="the folder of the table")
     parser.add_argument("archive", type=Path, help="the .tar.xz file to write")
     options = parser.parse_args()
+    if next(contents(options.table), None) is None:
+        raise SystemExit(f"{options.table} has no finished trials.")
     options.archive.parent.mkdir(parents=True, exist_ok=True)
     number = pack(options.table, options.archive)
-    if not number:
-        options.archive.unlink()
-        raise SystemExit(f"{options.table} has no finished trials.")
     print(f"{options.archive}: {number} files, {options.archive.stat().st_size / 1024:,.0f} KB")
 
 

@@ -201,6 +201,11 @@ def test_val_by_a_column_holds_out_whole_groups() -> None:
     assert counts["excluded"] == len(left_out)
     assert all(source.image(i) in trained for i in left_out)
     assert not {source.record(i).facts["style"] for i in left_out} & styles["train"]
+    parts, counts = assign_splits(source, val_fraction=0.2, by="style", test_fraction=0.3)
+    assert counts["excluded"] == len(rows) - sum(map(len, parts.values()))
+    assert not {source.image(i) for i in parts["test"].tolist()} & {
+        source.image(i) for name in ("train", "val") for i in parts[name].tolist()
+    }
     with pytest.raises(UserError, match="no column 'artist'"):
         assign_splits(source, by="artist")
 

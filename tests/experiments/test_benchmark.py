@@ -370,6 +370,11 @@ def lead(over, difference, p):
             "clip",
             "10.0 percentage points behind clip, which is significant: the validation",
         ),
+        (
+            [lead("clip", -0.05, 0.4), lead("slip", -0.02, 0.01)],
+            "slip",
+            "2.0 percentage points behind slip, which is significant",
+        ),
         ([lead("clip", -0.02, 0.5)], "clip", "2.0 percentage points behind clip, but its lead over clip is not"),
         ([], "mcd", "no other method finished"),
     ],

@@ -91,13 +91,16 @@ def assign_splits(
         settings += " test" if name == "test" else of_test
         # another hash than for val, which is drawn from the rest
         draw = partial(_draw, source, pool, fraction, seed + (name == "test"), by, group, similar)
-        (in_train, held_out), counts = _cached(source, settings, draw)
-        if excluded := counts.get("excluded"):
+        (in_train, held_out), found = _cached(source, settings, draw)
+        if excluded := found.get("excluded"):
             _log.info(
                 "%s samples of held-out values of %s are left out, as their images are in train too, or look like one there",
                 f"{excluded:,}",
                 by,
             )
+        if by is not None:  # of test and val
+            found["excluded"] += counts.get("excluded", 0)
+        counts = found
         splits = splits | {"train": pool[in_train], name: pool[held_out]}
     return splits, {name: len(indices) for name, indices in splits.items()} | counts
 

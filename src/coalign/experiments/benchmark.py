@@ -35,9 +35,8 @@ from coalign.workflows.train.profile import profile
 from coalign.workflows.train.setup import ConfigFn
 
 PLAN, RESULT = "plan.json", "benchmark.json"
-HELD_OUT = (
-    0.1  # fraction of the pairs to hold out for test, and of the rest for validation, if the data has no such splits
-)
+# Fraction of the pairs to hold out for test, and of the rest for validation, if the data has no such splits.
+HELD_OUT = 0.1
 LEAST = 10  # pairs of the validation and of the test split
 EVALS = 5
 PROFILED = 6  # steps by which the speed is estimated, to choose how many measure it

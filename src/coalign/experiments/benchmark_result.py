@@ -184,7 +184,8 @@ def _advice(result: BenchmarkResult, groups: Mapping[str, Group], best: str, met
     start = f"On these pairs {best} is best by validation: {result.headline}, {percent(_value(groups[best], metric))} on the test pairs"
     if not result.leads:
         return best, f"{start}; no other method finished."
-    second = min(result.leads, key=lambda lead: lead.difference)
+    # a significantly better method first
+    second = min(result.leads, key=lambda lead: (lead.difference >= 0 or not lead.is_significant, lead.difference))
     side = "ahead of" if second.difference >= 0 else "behind"
     start += f", {100 * abs(second.difference):.1f} percentage points {side} {second.over}"
     if any(lead.p is None for lead in result.leads):

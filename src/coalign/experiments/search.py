@@ -240,7 +240,7 @@ def _best(arm: str, trials: Sequence[SearchTrial]) -> Choice:
     ]
     if not scored:
         raise UserError(
-            f"All {len(trials)} trials of the search of {arm} diverged, so nothing can be chosen; lower its learning rate."
+            f"All {len(trials)} trials of the search of {arm} diverged, so nothing can be chosen; lower its learning rate, or omit it."
         )
     choice = max(scored, key=lambda each: each[:3])[3]
     assert choice is not None

@@ -24,9 +24,8 @@ class Arm:
     epochs: float = 1.0  # multiplies the table's epochs, which count the full training split
     batch: float = 1.0  # multiplies the table's batch size
     image_lr: float | None = None  # peak learning rate of the image tower, if tuned for this arm
-    choice: Choice | None = (
-        None  # settings and length that another table's search chose; its epochs replace the table's
-    )
+    # settings and length that another table's search chose; its epochs replace the table's
+    choice: Choice | None = None
     train_fraction: float = 1.0  # fraction of the training pairs to train on
     unpaired_captions: bool = False  # also train on the captions of the remaining pairs, without their images
     paper: float | None = None  # the value the paper reports for this row (see `Table.paper_metric`)

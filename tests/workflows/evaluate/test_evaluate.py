@@ -23,6 +23,7 @@ from coalign.evaluation.finetune import classification as finetune
 from coalign.evaluation.finetune.classification import FineTuneConfig
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
+from coalign.runs.folder import read_config
 from coalign.runs.run import load
 from coalign.types import DualEncoder
 from coalign.workflows.evaluate.config import EvalConfig
@@ -121,6 +122,15 @@ def test_splits_of_the_data(run, tmp_path):
     assert len(select_split(source, data, run, "val")[1]) == 8
     (tmp_path / "parts" / "test").rename(tmp_path / "away")
     assert select_split(open_source(data), data, run, None)[0] == "val"
+
+
+def test_data_of_the_same_name_that_has_other_splits(trained, tmp_path):
+    """An export only knows the name of its run's data."""
+    tiny.write_pairs(tmp_path / "pairs" / "test", 12)
+    data, saved = str(tmp_path / "pairs"), read_config(trained)
+    for split in ("test", None):
+        name, indices = select_split(open_source(data), data, saved, split)
+        assert (name, len(indices)) == ("test", 12)
 
 
 # ---------------------------------------------------------------- results

@@ -66,7 +66,7 @@ def select_split(source: Source, data: str, run: Origin | None, split: str | Non
     if run is not None and is_trained_on(run, data) and run.config.val_data is None:
         splits, name = run_splits(source, run.config), split or "val"
         # else it is other data of the same name
-        if name in splits and (not isinstance(run, SavedConfig) or len(splits["val"]) == run.num_val):
+        if name in splits and (not isinstance(run, SavedConfig) or len(splits.get("val", ())) == run.num_val):
             return name, splits[name]
     if split is None:
         split = next((name for name in ("test", "val") if source_splits and len(source_splits.get(name, ()))), None)
