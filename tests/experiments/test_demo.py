@@ -23,6 +23,7 @@ from coalign.experiments import demo as module
 from coalign.experiments import reproduce as reproduce_module
 from coalign.experiments import search as search_module
 from coalign.experiments.benchmark import benchmark
+from coalign.experiments.benchmark_plan import TooShort
 from coalign.experiments.demo import demo
 from coalign.experiments.demo_examples import evenly_spaced, is_hit
 from coalign.experiments.trials import _train
@@ -181,6 +182,19 @@ def test_your_own_pairs(quick, tmp_path, monkeypatch, capsys):
     assert advice in capsys.readouterr().out
     assert page.count('class="versus"') == module.OWN_QUERIES
     assert f"coalign benchmark --data {data}" in page
+
+
+def test_too_many_pairs_for_the_time(tmp_path, monkeypatch, capsys):
+    """The command has no --minutes."""
+
+    def benchmark(*args, **options):
+        raise TooShort("--minutes 10 is too short", 25)
+
+    monkeypatch.setattr(module, "benchmark", benchmark)
+    assert cli.main(["demo", "--data", "my photos", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "my photos has too many pairs for 10 minutes on this machine" in error
+    assert "coalign benchmark --data 'my photos' --out runs/benchmark --methods clip mcd --minutes 25" in error
 
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path, capsys):

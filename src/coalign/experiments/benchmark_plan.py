@@ -20,6 +20,14 @@ LONGEST = 100.0  # epochs of any method; more time is not used, as few pairs are
 OVERHEAD = 20.0  # seconds of a trial besides training: start, evaluation, report
 
 
+class TooShort(UserError):
+    """The time is too short. `minutes` are enough."""
+
+    def __init__(self, message: str, minutes: int) -> None:
+        super().__init__(message)
+        self.minutes = minutes
+
+
 @dataclass(frozen=True)
 class Plan:
     """The budget of a benchmark, the same for every method.
@@ -67,7 +75,7 @@ def make_plan(
 
     speeds: pairs per second of each method. minutes: in all. spent: seconds of these that are over. fractions: the number of fractions to
     train on. jobs: trials that run at once. longest: epochs of every method's longest trials; then as many trials as fit into the time.
-    Raises UserError if the time is too short.
+    Raises TooShort, a UserError, if even the fewest trials do not fit.
     """
     seconds = 60 * minutes - spent
     for trials in range(MOST, FEWEST - 1, -1):
@@ -87,9 +95,11 @@ def make_plan(
     needed = fixed + units * (time if longest else num_pairs / speeds[slowest])
     if not fits and needed > seconds:
         what = f"{longest:g} epochs" if longest else f"an epoch of {slowest} in its shortest trials"
-        raise UserError(
-            f"--minutes {minutes:g} is too short for {what}, with {FEWEST} trials and {seeds} seeds per method; give "
-            f"{math.ceil((needed + spent) / 60)} or more, or omit a method."
+        enough = math.ceil((needed + spent) / 60)
+        raise TooShort(
+            f"--minutes {minutes:g} is too short for {what}, with {FEWEST} trials and {seeds} seeds per method; give {enough} or more, or "
+            "omit a method.",
+            enough,
         )
     rounded = {method: float(f"{number:.3g}") for method, number in epochs.items()}
     return Plan(trials, rounded, dict(speeds), fixed + units * time)

@@ -19,6 +19,7 @@ from coalign.data.sources.base import Source
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
 from coalign.experiments.benchmark import benchmark
+from coalign.experiments.benchmark_plan import TooShort
 from coalign.experiments.benchmark_result import RECOMMENDED, BenchmarkResult
 from coalign.experiments.compare import compare
 from coalign.experiments.demo_examples import evenly_spaced, examples, is_hit, middle_names, same_emoji, search
@@ -222,10 +223,16 @@ def own_demo(data: str, out: str | Path, minutes: float = OWN_MINUTES) -> Path:
     """Trains CLIP and MCD on your pairs for equal time, as `benchmark` does, and writes the same kind of page to `out`.
 
     minutes: of both together. If interrupted, call it again to resume.
-    Returns the path of the page. Raises UserError as `benchmark` does.
+    Returns the path of the page. Raises UserError as `benchmark` does, and if the pairs are too many for the time.
     """
     out, console = Path(out), Console(highlight=False, soft_wrap=True)
-    result = benchmark(data, out, ("clip", "mcd"), minutes=minutes, seeds=OWN_SEEDS)
+    try:
+        result = benchmark(data, out, ("clip", "mcd"), minutes=minutes, seeds=OWN_SEEDS)
+    except TooShort as error:
+        command = f"coalign benchmark --data {shlex.quote(data)} --out runs/benchmark --methods clip mcd"
+        raise UserError(
+            f"{data} has too many pairs for {minutes:g} minutes on this machine; run `{command} --minutes {error.minutes}`."
+        ) from error
     runs = {group.name: out / f"{group.name}-seed0" for group in result.comparison.groups}
     first = load(next(iter(runs.values())))
     source = open_source(data, reading=reading_of(data, first))

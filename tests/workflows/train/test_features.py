@@ -338,13 +338,15 @@ def test_micro_batches_give_the_same_run(tmp_path, pairs, model_file):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_features_and_the_same_run(tmp_path, pairs, model_file):
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_processes_make_the_same_features_and_the_same_run(tmp_path, pairs, model_file, shared):
     options = {**LOCKED, "precision": "fp32", "feature_views": 2, "epochs": 4}
     script = tmp_path / "command.py"
     script.write_text(COMMAND + "sys.exit(main(sys.argv[1:]))")
     launcher = ["-m", "torch.distributed.run", "--standalone"]
     for name, processes in (("one", 1), ("two", 2)):
-        args = tiny.train_args(pairs, tmp_path / name, model_file, **options)
+        folder = {"feature_folder": tmp_path / f"features of {name}"} if shared else {}
+        args = tiny.train_args(pairs, tmp_path / name, model_file, **options, **folder)
         command = [sys.executable, *launcher, f"--nproc-per-node={processes}", str(script), *args]
         ended = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
