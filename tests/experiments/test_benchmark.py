@@ -390,7 +390,7 @@ def test_the_advice(leads, recommended, sentence):
     assert sentence in advice
 
 
-def test_p_values_are_corrected_for_the_number_of_methods(monkeypatch):
+def test_p_values_are_corrected_for_all_pairs_of_methods(monkeypatch):
     p_values = {"clip": 0.02, "slip": 0.03, "oner": 0.5}
 
     def decide(sweep, trials):
@@ -399,7 +399,7 @@ def test_p_values_are_corrected_for_the_number_of_methods(monkeypatch):
 
     monkeypatch.setattr(benchmark_result, "decide", decide)
     found = benchmark_result._leads(Table("", {}, 1.0), [], "mcd", list(p_values), "retrieval_test.r10")
-    assert [each.p for each in found] == pytest.approx([0.06, 0.06, 0.5])
+    assert [each.p for each in found] == pytest.approx([6 * 0.02, 5 * 0.03, 1.0])
     assert not any(each.is_significant for each in found)
 
 
