@@ -357,12 +357,12 @@ def lead(over, difference, p):
         (
             [lead("clip", 0.1, 0.2), lead("slip", 0.05, 0.7)],
             "clip",
-            "5.0 percentage points ahead of slip, but its lead over clip and slip is not significant: choose the cheapest of them, clip.",
+            "5.0 percentage points ahead of slip, but the difference from clip and slip is not significant: choose the cheapest of them",
         ),
         (
             [lead("clip", 0.1, 0.001), lead("slip", 0.02, 0.7)],
             "mcd",
-            "over slip is not significant: choose the cheapest",
+            "the difference from slip is not significant: choose the cheapest",
         ),
         ([lead("clip", 0.1, None)], "mcd", "with one seed, it is not known whether"),
         (
@@ -375,7 +375,7 @@ def lead(over, difference, p):
             "slip",
             "2.0 percentage points behind slip, which is significant",
         ),
-        ([lead("clip", -0.02, 0.5)], "clip", "2.0 percentage points behind clip, but its lead over clip is not"),
+        ([lead("clip", -0.02, 0.5)], "clip", "2.0 percentage points behind clip, but the difference from clip is not"),
         ([], "mcd", "no other method finished"),
     ],
 )

@@ -205,7 +205,10 @@ def _advice(result: BenchmarkResult, groups: Mapping[str, Group], best: str, met
         return best, f"{start}; {every} is significant: choose {best}."
     cheapest = min([best, *close], key=lambda name: groups[name].seconds / groups[name].samples_seen)
     names = " and ".join([", ".join(close[:-1])] * (len(close) > 1) + close[-1:])
-    return cheapest, f"{start}, but its lead over {names} is not significant: choose the cheapest of them, {cheapest}."
+    return (
+        cheapest,
+        f"{start}, but the difference from {names} is not significant: choose the cheapest of them, {cheapest}.",
+    )
 
 
 def train_command(trial: Trial) -> str:

@@ -136,7 +136,11 @@ def test_fine_tuning_learns_and_evaluates_interpolated_weights(retriever):
     half.load_state_dict({name: (start[name] + end[name]) / 2 for name in start})
     encoder = DualEncoder(half.image, half.text, 2)
     expected = retrieve(encoder, embed_images(encoder, test_batches), test_captions.__getitem__).result
-    assert result.by_alpha[0.5].metrics() == expected.metrics()
+    gap = "modality_gap"  # sums of other memory layouts differ in the last bit
+    assert [m for m in result.by_alpha[0.5].metrics() if m.name != gap] == [
+        m for m in expected.metrics() if m.name != gap
+    ]
+    assert by_name(result.by_alpha[0.5].metrics())[gap].value == pytest.approx(by_name(expected.metrics())[gap].value)
     assert found["alpha_0.5.text_to_image.r1"].value == expected.text_to_image.recall[1].value
 
 
