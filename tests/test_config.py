@@ -27,6 +27,7 @@ INVALID = {  # setting -> invalid values, and the words of the error
     "workers": ([-1], "at least 0"),
     "image_cache": ([-0.5, math.nan], "at least 0"),
     "val_fraction": ([-0.1, 1.0, math.nan], "at least 0 and less than 1"),
+    "test_fraction": ([-0.1, 1.0, math.nan], "at least 0 and less than 1"),
     "train_fraction": ([0.0, 1.1, math.nan], "more than 0 and at most 1"),
     "evals": ([-1], "at least 0"),
     "patience": ([0], "at least 1"),

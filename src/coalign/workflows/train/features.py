@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from coalign.data.sources.base import Source
 from coalign.data.text.tokenizer import Tokenizer, pad
 from coalign.errors import BadSample, UserError
 from coalign.formatting import data_size, duration
-from coalign.locks import lock
 from coalign.method import Method
 from coalign.networks.towers.spec import Tower
 from coalign.progress import progress
@@ -39,6 +38,7 @@ from coalign.training.distributed import World
 from coalign.training.sharding import full_tensors, unsharded
 from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch, DualEncoder, TextView
+from coalign.workflows.train.shared_features import alone, on_first
 
 CHUNK = 256  # views of images, and captions, that are written at a time
 _ENCODED = {"cpu": 64, "cuda": 512, "mps": 512}  # images and texts that are encoded at once
@@ -211,7 +211,9 @@ class RunFeatures:
                 digests = self.world.broadcast([_digest(sorted(key.items())) for key in keys])
                 for each, digest in zip(self._passes, digests):
                     each.file.path = self.folder / f"{each.name}-{digest}"
-            with self._alone(console):
+            # a run that is validated on its training pairs has the same file twice
+            paths = sorted({each.file.path for each in self._passes}) if self.is_shared else []
+            with alone(self.folder, paths, self.world, console):
                 self._compute(self._prepare(keys, console), console, workers)
         for samples in self._samples:  # from now on, their captions are rows of a file
             samples.captions, samples.paraphrases = [], {}
@@ -230,51 +232,6 @@ class RunFeatures:
                     task.update(each.file.num_complete())
         self.world.barrier()
 
-    @contextmanager
-    def _alone(self, console: Console) -> Iterator[None]:
-        """Context in which no other run writes to the files, if runs share them. All processes must enter it."""
-        with ExitStack() as locks:
-            # a run that is validated on its training pairs has the same file twice
-            for path in sorted({each.file.path for each in self._passes}) if self.is_shared else ():
-                waits = False
-                # not longer in one step than the other processes wait for the first
-                while not self._on_first(partial(self._lock, path, locks)):
-                    if self.world.is_first and not waits:
-                        console.print(f"Waiting for another run, which computes the same features in {self.folder} …")
-                    waits = True
-                    time.sleep(1)
-            yield
-
-    def _lock(self, path: Path, locks: ExitStack) -> bool:
-        """Locks a file until `locks` is closed. Returns False if another run holds its lock."""
-        with ExitStack() as own:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                file = own.enter_context(open(path.with_suffix(".lock"), "w"))
-            except OSError as error:
-                raise UserError(
-                    f"The features cannot be written to {self.folder} ({error.strerror}); choose another --feature-folder."
-                ) from error
-            try:
-                lock(file, wait=False)
-            except BlockingIOError:
-                return False
-            locks.enter_context(own.pop_all())
-        return True
-
-    def _on_first(self, action: Callable[[], Any]) -> Any:
-        """Returns on all processes what `action` returns on the first one. Raises its UserError on all, too."""
-        result, failure = None, None
-        if self.world.is_first:
-            try:
-                result = action()
-            except UserError as error:
-                failure = str(error)
-        result, failure = self.world.broadcast((result, failure))
-        if failure:
-            raise UserError(failure)
-        return result
-
     def _prepare(self, keys: list[dict[str, str]], console: Console) -> list[list[slice]]:
         """Creates the files. Returns the missing chunks of each."""
 
@@ -283,7 +240,7 @@ class RunFeatures:
                 if replaced := each.file.prepare(key):
                     console.print(f"{each.file.path} is computed again: {replaced}.")
 
-        self._on_first(create)
+        on_first(self.world, create)
         self._check_shared()
         return self.world.broadcast([each.missing() for each in self._passes if self.world.is_first])
 
