@@ -502,7 +502,7 @@ def test_resuming_a_run_evaluated_on_older_pixels_evaluates_it_again(copy, pairs
 def test_every_setting_that_may_change_on_resume_may_change(copy, pairs, model_file, capsys):
     changes = {
         "workers": 1, "image_cache": 1, "save_every": 4, "patience": 100, "max_bad_fraction": 0.5, "max_non_finite": 3,
-        "micro_batch": 4, "evals": 5,
+        "micro_batch": 4, "evals": 5, "feature_folder": copy.parent / "features",
     }  # fmt: skip
     # the run has no classes, which --probe needs, and did not track a task from its start
     assert {*changes, "shard", "gradient_checkpointing", "probe", "skip_data_checks", "track", "data_root"} == set(
