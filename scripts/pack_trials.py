@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from coalign.experiments.search import FOLDER
-from coalign.files import read_rows
+from coalign.files import read_rows, write_atomically
 from coalign.runs.folder import CONFIG, HELD_OUT, RESULTS, public
 
 
@@ -57,18 +57,21 @@ def _without_compression(path: Path) -> bytes:
 
 
 def pack(table: Path, archive: Path) -> int:
-    """Writes the archive, and returns the number of its files. Equal trials give equal archives."""
-    number = 0
-    with (
-        lzma.open(archive, "wb", preset=9) as compressed,
-        tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        for name, data in contents(table):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-            number += 1
-    return number
+    """Replaces the archive, and returns the number of its files. Equal trials give equal archives."""
+    files = list(contents(table))
+
+    def write(temporary: Path) -> None:
+        with (
+            lzma.open(temporary, "wb", preset=9) as compressed,
+            tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for name, data in files:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+
+    write_atomically(archive, write)
+    return len(files)
 
 
 def main() -> None:

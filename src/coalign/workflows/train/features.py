@@ -87,7 +87,7 @@ class RunFeatures:
 
     Attributes:
         towers: The locked towers whose features are cached, by name.
-        folder: The folder of the files. That of the run is deleted when the run has ended.
+        folder: The folder of the files. Unless runs share it, it is deleted when the run has ended.
     """
 
     def __init__(self, method: Method, config: TrainConfig, tokenizer: Tokenizer, out: Path, world: World) -> None:
