@@ -40,8 +40,8 @@ class Point:
 
     pairs: int
     recalls: Mapping[str, tuple[float, float, float]]
-    core_hours: float  # of the final training
-    search_core_hours: float  # of the search that chose the settings, on all pairs
+    core_hours: float  # of the final training, by processor time
+    search_core_hours: float  # of the search that chose the settings, on all pairs, at this training's cost per sample
 
 
 def points(values: Values) -> dict[str, list[Point]]:
@@ -52,10 +52,9 @@ def points(values: Values) -> dict[str, list[Point]]:
         whole = next(arm for arm in values["arms"] if fraction_name(arm, fraction) == group["name"])
         settings = {**shared_settings(values), **group["settings"]}
         recalls = {recall: both_directions(group["metrics"], recall) for recall in RECALLS}
-        hours = group["seconds"] / 3600  # every trial has one core
-        found.setdefault(whole, []).append(
-            Point(settings["num_train"], recalls, hours, search_seconds(values, whole) / 3600)
-        )
+        hours = group["cpu_seconds"] / 3600
+        search_hours = hours / group["samples_seen"] * search_samples(values, whole)
+        found.setdefault(whole, []).append(Point(settings["num_train"], recalls, hours, search_hours))
     return {arm: sorted(of_arm, key=lambda point: point.pairs) for arm, of_arm in found.items()}
 
 
@@ -67,11 +66,11 @@ def both_directions(metrics: Mapping[str, Values], recall: str) -> tuple[float, 
     return value, low, high
 
 
-def search_seconds(values: Values, arm: str) -> float:
-    """Returns the core-seconds of the search of an arm: of each trial, its longest length, and the cool-downs of the shorter ones."""
+def search_samples(values: Values, arm: str) -> float:
+    """Returns the samples of the search of an arm: of each trial, its longest length, and the cool-downs of the shorter ones."""
     total = 0.0
     for trial in values["search"]["arms"][arm]["trials"]:
-        *shorter, longest = sorted(length["core_seconds"] for length in trial["lengths"].values()) or [0.0]
+        *shorter, longest = sorted(length["samples_seen"] for length in trial["lengths"].values()) or [0]
         total += longest + COOLDOWN * sum(shorter)
     return total
 

@@ -78,7 +78,7 @@ def test_other_programs():
         if coalign_words(words) is not None:
             continue
         program = words[0].rpartition("=$(")[2].rpartition("/")[2]
-        assert program in {"make", "pip", "python3", "source", "git", "python", "curl"}, (
+        assert program in {"make", "pip", "python3", "source", "git", "python", "curl", "mkdir", "tar"}, (
             f"{block.name}: {' '.join(words)}"
         )
         if program == "make":

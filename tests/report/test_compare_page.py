@@ -33,6 +33,7 @@ def group(
         steps=60,
         samples_seen=15_360,
         seconds=754.0,
+        cpu_seconds=700.0,
         metrics={
             R1: ComparedMetric(
                 "Image → text R@1",

@@ -47,17 +47,15 @@ def group(arm, fraction):
                 "chance": chance,
             }
     settings = {"num_train": round(2640 * fraction)} if fraction < 1 else {}
-    return {"name": name, "seeds": [0, 1, 2, 3, 4], "settings": settings, "seconds": 3600 * hours, "metrics": metrics}
+    cost = {"cpu_seconds": 3600 * hours, "samples_seen": 100_000.0}
+    return {"name": name, "seeds": [0, 1, 2, 3, 4], "settings": settings, **cost, "metrics": metrics}
 
 
 @pytest.fixture
 def values():
     groups = [group(arm, fraction) for fraction in FRACTIONS for arm in ARMS]
     trials = [
-        {
-            "trial": n + 1,
-            "lengths": {"15": {"core_seconds": 100.0}, "30": {"core_seconds": 200.0}, "60": {"core_seconds": 400.0}},
-        }
+        {"trial": n + 1, "lengths": {f"{epochs}": {"samples_seen": 2000 * epochs} for epochs in (15, 30, 60)}}
         for n in range(11)
     ]
     search = {
@@ -95,7 +93,7 @@ def test_points(modules, values):
     assert on_all.recalls["r1"] == pytest.approx((0.075, 0.069, 0.084))
     assert on_all.core_hours == pytest.approx(0.1)
     # of 11 trials, the longest length and the cool-downs of two shorter ones; one trial diverged at once
-    assert on_all.search_core_hours == pytest.approx(11 * (400 + 0.2 * 300) / 3600)
+    assert on_all.search_core_hours == pytest.approx(0.1 * 11 * (120_000 + 0.2 * 90_000) / 100_000)
 
 
 def test_a_single_seed_has_no_band(modules, values):
@@ -133,7 +131,7 @@ def test_page(modules, values):
         if each.claim.table == headline.NAME
     ]
     text = headline_page.headline_page(values, claims)
-    assert "| CLIP | 7.5 ± 0.8 | 25.0 ± 2.5 | 0.10 | 1.41 |" in text
+    assert "| CLIP | 7.5 ± 0.8 | 25.0 ± 2.5 | 0.10 | 1.52 |" in text
     assert "| UniCLIP | 2.10 (1.70 to 2.60) |" in text
     assert "| MCD | 60 | 20.0 | 22.0 | 25.0 | 31.0 |" in text
     assert text.count("**open**") == len(claims) > 0

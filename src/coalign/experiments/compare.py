@@ -36,6 +36,7 @@ class Finished:
     results: dict[str, Any]
     steps: int
     seconds: float
+    cpu_seconds: float
     parameters: int  # trainable
     items: dict[str, np.ndarray]  # by task: hashes of its items
     metrics: dict[str, Metric]  # by full name, such as "retrieval.image_to_text.r1", with their outcomes
@@ -132,7 +133,17 @@ def read_finished(folder: Path, name: str) -> Finished:
         settings["weights"] = saved.interpolated
     validations = _validations(read_rows(folder / "metrics.jsonl"), saved.config.batch_size)
     return Finished(
-        name, saved, settings, results, ran["step"], ran["seconds"], parameters, items, metrics, validations
+        name,
+        saved,
+        settings,
+        results,
+        ran["step"],
+        ran["seconds"],
+        ran["cpu_seconds"],
+        parameters,
+        items,
+        metrics,
+        validations,
     )
 
 
@@ -265,6 +276,7 @@ def _group(
         steps=steps,
         samples_seen=steps * runs[0].saved.config.batch_size,
         seconds=float(np.mean([run.seconds for run in runs])),
+        cpu_seconds=float(np.mean([run.cpu_seconds for run in runs])),
         metrics={key: _metric(key, runs, first) for key in metric_names},
         validations=[run.validations for run in runs],
     )

@@ -74,7 +74,6 @@ class SearchTrial(Trial):
             values["lengths"][f"{epochs:g}"] = {
                 "score": score(self.folder),
                 "samples_seen": result.step * read_config(self.folder).config.batch_size,
-                "core_seconds": round(result.seconds * threads, 1),
             }
             write_json(self.record, values | self._described(), indent=1)
         return None

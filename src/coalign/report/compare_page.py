@@ -59,6 +59,7 @@ class Group:
         steps: Optimizer steps, mean over the runs.
         samples_seen: Steps times batch size.
         seconds: Training time, mean over the runs.
+        cpu_seconds: Processor time of it, mean over the runs.
         metrics: By full name, such as "retrieval.image_to_text.r1".
         validations: For each run, its validations: step, samples, seconds and values.
     """
@@ -72,6 +73,7 @@ class Group:
     steps: float
     samples_seen: float
     seconds: float
+    cpu_seconds: float
     metrics: dict[str, ComparedMetric] = field(default_factory=dict)
     validations: list[list[dict[str, float]]] = field(default_factory=list)
 

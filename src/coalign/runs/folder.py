@@ -134,7 +134,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         results = json.loads((folder / RESULTS).read_text())
         sum(results["parameters"].values())
-        if results["run"].keys() >= {"step", "seconds"} and all(
+        if results["run"].keys() >= {"step", "seconds", "cpu_seconds"} and all(
             "metrics" in task for task in results["tasks"].values()
         ):
             return results

@@ -66,6 +66,7 @@ class Progress:
     best_step: int | None = None
     evals_since_best: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     # of the non-finite guard, the bad-sample log and the gradient scaler
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -79,6 +80,7 @@ class TrainResult:
         ended: "finished", "stopped early" (by `config.patience`) or "interrupted" (by a signal; resume it).
         best_step: The step of the best validation score, whose weights are in `best/`; None without validations.
         seconds: Training time, validations included, without data preparation and the final evaluation.
+        cpu_seconds: Processor time of it by all threads of the first rank's process. Unlike `seconds`, other programs hardly add to it.
         bad_samples: The number of unreadable samples by reason. They were replaced by others.
         skipped_steps: Steps without an update, because the loss or the gradient was not finite.
         precision: "fp32", "bf16" or "fp16": the autocast precision, to which `config.precision` "auto" was resolved.
@@ -88,6 +90,7 @@ class TrainResult:
     ended: Literal["finished", "stopped early", "interrupted"]
     best_step: int | None
     seconds: float
+    cpu_seconds: float
     bad_samples: dict[str, int]
     skipped_steps: int
     precision: str
@@ -167,6 +170,7 @@ class Trainer:
             self.run_dir if first else None, self.config.max_non_finite, start, state.get("guard")
         )
         self._began = time.monotonic() - self.progress.seconds
+        self._cpu_began = time.process_time() - self.progress.cpu_seconds
         self._last_save = time.monotonic()
         ended: Literal["finished", "stopped early", "interrupted"] = "finished"
         with ExitStack() as stack:
@@ -198,6 +202,7 @@ class Trainer:
             ended=ended,
             best_step=self.progress.best_step,
             seconds=time.monotonic() - self._began,
+            cpu_seconds=time.process_time() - self._cpu_began,
             bad_samples=bad,
             skipped_steps=self._guard.total,
             precision=precision_name(self.autocast),
@@ -306,6 +311,7 @@ class Trainer:
             assert self._bad is not None
             self._log.sync()
             self.progress.seconds = time.monotonic() - self._began
+            self.progress.cpu_seconds = time.process_time() - self._cpu_began
             scaler = {"scaler": self.scaler.state_dict()} if self.scaler else {}
             self.progress.state = {"guard": self._guard.state_dict(), "bad": self._bad.state_dict(), **scaler}
             checkpoint.save(self.run_dir, name, weights, optimizer, vars(self.progress))
