@@ -1,5 +1,6 @@
 """Towers in two threads: they run at once, forward and backward, and a step's values do not change in any bit."""
 
+import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -119,6 +120,14 @@ def test_each_thread_has_half_of_torchs_threads():
         assert (counts["first"], counts["second"], torch.get_num_threads()) == (2, 2, 4)
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_hand_over_pythons_lock_sooner():
+    """One that waits for it would else idle for up to 5 ms, as long as whole operations."""
+    before = sys.getswitchinterval()
+    with side_by_side():
+        assert sys.getswitchinterval() < 0.001 < before
+    assert sys.getswitchinterval() == before
 
 
 # ---------------------------------------------------------------- which towers

@@ -7,6 +7,7 @@ programs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from coalign.types import Features
 
 MAX_SHARE = 0.7  # of the larger tower; beyond it, each operation is better split among cores
 TYPICAL_TOKENS = 16  # of a caption
+SWITCH_SECONDS = 0.0005  # that a thread waits for Python's lock before it asks for it; Python's 5 ms are as long as many operations here
 _worker: ThreadPoolExecutor | None = None  # the second thread, in the context `side_by_side`
 
 
@@ -29,16 +31,18 @@ _worker: ThreadPoolExecutor | None = None  # the second thread, in the context `
 def side_by_side() -> Iterator[None]:
     """Context in which `both` runs in two threads. Each has half of torch's threads, also outside of `both`."""
     global _worker
-    threads = torch.get_num_threads()
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     half = max(1, threads // 2)
     with ThreadPoolExecutor(1, "tower", _start, (half,)) as worker:
         worker.submit(int).result()  # starts the thread now, as it also sets the default of threads that start later
         torch.set_num_threads(half)
+        sys.setswitchinterval(SWITCH_SECONDS)
         _worker = worker
         try:
             yield
         finally:
             _worker = None
+            sys.setswitchinterval(interval)
             torch.set_num_threads(threads)
 
 
