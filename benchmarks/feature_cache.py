@@ -36,7 +36,7 @@ from coalign.training.distributed import World
 from coalign.training.trainer import Trainer
 from coalign.types import Record
 from coalign.workflows.train.batches import pair_loader
-from coalign.workflows.train.features import RunFeatures
+from coalign.workflows.train.caches.features import RunFeatures
 
 MODEL = {
     "embed_dim": 512,

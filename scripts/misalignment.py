@@ -32,8 +32,8 @@ from coalign.data.images.views import NUM_DRAWS, make_view
 from coalign.data.scenes.source import Scenes
 from coalign.evaluation import metrics
 from coalign.evaluation.embed import embed_texts
-from coalign.experiments.launch_script import run_name
-from coalign.experiments.tables import TABLES
+from coalign.experiments.tables.launch_script import run_name
+from coalign.experiments.tables.registry import TABLES
 from coalign.methods.uniclip.method import UniCLIP
 from coalign.randomness import Draws
 from coalign.runs.run import Run, load

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from coalign.experiments.search import FOLDER
+from coalign.experiments.tables.search import FOLDER
 from coalign.files import read_rows, write_atomically
 from coalign.runs.folder import CONFIG, HELD_OUT, RESULTS, public
 

@@ -1,7 +1,7 @@
 r"""Draws the README's picture from a finished demo, and updates the numbers of README.md and docs/get-started.md:
 
     coalign demo --out runs/demo
-    python -c "from coalign.experiments.demo import demo; [demo(f'runs/demo{seed}', seed=seed) for seed in (1, 2)]"
+    python -c "from coalign.experiments.demo.demo import demo; [demo(f'runs/demo{seed}', seed=seed) for seed in (1, 2)]"
     python scripts/render_demo.py runs/demo runs/demo1 runs/demo2
 
 Writes docs/demo.png, results/demo.json, and the passages between `<!-- demo: NAME -->` and `<!-- end of demo -->`. The picture has the
@@ -26,7 +26,7 @@ from PIL import Image
 
 from coalign.data.prepare.emoji import VENDORS_TABLE
 from coalign.data.sources.open import open_source
-from coalign.experiments.demo import DATA, PAGE, QUERIES, RESULT, SETTINGS, emoji_searches
+from coalign.experiments.demo.demo import DATA, PAGE, QUERIES, RESULT, SETTINGS, emoji_searches
 from coalign.files import write_json
 from coalign.methods import method_class
 from coalign.report.compare_page import difference_text

@@ -15,8 +15,8 @@ from coalign.files import save_tensors, write_atomically, write_json, write_text
 SWAP_FOLDERS = {
     "data/prepare/writing.py",
     "data/scenes/source.py",
-    "experiments/tag_pretraining.py",
-    "experiments/trials.py",
+    "experiments/tables/tag_pretraining.py",
+    "experiments/tables/trials.py",
     "training/checkpoint.py",
     "workflows/collection/index_files.py",
     "workflows/models/export.py",

@@ -16,7 +16,7 @@ from helpers.page_folder import small, with_options, write_folder
 from helpers.pages import PAGES, ROOT, blocks, coalign_words
 
 from coalign.cli.main import main
-from coalign.experiments import benchmark_plan
+from coalign.experiments.benchmark import plan as benchmark_plan
 
 RUNS = {
     "runs/clip": ["--recipe", "clip", "--data", "photos"],

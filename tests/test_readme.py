@@ -5,7 +5,7 @@ import re
 
 from helpers.pages import ROOT
 
-from coalign.experiments.tables import STEP_COST
+from coalign.experiments.tables.registry import STEP_COST
 from coalign.methods import recipes
 
 TEXT = (ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from coalign.experiments.tables import TABLES
+from coalign.experiments.tables.registry import TABLES
 from coalign.report import compare_figures
 from evidence.summary import compared_tables, other_methods
 from evidence.table_page import OTHER_METRICS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from coalign.experiments.tables import TABLES
+from coalign.experiments.tables.registry import TABLES
 from evidence.plan import LEVEL, MAX_CORE_HOURS, Plan, Verdict, arm_hours, core_hours, verdicts
 from evidence.text import Values, bullet, page, paragraph, results_link, signed, span_text, table
 from evidence.titles import TITLES, link

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coalign.experiments.reproduce import R10
-from coalign.experiments.tables import STEP_COST, TABLES
+from coalign.experiments.tables.registry import STEP_COST, TABLES
+from coalign.experiments.tables.reproduce import R10
 from evidence.table_page import SHIFT, TEST_IMAGES, summary_line
 from evidence.text import (
     Values,

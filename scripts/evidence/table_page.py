@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from coalign.data.scenes.captions import KINDS
-from coalign.experiments.reproduce import R10, rank_correlation
-from coalign.experiments.tables import TABLES
+from coalign.experiments.tables.registry import TABLES
+from coalign.experiments.tables.reproduce import R10, rank_correlation
 from coalign.formatting import percent
 from coalign.methods.table import Table
 from coalign.report.compare_page import ComparedMetric, Comparison, Group

@@ -13,8 +13,8 @@ from coalign.version import __version__
 
 if TYPE_CHECKING:
     from coalign.data.sources.open import open_source as open_data
-    from coalign.experiments.benchmark import benchmark
-    from coalign.experiments.compare import compare
+    from coalign.experiments.benchmark.benchmark import benchmark
+    from coalign.experiments.compare.compare import compare
     from coalign.methods import recipe
     from coalign.runs.run import load
     from coalign.types import DualEncoder
@@ -52,8 +52,8 @@ _PUBLIC = {
     "DualEncoder": ("coalign.types", "DualEncoder"),
     "EmbeddingFiles": ("coalign.workflows.collection.embedding_files", "EmbeddingFiles"),
     "EvalConfig": ("coalign.workflows.evaluate.config", "EvalConfig"),
-    "benchmark": ("coalign.experiments.benchmark", "benchmark"),
-    "compare": ("coalign.experiments.compare", "compare"),
+    "benchmark": ("coalign.experiments.benchmark.benchmark", "benchmark"),
+    "compare": ("coalign.experiments.compare.compare", "compare"),
     "embed": ("coalign.workflows.collection.embed", "embed"),
     "evaluate": ("coalign.workflows.evaluate.evaluate", "evaluate"),
     "interpolate": ("coalign.workflows.models.interpolate", "interpolate"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coalign.experiments.data_efficiency import Efficiency
+from coalign.experiments.tables.data_efficiency import Efficiency
 
 ROOT = Path(__file__).parents[2]
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)

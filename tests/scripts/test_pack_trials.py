@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.run_folders import write_run
 
-from coalign.experiments.compare import compare
+from coalign.experiments.compare.compare import compare
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

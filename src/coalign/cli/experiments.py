@@ -24,7 +24,7 @@ def demo_command(data: str | None = None, out: Path | None = None) -> None:
         data: your own pairs instead: anything that `coalign train --data` accepts
         out: the folder for the data, the runs and index.html; None: runs/demo, or runs/demo-own with --data
     """
-    from coalign.experiments.demo import demo, own_demo
+    from coalign.experiments.demo.demo import demo, own_demo
 
     if data is None:
         demo(out or Path("runs/demo"))
@@ -44,7 +44,7 @@ def compare_command(runs: Positional[tuple[str, ...]], report: Path | None = Non
         report: write a report with figures to this HTML file
         json: write the results to this JSON file
     """
-    from coalign.experiments.compare import compare_and_write
+    from coalign.experiments.compare.compare import compare_and_write
 
     compare_and_write(runs, report, json)
 
@@ -85,7 +85,7 @@ def benchmark_command(
         context_length: maximum number of tokens per caption; None: the default of `coalign train`
         skip_data_checks: train even if a check of the data finds a problem; see `coalign train`
     """
-    from coalign.experiments.benchmark import benchmark_and_write
+    from coalign.experiments.benchmark.benchmark import benchmark_and_write
 
     options = {"methods": methods, "minutes": minutes, "epochs": epochs, "fractions": fractions, "seeds": seeds}
     options |= {"context_length": context_length, "reading": reading, "skip_data_checks": skip_data_checks}
@@ -122,16 +122,16 @@ def reproduce_command(
         track: one or more tasks of `coalign eval`, such as zeroshot:birds, to evaluate each trial on, but not those of a search
         skip_data_checks: train even if a check of the data finds a problem; see `coalign train`
     """
-    from coalign.experiments import tables
+    from coalign.experiments.tables import registry
 
     if table is None:
-        print("".join(f"{name}\n    {entry.title}\n" for name, entry in tables.TABLES.items()), end="")
+        print("".join(f"{name}\n    {entry.title}\n" for name, entry in registry.TABLES.items()), end="")
         return
-    tables.table(table)  # report an unknown name before missing options
+    registry.table(table)  # report an unknown name before missing options
     if data is None or out is None:
         raise UserError(f"The table {table} needs --data and --out; see `coalign reproduce --help`.")
-    from coalign.experiments.compare_terminal import print_comparison
-    from coalign.experiments.reproduce import reproduce
+    from coalign.experiments.compare.terminal import print_comparison
+    from coalign.experiments.tables.reproduce import reproduce
 
     options: Any = {"scale": scale, "seeds": seeds, "jobs": jobs, "arms": arms, "track": track}
     options["skip_data_checks"] = skip_data_checks

@@ -29,8 +29,8 @@ class Arm:
     train_fraction: float = 1.0  # fraction of the training pairs to train on
     unpaired_captions: bool = False  # also train on the captions of the remaining pairs, without their images
     paper: float | None = None  # the value the paper reports for this row (see `Table.paper_metric`)
-    # settings of a run that starts from the pretrained encoders of `experiments.pretrained_towers`, such as image_tuning, or None for an
-    # encoder that starts from scratch; the others are the defaults of such runs. Empty: from scratch
+    # settings of a run that starts from the pretrained encoders of `experiments.tables.pretrained_towers`, such as image_tuning, or None
+    # for an encoder that starts from scratch; the others are the defaults of such runs. Empty: from scratch
     start: Mapping[str, Any] = field(default_factory=dict)
     # name of an arm of the same recipe: with its settings and this arm's `changes`, its weights are re-evaluated; nothing is trained
     weights_of: str = ""

@@ -10,7 +10,7 @@ from helpers.equal_runs import assert_equal_weights
 
 from coalign.cli import main as cli
 from coalign.errors import UserError
-from coalign.experiments.compare import compare
+from coalign.experiments.compare.compare import compare
 from coalign.runs.card import card
 from coalign.runs.folder import read_results
 from coalign.runs.run import load

@@ -13,7 +13,7 @@ from PIL import Image
 from coalign.cli import main as cli
 from coalign.config import DataConfig
 from coalign.data.sources.open import open_source
-from coalign.experiments.compare import compare
+from coalign.experiments.compare.compare import compare
 from coalign.runs.run import load
 from coalign.workflows.evaluate.samples import reading_of
 

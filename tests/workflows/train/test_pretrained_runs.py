@@ -296,7 +296,7 @@ class StoppedError(Exception):
 @pytest.mark.parametrize("options", [{"image-tuning": "last:0", "text-tuning": "last:0"}, {"head": "mlp"}])
 def test_a_run_that_is_killed_before_its_first_checkpoint(tmp_path, pairs, weights, monkeypatch, options):
     """It starts from the pretrained weights again, not from random ones."""
-    from coalign.workflows.train.features import RunFeatures
+    from coalign.workflows.train.caches.features import RunFeatures
 
     assert cli.main(args(pairs, tmp_path / "whole", weights, **options, epochs=1)) == 0
 

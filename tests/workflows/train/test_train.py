@@ -25,7 +25,8 @@ from coalign.training.distributed import World
 from coalign.training.trainer import Trainer
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
-from coalign.workflows.train import image_cache, run_report, setup
+from coalign.workflows.train import run_report, setup
+from coalign.workflows.train.caches import images as image_cache
 from coalign.workflows.train.resume import check_folder
 from coalign.workflows.train.train import train
 

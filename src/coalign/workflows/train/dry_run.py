@@ -27,7 +27,7 @@ from coalign.training.distributed import World
 from coalign.training.trainer import autocast_dtype, precision_name
 from coalign.types import Batch
 from coalign.workflows.train.batches import TrainingData, pair_loader
-from coalign.workflows.train.features import RunFeatures
+from coalign.workflows.train.caches.features import RunFeatures
 from coalign.workflows.train.gpu_plan import DECLIP_MFU, GOOD_MFU, Plan, plans
 from coalign.workflows.train.step_cost import StepCost, measure_step, step_cost
 

@@ -20,8 +20,8 @@ from coalign.training.distributed import join_world
 from coalign.training.stopwatch import Stopwatch
 from coalign.training.trainer import Trainer
 from coalign.workflows.train.batches import pair_loader
-from coalign.workflows.train.features import RunFeatures
-from coalign.workflows.train.image_cache import RunImageCache
+from coalign.workflows.train.caches.features import RunFeatures
+from coalign.workflows.train.caches.images import RunImageCache
 from coalign.workflows.train.setup import (
     ConfigFn,
     compile_towers,

@@ -37,8 +37,8 @@ from coalign.training.distributed import World, join_world
 from coalign.training.sharding import unsharded
 from coalign.training.trainer import Trainer, TrainResult
 from coalign.workflows.train.batches import TrainingData, pair_loader
-from coalign.workflows.train.features import RunFeatures
-from coalign.workflows.train.image_cache import RunImageCache
+from coalign.workflows.train.caches.features import RunFeatures
+from coalign.workflows.train.caches.images import RunImageCache
 from coalign.workflows.train.preflight import open_and_check
 from coalign.workflows.train.resume import check_folder, extension_lines, prepare_folder
 from coalign.workflows.train.setup import (

@@ -35,8 +35,8 @@ from coalign.workflows.evaluate.needs import unmet_need
 from coalign.workflows.evaluate.samples import Samples, captions_of, class_labels, read_labels
 from coalign.workflows.evaluate.tasks import TASKS
 from coalign.workflows.train.batches import TrainingData, pair_loader
-from coalign.workflows.train.features import RunFeatures
-from coalign.workflows.train.image_cache import RunImageCache
+from coalign.workflows.train.caches.features import RunFeatures
+from coalign.workflows.train.caches.images import RunImageCache
 
 
 def validation(

@@ -14,7 +14,7 @@ import numpy as np
 from coalign.config import TrainConfig, fields_marked, flatten, to_json
 from coalign.errors import UserError
 from coalign.evaluation import metrics
-from coalign.experiments.compare_terminal import print_comparison
+from coalign.experiments.compare.terminal import print_comparison
 from coalign.files import read_rows
 from coalign.metric import Metric, Outcome, metrics_from_json
 from coalign.progress import progress

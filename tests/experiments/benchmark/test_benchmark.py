@@ -15,13 +15,15 @@ from coalign.cli.train import TrainCommand, _parse_settings
 from coalign.config import DataConfig
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
-from coalign.experiments import benchmark as module
-from coalign.experiments import benchmark_plan, benchmark_result, reproduce, search
-from coalign.experiments.benchmark import benchmark
-from coalign.experiments.benchmark_plan import ENOUGH, FEWEST, MOST, make_plan
-from coalign.experiments.benchmark_result import BenchmarkResult, Lead
-from coalign.experiments.data_efficiency import efficiencies, factor
-from coalign.experiments.trials import _train
+from coalign.experiments.benchmark import benchmark as module
+from coalign.experiments.benchmark import plan as benchmark_plan
+from coalign.experiments.benchmark import result as benchmark_result
+from coalign.experiments.benchmark.benchmark import benchmark
+from coalign.experiments.benchmark.plan import ENOUGH, FEWEST, MOST, make_plan
+from coalign.experiments.benchmark.result import BenchmarkResult, Lead
+from coalign.experiments.tables import reproduce, search
+from coalign.experiments.tables.data_efficiency import efficiencies, factor
+from coalign.experiments.tables.trials import _train
 from coalign.methods.search import Search
 from coalign.methods.table import Table
 from coalign.runs.folder import read_config, read_results

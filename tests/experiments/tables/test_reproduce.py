@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from coalign.cli import main as cli
 from coalign.errors import UserError
-from coalign.experiments import reproduce as module
-from coalign.experiments import tables, trials
-from coalign.experiments.reproduce import reproduce, tag_pretraining
-from coalign.experiments.trials import Trial, _train
+from coalign.experiments.tables import registry, trials
+from coalign.experiments.tables import reproduce as module
+from coalign.experiments.tables.reproduce import reproduce, tag_pretraining
+from coalign.experiments.tables.trials import Trial, _train
 from coalign.methods.table import Arm, Table
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.pretrained import timm_part
@@ -60,7 +60,7 @@ def small(monkeypatch, tmp_path, without_run_reports):
         return failures
 
     monkeypatch.setattr(Table, "config", config)
-    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    monkeypatch.setitem(registry.TABLES, "test", sweep)
     monkeypatch.setattr(module, "run_trials", run)
     monkeypatch.chdir(tmp_path)
     return ran
@@ -98,16 +98,16 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
     assert cli.main(command) == 0
     assert len(small) == 4  # finished trials are kept
 
-    sweep = tables.TABLES["test"]
+    sweep = registry.TABLES["test"]
     longer = replace(sweep, arms={**sweep.arms, "one": Arm("clip", epochs=3)})
-    tables.TABLES["test"] = longer  # the fixture restores the original
+    registry.TABLES["test"] = longer  # the fixture restores the original
     assert cli.main(command) == 2
     assert "one-seed0 holds a run whose epochs differs from this table's" in capsys.readouterr().err
 
 
 def test_arms_start_from_an_image_encoder_pretrained_on_tags(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
-        tables.TABLES, "test", replace(tables.TABLES["test"], pretraining_scenes=128, classes=(), probe=False)
+        registry.TABLES, "test", replace(registry.TABLES["test"], pretraining_scenes=128, classes=(), probe=False)
     )
     monkeypatch.setattr(tag_pretraining, "EPOCHS", 1)
     command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]
@@ -129,21 +129,21 @@ def test_arms_start_from_an_image_encoder_pretrained_on_tags(small, tmp_path, ca
     printed = capsys.readouterr()
     assert "nowhere" in printed.err
     assert "on the tags of" not in printed.out
-    monkeypatch.setitem(tables.TABLES, "test", replace(tables.TABLES["test"], pretraining_scenes=0))
+    monkeypatch.setitem(registry.TABLES, "test", replace(registry.TABLES["test"], pretraining_scenes=0))
     assert cli.main(command) == 2  # from scratch it is a different table
     assert "holds a run whose model differs" in capsys.readouterr().err
 
 
 def test_results_are_compared_with_the_paper(small, tmp_path, capsys, monkeypatch):
     sweep = replace(
-        tables.TABLES["test"],
+        registry.TABLES["test"],
         arms={"one": Arm("clip", paper=20.5), "two": Arm("clip", epochs=2, paper=30), "three": Arm("slip", paper=25)},
         paper_metric="top-1 of its Table 9",
         claims=(("one", "two"),),
         classes=(),
         probe=False,
     )
-    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    monkeypatch.setitem(registry.TABLES, "test", sweep)
     assert cli.main(["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]) == 0
     printed = capsys.readouterr().out
     assert "Paper: top-1 of its Table 9" in printed
@@ -161,7 +161,7 @@ def test_results_are_compared_with_the_paper(small, tmp_path, capsys, monkeypatc
 
 
 def test_a_trial_that_fails_stops_no_other(small, tmp_path):
-    folder = Trial(tables.TABLES["test"], "one", 0, "photos", tmp_path / "out").folder
+    folder = Trial(registry.TABLES["test"], "one", 0, "photos", tmp_path / "out").folder
     folder.parent.mkdir()
     folder.write_text("in the way")
     with pytest.raises(UserError, match=r"1 of 4 trials failed: one-seed0 \(.* is a file"):
@@ -208,11 +208,11 @@ def of_oner():
         "one, anew": Arm("oner", {"pooling": "cls"}, weights_of="one"),
         "one": Arm("oner", {"similarity": "projector"}),
     }
-    return replace(tables.TABLES["test"], arms=arms, classes=(), probe=False)
+    return replace(registry.TABLES["test"], arms=arms, classes=(), probe=False)
 
 
 def test_an_arm_evaluates_the_weights_of_another(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(tables.TABLES, "test", of_oner())
+    monkeypatch.setitem(registry.TABLES, "test", of_oner())
     command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1", "--arms", "one, anew"]
     assert cli.main(command) == 0
     assert small == [("one", 0), ("one, anew", 0)]  # it needs the other arm
@@ -244,7 +244,7 @@ def test_an_arm_evaluates_the_weights_of_another(small, tmp_path, monkeypatch):
 
 
 def test_an_arm_without_the_weights_it_evaluates_fails(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(tables.TABLES, "test", of_oner())
+    monkeypatch.setitem(registry.TABLES, "test", of_oner())
     (tmp_path / "out").mkdir()
     (tmp_path / "out/one-seed0").write_text("in the way")
     message = r"one-seed0 \(.* is a file.*; one-anew-seed0 \(one-seed0, whose weights it evaluates, has not finished\)"
@@ -319,7 +319,7 @@ def test_a_trial_stops_if_its_parent_died_during_startup():
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     code = f"""
 import multiprocessing, time
-from coalign.experiments import trials
+from coalign.experiments.tables import trials
 trials._train = lambda trial, threads: time.sleep(120)
 trials._report(None, 1, {int(gone.stdout)}, multiprocessing.Pipe()[1])
 """

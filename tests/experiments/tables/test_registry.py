@@ -4,7 +4,7 @@ import pytest
 
 from coalign.config import flatten, to_json
 from coalign.errors import UserError
-from coalign.experiments.tables import STEP_COST, TABLES, table
+from coalign.experiments.tables.registry import STEP_COST, TABLES, table
 from coalign.methods.table import Arm
 
 

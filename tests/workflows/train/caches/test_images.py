@@ -16,9 +16,9 @@ from coalign.data.sources.folders.folder import FolderSource
 from coalign.methods import recipe
 from coalign.training.distributed import World
 from coalign.types import CLIP_PREPROCESS
-from coalign.workflows.train import image_cache
 from coalign.workflows.train.batches import TrainingData
-from coalign.workflows.train.image_cache import RunImageCache
+from coalign.workflows.train.caches import images as image_cache
+from coalign.workflows.train.caches.images import RunImageCache
 from coalign.workflows.train.setup import resolve_workers
 
 ONE = World(0, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ import pytest
 from coalign.cli import main as cli
 from coalign.cli.train import TrainCommand, _parse_settings
 from coalign.config import DataConfig
-from coalign.experiments.tables import TABLES
+from coalign.experiments.tables.registry import TABLES
 
 OF_PAPERS = [name for name, sweep in TABLES.items() if sweep.paper_recipe]
 

@@ -25,9 +25,9 @@ from coalign.cores import num_cores
 from coalign.data.images import evaluation_view
 from coalign.devices import best_device, device_line
 from coalign.errors import UserError
-from coalign.experiments import tag_pretraining as tag_pretraining
-from coalign.experiments.launch_script import run_name
-from coalign.experiments.pretrained_towers import PACKAGES, pretrained_towers
+from coalign.experiments.tables import tag_pretraining as tag_pretraining
+from coalign.experiments.tables.launch_script import run_name
+from coalign.experiments.tables.pretrained_towers import PACKAGES, pretrained_towers
 from coalign.methods.defaults import fit_to_start
 from coalign.methods.search import Choice, with_settings
 from coalign.methods.table import Table

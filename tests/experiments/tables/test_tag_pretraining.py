@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from coalign.data.scenes.source import Scenes
 from coalign.errors import UserError
-from coalign.experiments import tag_pretraining
+from coalign.experiments.tables import tag_pretraining
 from coalign.networks.towers.image import build_image_tower
 from coalign.networks.towers.spec import TowerSpec
 

@@ -38,7 +38,7 @@ from coalign.training.distributed import World
 from coalign.training.sharding import full_tensors, unsharded
 from coalign.training.trainer import autocast_dtype
 from coalign.types import Batch, DualEncoder, TextView
-from coalign.workflows.train.shared_features import alone, on_first
+from coalign.workflows.train.caches.sharing import alone, on_first
 
 CHUNK = 256  # views of images, and captions, that are written at a time
 _ENCODED = {"cpu": 64, "cuda": 512, "mps": 512}  # images and texts that are encoded at once

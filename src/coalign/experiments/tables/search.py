@@ -16,8 +16,8 @@ from typing import Any
 
 from coalign.config import TrainConfig, fields_marked, to_json
 from coalign.errors import NotFinite, UserError
-from coalign.experiments.launch_script import arm_name
-from coalign.experiments.trials import Trial, run_trials
+from coalign.experiments.tables.launch_script import arm_name
+from coalign.experiments.tables.trials import Trial, run_trials
 from coalign.files import write_json
 from coalign.methods.search import Choice, Search, best_of, crops_matter, halved
 from coalign.methods.table import Table

@@ -7,7 +7,7 @@ import torch
 from helpers.run_folders import write_run
 
 from coalign.data.images import evaluation_view
-from coalign.experiments.trials import _features_line, finished, last_step
+from coalign.experiments.tables.trials import _features_line, finished, last_step
 from coalign.runs.folder import read_config
 from coalign.training import checkpoint
 

@@ -18,15 +18,15 @@ from scipy.stats import spearmanr
 
 from coalign.config import DETECT, NOMINAL_PAIRS, DataConfig
 from coalign.errors import UserError
-from coalign.experiments import tag_pretraining as tag_pretraining
-from coalign.experiments.claims import decide, title
-from coalign.experiments.compare import compare
-from coalign.experiments.data_efficiency import efficiencies, efficiency_words, fraction_draws, fraction_scores
-from coalign.experiments.launch_script import write_launch
-from coalign.experiments.search import RESULT as SEARCH_RESULT
-from coalign.experiments.search import missing_trials, run_search, searches
-from coalign.experiments.tables import table
-from coalign.experiments.trials import CLASSES, FEATURES, LAUNCH, TAG_ENCODER, Trial, finished, run_trials
+from coalign.experiments.compare.compare import compare
+from coalign.experiments.tables import tag_pretraining as tag_pretraining
+from coalign.experiments.tables.claims import decide, title
+from coalign.experiments.tables.data_efficiency import efficiencies, efficiency_words, fraction_draws, fraction_scores
+from coalign.experiments.tables.launch_script import write_launch
+from coalign.experiments.tables.registry import table
+from coalign.experiments.tables.search import RESULT as SEARCH_RESULT
+from coalign.experiments.tables.search import missing_trials, run_search, searches
+from coalign.experiments.tables.trials import CLASSES, FEATURES, LAUNCH, TAG_ENCODER, Trial, finished, run_trials
 from coalign.files import write_json
 from coalign.methods.table import Table, parts
 from coalign.metric import value_text

@@ -18,12 +18,12 @@ from coalign.data.prepare.emoji import VENDORS_TABLE, prepare_emoji
 from coalign.data.sources.base import Source
 from coalign.data.sources.open import open_source
 from coalign.errors import UserError
-from coalign.experiments.benchmark import benchmark
-from coalign.experiments.benchmark_plan import TooShort
-from coalign.experiments.benchmark_result import RECOMMENDED, BenchmarkResult
-from coalign.experiments.compare import compare
-from coalign.experiments.demo_examples import evenly_spaced, examples, is_hit, middle_names, same_emoji, search
-from coalign.experiments.trials import FEATURES, Trial, finished, run_trials
+from coalign.experiments.benchmark.benchmark import benchmark
+from coalign.experiments.benchmark.plan import TooShort
+from coalign.experiments.benchmark.result import RECOMMENDED, BenchmarkResult
+from coalign.experiments.compare.compare import compare
+from coalign.experiments.demo.examples import evenly_spaced, examples, is_hit, middle_names, same_emoji, search
+from coalign.experiments.tables.trials import FEATURES, Trial, finished, run_trials
 from coalign.files import write_json
 from coalign.methods import method_class
 from coalign.methods.table import Arm, Table

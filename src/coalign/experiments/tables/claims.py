@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coalign.evaluation.metrics import Hierarchical, hierarchical
-from coalign.experiments.compare import read_finished
-from coalign.experiments.trials import Trial
+from coalign.experiments.compare.compare import read_finished
+from coalign.experiments.tables.trials import Trial
 from coalign.methods.table import Table, parts
 from coalign.metric import Metric, Outcome
 

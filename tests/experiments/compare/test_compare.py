@@ -15,8 +15,8 @@ from scipy import stats
 from coalign.cli import main as cli
 from coalign.config import flatten
 from coalign.errors import UserError
-from coalign.experiments.compare import compare
-from coalign.experiments.compare_terminal import print_comparison
+from coalign.experiments.compare.compare import compare
+from coalign.experiments.compare.terminal import print_comparison
 from coalign.runs.outcomes import read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
 

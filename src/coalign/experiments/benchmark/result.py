@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from coalign.evaluation.metrics import holm
-from coalign.experiments.claims import LEVEL, decide
-from coalign.experiments.compare import HELD_OUT_COUNTS, compare
-from coalign.experiments.data_efficiency import (
+from coalign.experiments.compare.compare import HELD_OUT_COUNTS, compare
+from coalign.experiments.tables.claims import LEVEL, decide
+from coalign.experiments.tables.data_efficiency import (
     BASE,
     Efficiency,
     Scores,
@@ -27,9 +27,9 @@ from coalign.experiments.data_efficiency import (
     fraction_draws,
     fraction_scores,
 )
-from coalign.experiments.launch_script import options
-from coalign.experiments.search import ArmSearch, score, searches
-from coalign.experiments.trials import Trial
+from coalign.experiments.tables.launch_script import options
+from coalign.experiments.tables.search import ArmSearch, score, searches
+from coalign.experiments.tables.trials import Trial
 from coalign.formatting import percent
 from coalign.methods import recipe
 from coalign.methods.table import Table, parts

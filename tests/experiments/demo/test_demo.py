@@ -17,16 +17,17 @@ from helpers import tiny
 from coalign.cli import main as cli
 from coalign.data.prepare.emoji import prepare_emoji
 from coalign.data.sources.open import open_source
-from coalign.experiments import benchmark as benchmark_module
-from coalign.experiments import benchmark_plan, demo_examples
-from coalign.experiments import demo as module
-from coalign.experiments import reproduce as reproduce_module
-from coalign.experiments import search as search_module
-from coalign.experiments.benchmark import benchmark
-from coalign.experiments.benchmark_plan import TooShort
-from coalign.experiments.demo import demo
-from coalign.experiments.demo_examples import evenly_spaced, is_hit
-from coalign.experiments.trials import _train
+from coalign.experiments.benchmark import benchmark as benchmark_module
+from coalign.experiments.benchmark import plan as benchmark_plan
+from coalign.experiments.benchmark.benchmark import benchmark
+from coalign.experiments.benchmark.plan import TooShort
+from coalign.experiments.demo import demo as module
+from coalign.experiments.demo import examples as demo_examples
+from coalign.experiments.demo.demo import demo
+from coalign.experiments.demo.examples import evenly_spaced, is_hit
+from coalign.experiments.tables import reproduce as reproduce_module
+from coalign.experiments.tables import search as search_module
+from coalign.experiments.tables.trials import _train
 from coalign.methods.table import Arm, Table
 from coalign.networks.towers.image import ImageTower
 from coalign.runs.folder import read_config
@@ -218,9 +219,7 @@ def test_a_killed_demo_resumes(few, tmp_path, how):
     out.mkdir()
     (out / "data").symlink_to(few / "data")
     arms = f"{{name: Arm(name, start={FROM_SCRATCH}) for name in ('clip', 'mcd')}}"
-    code = (
-        "from dataclasses import replace; from coalign.experiments import demo; from coalign.methods.table import Arm; "
-    )
+    code = "from dataclasses import replace; from coalign.experiments.demo import demo; from coalign.methods.table import Arm; "
     code += f"demo.SETTINGS = replace(demo.SETTINGS, batch_size=16, arms={arms}); "
     code += f"demo.demo({str(out)!r}, epochs=6)"
     command = [sys.executable, "-c", code]

@@ -30,8 +30,8 @@ from coalign.networks.towers.text import TextTower
 from coalign.training import checkpoint
 from coalign.training.trainer import Trainer
 from coalign.types import AugmentationPolicy, StepInfo
-from coalign.workflows.train import features as run_features
 from coalign.workflows.train import setup
+from coalign.workflows.train.caches import features as run_features
 from coalign.workflows.train.train import train
 
 LOCKED = {"image_tuning": "locked", "text_tuning": "locked"}
@@ -362,7 +362,7 @@ def test_two_processes_make_the_same_features_and_the_same_run(tmp_path, pairs, 
 PASS = f"""{COMMAND}
 import time
 from coalign.data.loading.feature_file import FeatureFile
-from coalign.workflows.train import features
+from coalign.workflows.train.caches import features
 features.CHUNK = 2
 write = FeatureFile.write
 def slowly(self, *args):

@@ -18,11 +18,11 @@ from coalign.config import DETECT, DataConfig, TrainConfig, from_json, to_json
 from coalign.cores import num_cores
 from coalign.data.splits import run_splits
 from coalign.errors import UserError
-from coalign.experiments.benchmark_plan import LENGTHS, Plan, make_plan
-from coalign.experiments.benchmark_result import TEST, BenchmarkResult, judge, print_result, write_page
-from coalign.experiments.data_efficiency import BASE
-from coalign.experiments.reproduce import run_table, table_trials
-from coalign.experiments.trials import finished
+from coalign.experiments.benchmark.plan import LENGTHS, Plan, make_plan
+from coalign.experiments.benchmark.result import TEST, BenchmarkResult, judge, print_result, write_page
+from coalign.experiments.tables.data_efficiency import BASE
+from coalign.experiments.tables.reproduce import run_table, table_trials
+from coalign.experiments.tables.trials import finished
 from coalign.files import write_json
 from coalign.methods import METHODS
 from coalign.methods.search import Search

@@ -13,9 +13,9 @@ from helpers import tiny
 
 from coalign.cli import main as cli
 from coalign.errors import NotFinite, UserError
-from coalign.experiments import reproduce as module
-from coalign.experiments import search, tables, trials
-from coalign.experiments.trials import Trial, _train
+from coalign.experiments.tables import registry, search, trials
+from coalign.experiments.tables import reproduce as module
+from coalign.experiments.tables.trials import Trial, _train
 from coalign.methods.search import Choice, Search
 from coalign.methods.table import Arm, Table, by_fraction
 from coalign.runs.folder import read_config, read_results
@@ -80,7 +80,7 @@ def table(monkeypatch, tmp_path, without_run_reports):
         return evaluate(method, config, pairs, tokenizer, name)
 
     monkeypatch.setattr(Table, "config", config)
-    monkeypatch.setitem(tables.TABLES, "test", sweep)
+    monkeypatch.setitem(registry.TABLES, "test", sweep)
     for each in (module, search):
         monkeypatch.setattr(each, "run_trials", run)
     monkeypatch.setattr(train_module, "evaluate_held_out", evaluate_held_out)
@@ -209,7 +209,8 @@ def check_kept(ran, tmp_path, capsys):
     assert ran == []
     assert "Trained without all tasks of --track" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out/table.json").read_text())["commands"]) == 2
-    tables.TABLES["test"] = replace(tables.TABLES["test"], search=replace(SEARCH, seed=1))  # the fixture restores it
+    sweep = registry.TABLES["test"]
+    registry.TABLES["test"] = replace(sweep, search=replace(SEARCH, seed=1))  # the fixture restores it
     assert cli.main(COMMAND) == 2
     assert "clip-trial1.json holds a trial whose " in capsys.readouterr().err
     assert cli.main([*COMMAND, "--scale", "paper", "--track", "retrieval:photos"]) == 2
@@ -239,7 +240,7 @@ def test_settings_that_diverge_are_not_chosen(table, tmp_path, monkeypatch, caps
 
 
 def test_fractions_of_every_table_with_a_search_have_an_arm_on_all_pairs():
-    for sweep in tables.TABLES.values():
+    for sweep in registry.TABLES.values():
         if sweep.search:
             for name, arm in sweep.arms.items():
                 assert sweep.arms[sweep.whole(name)].train_fraction == 1
@@ -250,7 +251,7 @@ def test_fractions_of_every_table_with_a_search_have_an_arm_on_all_pairs():
 
 def test_locked_arms_draw_no_crop_and_have_the_lengths_of_the_search(monkeypatch, tmp_path):
     monkeypatch.setattr(trials, "pretrained_towers", lambda settings: dict.fromkeys(settings, "a tower"))
-    sweep = tables.TABLES["headline-emoji-concepts"]
+    sweep = registry.TABLES["headline-emoji-concepts"]
     drawn = sweep.search.draws()[0]
     for arm, pairs, epochs in (("locked", 4000, 40), ("locked, 12.5 %", 500, 40 * 31 / 3)):
         config = Trial(sweep, arm, 0, "emoji", tmp_path, Choice(drawn, 40, 20)).config(pairs)
@@ -264,7 +265,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-from coalign.experiments.search import run_search
+from coalign.experiments.tables.search import run_search
 from coalign.methods.search import Search
 from coalign.methods.table import Arm, Table
 

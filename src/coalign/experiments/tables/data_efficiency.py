@@ -14,7 +14,7 @@ from coalign.runs.folder import read_results
 from coalign.runs.outcomes import read_outcomes
 
 if TYPE_CHECKING:
-    from coalign.experiments.trials import Trial
+    from coalign.experiments.tables.trials import Trial
     from coalign.metric import Outcome
 
 BASE = "clip"
