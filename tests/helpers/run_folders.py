@@ -22,8 +22,10 @@ def ranks_like(level, seed, size):
     return np.ceil(np.random.default_rng(seed).exponential(level, size))
 
 
-def write_run(folder, level=10.0, seed=0, items=None, method="clip", zero_shot=False, data="photos", **settings):
-    """A run whose ranks are drawn around `level`. Returns its folder."""
+def write_run(
+    folder, level=10.0, seed=0, items=None, method="clip", zero_shot=False, data="photos", look_alikes=0, **settings
+):
+    """A run whose ranks are drawn around `level`; its first images have look-alikes in training. Returns its folder."""
     folder.mkdir(parents=True)
     config: TrainConfig = replace(recipe(method)(5000), seed=seed, workers=seed + 1, **settings)
     write_config(folder, SavedConfig(data, config, 5000, len(CAPTIONS)))
@@ -39,6 +41,13 @@ def write_run(folder, level=10.0, seed=0, items=None, method="clip", zero_shot=F
         metrics.append(measure(f"{side}.median_rank", title, outcome, CHANCE["median_rank"]))
     counts = {"images": len(CAPTIONS), "captions": int(CAPTIONS.sum()), "distinct_captions": int(CAPTIONS.sum())}
     by_task, hashes = {"retrieval": metrics}, {"retrieval": images + 1000 if items is None else items}
+    if look_alikes:
+        outcome = Outcome(
+            (ranks_like(level, [seed], len(images)) <= 10).astype(float)[look_alikes:], images[look_alikes:]
+        )
+        task = "retrieval_without_look_alikes"
+        by_task[task] = [measure("image_to_text.r10", "Without look-alikes", outcome, CHANCE["r10"])]
+        hashes[task] = images[look_alikes:] + 1000
     if zero_shot:
         classes = images % 5
         correct = (np.random.default_rng(seed).random(len(images)) < 0.1 * classes).astype(float)

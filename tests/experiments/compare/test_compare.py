@@ -232,6 +232,18 @@ def test_the_terminal_leaves_metrics_without_look_alikes_to_the_page(tmp_path):
     assert "--report also compares without" in printed[1].removeprefix(printed[0])
 
 
+@pytest.mark.parametrize("numbers", [(5, 5), (5, 9), (9, 5), (5, 0), (0, 5)])
+def test_metrics_without_look_alikes_are_compared_on_the_same_items_only(tmp_path, numbers):
+    """Which items have look-alikes depends on the training pairs, such as a fraction of them. The other metrics are compared anyway."""
+    runs = [
+        write_run(tmp_path / f"run{n}", seed=n, epochs=n + 1, look_alikes=number) for n, number in enumerate(numbers)
+    ]
+    for group in compare(runs).groups:
+        found = [name for name in group.metrics if "without_look_alikes" in name]
+        assert bool(found) == (numbers[0] == numbers[1])
+        assert R5 in group.metrics
+
+
 # ---------------------------------------------------------------- refusals
 
 

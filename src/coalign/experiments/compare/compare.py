@@ -19,7 +19,15 @@ from coalign.files import read_rows
 from coalign.metric import Metric, Outcome, metrics_from_json
 from coalign.progress import progress
 from coalign.report.compare_page import ComparedMetric, Comparison, Group, compare_page
-from coalign.runs.folder import TRACKED, SavedConfig, check_output, public, read_config, read_results
+from coalign.runs.folder import (
+    TRACKED,
+    WITHOUT_LOOK_ALIKES,
+    SavedConfig,
+    check_output,
+    public,
+    read_config,
+    read_results,
+)
 from coalign.runs.outcomes import read_outcomes
 from coalign.workflows.evaluate.eval_report import write_results
 
@@ -81,8 +89,9 @@ def compare(
             f"The run {next(f for f in folders if f.resolve() in twice)} is given twice; name each run once."
         )
     finished = [read_finished(folder, name) for folder, name in zip(folders, _names(folders))]
+    own = _tasks_of_training(finished)
     for run in finished[1:]:
-        _check_same_items(finished[0], run)
+        _check_same_items(finished[0], run, own)
         _check_same_view(finished[0], run)
     grouped: dict[str, list[Finished]] = {}
     for run, key in zip(finished, groups or [json.dumps(run.settings, sort_keys=True) for run in finished]):
@@ -91,7 +100,11 @@ def compare(
     for group in members:
         _check_seeds(group)
     different = _different([group[0].settings for group in members])
-    metric_names = [name for name in finished[0].metrics if all(name in run.metrics for run in finished)]
+    metric_names = [
+        name
+        for name in finished[0].metrics
+        if all(name in run.metrics for run in finished) and name.partition(".")[0] not in own
+    ]
     names = list(grouped) if groups else _group_names(members)
     compared = []
     with progress("Bootstrap of the comparison", len(members), "groups") as task:
@@ -197,8 +210,19 @@ def _validations(rows: Sequence[dict[str, Any]], batch_size: int) -> list[dict[s
     return validations
 
 
-def _check_same_items(first: Finished, other: Finished) -> None:
-    for task in first.items.keys() & other.items.keys():
+def _tasks_of_training(runs: Sequence[Finished]) -> set[str]:
+    """Returns the tasks whose items depend on the training pairs, and so differ between the runs: those without look-alikes."""
+    tasks = {task for run in runs for task in run.items if task.endswith(WITHOUT_LOOK_ALIKES)}
+
+    def is_shared(task: str) -> bool:
+        items = [run.items.get(task) for run in runs]
+        return all(each is not None and np.array_equal(each, items[0]) for each in items)  # type: ignore[arg-type]
+
+    return {task for task in tasks if not is_shared(task)}
+
+
+def _check_same_items(first: Finished, other: Finished, apart_from: set[str]) -> None:
+    for task in (first.items.keys() & other.items.keys()) - apart_from:
         if not np.array_equal(first.items[task], other.items[task]):
             raise UserError(
                 f"{first.name} and {other.name} were evaluated on different held-out samples, classes or foils ({task}), so their metrics "
