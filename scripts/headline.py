@@ -1,4 +1,4 @@
-"""Renders docs/evidence/headline.png from results/headline-emoji-concepts.json alone: pairs and core-hours against recall on unseen emoji.
+"""Renders docs/evidence/headline.png from results/headline-emoji-concepts.json alone: recall on unseen emoji.
 
 Run: python scripts/headline.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from evidence.text import Values, factor_text, shared_settings
-from evidence.titles import METHODS
+from evidence.titles import ARMS, HEADLINE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -21,12 +21,10 @@ from coalign.methods.table import fraction_name
 from coalign.report.figures import PALETTE, SOFT, WIDTH, new_figure, percent_axis, style
 
 ROOT = Path(__file__).parents[1]
-NAME = "headline-emoji-concepts"
-RESULTS = ROOT / f"results/{NAME}.json"
+RESULTS = ROOT / f"results/{HEADLINE}.json"
 FIGURE = ROOT / "docs/evidence/headline.png"
 TASK = "retrieval_test"  # on unseen emoji
 RECALLS = ("r1", "r10")  # means of both directions
-LABELS = {**METHODS, "clip-strong": "CLIP with strong views", "locked": "locked pretrained encoders"}
 COOLDOWN = 0.2  # of every length of a search, at its end; the run that precedes it is shared by all lengths
 
 
@@ -40,8 +38,10 @@ class Point:
 
     pairs: int
     recalls: Mapping[str, tuple[float, float, float]]
-    core_hours: float  # of the final training, by processor time
-    search_core_hours: float  # of the search that chose the settings, on all pairs, at this training's cost per sample
+    core_minutes: float  # of the final training, by processor time
+    search_core_minutes: (
+        float  # of the search that chose the settings, on all pairs, at this training's cost per sample
+    )
 
 
 def points(values: Values) -> dict[str, list[Point]]:
@@ -52,15 +52,15 @@ def points(values: Values) -> dict[str, list[Point]]:
         whole = next(arm for arm in values["arms"] if fraction_name(arm, fraction) == group["name"])
         settings = {**shared_settings(values), **group["settings"]}
         recalls = {recall: both_directions(group["metrics"], recall) for recall in RECALLS}
-        hours = group["cpu_seconds"] / 3600
-        search_hours = hours / group["samples_seen"] * search_samples(values, whole)
-        found.setdefault(whole, []).append(Point(settings["num_train"], recalls, hours, search_hours))
+        minutes = group["cpu_seconds"] / 60
+        search_minutes = minutes / group["samples_seen"] * search_samples(values, whole)
+        found.setdefault(whole, []).append(Point(settings["num_train"], recalls, minutes, search_minutes))
     return {arm: sorted(of_arm, key=lambda point: point.pairs) for arm, of_arm in found.items()}
 
 
-def both_directions(metrics: Mapping[str, Values], recall: str) -> tuple[float, float, float]:
+def both_directions(metrics: Mapping[str, Values], recall: str, task: str = TASK) -> tuple[float, float, float]:
     """Returns the mean of both directions with its interval over seeds, (value, value, value) for a single seed."""
-    sides = [metrics[f"{TASK}.{direction}.{recall}"] for direction in ("image_to_text", "text_to_image")]
+    sides = [metrics[f"{task}.{direction}.{recall}"] for direction in ("image_to_text", "text_to_image")]
     triples = [(side["value"], *(side["over_seeds"] or [side["value"]] * 2)) for side in sides]
     value, low, high = np.mean(triples, axis=0).tolist()
     return value, low, high
@@ -76,8 +76,9 @@ def search_samples(values: Values, arm: str) -> float:
 
 
 def figure(values: Values) -> Figure:
-    """Returns the figure: R@1 above, R@10 below; against the pairs on the left, against core-hours on all pairs on the right."""
-    by_arm = points(values)
+    """Returns the figure of the arms that the table has on fractions of the pairs: R@1 above, R@10 below; against the pairs on the left,
+    against core-minutes on all pairs on the right."""
+    by_arm = {arm: of_arm for arm, of_arm in points(values).items() if fraction_name(arm, 0.5) in values["arms"]}
     colors = {arm: PALETTE[number % len(PALETTE)] for number, arm in enumerate(by_arm)}
     found = new_figure(WIDTH, 6.0)
     for row, recall in enumerate(RECALLS):
@@ -94,7 +95,7 @@ def figure(values: Values) -> Figure:
             axes.yaxis.set_major_formatter(percent_axis())
         for arm, of_arm in by_arm.items():
             _by_pairs(left, of_arm, recall, colors[arm], _label(values, arm))
-            _by_hours(right, of_arm[-1], recall, colors[arm])
+            _by_minutes(right, of_arm[-1], recall, colors[arm])
         left.set_ylim(bottom=0)
         pairs = sorted({point.pairs for of_arm in by_arm.values() for point in of_arm})
         left.set_xticks(pairs, [f"{number:,}" for number in pairs])
@@ -102,7 +103,7 @@ def figure(values: Values) -> Figure:
         right.xaxis.set_major_formatter("{x:g}")
         if row == 1:
             left.set_xlabel("pairs trained on", fontsize=9, color=SOFT)
-            right.set_xlabel("core-hours on all pairs (open: with the search)", fontsize=9, color=SOFT)
+            right.set_xlabel("core-minutes on all pairs (open: with the search)", fontsize=9, color=SOFT)
     _legend(found, found.axes[0])
     return found
 
@@ -110,24 +111,27 @@ def figure(values: Values) -> Figure:
 def _by_pairs(axes: Axes, of_arm: Sequence[Point], recall: str, color: str, label: str) -> None:
     pairs = [point.pairs for point in of_arm]
     value, low, high = np.array([point.recalls[recall] for point in of_arm]).T
-    axes.fill_between(pairs, low, high, color=color, alpha=0.16, linewidth=0)
+    if len(of_arm) > 1:
+        axes.fill_between(pairs, low, high, color=color, alpha=0.16, linewidth=0)
+    else:
+        axes.vlines(pairs, low, high, color=color, linewidth=1.6)
     axes.plot(pairs, value, color=color, linewidth=1.7, marker="o", markersize=4, label=label)
 
 
-def _by_hours(axes: Axes, point: Point, recall: str, color: str) -> None:
-    """The final run with its interval, and a dotted line to the hours with the search."""
+def _by_minutes(axes: Axes, point: Point, recall: str, color: str) -> None:
+    """The final run with its interval, and a dotted line to the minutes with the search."""
     value, low, high = point.recalls[recall]
-    hours = [point.core_hours, point.core_hours + point.search_core_hours]
-    axes.plot(hours, [value] * 2, color=color, linewidth=1.2, linestyle=":")
+    minutes = [point.core_minutes, point.core_minutes + point.search_core_minutes]
+    axes.plot(minutes, [value] * 2, color=color, linewidth=1.2, linestyle=":")
     axes.errorbar(
-        hours[:1], [value], yerr=[[value - low], [high - value]], fmt="o", color=color, markersize=5, elinewidth=1.6, capsize=2.5
+        minutes[:1], [value], yerr=[[value - low], [high - value]], fmt="o", color=color, markersize=5, elinewidth=1.6, capsize=2.5
     )  # fmt: skip
-    axes.plot(hours[1:], [value], "o", color=color, markersize=5, markerfacecolor="white")
+    axes.plot(minutes[1:], [value], "o", color=color, markersize=5, markerfacecolor="white")
 
 
 def _label(values: Values, arm: str) -> str:
     factor = factor_text(values["efficiency"].get(TASK, {}).get(arm))
-    return f"{LABELS.get(arm, arm)}: {factor} ×" if factor else LABELS.get(arm, arm)
+    return f"{ARMS.get(arm, arm)}: {factor} ×" if factor else ARMS.get(arm, arm)
 
 
 def _legend(found: Figure, axes: Axes) -> None:

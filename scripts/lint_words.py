@@ -30,7 +30,6 @@ WORDS = {
     r"\b(followed|worries|worry|divided|contest)\b": "tracked, warnings, sharded, benchmark",
     r"\banother look\b": "distribution shift",
     r"\bnew combinations\b": "compositional split",
-    r"\btag tower\b|\bthat (has|have) learned tags\b": "image encoder pretrained on tags",
     r"\bas many (pairs|steps|samples)\b": "at equal samples seen, for the same number of steps",
     r"\bper cent\b": "% or percent; percentage points",
     r"\bwhat (a step|it|they|each) costs?\b": "cost per step",

@@ -1,15 +1,17 @@
-"""Measures whether models trained on scenes detect that an augmentation makes a caption wrong. On scenes, the broken facts are known.
+"""Measures whether models trained on simple scenes detect that an augmentation makes a caption wrong. The broken facts are known there.
 
 Broken facts: Spearman's rank correlation, over strong views of scenes, between D(view, t) / D(image, t) and the fraction of the caption's
 facts that the view breaks. D is the Euclidean distance of normalized embeddings. MCD claims a positive correlation; 0 means no relation.
+For UniCLIP, whose head takes the augmentation parameters, also with the parameters of another image's view: if nothing changes, the head
+does not use them.
 
 Swapped captions: the area under the ROC curve of detecting, by D, the 10 % of pairs whose captions are swapped.
 
-Flipped images, for UniCLIP, whose head takes the augmentation parameters: accuracy of choosing between "left" and "right" for the original
+Flipped images, for UniCLIP: accuracy of choosing between "left" and "right" for the original
 image, for the flipped image with the flip in its parameters, and for the flipped image without. A head that uses the parameters correctly
 makes the same choice in the first two cases, and the opposite one in the third.
 
-    python scripts/misalignment.py runs/views/clip-seed0 runs/views/uniclip-seed0 … --out results/misalignment-scenes.json
+    python scripts/misalignment.py runs/scenes/clip-seed0 runs/scenes/uniclip-seed0 … --out results/misalignment-scenes.json
 
 Runs of one arm that differ in their seed become one row.
 """
@@ -67,8 +69,8 @@ def whole(source: Scenes, indices: Sequence[int], size: int, flip: bool = False)
     return torch.stack([make_view(np.ascontiguousarray(image), size)[0] for image in images])
 
 
-def broken_facts(run: Run, source: Scenes) -> float:
-    """Spearman's correlation over all scenes and views."""
+def broken_facts(run: Run, source: Scenes, shuffled: bool = False) -> float:
+    """Spearman's correlation over all scenes and views. `shuffled`: the head takes the parameters of another image's view."""
     indices, size = source.splits["test"][:SCENES].tolist(), run.encoder().image_size
     texts = embed_texts(run.encoder(), [source.record(index).captions[0] for index in indices])
     before = (embed(run, whole(source, indices, size)) - texts).norm(dim=1)
@@ -77,7 +79,8 @@ def broken_facts(run: Run, source: Scenes) -> float:
         draws = Draws(0, number, np.array(indices)).uniform("view", NUM_DRAWS)
         views = [make_view(source.image(i), size, STRONG, draw) for i, draw in zip(indices, draws)]
         params = [drawn for _, drawn in views]
-        after = (embed(run, torch.stack([pixels for pixels, _ in views]), params) - texts).norm(dim=1)
+        taken = params[1:] + params[:1] if shuffled else params
+        after = (embed(run, torch.stack([pixels for pixels, _ in views]), taken) - texts).norm(dim=1)
         ratios.append((after / before).numpy())
         truths = [source.truth_after_view(index, drawn)[0] for index, drawn in zip(indices, params)]
         shares.append([1 - np.mean(truth) for truth in truths])
@@ -86,7 +89,7 @@ def broken_facts(run: Run, source: Scenes) -> float:
 
 def swapped_captions(run: Run) -> float:
     """Area under the ROC curve, from ranks."""
-    source = Scenes(2000, level="hard", seed=9, swap=0.1, split="train")
+    source = Scenes(2000, level="simple", seed=9, swap=0.1, split="train")
     indices = list(range(len(source)))
     records = [source.record(index) for index in indices]
     texts = embed_texts(run.encoder(), [record.captions[0] for record in records])
@@ -125,13 +128,16 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(folders: Sequence[Path], log: Callable[[str], None]) -> dict[str, Any]:
-    source = Scenes(8, level="hard")
+    source = Scenes(8, level="simple")
     rows: dict[str, dict[str, list[float]]] = {}
     for folder in folders:
         run = load(folder)
         scores = {"broken facts": broken_facts(run, source), "swapped captions": swapped_captions(run)}
         if isinstance(run.method, UniCLIP):
-            scores |= flips(run, source)
+            scores |= {
+                "broken facts, another view's parameters": broken_facts(run, source, shuffled=True),
+                **flips(run, source),
+            }
         name = folder.name.partition("-seed")[0]
         row = rows.setdefault(ARMS.get(name, name), {})
         for name, value in scores.items():

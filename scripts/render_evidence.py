@@ -15,46 +15,62 @@ from typing import Any
 import headline
 from evidence.headline_page import headline_page
 from evidence.oner_mct import oner_mct_page
-from evidence.other_pages import clip_page, detection_page, misalignment_page
+from evidence.other_pages import misalignment_page, transfer_page
 from evidence.plan import read_plan, verdicts
 from evidence.plan_page import plan_page
 from evidence.small_models import small_models_page
 from evidence.speed import speed_page
-from evidence.summary import summary_page
+from evidence.summary import summary_page, which_method
 from evidence.table_page import table_page
 from evidence.text import Values
-from evidence.titles import TABLE_TITLES
+from evidence.titles import HEADLINE, TABLE_TITLES
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs/evidence"
+TRANSFERS = ("emoji", "openclipart")  # what the encoders were trained on
+
+
+MARKS = ("<!-- evidence: which method -->\n", "<!-- end of evidence -->")  # in the README
 
 
 def read(name: str) -> Any:
     return json.loads((ROOT / f"results/{name}.json").read_text())
 
 
+def exists(name: str) -> bool:
+    return (ROOT / f"results/{name}.json").exists()
+
+
 def read_tables() -> dict[str, Values]:
-    """Returns the tables in the order of the pages. A table without claims or fractions of the pairs may lack these entries."""
-    return {name: {"claims": [], "efficiency": {}, **read(name)} for name in TABLE_TITLES}
+    """Returns the tables with results, in the order of the pages."""
+    return {name: {"claims": [], "efficiency": {}, **read(name)} for name in TABLE_TITLES if exists(name)}
 
 
 def pages(tables: dict[str, Values]) -> dict[str, str]:
     """Returns name -> Markdown of every page."""
     plan = read_plan(ROOT / "results/plan.json")
-    found = {"index": summary_page(tables), "plan": plan_page(plan, tables)}
-    if headline.NAME in tables:
-        own = [each for each in verdicts(plan, tables) if each.claim.table == headline.NAME]
-        found["headline"] = headline_page(tables[headline.NAME], own)
-    return {
-        **found,
-        **{name: table_page(values) for name, values in tables.items()},
-        "clip-openclipart": clip_page(read("openclipart_clip")),
-        "detection": detection_page(read("detection-scenes")),
-        "misalignment": misalignment_page(read("misalignment-scenes")),
+    decided = verdicts(plan, tables)
+    others = {
+        "plan": plan_page(plan, tables),
         "oner-mct": oner_mct_page(read("oner-mct-account")),
         "small-models": small_models_page(read("small-models")),
         "speed": speed_page(read("benchmarks")),
     }
+    if HEADLINE in tables:
+        others["headline"] = headline_page(tables[HEADLINE], [each for each in decided if each.claim.table == HEADLINE])
+    if transfers := [{"name": name, **read(f"transfer-{name}")} for name in TRANSFERS if exists(f"transfer-{name}")]:
+        others["transfer"] = transfer_page(transfers)
+    if exists("misalignment-scenes"):
+        others["misalignment"] = misalignment_page(read("misalignment-scenes"))
+    index = summary_page(tables, decided, others)
+    return {"index": index, **others, **{name: table_page(values) for name, values in tables.items()}}
+
+
+def readme(text: str, tables: dict[str, Values]) -> str:
+    """Returns the README with its recommendation, figure and table as on the summary page."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return before + MARKS[0] + which_method(tables, "docs/evidence/") + "\n" + MARKS[1] + after
 
 
 def main() -> None:
@@ -65,8 +81,10 @@ def main() -> None:
         (OUT / f"{name}.md").write_text(text)
     for name, figure in figures(tables).items():
         figure.savefig(OUT / f"{name}.png", dpi=110)
-    if headline.NAME in tables:
+    if HEADLINE in tables:
         headline.main()
+    path = ROOT / "README.md"
+    path.write_text(readme(path.read_text(), tables))
 
 
 if __name__ == "__main__":

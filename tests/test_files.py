@@ -15,7 +15,6 @@ from coalign.files import save_tensors, write_atomically, write_json, write_text
 SWAP_FOLDERS = {
     "data/prepare/writing.py",
     "data/scenes/source.py",
-    "experiments/tables/tag_pretraining.py",
     "experiments/tables/trials.py",
     "training/checkpoint.py",
     "workflows/collection/index_files.py",

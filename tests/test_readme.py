@@ -1,11 +1,10 @@
-"""README.md is one page, and its table of results has the values of results/."""
+"""README.md lists every method, and its demo is that of results/; test_evidence.py checks its table."""
 
 import json
 import re
 
 from helpers.pages import ROOT
 
-from coalign.experiments.tables.registry import STEP_COST
 from coalign.methods import recipes
 
 TEXT = (ROOT / "README.md").read_text()
@@ -16,40 +15,6 @@ def rows(header):
     lines = TEXT[TEXT.index(header) :].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {first: rest for first, *rest in cells}
-
-
-def mark(metric):
-    """▲ or ▼ if the difference from the first group excludes zero over items and over seeds."""
-    spans = [metric["difference_over_items"], metric["difference_over_seeds"]]
-    if not all(spans):
-        return ""
-    return " ▲" if all(low > 0 for low, _ in spans) else " ▼" if all(high < 0 for _, high in spans) else ""
-
-
-def test_results_are_those_of_the_table():
-    results = json.loads((ROOT / "results/style-shift-openclipart.json").read_text())
-    groups = {group["name"]: group for group in results["groups"]}
-    table = rows("| | Same styles, image → text |")
-    columns = ["retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10", "retrieval_test.text_to_image.r10"]
-    chance = [groups["clip"]["metrics"][name]["chance"] for name in columns]
-    assert table.pop("Chance")[:3] == [f"{100 * value:.1f}" for value in chance]
-    names = {"CLIP, strong views": "clip, DeCLIP's views"}
-    assert {names.get(name, name.lower()) for name in table} == set(groups)
-    for name, (*values, seeds, cost) in table.items():
-        group = groups[names.get(name, name.lower())]
-        for text, column in zip(values, columns, strict=True):
-            metric = group["metrics"][column]
-            low, high = metric["over_seeds"]
-            assert text == f"{100 * metric['value']:.1f} ± {50 * (high - low):.1f}{mark(metric)}", name
-        assert int(seeds) == len(group["seeds"])
-        assert cost == ("1" if name == "CLIP" else str(STEP_COST["openclipart"].get(name.lower(), ""))), name
-    longer = json.loads((ROOT / "results/declip-openclipart.json").read_text())["groups"]
-    (metric,) = [group["metrics"][columns[1]] for group in longer if group["name"] == "CLIP, twice the epochs"]
-    low, high = metric["over_seeds"]
-    assert f"{100 * metric['value']:.1f} ± {50 * (high - low):.1f}" in TEXT
-    settings = results["settings"]
-    assert f"Trained on {settings['num_train']:,} drawings" in TEXT
-    assert f"{settings['epochs']:.0f} epochs at {settings['image_size']} pixels" in TEXT
 
 
 def test_every_method_is_listed_with_its_page():

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
 from coalign.experiments.tables.registry import TABLES
 from coalign.report import compare_figures
-from evidence.summary import compared_tables, other_methods
 from evidence.table_page import OTHER_METRICS
 from evidence.text import Values, interval, metric_title
 
 
 def figures(tables: Mapping[str, Values]) -> dict[str, Figure]:
-    """Returns the plot of differences from CLIP, and one plot per table or, for tables with fractions of the pairs, per split."""
-    found = {"beside-clip": beside_clip(tables)}
+    """Returns one plot per table or, for tables with fractions of the pairs, per split."""
+    found = {}
     for name, values in tables.items():
         if not values["efficiency"]:
             found[name] = values_by_arm(values)
         for task, by_method in values["efficiency"].items():
             found[f"{name}-{task}"] = by_fraction(values, task, list(by_method))
     return found
-
-
-def beside_clip(tables: Mapping[str, Values]) -> Figure:
-    """Each method's difference from CLIP, with its interval over seeds, in every table that has both."""
-    settings = compared_tables(tables)
-    triples = {
-        name: [difference_over_seeds(each.metrics.get(name)) for each in settings] for name in other_methods(settings)
-    }
-    labels = [f"{each.table}\n{each.num_train:,} pairs; {each.split}" for each in settings]
-    return compare_figures.points(labels, triples, difference_to="CLIP")
-
-
-def difference_over_seeds(metric: Values | None) -> tuple[float, float, float]:
-    """Returns the difference from CLIP with its interval over seeds; NaN if there is none."""
-    found = metric and metric["difference_over_seeds"]
-    return (metric["difference"], *found) if metric and found else (math.nan,) * 3
 
 
 def values_by_arm(values: Values) -> Figure:

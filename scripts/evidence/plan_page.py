@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from coalign.experiments.tables.registry import TABLES
 from evidence.plan import LEVEL, MAX_CORE_HOURS, Plan, Verdict, arm_hours, core_hours, verdicts
@@ -38,7 +38,7 @@ def plan_page(plan: Plan, tables: Mapping[str, Values]) -> str:
     return page(
         f"# {TITLES['plan']}",
         paragraph(INTRODUCTION),
-        paragraph(_counts(found)),
+        paragraph(counts(found)),
         "## Claims",
         "Effects and differences are in percentage points.",
         table(
@@ -68,7 +68,7 @@ def _missing(plan: Plan) -> str:
     return f"Not defined yet, so not in `coalign reproduce`: {', '.join(missing)}." if missing else ""
 
 
-def _counts(found: list[Verdict]) -> str:
+def counts(found: Sequence[Verdict]) -> str:
     counts = Counter(each.verdict for each in found)
     shown = [f"{counts[name]} {name}" for name in ("holds", "does not hold", "undecided", "open") if counts[name]]
     return f"Of {len(found)} claims: {', '.join(shown)}."

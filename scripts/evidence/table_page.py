@@ -20,18 +20,16 @@ from evidence.text import (
     factor_text,
     metric_title,
     minus,
-    model_note,
     page,
     paragraph,
     results_link,
     shared_settings,
     signed,
     span_text,
-    split_note,
     table,
     value_text,
 )
-from evidence.titles import METHODS, TITLES, link
+from evidence.titles import HEADLINE, METHODS, TITLES, link
 
 # of each split
 RETRIEVAL = tuple(f"{side}.r{k}" for side in ("image_to_text", "text_to_image") for k in (1, 10))
@@ -50,16 +48,17 @@ SPLIT_TEXTS = {
 # the name of the data in results/ -> its test split, if it is not TEST_IMAGES
 OTHER_TESTS = {
     "emoji.jsonl": "the same 1,918 emoji as drawn by another vendor, OpenMoji",
+    "metadata.jsonl": "the same 1,918 emoji as drawn by another vendor, OpenMoji",
     "concepts.jsonl": "902 drawings of 451 emoji that are in no training pair",
 }
 # the name of the data in results/ -> what it is, and its --data
 DATA = {
     "oca96": ("Open Clip Art", "data/openclipart"),
-    "emoji.jsonl": ("emoji of one vendor, Twemoji", "data/emoji/emoji.jsonl"),
+    "emoji.jsonl": ("emoji of one vendor, Twemoji", "data/emoji/metadata.jsonl"),
+    "metadata.jsonl": ("emoji of one vendor, Twemoji", "data/emoji/metadata.jsonl"),
     "concepts.jsonl": ("emoji by Twemoji and OpenMoji", "data/emoji/concepts.jsonl"),
     "style-shift.jsonl": ("two styles of Open Clip Art", "data/openclipart/style-shift.jsonl"),
-    "scenes:8192:hard": ("synthetic scenes with hard captions", "scenes:8192:hard"),
-    "tune.jsonl": ("Open Clip Art, without the pairs that the other tables hold out", "data/openclipart/tune.jsonl"),
+    "scenes:8192:simple": ("synthetic scenes with simple captions", "scenes:8192:simple"),
 }
 
 
@@ -110,15 +109,17 @@ def setup(values: Values) -> list[str]:
     others = "".join(f" ({name}: `{model}`)" for name, model in models.items() if model != settings["model"])
     texts = SPLIT_TEXTS | {"test": f"*Test*: {OTHER_TESTS.get(settings['data'], TEST_IMAGES)}."}
     splits = " ".join(texts[split] for split in sweep.test_splits)
-    pretraining = f"All arms start from the same image encoder, pretrained on the tags of {sweep.pretraining_scenes:,} other scenes."
     untrained = [name for name in sweep.arms if name not in {each["name"] for each in groups}]
     size = f"{settings['image_size']} pixels" if settings["image_size"] else "its own image size"
     facts = [
         f"Data: {what}. {settings['num_train']:,} training pairs; held out: {held_out}. {splits}",
-        f"Model: `{settings['model']}`{others} at {size}. {pretraining if sweep.pretraining_scenes else ''}",
-        f"Training: {settings['epochs']:g} epochs, batch size {settings['batch_size']}; {seeds}. {sweep.note}",
-        *filter(None, [split_note(values), model_note(values)]),
-        *notes(values, sweep, untrained, data),
+        f"Model: `{settings['model']}`{others} at {size}.",
+        f"Training: {length(sweep, settings)}, batch size {settings['batch_size']}; {seeds}. {sweep.note}",
+        *(
+            [f"The table also has rows without results here: {', '.join(f'`{name}`' for name in untrained)}."]
+            if untrained
+            else []
+        ),
     ]
     return [
         "## Setup",
@@ -128,19 +129,13 @@ def setup(values: Values) -> list[str]:
     ]
 
 
-def notes(values: Values, sweep: Table, untrained: Sequence[str], data: str) -> list[str]:
-    """Returns how the results differ from what the commands train now."""
-    found = []
-    if untrained:
-        found.append(f"The table also has rows without results here: {', '.join(f'`{name}`' for name in untrained)}.")
-    named = {each["name"] for each in values["groups"]}
-    if any(arm.recipe == "oner" and not arm.weights_of for name, arm in sweep.arms.items() if name in named):
-        found.append(
-            "OneR is evaluated by its projector here. The commands evaluate it by its current default, the similarity that its loss trains."
-        )
-    if data.endswith("tune.jsonl"):
-        found.append("To make `tune.jsonl`, remove the rows of held-out pairs from `metadata.jsonl`.")
-    return found
+def length(sweep: Table, settings: Values) -> str:
+    """Returns where settings and epochs come from."""
+    if sweep.search:
+        return "settings and length of each arm chosen by a [search](../benchmark.md#settings-chosen-by-a-search)"
+    if any(arm.choice for arm in sweep.arms.values()):
+        return f"settings and length that the search of {link(HEADLINE)} chose for each method"
+    return f"{settings['epochs']:g} epochs"
 
 
 def reproduce_commands(values: Values, data: str) -> list[str]:
@@ -253,7 +248,7 @@ def data_efficiency(values: Values) -> list[str]:
         blocks += [
             f"### {heading}: factors",
             f"CLIP's score on all pairs is {percent(sum(clip) / len(clip))}, chance {percent(chance)}.",
-            table(["", "Factor (95 % CI over seeds)"], [[m, factor_text(found)] for m, found in by_method.items()]),
+            table(["", "Factor (95 % CI)"], [[m, factor_text(found)] for m, found in by_method.items()]),
             f"![{heading}: R@10 against the fraction of the pairs]({values['table']}-{task}.png)",
         ]
     return blocks
@@ -296,6 +291,8 @@ def _one_interval(claim: Values) -> list[str]:
 def correlations(values: Values) -> str:
     """Returns the rank correlation of our means with the paper's values, as a sentence."""
     sweep = TABLES[values["table"]]
+    if not sweep.paper_metric:
+        return ""
     groups = [
         Group(**{**each, "metrics": {name: ComparedMetric(**metric) for name, metric in each["metrics"].items()}})
         for each in values["groups"]

@@ -9,17 +9,6 @@ from typing import Any
 from coalign.formatting import percent
 
 WIDTH = 138
-OPEN_CLIP_ART = ("openclipart", "oca96", "style-shift.jsonl", "tune.jsonl")  # the names of its files in results/
-# from `python scripts/look_alikes.py data/openclipart`
-OLD_SPLITS = (
-    "These results were obtained with splits that did not keep look-alikes together: on Open Clip Art, 253 of 686 held-out pictures have a "
-    "near-duplicate in training, 71 of 518 with the current split (cosine of EfficientNet-Lite0 features above 0.9)."
-)
-OLD_MODEL = (
-    "These results were obtained with the previous `tiny`, a ResNet-18 with fewer blocks and channels, with a default learning rate of "
-    "1e-3 instead of 2e-3, and with BatchNorm over groups of 32. [Small models](small-models.md) compares it with the current `tiny`."
-)
-
 Values = dict[str, Any]  # the content of a file in results/
 
 
@@ -54,18 +43,6 @@ def commands(*lines: str) -> str:
     return "\n".join(["<!-- not run: takes hours -->", "```bash", *lines, "```"])
 
 
-def split_note(values: Values) -> str:
-    """Returns a sentence on look-alikes for results on Open Clip Art from before the default split kept them together, else ""."""
-    settings = shared_settings(values)
-    return OLD_SPLITS if settings["data"] in OPEN_CLIP_ART and "group_look_alikes" not in settings else ""
-
-
-def model_note(values: Values) -> str:
-    """Returns a sentence on the model for results with `tiny` from before it was replaced, else ""."""
-    settings = shared_settings(values)
-    return OLD_MODEL if settings["model"] == "tiny" and settings["optimizer.lr"] == 1e-3 else ""
-
-
 def results_link(name: str) -> str:
     return f"[{name}.json](../../results/{name}.json)"
 
@@ -82,18 +59,12 @@ def value_text(metric: Values) -> str:
     return f"{100 * middle:.1f} ± {100 * (high - middle):.1f}"
 
 
+def percents(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ± {50 * (high - low):.1f}"
+
+
 def chance_text(metric: Values) -> str:
     return "" if metric["chance"] is None else percent(metric["chance"]).removesuffix(" %")
-
-
-def is_decided(metric: Values) -> bool:
-    """Whether the intervals of the difference over items and over seeds both exclude zero, on the same side."""
-    spans = [metric[f"difference_over_{unit}"] for unit in ("items", "seeds")]
-    return all(spans) and (all(low > 0 for low, _ in spans) or all(high < 0 for _, high in spans))
-
-
-def bold_if_decided(text: str, metric: Values) -> str:
-    return f"**{text}**" if is_decided(metric) else text
 
 
 def difference_text(metric: Values) -> str:
@@ -114,14 +85,11 @@ def minus(text: str) -> str:
 
 
 def factor_text(efficiency: Values | None) -> str:
-    """Returns a data-efficiency factor with its interval: over seeds and items, or in older results over seeds.
-
-    ≥ and ≤: the curves cross beyond the fractions tried.
-    """
+    """Returns a data-efficiency factor with its interval over seeds and items. ≥ and ≤: the curves cross beyond the fractions tried."""
     if efficiency is None:
         return ""
     bound = ("≥ " if efficiency["factor"] > 1 else "≤ ") if efficiency["bound"] else ""
-    low, high = efficiency.get("interval") or efficiency.get("over_seeds") or (1.0, 1.0)
+    low, high = efficiency["interval"] or (1.0, 1.0)
     return f"{bound}{efficiency['factor']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
 
 

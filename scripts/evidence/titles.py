@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 INDEX = "Evidence"
+HEADLINE = "headline-emoji-concepts"
 COMPARISONS = {
+    HEADLINE: "Unseen emoji, all arms",
+    "emoji-vendor": "Another vendor's emoji",
+    "style-shift": "Unseen styles of clip art",
+    "scenes": "Simple scenes",
     "pretrained-openclipart": "Pretrained encoders on Open Clip Art",
     "pretrained-emoji": "Pretrained encoders on emoji",
     "pretrained-emoji-concepts": "Pretrained encoders on unseen emoji",
-    "two-towers-openclipart": "Five methods on Open Clip Art",
-    "style-shift-openclipart": "Style shift",
-    "fractions-openclipart": "Fewer pairs: Open Clip Art",
-    "fractions-scenes": "Fewer pairs: scenes",
-    "two-towers-scenes": "Five methods on scenes",
-    "oner-mct-scenes": "OneR and MCT on scenes",
 }
 ABLATIONS = {
-    "declip-openclipart": "DeCLIP's supervision",
-    "uniclip-losses-openclipart": "UniCLIP's loss",
-    "uniclip-views-openclipart": "UniCLIP's views",
-    "views-scenes": "Views and distillation",
-    "mcd-openclipart": "MCD's distillation",
+    "declip-emoji": "DeCLIP's supervision",
+    "uniclip-losses-emoji": "UniCLIP's loss",
+    "uniclip-views-emoji": "UniCLIP's views",
+    "uniclip-heads-emoji": "UniCLIP's image head",
+    "mcd-emoji": "MCD's distillation",
+    "oner-emoji": "OneR's losses",
+    "oner-masking-emoji": "OneR's masked modeling",
+    "oner-transfer-emoji": "OneR with more captions",
     "mct-openclipart": "MCT's terms",
     "mct-heads-openclipart": "MCT's heads",
-    "oner-openclipart": "OneR's losses",
-    "learning-rates-openclipart": "Learning rates",
 }
 OTHERS = {
+    "headline": "Fewer pairs: unseen emoji",
     "plan": "Planned claims",
-    "clip-openclipart": "CLIP on Open Clip Art",
-    "detection": "Detectors on scenes",
+    "transfer": "Transfer to other data",
     "misalignment": "Misalignment",
     "oner-mct": "OneR and MCT beside CLIP",
     "small-models": "Small models",
@@ -36,6 +36,8 @@ OTHERS = {
 }
 METHODS = {
     "clip": "CLIP",
+    "clip-strong": "CLIP with strong views",
+    "filip": "FILIP",
     "slip": "SLIP",
     "declip": "DeCLIP",
     "uniclip": "UniCLIP",
@@ -43,6 +45,7 @@ METHODS = {
     "oner": "OneR",
     "mct": "MCT",
 }
+ARMS = {**METHODS, "locked": "Locked pretrained encoders"}
 TABLE_TITLES = COMPARISONS | ABLATIONS
 TITLES = TABLE_TITLES | OTHERS
 

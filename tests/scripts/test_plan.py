@@ -239,7 +239,7 @@ def test_claims_over_seeds_and_items_on_the_page_of_a_table(modules):
         "verdict": "holds",
     }
     single_seed = {**claim, "interval": None, "p": None, "verdict": "undecided"}
-    values = {"table": "style-shift-openclipart", "groups": [], "claims": [claim, single_seed]}
+    values = {"table": "style-shift", "groups": [], "claims": [claim, single_seed]}
     rows = table_page.claims(values)[-1].splitlines()
     assert rows[0] == "| Claim | Metric | Difference | 95 % CI | *p* |  |"
     metric = "uniclip is better than clip | Test: R@10, mean of both directions | +8.2"

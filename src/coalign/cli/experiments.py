@@ -109,7 +109,7 @@ def reproduce_command(
     If the table has a search, first choose the settings and the length of each arm on the held-out pairs. If interrupted, run it again to
     resume.
 
-    Example: coalign reproduce two-towers-scenes --data scenes:8192:hard --out runs/two-towers --jobs 2
+    Example: coalign reproduce scenes --data scenes:8192:simple --out runs/scenes --jobs 2
 
     Args:
         table: the table's name; None: list all tables

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from coalign.config import DETECT, DataConfig, RoleConfig, TrainConfig
+from coalign.config import DETECT, DataConfig, TrainConfig
 from coalign.methods import recipe, recipes
 from coalign.methods.search import Choice, Search
 
@@ -23,7 +23,6 @@ class Arm:
     changes: Mapping[str, Any] = field(default_factory=dict)  # to the method's configuration
     epochs: float = 1.0  # multiplies the table's epochs, which count the full training split
     batch: float = 1.0  # multiplies the table's batch size
-    image_lr: float | None = None  # peak learning rate of the image tower, if tuned for this arm
     # settings and length that another table's search chose; its epochs replace the table's
     choice: Choice | None = None
     train_fraction: float = 1.0  # fraction of the training pairs to train on
@@ -57,14 +56,9 @@ class Table:
     val_by: str | None = None  # hold out values of this column
     test_fraction: float = 0.0  # if the data has no test split
     evals: int = 5
-    image_lr: float | None = None  # for arms that set none; None: the recipe's
     reading: DataConfig = DETECT  # how the data is read
     classes: tuple[str, ...] = ()  # of zero-shot classification and the probe, matched against labels and tags
     probe: bool = False
-    # recipe -> changes to its method's configuration that only this small scale needs
-    recipe_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # if above 0, every arm starts from an image encoder pretrained on the tags of this many other scenes
-    pretraining_scenes: int = 0
     context_length: int | None = None  # None: the recipe's
     skip_data_checks: bool = False
     caption_safe_views: bool = False
@@ -100,11 +94,9 @@ class Table:
         if row.train_fraction < 1:  # the same number of steps as on all pairs; incomplete batches are dropped
             steps = max(1, all_pairs // (self.batch_size or config.batch_size))
             epochs *= steps / row.batch / max(1, num_pairs // batch_size)
-        image_lr = row.image_lr or self.image_lr
-        roles = {"image": RoleConfig(lr=image_lr)} if image_lr else {}
         return replace(
             config,
-            method_config=replace(config.method_config, **{**self.recipe_overrides.get(row.recipe, {}), **row.changes}),
+            method_config=replace(config.method_config, **row.changes),
             epochs=epochs,
             batch_size=batch_size,
             image_size=self.image_size or config.image_size,
@@ -120,7 +112,6 @@ class Table:
             test_splits=self.test_splits,
             evals=self.evals,
             seed=seed,
-            optimizer=replace(config.optimizer, roles={**config.optimizer.roles, **roles}),
         )
 
     def paper_config(self, arm: str, seed: int) -> tuple[str, TrainConfig] | None:

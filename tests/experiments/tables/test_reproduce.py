@@ -10,20 +10,15 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 from helpers import tiny
-from safetensors.torch import load_file
 
 from coalign.cli import main as cli
 from coalign.errors import UserError
 from coalign.experiments.tables import registry, trials
 from coalign.experiments.tables import reproduce as module
-from coalign.experiments.tables.reproduce import reproduce, tag_pretraining
+from coalign.experiments.tables.reproduce import reproduce
 from coalign.experiments.tables.trials import Trial, _train
 from coalign.methods.table import Arm, Table
-from coalign.networks.towers.image import build_image_tower
-from coalign.networks.towers.pretrained import timm_part
-from coalign.networks.towers.spec import TowerSpec
 from coalign.runs.folder import read_config
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.evaluate import evaluate
@@ -103,35 +98,6 @@ def test_arms_and_seeds_are_trained_once_and_compared_by_arm(small, tmp_path, ca
     registry.TABLES["test"] = longer  # the fixture restores the original
     assert cli.main(command) == 2
     assert "one-seed0 holds a run whose epochs differs from this table's" in capsys.readouterr().err
-
-
-def test_arms_start_from_an_image_encoder_pretrained_on_tags(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(
-        registry.TABLES, "test", replace(registry.TABLES["test"], pretraining_scenes=128, classes=(), probe=False)
-    )
-    monkeypatch.setattr(tag_pretraining, "EPOCHS", 1)
-    command = ["reproduce", "test", "--data", "photos", "--out", "out", "--seeds", "1"]
-    assert cli.main(command) == 0
-    assert "on the tags of 128 other scenes" in capsys.readouterr().out
-    tower = load_file("out/tag_encoder/model.safetensors")
-    for arm in ("one", "other-longer"):
-        config = read_config(tmp_path / f"out/{arm}-seed0").config
-        assert (config.model, config.image_tower) == ("tiny", str(tmp_path / "out/tag_encoder"))
-        trunk = build_image_tower(TowerSpec("tiny", 100, image_size=32, image_tower=config.image_tower)).trunk
-        assert all(torch.equal(value, tower[name]) for name, value in timm_part(trunk).state_dict().items())
-    values = json.loads((tmp_path / "out/table.json").read_text())
-    assert values["settings"]["image_tower"] == "tag_encoder"
-    assert str(tmp_path) not in (tmp_path / "out/table.html").read_text()
-    assert cli.main(command) == 0
-    assert "on the tags of" not in capsys.readouterr().out  # it exists already
-    assert len(small) == 2
-    assert cli.main([*command[:3], "nowhere", "--out", "other"]) == 2
-    printed = capsys.readouterr()
-    assert "nowhere" in printed.err
-    assert "on the tags of" not in printed.out
-    monkeypatch.setitem(registry.TABLES, "test", replace(registry.TABLES["test"], pretraining_scenes=0))
-    assert cli.main(command) == 2  # from scratch it is a different table
-    assert "holds a run whose model differs" in capsys.readouterr().err
 
 
 def test_results_are_compared_with_the_paper(small, tmp_path, capsys, monkeypatch):
@@ -277,8 +243,8 @@ def test_weights_are_trained_before_they_are_evaluated(monkeypatch, tmp_path, ca
 def test_trials_run_in_separate_processes(tmp_path):
     """Without fakes: two seeds of one arm at once, on few scenes."""
     with pytest.raises(UserError, match=r"1 of 1 trials failed: .*fewer than --batch-size"):
-        reproduce("two-towers-scenes", "scenes:50", tmp_path, seeds=1, arms=["clip"])
-    comparison = reproduce("two-towers-scenes", "scenes:128", tmp_path, seeds=2, jobs=2, arms=["clip"])
+        reproduce("scenes", "scenes:50", tmp_path, seeds=1, arms=["clip"])
+    comparison = reproduce("scenes", "scenes:128", tmp_path, seeds=2, jobs=2, arms=["clip"])
     assert comparison is not None
     (group,) = comparison.groups
     assert group.seeds == [0, 1]
@@ -289,7 +255,7 @@ def test_trials_run_in_separate_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["Ctrl-C", "SIGKILL of the parent"])
 def test_an_interrupted_table_resumes(tmp_path, by):
-    command = [sys.executable, "-m", "coalign", "reproduce", "two-towers-scenes", "--data", "scenes:512"]
+    command = [sys.executable, "-m", "coalign", "reproduce", "scenes", "--data", "scenes:512"]
     command += ["--out", str(tmp_path), "--seeds", "1", "--jobs", "1", "--arms", "clip", "mcd"]
     process = subprocess.Popen(
         command, start_new_session=True, stderr=subprocess.PIPE, text=True,
@@ -310,7 +276,7 @@ def test_an_interrupted_table_resumes(tmp_path, by):
     assert "Interrupted at step" in log.read_text()
     assert (tmp_path / "clip-seed0/last").is_dir()
     assert not (tmp_path / "mcd-seed0").exists()  # the second trial was not begun
-    reproduce("two-towers-scenes", "scenes:512", tmp_path, seeds=1, jobs=2, arms=["clip"])
+    reproduce("scenes", "scenes:512", tmp_path, seeds=1, jobs=2, arms=["clip"])
     assert "resuming at step" in log.read_text()
     assert (tmp_path / "clip-seed0/results.json").exists()
 

@@ -189,7 +189,7 @@ def test_file_names_stop_a_run_a_benchmark_and_a_table(tmp_path, model, capsys):
     commands = {
         "train": tiny.train_args(data, tmp_path / "run", model),
         "benchmark": ["benchmark", "--data", str(data), "--out", str(tmp_path / "benchmark"), "--epochs", "1"],
-        "reproduce": ["reproduce", "two-towers-openclipart", "--data", str(data), "--out", str(tmp_path / "table")],
+        "reproduce": ["reproduce", "mct-openclipart", "--data", str(data), "--out", str(tmp_path / "table")],
     }
     for args in commands.values():
         assert cli.main(args) == 2

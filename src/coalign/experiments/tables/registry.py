@@ -3,72 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from coalign.errors import UserError
 from coalign.methods import METHODS
-from coalign.methods.declip.config import VIEW
-from coalign.methods.mcd.tables import DISTILLATION
-from coalign.methods.search import Search
-from coalign.methods.table import Arm, Table, by_fraction, chain
-from coalign.methods.table_settings import CLIP_ART_CLASSES, SMALL_QUEUE, STYLE_SHIFT, TUNED_LR, TWO_TOWERS, Rows
-from coalign.methods.uniclip.tables import VIEWS
+from coalign.methods.table import Arm, Table, by_fraction
+from coalign.methods.table_settings import NEW_CONCEPTS, SEARCH, TEST, tuned_arm
 
-# From scratch, training on hard scenes begins on a plateau. Of everything tried with CLIP (temperatures, learning rates, moments, weight
-# decay, warmup, batch sizes of 16 to 128), a high initial temperature shortens it most.
-FLAT = {"temperature": 0.2}
 _COLORS = ("red", "pink", "brown", "gold", "green", "lime", "blue", "cyan")
 _SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
 ONE_OBJECT = tuple(f"{color} {shape}" for shape in _SHAPES for color in _COLORS)  # of scenes with one object
-
-# tables that start from an image encoder pretrained on tags
-_PRETRAINED: dict[str, Any] = {
-    "pretraining_scenes": 16_384,
-    "epochs": 8,
-    "image_size": 32,
-    "evals": 2,
-    "classes": ONE_OBJECT,
-    "test_splits": ("combinations", "shifted"),
-    "headline_metrics": ("retrieval.image_to_text.r10", "retrieval_shifted.image_to_text.r10", "foils.mean_per_kind"),
-}
-
-
-def _untuned(recipe: str, rows: Rows) -> dict[str, Arm]:
-    return {name: Arm(recipe, changes) for name, (changes, _) in rows.items()}
-
-
-_UNICLIP = {
-    name: row
-    for name, row in VIEWS.items()
-    if name not in ("no embedding, 3 weak views", "no embedding, 3 strong views")
-}
-
-
-# ImageNet zero-shot top-1 of ViT-B/32 on YFCC15M: UniCLIP's Table 1 and MCD's
-_YFCC = {"clip": 31.3, "slip": 38.3, "declip": 41.2, "uniclip": 42.8, "mcd": 44.7}
-_IMAGENET_YFCC = "ImageNet zero-shot top-1 after YFCC15M, MCD's Table 1"
-# Processor time per step, data loading included, relative to CLIP on an idle core: medians of 7 interleaved steps at 48 pixels, of 29
-# consecutive steps at 32 pixels. Measured with the previous `tiny`, a narrow ResNet-18.
-STEP_COST = {
-    "openclipart": {"slip": 2.1, "declip": 2.4, "uniclip": 2.6, "mcd": 2.1},
-    "scenes": {"slip": 1.5, "declip": 1.7, "uniclip": 1.5, "mcd": 1.5},
-}
-
-
-def _two_towers(arms: Mapping[str, Arm], step_cost: Mapping[str, float]) -> dict[str, Arm]:
-    """Each method at equal samples seen and at equal CPU time, and CLIP on DeCLIP's views as a control."""
-    equal_time = {
-        f"{name}, CLIP's time": replace(arms[name], epochs=1 / cost, paper=None) for name, cost in step_cost.items()
-    }
-    control = {
-        "clip, DeCLIP's views": replace(arms["clip"], paper=None, changes={**arms["clip"].changes, "image_view": VIEW})
-    }
-    return {**arms, **equal_time, **control}
-
 
 _LOCKED: dict[str, Any] = {"image_tuning": "locked", "text_tuning": "locked"}
 _STARTS = {
@@ -123,103 +70,6 @@ def _paper_tables() -> dict[str, Table]:
 
 
 TABLES: dict[str, Table] = {
-    "two-towers-openclipart": Table(
-        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on Open Clip Art, at equal samples seen and at equal CPU time",
-        _two_towers(
-            {name: Arm(name, image_lr=TUNED_LR[name], paper=_YFCC[name]) for name in TWO_TOWERS},
-            STEP_COST["openclipart"],
-        ),
-        epochs=10,
-        classes=CLIP_ART_CLASSES,
-        claims=chain(*TWO_TOWERS),
-        paper_metric=_IMAGENET_YFCC,
-        paper_recipe="{method}-yfcc15m",
-    ),
-    "two-towers-scenes": Table(
-        "CLIP, SLIP, DeCLIP, UniCLIP and MCD on hard scenes, at equal samples seen and at equal CPU time",
-        _two_towers({name: Arm(name, paper=_YFCC[name]) for name in TWO_TOWERS}, STEP_COST["scenes"]),
-        recipe_overrides=dict.fromkeys(TWO_TOWERS, FLAT),
-        epochs=12,
-        image_size=32,
-        image_lr=5e-3,
-        evals=4,
-        classes=ONE_OBJECT,
-        claims=chain(*TWO_TOWERS),
-        paper_metric=_IMAGENET_YFCC,
-        paper_recipe="{method}-yfcc15m",
-        headline_metrics=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
-    ),
-    "oner-mct-scenes": Table(
-        "OneR and MCT on hard scenes, compared with CLIP",
-        {
-            "clip": Arm("clip", image_lr=5e-3),
-            "oner": Arm("oner"),
-            "mct": Arm("mct", image_lr=5e-3),
-        },
-        recipe_overrides={"clip": FLAT} | SMALL_QUEUE,
-        epochs=12,
-        image_size=32,
-        evals=4,
-        classes=ONE_OBJECT,
-        headline_metrics=("retrieval.image_to_text.r10", "foils.mean_per_kind"),
-    ),
-    "style-shift-openclipart": Table(
-        "Seven methods, trained on two styles of Open Clip Art and evaluated on the same concepts in other styles",
-        {
-            **{
-                name: Arm(name, image_lr=TUNED_LR.get(name), paper=_YFCC.get(name))
-                for name in (*TWO_TOWERS, "oner", "mct")
-            },
-            # a control: the effect of the views alone
-            "clip, DeCLIP's views": Arm("clip", {"image_view": VIEW}, image_lr=TUNED_LR["clip"]),
-        },
-        recipe_overrides=SMALL_QUEUE,
-        claims=(*chain(*TWO_TOWERS), *(("clip, DeCLIP's views", name) for name in TWO_TOWERS[1:])),
-        paper_metric=_IMAGENET_YFCC,
-        paper_recipe="{method}-yfcc15m",
-        **STYLE_SHIFT,
-    ),
-    "fractions-openclipart": Table(
-        "Seven methods on all, half and a quarter of the pairs, in two styles of Open Clip Art, at equal samples seen",
-        by_fraction({name: Arm(name, image_lr=TUNED_LR.get(name)) for name in (*TWO_TOWERS, "oner", "mct")}),
-        recipe_overrides=SMALL_QUEUE,
-        **STYLE_SHIFT,
-    ),
-    "views-scenes": Table(
-        "UniCLIP's views and MCD's distillation on hard scenes, from an image encoder pretrained on tags, by kind of fact",
-        {
-            "clip": Arm("clip"),
-            **_untuned("uniclip", _UNICLIP),
-            "1 weak view": Arm("uniclip", {"views": ("weak",)}),
-            **_untuned("mcd", DISTILLATION),
-        },
-        claims=(
-            *((name, "UniCLIP") for name in _UNICLIP if name != "UniCLIP"),
-            *((name, "MCD") for name in DISTILLATION if name != "MCD"),
-            ("UniCLIP", "1 weak view"),  # a control: no loss between two views of an image
-            ("clip", "UniCLIP"),
-            ("clip", "MCD"),
-        ),
-        note="The temperature, 0.2, and the image encoder's learning rate were tuned on CLIP only, which favors CLIP. With the papers' "
-        "0.07, as in `fractions-scenes`, CLIP does equally well and UniCLIP better.",
-        recipe_overrides=dict.fromkeys(TWO_TOWERS, FLAT),
-        **_PRETRAINED,
-    ),
-    "fractions-scenes": Table(
-        "Six methods on all, half and a quarter of the pairs of hard scenes, at equal samples seen, from an image encoder pretrained on "
-        "tags",
-        by_fraction({name: Arm(name) for name in (*TWO_TOWERS, "mct")}),
-        note="The image encoder's learning rate was tuned on CLIP only, between two values, which favors CLIP.",
-        recipe_overrides=SMALL_QUEUE,
-        **_PRETRAINED,
-    ),
-    "learning-rates-openclipart": Table(
-        "The image encoder's learning rate, for each method, on the training pairs of Open Clip Art",
-        {f"{name}, {lr:g}": Arm(name, image_lr=lr) for name in TWO_TOWERS for lr in (1e-3, 3e-3)},
-        epochs=6,
-        # the split is a stable hash: on data without the tenth that the other tables hold out, 0.2 holds out the next tenth
-        val_fraction=0.2,
-    ),
     "pretrained-openclipart": _pretrained_towers("Open Clip Art", ("locked", "locked, 160 pixels", "locked, GLU")),
     "pretrained-emoji": _pretrained_towers(
         "emoji of one vendor, evaluated on another's",
@@ -237,12 +87,7 @@ TABLES: dict[str, Table] = {
     "headline-emoji-concepts": Table(
         "Methods and a head on locked encoders, each with its best settings, on new concepts of emoji, by number of pairs",
         by_fraction(HEADLINE, (1.0, 0.5, 0.25, 0.125)) | {name: Arm(name) for name in OTHER_METHODS},
-        epochs=80,
-        search=Search(epochs=(20, 40, 80)),
-        val_by="concept",
-        evals=4,
-        caption_safe_views=True,
-        test_splits=("test",),
+        search=SEARCH,
         claims=(  # of results/plan.json
             ("clip", "uniclip"),
             ("clip", "clip-strong"),
@@ -252,7 +97,30 @@ TABLES: dict[str, Table] = {
             ("mcd", "locked"),
             ("clip", "locked, 12.5 %"),
         ),
-        headline_metrics=("retrieval_test.r10", "retrieval_test.r1"),
+        **NEW_CONCEPTS | {"evals": 4},
+    ),
+    "emoji-vendor": Table(
+        "Methods with the settings chosen on new concepts, on emoji of one vendor, evaluated on another's",
+        {name: tuned_arm(name) for name in ("clip", "clip-strong", "uniclip", "mcd")},
+        claims=(("clip", "uniclip"), ("uniclip", "mcd"), ("clip", "clip-strong"), ("clip-strong", "mcd")),
+        **TEST,
+    ),
+    "style-shift": Table(
+        "Methods with the settings chosen on emoji, on two styles of Open Clip Art, evaluated on the same concepts in other styles",
+        {name: tuned_arm(name) for name in ("clip", "uniclip", "mcd")},
+        claims=(("clip", "uniclip"),),
+        **TEST,
+    ),
+    "scenes": Table(
+        "CLIP, UniCLIP and MCD on simple scenes, by kind of fact",
+        {name: Arm(name) for name in ("clip", "uniclip", "mcd")},
+        epochs=30,
+        image_size=32,
+        evals=2,
+        classes=ONE_OBJECT,
+        claims=(("clip", "uniclip"), ("clip", "mcd")),
+        test_splits=("combinations", "shifted"),
+        headline_metrics=("retrieval.r10", "retrieval_shifted.r10", "foils.mean_per_kind"),
     ),
     **_paper_tables(),
 }

@@ -19,14 +19,13 @@ from scipy.stats import spearmanr
 from coalign.config import DETECT, NOMINAL_PAIRS, DataConfig
 from coalign.errors import UserError
 from coalign.experiments.compare.compare import compare
-from coalign.experiments.tables import tag_pretraining as tag_pretraining
 from coalign.experiments.tables.claims import decide, title
 from coalign.experiments.tables.data_efficiency import efficiencies, efficiency_words, fraction_draws, fraction_scores
 from coalign.experiments.tables.launch_script import write_launch
 from coalign.experiments.tables.registry import table
 from coalign.experiments.tables.search import RESULT as SEARCH_RESULT
 from coalign.experiments.tables.search import missing_trials, run_search, searches
-from coalign.experiments.tables.trials import CLASSES, FEATURES, LAUNCH, TAG_ENCODER, Trial, finished, run_trials
+from coalign.experiments.tables.trials import CLASSES, FEATURES, LAUNCH, Trial, finished, run_trials
 from coalign.files import write_json
 from coalign.methods.table import Table, parts
 from coalign.metric import value_text
@@ -83,7 +82,8 @@ def reproduce(
     chosen = list(dict.fromkeys([*bases, *chosen]))
     missing = [each for each in table_trials(sweep, chosen, seeds, data, out, tuple(track)) if not finished(each)]
     missing += missing_trials(sweep, chosen, data, out) if sweep.search else []
-    _prepare(sweep, missing, data, out, console)
+    if missing:  # reports bad data before the trials start
+        check_trials(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
     failures = run_table(sweep, chosen, seeds, jobs, data, out, tuple(track))
     done = [trial for trial in table_trials(sweep, list(sweep.arms), seeds, data, out) if finished(trial)]
     _print_untracked(done, tracked, console)
@@ -120,16 +120,6 @@ def table_trials(
     return [
         Trial(sweep, arm, seed, data, out, choice, track) for seed in range(seeds) for arm, choice in choices.items()
     ]
-
-
-def _prepare(sweep: Table, missing: Sequence[Trial], data: str, out: Path, console: Console) -> None:
-    """Checks the data before the trials that are missing, and trains the image encoder that they start from, if the table has one."""
-    if missing:
-        # reports bad data before the trials start
-        check_trials(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
-    if missing and sweep.pretraining_scenes and not (out / TAG_ENCODER).exists():
-        console.print(f"Pretraining the arms' image encoder on the tags of {sweep.pretraining_scenes:,} other scenes …")
-        tag_pretraining.train(sweep.pretraining_scenes, sweep.image_size or 64, out / TAG_ENCODER)
 
 
 def run_table(

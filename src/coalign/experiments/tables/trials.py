@@ -25,7 +25,6 @@ from coalign.cores import num_cores
 from coalign.data.images import evaluation_view
 from coalign.devices import best_device, device_line
 from coalign.errors import UserError
-from coalign.experiments.tables import tag_pretraining as tag_pretraining
 from coalign.experiments.tables.launch_script import run_name
 from coalign.experiments.tables.pretrained_towers import PACKAGES, pretrained_towers
 from coalign.methods.defaults import fit_to_start
@@ -39,7 +38,7 @@ from coalign.types import AugmentationPolicy
 from coalign.workflows.train.setup import ConfigFn, num_steps
 from coalign.workflows.train.train import train
 
-CLASSES, LAUNCH, TAG_ENCODER = "classes.txt", "launch.sh", "tag_encoder"
+CLASSES, LAUNCH = "classes.txt", "launch.sh"
 METRICS = "metrics.jsonl"
 FEATURES = "features"  # of locked encoders, which the trials of a table share
 _POLL_SECONDS = 0.5
@@ -84,8 +83,6 @@ class Trial:
             config = replace(config, feature_folder=self.out / FEATURES)
             fitted = fit_to_start(replace(config, **{"image_size": None} | towers | dict(start)))
             config = replace(fitted, **start)  # what the arm sets is kept
-        elif sweep.pretraining_scenes:
-            config = replace(config, model=tag_pretraining.MODEL, image_tower=str((self.out / TAG_ENCODER).resolve()))
         if self.choice is None:
             return config
         shortest = replace(config, epochs=epochs * self.choice.shortest / self.choice.epochs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from coalign.methods.mct.config import MCTConfig
 from coalign.methods.table import Arm, Table, chain
-from coalign.methods.table_settings import CLIP_ART_CLASSES, SMALL_QUEUE, TUNED_LR
+from coalign.methods.table_settings import CLIP_ART_CLASSES, tuned_arm
 
 _WITHOUT_TAGS: dict[str, Any] = {"j_tag": False}
 _INTRA_OFF: dict[str, Any] = {"j_ii": False, "j_tag": False, "j_cc": False}
@@ -28,7 +28,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 ABLATIONS = {name: replace(MCTConfig(), **changes) for name, changes in CHANGES.items()}
 
 
-def _mct(image_lr: float) -> dict[str, Arm]:
+def _mct() -> dict[str, Arm]:
     """Returns CLIP and the terms of §4.4, with distinct or unified heads."""
     rows: dict[str, tuple[dict[str, Any], float | None]] = {
         "J_ii": (CHANGES["j_ii"], 49.3),
@@ -38,42 +38,44 @@ def _mct(image_lr: float) -> dict[str, Arm]:
         "all, unified heads": ({"heads": "unified", "intra_dim": 256, "inter_dim": 256}, None),
         "inter only": (CHANGES["inter-only"], None),
     }
-    arms = {name: Arm("mct", changes, image_lr=image_lr, paper=value) for name, (changes, value) in rows.items()}
-    return {"clip": Arm("clip", image_lr=image_lr), **arms}
+    arms = {name: tuned_arm("mct", changes, paper=value) for name, (changes, value) in rows.items()}
+    return {"clip": tuned_arm("clip"), **arms}
 
 
-def _mct_heads(image_lr: float) -> dict[str, Arm]:
+def _mct_heads() -> dict[str, Arm]:
     """Returns the heads of §4.4: unified or distinct heads of one size, and the method's two sizes. Without tags, as in the paper."""
     paper_values = {"unified": (49.6, 50.2, 52.3), "distinct": (53.6, 53.8, 53.9)}
     rows = {
-        f"{heads}, {dim}": Arm("mct", CHANGES[f"{heads}-{dim}"], image_lr=image_lr, paper=value)
+        f"{heads}, {dim}": tuned_arm("mct", CHANGES[f"{heads}-{dim}"], paper=value)
         for heads, values in paper_values.items()
         for dim, value in zip((128, 1024, 1152), values)
     }
-    return {"distinct, of two sizes": Arm("mct", CHANGES["captions"], image_lr=image_lr, paper=54.9), **rows}
+    return {"distinct, of two sizes": tuned_arm("mct", CHANGES["captions"], paper=54.9), **rows}
 
 
 TABLES = {
     "mct-openclipart": Table(
         "MCT's terms and heads (its §4.4) and CLIP, on Open Clip Art",
-        _mct(TUNED_LR["clip"]),
-        epochs=10,
+        _mct(),
+        epochs=40,
+        evals=2,
+        caption_safe_views=True,
         classes=CLIP_ART_CLASSES,
         probe=True,
         claims=chain("J_ii", "J_ii + J_tag", "all"),
         paper_metric="ImageNet linear probe after COCO, MCT's Table 1",
         paper_recipe="{method}-coco",
         paper_task="probe-mct:imagenet",
-        recipe_overrides=SMALL_QUEUE,
         headline_metrics=("probe.acc1",),
     ),
     "mct-heads-openclipart": Table(
         "MCT's heads (its §4.4), on Open Clip Art",
-        _mct_heads(TUNED_LR["clip"]),
-        epochs=10,
+        _mct_heads(),
+        epochs=40,
+        evals=2,
+        caption_safe_views=True,
         classes=CLIP_ART_CLASSES,
         probe=True,
-        recipe_overrides=SMALL_QUEUE,
         claims=(
             *chain(
                 "unified, 128", "unified, 1024", "unified, 1152", "distinct, 128", "distinct, 1024", "distinct, 1152"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from coalign.methods.table import Table, chain
-from coalign.methods.table_settings import STYLE_SHIFT, Rows, paper_arms
+from coalign.methods.table_settings import NEW_CONCEPTS, Rows, paper_arms
 from coalign.methods.uniclip.config import SMALL
 
 CC3M = "ImageNet zero-shot top-1 after CC3M"
@@ -69,8 +69,8 @@ _HEADS: Rows = {
 
 
 TABLES = {
-    "uniclip-losses-openclipart": Table(
-        "UniCLIP's loss, similarity and supervision (its Tables 6 and 5), on two styles of Open Clip Art",
+    "uniclip-losses-emoji": Table(
+        "UniCLIP's loss, similarity and supervision (its Tables 6 and 5), on new concepts of emoji",
         paper_arms("uniclip", _LOSSES),
         claims=(
             *chain("MIL-NCE", "SupCon", "MP-NCE without trivial pairs", "MP-NCE without weights", "UniCLIP"),
@@ -78,10 +78,10 @@ TABLES = {
         ),
         paper_metric=f"{CC3M}, UniCLIP's Tables 5 and 6",
         paper_recipe="{method}-cc3m",
-        **STYLE_SHIFT,
+        **NEW_CONCEPTS,
     ),
-    "uniclip-views-openclipart": Table(
-        "UniCLIP's views, with and without the augmentation embedding (its Table 4b), on two styles of Open Clip Art",
+    "uniclip-views-emoji": Table(
+        "UniCLIP's views, with and without the augmentation embedding (its Table 4b), on new concepts of emoji",
         paper_arms("uniclip", VIEWS),
         claims=(
             ("no embedding", "UniCLIP"),
@@ -93,10 +93,10 @@ TABLES = {
         ),
         paper_metric=f"{CC3M}, UniCLIP's Table 4b",
         paper_recipe="{method}-cc3m",
-        **STYLE_SHIFT,
+        **NEW_CONCEPTS,
     ),
-    "uniclip-heads-openclipart": Table(
-        "UniCLIP's image head, with and without the augmentation embedding (its Table 4a), on two styles of Open Clip Art",
+    "uniclip-heads-emoji": Table(
+        "UniCLIP's image head, with and without the augmentation embedding (its Table 4a), on new concepts of emoji",
         paper_arms("uniclip", _HEADS),
         claims=(
             *chain("mlp-6", "mlp-3", "linear", "residual-1", "UniCLIP"),
@@ -105,6 +105,6 @@ TABLES = {
         ),
         paper_metric=f"{CC3M}, UniCLIP's Table 4a",
         paper_recipe="{method}-cc3m",
-        **STYLE_SHIFT,
+        **NEW_CONCEPTS,
     ),
 }
