@@ -1,6 +1,7 @@
 """profile(): stages add up to the step, and a slow stage is detected and gets advice."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from helpers import tiny
@@ -8,15 +9,15 @@ from helpers import tiny
 from coalign.cli import main as cli
 from coalign.data.loading import train as loader
 from coalign.methods import recipe
+from coalign.runs.run import build_method
 from coalign.training import checkpoint
+from coalign.workflows.train import setup
 from coalign.workflows.train.profile import advice, profile
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    from dataclasses import replace
-
     config = replace(
         recipe("declip")(64),
         model=str(tiny.write_model(folder / "model.json")),
@@ -48,6 +49,26 @@ def test_no_checkpoint_is_saved(settings, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda *_: saved.append(1))
     profile(settings[0], lambda _: settings[1], steps=1)
     assert not saved
+
+
+def test_no_features_are_left_in_a_shared_folder(settings, tmp_path, capsys, monkeypatch):
+    def pretrained(*args):
+        method = build_method(*args)
+        method.image.starts["trunk"] = "weights"
+        return method
+
+    monkeypatch.setattr(setup, "build_method", pretrained)
+    config = replace(
+        recipe("clip")(64),
+        model=settings[1].model,
+        batch_size=16,
+        workers=0,
+        image_tuning="locked",
+        feature_folder=tmp_path / "features",
+    )
+    profile(settings[0], lambda _: config, steps=1)
+    assert "The features of the locked image tower are computed once" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_slow_data_loading_is_detected(settings, monkeypatch):

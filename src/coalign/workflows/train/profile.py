@@ -54,7 +54,8 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         raise UserError(f"--steps is {steps}, but must be at least 1.")
     world = join_world(device)
     pairs, config = open_data(data, config_for, world)
-    config = replace(resolve(config, len(pairs.train), world), evals=0)
+    # a shared folder would keep features of a few pairs, which no run reads
+    config = replace(resolve(config, len(pairs.train), world), evals=0, feature_folder=None)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, config = run_tokenizer(config, pairs)
         method, tuning = initial_method(config, tokenizer, world)
