@@ -206,6 +206,12 @@ def test_val_by_a_column_holds_out_whole_groups() -> None:
     assert not {source.image(i) for i in parts["test"].tolist()} & {
         source.image(i) for name in ("train", "val") for i in parts[name].tolist()
     }
+    own = {"train": np.arange(2000), "val": np.arange(2000, len(rows))}
+    parts, _ = assign_splits(WithStyle(rows, splits=own), by="style", test_fraction=0.3)
+    assert parts["val"].tolist() == own["val"].tolist()
+    of_train, of_test = ({source.record(i).facts["style"] for i in parts[name].tolist()} for name in ("train", "test"))
+    assert len(of_test) > 20
+    assert not of_test & of_train
     with pytest.raises(UserError, match="no column 'artist'"):
         assign_splits(source, by="artist")
 

@@ -53,10 +53,10 @@ def assign_splits(
     Finding look-alikes decodes every image once; the hashes are cached. In data of more than `MAX_LOOK_ALIKES` samples, they are not
     searched for.
 
-    With `by`, a column such as the author's name, samples with the same value form a group instead. Train and val then share no value, but
-    may share captions. A sample of a held-out value whose image is in train too, or looks like one there, is in neither.
+    With `by`, a column such as the author's name, samples with the same value form a group instead. Train and what is held out then share
+    no value, but may share captions. A sample of a held-out value whose image is in train too, or looks like one there, is in neither.
 
-    Raises UserError if no sample has a value in a column, or if the source has its own val split and `by` is set.
+    Raises UserError if no sample has a value in a column, or if `by` is set but nothing is held out, as the source has its own splits.
 
     If the captions are class labels (`source.classes`, or few distinct ones over many images), captions do not connect samples, and every
     class with two groups or more is on both sides. The group that this needs is the one with the lowest or highest hash of the class; added
@@ -71,7 +71,7 @@ def assign_splits(
     fractions = {"test": test_fraction} if can_hold_out and test_fraction > 0 and "test" not in splits else {}
     if can_hold_out and "val" not in splits:
         fractions["val"] = val_fraction
-    if "val" not in fractions:
+    if not fractions:
         if by is not None:
             raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
         if group is not None and not any(value for _, value in _column(source, group)):

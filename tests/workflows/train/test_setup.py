@@ -1,6 +1,7 @@
 """Checks across ranks before training: if one rank fails or has different settings or data, all ranks report it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers import tiny
@@ -8,6 +9,7 @@ from helpers.processes import on_two_processes
 
 from coalign.errors import UserError
 from coalign.methods import recipe
+from coalign.training.distributed import join_world
 from coalign.workflows.train.setup import open_data
 
 
@@ -24,6 +26,31 @@ def open_on_rank(world, _, data, configs):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("pairs")
     return str(tiny.write_pairs(root / "one", 24)), str(tiny.write_pairs(root / "other", 30)), root
+
+
+def test_the_test_pairs_are_split_by_a_column_with_separate_validation_data(folders, tmp_path):
+    one, other, _ = folders
+    table = tmp_path / "pairs.csv"
+    images = sorted(Path(other).rglob("*.png"))
+    rows = [f"{path},pair {number},author {number % 9}" for number, path in enumerate(images)]
+    table.write_text("\n".join(["image,caption,author", *rows]) + "\n")
+    config = replace(
+        recipe("clip")(64),
+        val_data=one,
+        val_by="author",
+        test_fraction=0.3,
+        test_splits=("test",),
+        group_look_alikes=False,
+    )
+    pairs, _ = open_data(str(table), lambda _: config, join_world("cpu"))
+    test = pairs.test_splits["test"]
+    authors = [{pairs.source.record(i).facts["author"] for i in part.tolist()} for part in (pairs.train, test)]
+    assert len(pairs.train) + len(test) == len(images)
+    assert authors[1]
+    assert not authors[0] & authors[1]
+    assert len(pairs.val) == 24
+    alone, _ = open_data(str(table), lambda _: replace(config, val_data=None), join_world("cpu"))
+    assert alone.test_splits["test"].tolist() == test.tolist()
 
 
 @pytest.mark.slow
