@@ -143,6 +143,7 @@ TUNING = Range(
     "full, locked or last:N with the number of blocks to train, such as last:2",
     lambda value: re.fullmatch("full|locked|last:[0-9]+", value) is not None,
 )
+BELOW_ONE = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 LAYER_DECAY = Range("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -292,11 +293,11 @@ class TrainConfig:
     """Shift no hues if captions name colors, and flip no images if they name sides. Given options of views are kept."""
     reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig, metadata=marks())
     """How the data is read."""
-    val_fraction: float = setting(0.05, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
+    val_fraction: float = setting(0.05, valid=BELOW_ONE, identifies_trial=True)
     """Fraction of the pairs to hold out for validation if the dataset has no validation split."""
-    test_fraction: float = setting(0.0, valid=Range("at least 0 and less than 1", lambda value: 0 <= value < 1))
+    test_fraction: float = setting(0.0, valid=BELOW_ONE, identifies_trial=True)
     """Fraction of the pairs to hold out as the split `test` if the dataset has none. They are evaluated with --test-splits test."""
-    val_by: str | None = setting(None)
+    val_by: str | None = setting(None, identifies_trial=True)
     """Split by this column of the dataset, such as author or site: pairs with the same value stay in the same split."""
     group_look_alikes: bool = setting(True)
     """Keep near-duplicate images in the same split, and report those of given splits. Decodes every image once, up to 10 million."""

@@ -217,6 +217,28 @@ def check_kept(ran, tmp_path, capsys):
     assert "omit it" in capsys.readouterr().err
 
 
+def test_records_belong_to_a_split(table, tmp_path):
+    """A record is of the split that its table holds out. One that is older than a setting has the setting's default."""
+    sweep, of = registry.TABLES["test"], ("photos/pairs.jsonl", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    search.run_search(sweep, ["clip"], *of, 1)
+    assert "clip" in search.searches(sweep, *of)
+    for record in (tmp_path / "out/search").glob("*.json"):
+        values = json.loads(record.read_text())
+        del values["config"]["test_fraction"]
+        record.write_text(json.dumps(values))
+    assert "clip" in search.searches(sweep, *of)
+    for changes in ({"test_fraction": 0.1}, {"val_fraction": 0.1}, {"val_by": "split"}):
+        with pytest.raises(UserError, match=f"a trial whose {next(iter(changes))} differs from this table's"):
+            search.searches(replace(sweep, **changes), *of)
+    for record in (tmp_path / "out/search").glob("*.json"):
+        values = json.loads(record.read_text())
+        del values["config"]["method"]  # has no default
+        record.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="cannot be read; delete it"):
+        search.searches(sweep, *of)
+
+
 def test_settings_that_diverge_are_not_chosen(table, tmp_path, monkeypatch, capsys):
     def diverge(data, out, config, **options):
         lr = config(96).optimizer.lr

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from coalign.workflows.train.train import train
 
 FOLDER, RESULT = "search", "search.json"
 SEED = 1000  # of the first trial of a search; the seeds of the table's own trials are below
+# of the settings that a record may lack, as it is older than they are
+_DEFAULTS = {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class SearchTrial(Trial):
         try:
             values: dict[str, Any] = json.loads(self.record.read_text())
             expected = self._identity(values["num_train"])
-            saved = {name: values["config"][name] for name in expected}
+            saved = _DEFAULTS | values["config"]
+            saved = {name: saved[name] for name in expected}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.record} cannot be read; delete it to train this trial again.") from error
         if changed := [name for name, value in expected.items() if saved[name] != value]:
@@ -117,7 +120,7 @@ class SearchTrial(Trial):
         return {"settings": settings, "num_train": num_train, "config": self._identity(num_train)}
 
     def _identity(self, num_train: int) -> dict[str, Any]:
-        names = (*fields_marked(TrainConfig, "identifies_trial"), "optimizer", "val_by", "val_fraction")
+        names = (*fields_marked(TrainConfig, "identifies_trial"), "optimizer")
         config = to_json(self.of_length(_search(self.sweep).epochs[0]).config(num_train))
         found = {"data": data_name(self.data), **{name: config[name] for name in names}}
         return dict(json.loads(json.dumps(public(found))))
