@@ -14,7 +14,7 @@ from coalign.cli import main as cli
 from coalign.cli.train import TrainCommand, _parse_settings
 from coalign.config import DataConfig
 from coalign.data.sources.open import open_source
-from coalign.errors import UserError
+from coalign.errors import NotFinite, UserError
 from coalign.experiments.benchmark import benchmark as module
 from coalign.experiments.benchmark import plan as benchmark_plan
 from coalign.experiments.benchmark import result as benchmark_result
@@ -468,7 +468,31 @@ def test_a_failed_trial_is_reported_and_the_others_compared(quick, monkeypatch, 
         monkeypatch.setattr(each, "run_trials", failing)
     result = benchmark("photos", "out", ["slip", "mcd"], epochs=0.4, seeds=1)
     assert [group.name for group in result.comparison.groups] == ["clip", "slip"]
+    assert result.left_out == {"mcd": "its trials failed"}
     assert "failed: mcd-trial1 (out of memory)" in capsys.readouterr().out
+
+
+def test_a_method_that_diverges_is_left_out(quick, monkeypatch, capsys, tmp_path):
+    def diverge(data, out, config, **options):
+        result = train_module.train(data, out, config, **options)
+        if config(192).method in diverging:
+            raise NotFinite("The loss was not finite")
+        return result
+
+    diverging = ["mcd"]
+    monkeypatch.setattr(search, "train", diverge)
+    command = ["benchmark", "--data", "photos", "--epochs", "0.4", "--seeds", "1", "--fractions", "0.5", "1"]
+    assert cli.main([*command, "--out", "out", "--methods", "slip", "mcd"]) == 0
+    printed = capsys.readouterr().out
+    assert "failed: mcd (all trials of its search diverged); its log is in out" in printed
+    assert "mcd is left out: all trials of its search diverged." in printed
+    assert "mcd is left out: all trials of its search diverged." in (tmp_path / "out/benchmark.html").read_text()
+    values = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert values["left_out"] == {"mcd": "all trials of its search diverged"}
+    assert {group["name"].partition(",")[0] for group in values["groups"]} == {"clip", "slip"}
+    diverging = ["slip"]
+    assert cli.main([*command, "--out", "other", "--methods", "slip"]) == 2
+    assert "There is nothing to compare: slip (all trials of its search diverged)" in tiny.error_line(capsys)
 
 
 def test_methods_at_chance_are_not_recommended(quick):

@@ -258,7 +258,14 @@ def test_settings_that_diverge_are_not_chosen(table, tmp_path, monkeypatch, caps
     assert found["best_of"][0] == pytest.approx(found["best_of"][1] / 2)  # the score of the other trial is 0
     every = True
     assert cli.main([*COMMAND[:-1], "1", "--arms", "other"]) == 2
-    assert "All 2 trials of the search of other diverged" in capsys.readouterr().err
+    assert "other (all trials of its search diverged)" in tiny.error_line(capsys)
+    assert json.loads((tmp_path / "out/search.json").read_text())["arms"].keys() == {"clip"}
+    assert not (tmp_path / "out/search/other-trial1").exists()
+    every = False
+    table.clear()
+    assert cli.main([*COMMAND[:-1], "1", "--arms", "clip, 50 %", "other, 50 %"]) == 2  # the others go on
+    assert table == ["clip, 50 %, trial 1", "clip, 50 %, seed 0"]
+    assert "other (all trials of its search diverged)" in tiny.error_line(capsys)
 
 
 def test_fractions_of_every_table_with_a_search_have_an_arm_on_all_pairs():

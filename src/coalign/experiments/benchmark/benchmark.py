@@ -22,7 +22,8 @@ from coalign.experiments.benchmark.plan import LENGTHS, Plan, make_plan
 from coalign.experiments.benchmark.result import TEST, BenchmarkResult, judge, print_result, write_page
 from coalign.experiments.tables.data_efficiency import BASE
 from coalign.experiments.tables.reproduce import run_table, table_trials
-from coalign.experiments.tables.trials import finished
+from coalign.experiments.tables.search import diverged
+from coalign.experiments.tables.trials import Trial, finished
 from coalign.files import write_json
 from coalign.methods import METHODS
 from coalign.methods.search import Search
@@ -117,12 +118,19 @@ def benchmark(
     done = [trial for trial in table_trials(sweep, list(sweep.arms), seeds, data, out) if finished(trial)]
     if len({trial.arm for trial in done if sweep.arms[trial.arm].train_fraction == 1}) < 2:
         raise UserError(f"There is nothing to compare: {'; '.join(failures)}. The logs are in {out}.")
-    result = judge(done)
+    result = judge(done, _left_out(done, sweep, data, out))
     write_page(result, report or out / "benchmark.html")
     write_json(out / RESULT, result.to_json(), indent=1, default=str)
     for failure in failures:
         console.print(f"failed: {failure}; its log is in {out}", markup=False)
     return result
+
+
+def _left_out(done: Sequence[Trial], sweep: Table, data: str, out: Path) -> dict[str, str]:
+    """The methods without a finished run, and the fractions that only some methods have, with the reasons."""
+    arms, reasons = {trial.arm for trial in done}, diverged(sweep, list(sweep.arms), data, out)
+    missing = [arm for arm in sweep.arms if arm not in arms and (sweep.whole(arm) in arms or sweep.whole(arm) == arm)]
+    return {arm: reasons.get(arm, "its trials failed") for arm in missing}
 
 
 def _check(

@@ -87,6 +87,7 @@ class BenchmarkResult:
         by_fraction: Headline metric by method, fraction of the pairs and seed.
         headline: The title of the metric that decides.
         search: By method and fraction, the trials of the search, as in `search.json`.
+        left_out: The methods and fractions that have no finished run, with the reason.
     """
 
     comparison: Comparison
@@ -99,6 +100,7 @@ class BenchmarkResult:
     by_fraction: Scores = field(default_factory=dict)
     headline: str = ""
     search: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns all values, as in `benchmark.json`."""
@@ -106,8 +108,11 @@ class BenchmarkResult:
         return {"version": __version__, **own, **self.comparison.to_json()}
 
 
-def judge(trials: Sequence[Trial]) -> BenchmarkResult:
-    """Chooses the best method by the validation pairs, and tests its lead on the test pairs. The trials are finished."""
+def judge(trials: Sequence[Trial], left_out: Mapping[str, str]) -> BenchmarkResult:
+    """Chooses the best method by the validation pairs, and tests its lead on the test pairs. The trials are finished.
+
+    left_out: what has no finished trial, with the reason.
+    """
     sweep, data, out = trials[0].sweep, trials[0].data, trials[0].out
     arms = {trial.arm: sweep.arms[trial.arm] for trial in trials}
     comparison = _on_test(compare([trial.folder for trial in trials], groups=[trial.arm for trial in trials]), trials)
@@ -118,6 +123,7 @@ def judge(trials: Sequence[Trial]) -> BenchmarkResult:
         "The methods cannot be compared: the test pairs are too few, or have equal captions; use more data.",
         chosen={arm: _chosen(sweep, arm, found[arm]) | {"validation": validation[arm]} for arm in arms},
         search={arm: each.to_json() for arm, each in found.items()},
+        left_out=dict(left_out),
     )
     known = comparison.groups[0].metrics
     metric = next((name for name in HEADLINES if all(part in known for part in parts(name))), None)
@@ -259,6 +265,11 @@ def _settings_rows(result: BenchmarkResult) -> list[tuple[str, ...]]:
     ]
 
 
+def _sentences(result: BenchmarkResult) -> list[str]:
+    left_out = [f"{arm} is left out: {reason}." for arm, reason in result.left_out.items()]
+    return [result.advice, *left_out, *efficiency_words(result.efficiency)]
+
+
 _COLUMNS = ("", "validation", "test", "lead of the best", "95 % interval", "p", "time per pair")
 _SETTINGS = ("", "learning rate", "weight decay", "crop", "epochs")
 
@@ -278,7 +289,7 @@ def print_result(result: BenchmarkResult) -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
-    for line in [result.advice, *efficiency_words(result.efficiency)]:
+    for line in _sentences(result):
         console.print(line, markup=False)
     if result.command:
         console.print(f"To train {result.recommended} on all pairs:\n{result.command}", markup=False)
@@ -286,7 +297,7 @@ def print_result(result: BenchmarkResult) -> None:
 
 def write_page(result: BenchmarkResult, path: Path) -> None:
     page = Page("Benchmark", ", ".join(group.name for group in result.comparison.groups))
-    for sentence in [result.advice, *efficiency_words(result.efficiency)]:
+    for sentence in _sentences(result):
         page.verdict(sentence)
     if result.headline:
         page.section("Verdict")

@@ -160,7 +160,10 @@ class ArmSearch:
 
 
 def run_search(sweep: Table, arms: Sequence[str], data: str, out: Path, jobs: int) -> list[str]:
-    """Runs the trials that the searches of the arms lack, and writes search.json. Returns the failed ones with their reasons."""
+    """Runs the trials that the searches of the arms lack, and writes search.json.
+
+    Returns what failed, with the reasons: trials, and arms of which all trials diverged.
+    """
     (out / FOLDER).mkdir(exist_ok=True)
     failures: list[str] = []
     tried: list[SearchTrial] = []
@@ -169,7 +172,7 @@ def run_search(sweep: Table, arms: Sequence[str], data: str, out: Path, jobs: in
         failures += run_trials(trials, jobs)
     values = {arm: found.to_json() for arm, found in searches(sweep, data, out).items()}
     write_json(out / RESULT, {"search": asdict(_search(sweep)), "arms": values}, indent=1)
-    return failures
+    return failures + [f"{arm} ({reason})" for arm, reason in diverged(sweep, arms, data, out).items()]
 
 
 def missing_trials(sweep: Table, arms: Sequence[str], data: str, out: Path) -> list[SearchTrial]:
@@ -178,11 +181,12 @@ def missing_trials(sweep: Table, arms: Sequence[str], data: str, out: Path) -> l
     Removes the weights of the trials that are not extended.
     """
     found = searches(sweep, data, out)
-    arms = [sweep.arms[arm].weights_of or arm for arm in arms]
     missing: list[SearchTrial] = []
-    for arm in dict.fromkeys([*map(sweep.whole, arms), *arms]):
+    for arm in _searched(sweep, arms):
         drawn = _drawn(sweep, arm, data, out, found)
-        current = [] if arm in found else _current(drawn)
+        current = _current(drawn)
+        if all(trial.is_complete() for trial in current):
+            current = []
         for trial in drawn:
             if trial.number not in [each.number for each in current]:
                 shutil.rmtree(trial.folder, ignore_errors=True)
@@ -191,13 +195,31 @@ def missing_trials(sweep: Table, arms: Sequence[str], data: str, out: Path) -> l
 
 
 def searches(sweep: Table, data: str, out: Path) -> dict[str, ArmSearch]:
-    """Returns the search of every arm whose trials are complete, in the order of the arms."""
+    """Returns the search of every arm whose trials are complete and have not all diverged, in the order of the arms."""
     found: dict[str, ArmSearch] = {}
     for arm in sorted(sweep.arms, key=lambda name: sweep.whole(name) != name):
         trials = _drawn(sweep, arm, data, out, found)
-        if trials and all(trial.is_complete() for trial in _current(trials)):
-            found[arm] = ArmSearch([trial.read() for trial in trials], _best(arm, trials))
+        complete = all(trial.is_complete() for trial in _current(trials))
+        if complete and (best := _best(trials)) is not None:
+            found[arm] = ArmSearch([trial.read() for trial in trials], best)
     return {arm: found[arm] for arm in sweep.arms if arm in found}
+
+
+def diverged(sweep: Table, arms: Sequence[str], data: str, out: Path) -> dict[str, str]:
+    """Returns those of the arms for which nothing can be chosen, as all trials of their search diverged, with this reason."""
+    found = searches(sweep, data, out)
+    trials = {arm: _drawn(sweep, arm, data, out, found) for arm in _searched(sweep, arms) if arm not in found}
+    return {
+        arm: "all trials of its search diverged"
+        for arm, of_arm in trials.items()
+        if of_arm and all(trial.is_complete() for trial in _current(of_arm))
+    }
+
+
+def _searched(sweep: Table, arms: Sequence[str]) -> list[str]:
+    """The arms whose searches choose the settings and the lengths of the given ones."""
+    arms = [sweep.arms[arm].weights_of or arm for arm in arms]
+    return list(dict.fromkeys([*map(sweep.whole, arms), *arms]))
 
 
 def _drawn(sweep: Table, arm: str, data: str, out: Path, found: Mapping[str, ArmSearch]) -> list[SearchTrial]:
@@ -232,18 +254,12 @@ def _search(sweep: Table) -> Search:
     return sweep.search
 
 
-def _best(arm: str, trials: Sequence[SearchTrial]) -> Choice:
-    """The settings and the length with the highest score; of equal ones, the shortest of the first trial."""
+def _best(trials: Sequence[SearchTrial]) -> Choice | None:
+    """The settings and the length with the highest score; of equal ones, the shortest of the first trial. None: no trial has a score."""
     scored = [
         (value, -epochs, -trial.number, trial.of_length(epochs).choice)
         for trial in trials
         for epochs in _search(trial.sweep).epochs
         if (value := trial.score(epochs)) is not None
     ]
-    if not scored:
-        raise UserError(
-            f"All {len(trials)} trials of the search of {arm} diverged, so nothing can be chosen; lower its learning rate, or omit it."
-        )
-    choice = max(scored, key=lambda each: each[:3])[3]
-    assert choice is not None
-    return choice
+    return max(scored, key=lambda each: each[:3])[3] if scored else None
