@@ -26,6 +26,16 @@ def test_draws_depend_on_the_search_alone_and_stay_in_its_ranges():
     assert np.median([each.lr_factor for each in draws]) == pytest.approx(1, rel=0.25)  # log-uniform
 
 
+def test_the_first_trial_can_have_the_arms_own_settings():
+    search = Search(epochs=(1,), trials=4, own_first=True)
+    first, *others = search.draws()
+    assert others == replace(search, own_first=False).draws()[:3]
+    before = recipe("clip")(10_000)
+    roles = {"image": RoleConfig(lr=5e-3, weight_decay=0.3)}
+    before = replace(before, optimizer=replace(before.optimizer, roles=roles, schedule="constant"))
+    assert with_settings(before, first) == before
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_settings_change_rates_weight_decay_and_crops_only(name):
     before = recipe(name)(10_000)

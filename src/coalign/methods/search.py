@@ -17,17 +17,20 @@ _RATES = ("lr", "new_lr", "start_lr", "final_lr")
 
 @dataclass(frozen=True)
 class Settings:
-    """What one trial draws. The default rates and views of the arm, and so their differences between arms, are kept.
+    """The settings of one trial. The default rates and views of the arm, and so their differences between arms, are kept.
 
     Attributes:
         lr_factor: Multiplies all learning rates of the arm.
-        weight_decay: The weight decay.
+        weight_decay: The weight decay. None: the arm's.
         crop: Exponent of the smallest crop area of every image view: 0.5 becomes 0.5 ** crop. Below 1, crops are weaker than the arm's.
     """
 
     lr_factor: float
-    weight_decay: float
+    weight_decay: float | None
     crop: float
+
+
+OWN = Settings(1.0, None, 1.0)  # those of the arm
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Search:
     lr_factor: tuple[float, float] = (0.25, 4.0)  # drawn log-uniformly, as is the weight decay
     weight_decay: tuple[float, float] = (0.01, 1.0)
     crop: tuple[float, float] = (0.25, 1.5)  # drawn uniformly
+    own_first: bool = False  # the first trial has the arm's own settings, the others the first draws
 
     def draws(self) -> list[Settings]:
         """Returns the settings of the trials, which depend on nothing but this search."""
@@ -52,10 +56,11 @@ class Search:
         def log_uniform(low: float, high: float) -> float:
             return math.exp(random.uniform(math.log(low), math.log(high)))
 
-        return [
+        drawn = [
             Settings(log_uniform(*self.lr_factor), log_uniform(*self.weight_decay), random.uniform(*self.crop))
             for _ in range(self.trials)
         ]
+        return [OWN, *drawn[:-1]] if self.own_first else drawn
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ def with_settings(config: TrainConfig, settings: Settings) -> TrainConfig:
 
 
 def _with_rates(optimizer: Optimizer, settings: Settings) -> Optimizer:
-    """Multiplies the learning rates that are set, and replaces the weight decay if it is set."""
+    """Multiplies the learning rates that are set, and replaces the weight decay if both are set."""
     changes = {name: value * settings.lr_factor for name in _RATES if (value := getattr(optimizer, name)) is not None}
-    if optimizer.weight_decay is not None:
+    if None not in (optimizer.weight_decay, settings.weight_decay):
         changes["weight_decay"] = settings.weight_decay
     return replace(optimizer, **changes)
 

@@ -24,6 +24,7 @@ from coalign.experiments.benchmark.result import BenchmarkResult, Lead
 from coalign.experiments.tables import reproduce, search
 from coalign.experiments.tables.data_efficiency import efficiencies, factor
 from coalign.experiments.tables.trials import _train
+from coalign.methods import recipe
 from coalign.methods.search import Search
 from coalign.methods.table import Table
 from coalign.runs.folder import read_config, read_results
@@ -147,11 +148,12 @@ def score_on_test(out, arm):
 
 
 def check_search(values):
-    """Both methods have the same draws; fractions keep the settings chosen on all pairs."""
-    draws = [asdict(each) for each in Search((1,), trials=3).draws()]
+    """Both methods have first their own settings and then the same draws; fractions keep the settings chosen on all pairs."""
+    draws = [asdict(each) for each in Search((1,), trials=2).draws()]
     for arm in ("clip", "slip"):
         found = values["search"][arm]
-        assert [trial["settings"] for trial in found["trials"]] == draws
+        own = {"lr_factor": 1.0, "weight_decay": recipe(arm)(192).optimizer.weight_decay, "crop": 1.0}
+        assert [trial["settings"] for trial in found["trials"]] == [own, *draws]
         assert len(found["best_of"]) == 3
         best = max(each["score"] for trial in found["trials"] for each in trial["lengths"].values())
         (trial,) = [each for each in found["trials"] if each["settings"] == found["chosen"]["settings"]]

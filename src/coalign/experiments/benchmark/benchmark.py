@@ -61,7 +61,8 @@ def benchmark(
 ) -> BenchmarkResult:
     """Chooses the settings and the length of each method on validation pairs, and compares new runs with these on test pairs.
 
-    Every method gets the same time and the same random draws of learning rate, weight decay and crop. The test pairs are a tenth of the
+    Every method gets the same time, one trial with its recipe's settings, and the same random draws of learning rate, weight decay and
+    crop. The test pairs are a tenth of the
     data if it has no test split; they are used by no training, and choose no settings. Writes `benchmark.html` and `benchmark.json` to
     `out`. If interrupted, run it again to resume: finished trials are kept.
 
@@ -184,7 +185,7 @@ def _table(settings: Mapping[str, Any], plan: Plan | None = None) -> Table:
         "benchmark",
         by_fraction(arms, settings["fractions"][::-1]),
         epochs=1.0,
-        search=Search(LENGTHS, 1 if plan is None else plan.trials),
+        search=Search(LENGTHS, 1 if plan is None else plan.trials, own_first=True),
         batch_size=None,
         image_size=None,
         val_fraction=HELD_OUT,

@@ -314,8 +314,8 @@ def write_page(result: BenchmarkResult, path: Path) -> None:
     page.table(
         _SETTINGS,
         _settings_rows(result),
-        f"Of {trials} trials per method with the same draws. The learning rate is a factor of the recipe's; the crop is an exponent of the "
-        "smallest crop area: above 1, crops are stronger than the recipe's.",
+        f"Of {trials} trials per method: the first has the recipe's own settings, the others the same draws. The learning rate is a factor "
+        "of the recipe's; the crop is an exponent of the smallest crop area: above 1, crops are stronger than the recipe's.",
     )
     if result.command:
         page.text(f"To train {result.recommended} on all pairs with these settings:")

@@ -114,8 +114,9 @@ class SearchTrial(Trial):
         """The trial's settings, and what identifies it."""
         assert self.choice is not None
         num_train = read_config(self.folder).num_train
-        settings = asdict(self.choice.settings)
-        if not crops_matter(self.config(num_train)):
+        config = self.config(num_train)
+        settings = asdict(self.choice.settings) | {"weight_decay": config.optimizer.weight_decay}
+        if not crops_matter(config):
             del settings["crop"]
         return {"settings": settings, "num_train": num_train, "config": self._identity(num_train)}
 
@@ -142,20 +143,20 @@ class ArmSearch:
 
     Attributes:
         trials: The trials as stored.
-        choice: The best settings and length; on a fraction of the pairs, the settings are those chosen on all pairs.
+        best: The position of the trial that is chosen.
+        choice: Its settings and the best length; on a fraction of the pairs, the settings are those chosen on all pairs.
     """
 
     trials: list[dict[str, Any]]
+    best: int
     choice: Choice
 
     def to_json(self) -> dict[str, Any]:
         """Returns the trials, the choice, and the expected best score of k of the trials at the shortest length, for k = 1 to all."""
         trials = [{name: value for name, value in trial.items() if name != "config"} for trial in self.trials]
         scores = [next((each["score"] for each in trial["lengths"].values()), 0.0) for trial in trials]
-        chosen = asdict(self.choice)
-        chosen["settings"] = {
-            name: chosen["settings"][name] for name in trials[0]["settings"]
-        }  # without what has no effect
+        # the settings as they were trained: with the arm's weight decay if it was kept, without what has no effect
+        chosen = asdict(self.choice) | {"settings": trials[self.best]["settings"]}
         return {"chosen": chosen, "best_of": best_of(scores), "trials": trials}
 
 
@@ -201,7 +202,8 @@ def searches(sweep: Table, data: str, out: Path) -> dict[str, ArmSearch]:
         trials = _drawn(sweep, arm, data, out, found)
         complete = all(trial.is_complete() for trial in _current(trials))
         if complete and (best := _best(trials)) is not None:
-            found[arm] = ArmSearch([trial.read() for trial in trials], best)
+            assert best.choice is not None
+            found[arm] = ArmSearch([trial.read() for trial in trials], best.number, best.choice)
     return {arm: found[arm] for arm in sweep.arms if arm in found}
 
 
@@ -254,10 +256,10 @@ def _search(sweep: Table) -> Search:
     return sweep.search
 
 
-def _best(trials: Sequence[SearchTrial]) -> Choice | None:
-    """The settings and the length with the highest score; of equal ones, the shortest of the first trial. None: no trial has a score."""
+def _best(trials: Sequence[SearchTrial]) -> SearchTrial | None:
+    """The trial and its length with the highest score; of equal ones, the shortest of the first trial. None: no trial has a score."""
     scored = [
-        (value, -epochs, -trial.number, trial.of_length(epochs).choice)
+        (value, -epochs, -trial.number, trial.of_length(epochs))
         for trial in trials
         for epochs in _search(trial.sweep).epochs
         if (value := trial.score(epochs)) is not None
