@@ -62,9 +62,8 @@ def benchmark(
     """Chooses the settings and the length of each method on validation pairs, and compares new runs with these on test pairs.
 
     Every method gets the same time, one trial with its recipe's settings, and the same random draws of learning rate, weight decay and
-    crop. The test pairs are a tenth of the
-    data if it has no test split; they are used by no training, and choose no settings. Writes `benchmark.html` and `benchmark.json` to
-    `out`. If interrupted, run it again to resume: finished trials are kept.
+    crop. The test pairs are a tenth of the data if it has no test split; they are used by no training, and choose no settings. Writes
+    `benchmark.html` and `benchmark.json` to `out`. If interrupted, run it again to resume: finished trials are kept.
 
     Args:
         data: The training data, as in `open_data`.
