@@ -91,6 +91,7 @@ def test_settings_are_searched_and_leads_tested_on_pairs_that_chose_nothing(quic
     assert "Search: 3 trials per method, of which 2 and 1 are extended. Then 2 new seeds per method" in printed
     assert printed.count("On these pairs ") + printed.count("No method beats chance") == 1
     assert "Report: out/benchmark.html" in printed
+    assert printed.count("Device: ") == 1
     values = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert json.loads((tmp_path / "results.json").read_text())["advice"] == values["advice"] in printed
     page = (tmp_path / "out/benchmark.html").read_text()

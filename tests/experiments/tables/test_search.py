@@ -103,6 +103,7 @@ def test_a_search_chooses_settings_and_lengths_for_the_trials_of_a_table(table, 
     monkeypatch.setattr(search, "train", stop)
     assert cli.main(COMMAND) == cli.INTERRUPTED
     monkeypatch.setattr(search, "train", train_module.train)
+    assert capsys.readouterr().out.count("Device: ") == 1
     assert stopped == ["clip-trial1", "other-trial1", "clip-trial2", "other-trial2"]
     better = {arm: better_half(tmp_path / "out/search", arm) for arm in ("clip", "other")}
     assert table[-1] == better["clip"]
@@ -112,7 +113,9 @@ def test_a_search_chooses_settings_and_lengths_for_the_trials_of_a_table(table, 
     assert set(table[:2]) == set(better.values())
     assert table[2:4] == ["clip, 50 %, trial 1", "other, 50 %, trial 1"]
     assert table[4:] == [f"{arm}, seed {seed}" for seed in (0, 1) for arm in ARMS]
-    assert "other is better than clip, by Test: R@10, mean of both directions: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "other is better than clip, by Test: R@10, mean of both directions: " in printed
+    assert printed.count("Device: ") == 1  # of both lengths of the search, and of the trials
     assert sorted(path.suffix for path in (tmp_path / "out/search").iterdir()) == [".json"] * 6 + [".log"] * 6
     for number in (1, 2):
         log = (tmp_path / f"out/search/clip-trial{number}.log").read_text()
@@ -207,7 +210,9 @@ def check_kept(ran, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*COMMAND, "--arms", "clip", "--track", "retrieval:photos"]) == 0
     assert ran == []
-    assert "Trained without all tasks of --track" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Trained without all tasks of --track" in printed
+    assert "Device: " not in printed
     assert len(json.loads((tmp_path / "out/table.json").read_text())["commands"]) == 2
     sweep = registry.TABLES["test"]
     registry.TABLES["test"] = replace(sweep, search=replace(SEARCH, seed=1))  # the fixture restores it

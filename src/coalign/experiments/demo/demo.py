@@ -17,6 +17,7 @@ from coalign.cores import num_cores
 from coalign.data.prepare.emoji import VENDORS_TABLE, prepare_emoji
 from coalign.data.sources.base import Source
 from coalign.data.sources.open import open_source
+from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments.benchmark.benchmark import benchmark
 from coalign.experiments.benchmark.plan import TooShort
@@ -110,6 +111,7 @@ def _train(trials: list[Trial], console: Console) -> None:
     how = "at once" if jobs > 1 else "one after the other" if len(missing) > 1 else "alone"
     names = " and ".join(method_class(trial.arm).__name__ for trial in missing)
     console.print(f"Training {names}, {how}; the logs are in {first.out}. If interrupted, run it again to resume.")
+    print(device_line(best_device(None)), flush=True)
     if failures := run_trials(missing, jobs):
         raise UserError(f"{'; '.join(failures)}; the logs are in {first.out}.")
     shutil.rmtree(first.out / FEATURES, ignore_errors=True)

@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from scipy.stats import spearmanr
 
 from coalign.config import DETECT, NOMINAL_PAIRS, DataConfig
+from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments.compare.compare import compare
 from coalign.experiments.tables.claims import decide, title
@@ -80,8 +81,7 @@ def reproduce(
         return None
     bases = [base for arm in chosen if (base := sweep.arms[arm].weights_of) and base not in chosen]
     chosen = list(dict.fromkeys([*bases, *chosen]))
-    missing = [each for each in table_trials(sweep, chosen, seeds, data, out, tuple(track)) if not finished(each)]
-    missing += missing_trials(sweep, chosen, data, out) if sweep.search else []
+    missing = _unfinished(sweep, chosen, seeds, data, out, tuple(track))
     if missing:  # reports bad data before the trials start
         check_trials(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
     failures = run_table(sweep, chosen, seeds, jobs, data, out, tuple(track))
@@ -126,11 +126,21 @@ def run_table(
     sweep: Table, arms: Sequence[str], seeds: int, jobs: int, data: str, out: Path, track: tuple[str, ...] = ()
 ) -> list[str]:
     """Runs the search, if there is one, and the trials that are not finished. Returns the failed ones."""
+    if _unfinished(sweep, arms, seeds, data, out, track):
+        print(device_line(best_device(None)), flush=True)
     failures = run_search(sweep, arms, data, out, jobs) if sweep.search else []
     trials = table_trials(sweep, arms, seeds, data, out, track)
     failures += run_trials([trial for trial in trials if not finished(trial)], jobs)
     _remove_features(sweep, seeds, data, out)
     return failures
+
+
+def _unfinished(
+    sweep: Table, arms: Sequence[str], seeds: int, data: str, out: Path, track: tuple[str, ...]
+) -> list[Trial]:
+    """The trials to run, as far as they are known: those of a table with a search follow from it."""
+    unfinished = [trial for trial in table_trials(sweep, arms, seeds, data, out, track) if not finished(trial)]
+    return unfinished + (missing_trials(sweep, arms, data, out) if sweep.search else [])
 
 
 def _remove_features(sweep: Table, seeds: int, data: str, out: Path) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 from coalign.config import TrainConfig, fields_marked
 from coalign.cores import num_cores
 from coalign.data.images import evaluation_view
-from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments.tables.launch_script import run_name
 from coalign.experiments.tables.pretrained_towers import PACKAGES, pretrained_towers
@@ -147,8 +146,6 @@ def run_trials(trials: Sequence[Trial], jobs: int) -> list[str]:
     failures: list[str] = []
     threads, number = max(1, num_cores() // jobs), itertools.count(1)
     trained = [trial for trial in trials if trial.base is None]
-    if trials:
-        print(device_line(best_device(None)), flush=True)
     with _environment("OMP_NUM_THREADS", str(threads)):  # read when a process starts
         for phase in (trained, [trial for trial in trials if trial.base is not None]):
             # threads that each start one process: a process pool hands out trials ahead of time and cannot take them back
