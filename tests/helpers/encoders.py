@@ -1,8 +1,11 @@
-"""Folders of tiny Hugging Face text encoders with random weights and a vocabulary of a few words."""
+"""Folders of tiny pretrained encoders with random weights: of Hugging Face, with a vocabulary of a few words, and of open_clip."""
 
 import json
+import math
 
 import torch
+from helpers import tiny
+from safetensors.torch import save_file
 
 WORDS = [
     "a",
@@ -107,4 +110,19 @@ def _save(model, tokenizer, folder):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_open_clip(folder, scale=None):
+    """A folder in open_clip's format, with random weights and CLIP's vocabulary. scale: the logit scale. Returns the folder."""
+    import open_clip
+
+    folder.mkdir(parents=True)
+    model = {**tiny.MODEL, "text_cfg": {**tiny.MODEL["text_cfg"], "vocab_size": 49408}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    torch.manual_seed(3)
+    built = open_clip.CustomTextCLIP(model["embed_dim"], model["vision_cfg"], model["text_cfg"])
+    if scale is not None:
+        built.logit_scale.data.fill_(math.log(scale))
+    save_file(built.state_dict(), folder / "open_clip_model.safetensors")
     return folder

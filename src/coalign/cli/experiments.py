@@ -60,6 +60,8 @@ def benchmark_command(
     jobs: int | None = None,
     report: Path | None = None,
     json: Path | None = None,
+    image_tower: str | None = None,
+    text_tower: str | None = None,
     context_length: int | None = None,
     skip_data_checks: bool = False,
     reading: Reading = DETECT,
@@ -82,13 +84,16 @@ def benchmark_command(
         jobs: number of trials to run in parallel, each on its share of the cores; None: one per core
         report: write the report to this HTML file instead of benchmark.html
         json: also write the results to this JSON file
+        image_tower: a pretrained image encoder, as in `coalign train`; adds the method locked: new heads on encoders that are not trained
+        text_tower: a pretrained text encoder, likewise
         context_length: maximum number of tokens per caption; None: the default of `coalign train`
         skip_data_checks: train even if a check of the data finds a problem; see `coalign train`
     """
     from coalign.experiments.benchmark.benchmark import benchmark_and_write
 
     options = {"methods": methods, "minutes": minutes, "epochs": epochs, "fractions": fractions, "seeds": seeds}
-    options |= {"context_length": context_length, "reading": reading, "skip_data_checks": skip_data_checks}
+    options |= {"image_tower": image_tower, "text_tower": text_tower, "context_length": context_length}
+    options |= {"reading": reading, "skip_data_checks": skip_data_checks}
     benchmark_and_write(data, out, report, json, jobs=jobs, **options)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.encoders import write_open_clip
 
 from coalign.cli import main as cli
 from coalign.cli.train import TrainCommand, _parse_settings
@@ -19,7 +20,7 @@ from coalign.experiments.benchmark import benchmark as module
 from coalign.experiments.benchmark import plan as benchmark_plan
 from coalign.experiments.benchmark import result as benchmark_result
 from coalign.experiments.benchmark.benchmark import benchmark
-from coalign.experiments.benchmark.plan import ENOUGH, FEWEST, MOST, make_plan
+from coalign.experiments.benchmark.plan import ENOUGH, FEWEST, MOST, Plan, make_plan
 from coalign.experiments.benchmark.result import BenchmarkResult, Lead
 from coalign.experiments.tables import reproduce, search
 from coalign.experiments.tables.data_efficiency import efficiencies, factor
@@ -55,7 +56,7 @@ def quick(monkeypatch, tmp_path, without_run_reports):
     for each in (search, reproduce):
         monkeypatch.setattr(each, "run_trials", run)
     monkeypatch.setattr(benchmark_plan, "MOST", 3)
-    monkeypatch.setattr(module, "_speed", lambda data, config_for: SPEEDS[config_for(64).method])
+    monkeypatch.setattr(module, "_speed", lambda data, config_for: (SPEEDS[config_for(64).method], 0.0))
     monkeypatch.chdir(tmp_path)
     tiny.write_pairs(tmp_path / "photos", 240)
     return ran
@@ -104,6 +105,45 @@ def test_settings_are_searched_and_leads_tested_on_pairs_that_chose_nothing(quic
     assert "By dataset size" in page
     assert values["efficiency"].keys() == {"slip"}
     check_kept(command, quick, tmp_path, capsys)
+
+
+def test_locked_encoders_are_compared_with_training_from_scratch(quick, tmp_path):
+    weights = str(write_open_clip(tmp_path / "weights"))
+    command = ["benchmark", "--data", "photos", "--out", "out", "--methods", "clip", "--epochs", "2", "--seeds", "2"]
+    assert cli.main([*command, "--image-tower", weights, "--text-tower", weights]) == 0
+    assert {label.partition(",")[0] for label in quick} == {"clip", "locked"}
+    values = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert [lead["over"] for lead in values["leads"]] in (["clip"], ["locked"])
+    assert "crop" not in values["chosen"]["locked"]
+    saved = read_config(tmp_path / "out/locked-seed1").config
+    assert (saved.image_tuning, saved.text_tuning, saved.image_tower, saved.text_tower) == (
+        "locked",
+        "locked",
+        weights,
+        weights,
+    )
+    assert read_config(tmp_path / "out/clip-seed1").config.image_tower is None
+    assert not (tmp_path / "out/features").exists()  # they are needed no more
+    stored = json.loads((tmp_path / "out/plan.json").read_text())
+    sweep = module._table(stored["settings"], Plan(**stored["plan"]))
+    trial = reproduce.table_trials(sweep, ["locked"], 2, "photos", tmp_path / "out")[1]
+    words = shlex.split(benchmark_result.train_command(trial))
+    command, config = _parse_settings(words[2:], 200, "train", TrainCommand)
+    assert command.recipe == "clip"
+    for name in (
+        "image_tower",
+        "text_tower",
+        "image_tuning",
+        "text_tuning",
+        "epochs",
+        "image_size",
+        "head",
+        "feature_views",
+    ):
+        assert getattr(config, name) == getattr(saved, name), name
+    assert config.optimizer.lr == pytest.approx(saved.optimizer.lr, rel=1e-3)
+    assert config.optimizer.weight_decay == pytest.approx(saved.optimizer.weight_decay, rel=1e-3)
+    assert (config.feature_folder, config.val_fraction, config.test_fraction) == (None, 0.05, 0.0)
 
 
 def check_pairs(used):
@@ -282,8 +322,19 @@ def test_few_pairs_are_not_trained_on_for_all_of_a_long_time():
     plan = make_plan({"clip": 300.0, "mcd": 150.0}, 200, 600, **BUDGET)
     assert plan.trials == MOST
     assert plan.seconds < 3600
-    assert 4 * plan.epochs["mcd"] == pytest.approx(50, rel=0.01)
-    assert 4 * plan.epochs["clip"] == pytest.approx(100, rel=0.01)
+    assert plan.epochs == {"clip": 25, "mcd": 25}  # and four times as long
+
+
+def test_a_method_that_needs_little_time_leaves_it_to_the_others():
+    """Locked encoders, whose features are kept, reach the most epochs in seconds. The others share what that leaves equally."""
+    scratch = {"clip": 500.0, "mcd": 250.0}
+    plan = make_plan(scratch | {"locked": 20_000.0}, 2000, 60, **BUDGET)
+    assert plan.epochs["locked"] == 25
+    assert plan.epochs["clip"] == pytest.approx(2 * plan.epochs["mcd"], rel=0.01)
+    budget = 60 * 60 - 30
+    assert 0.99 * budget < plan.seconds <= budget
+    without = make_plan(scratch, 2000, 60, **BUDGET)
+    assert plan.epochs["mcd"] * plan.trials == pytest.approx(without.epochs["mcd"] * without.trials, rel=0.3)
 
 
 def test_equal_samples():
@@ -315,10 +366,12 @@ def test_the_speed_is_measured_for_some_seconds(monkeypatch):
         return Profile(0.01 * steps, {}, 1000.0 / steps, [])
 
     monkeypatch.setattr(module, "profile", profile)
-    assert module._speed("photos", None) == pytest.approx(1000 / 84)
+    assert module._speed("photos", None) == (pytest.approx(1000 / 84), 0.0)
     assert asked == [6, 84]  # 84 steps of the 0.06 s that the first six took on average: five seconds
     monkeypatch.setattr(module, "profile", lambda data, config_for, steps: Profile(2.0, {}, 7.0, []))
-    assert module._speed("photos", None) == 7.0  # six steps are enough
+    assert module._speed("photos", None) == (7.0, 0.0)  # six steps are enough
+    monkeypatch.setattr(module, "profile", lambda data, config_for, steps: Profile(0.001, {}, 9000.0, [], 0.05))
+    assert module._speed("photos", None) == (9000.0, 0.05)  # more steps would take more features, which take longer
 
 
 @pytest.mark.parametrize(

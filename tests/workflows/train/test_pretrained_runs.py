@@ -1,15 +1,13 @@
 """Runs that start from a whole open_clip model: their defaults, what they train and how they end."""
 
 import json
-import math
 from dataclasses import replace
 
-import open_clip
 import pytest
 import torch
 from helpers import tiny
+from helpers.encoders import write_open_clip
 from helpers.equal_runs import assert_equal_runs
-from safetensors.torch import save_file
 
 import coalign
 from coalign.cli import main as cli
@@ -28,16 +26,7 @@ SCALE = 112.0  # SigLIP-SO400M's, above CLIP's limit of 100
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder in open_clip's format, with random weights and CLIP's vocabulary."""
-    folder = tmp_path_factory.mktemp("weights") / "model"
-    folder.mkdir()
-    model = {**tiny.MODEL, "text_cfg": {**tiny.MODEL["text_cfg"], "vocab_size": 49408}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
-    torch.manual_seed(3)
-    built = open_clip.CustomTextCLIP(model["embed_dim"], model["vision_cfg"], model["text_cfg"])
-    built.logit_scale.data.fill_(math.log(SCALE))
-    save_file(built.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
+    return write_open_clip(tmp_path_factory.mktemp("weights") / "model", SCALE)
 
 
 def args(pairs, out, weights, **options):

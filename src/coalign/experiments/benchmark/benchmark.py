@@ -36,6 +36,8 @@ from coalign.workflows.train.profile import profile
 from coalign.workflows.train.setup import ConfigFn
 
 PLAN, RESULT = "plan.json", "benchmark.json"
+LOCKED = "locked"  # CLIP's loss, with new heads on pretrained encoders that are not trained
+HEAD = "glu"  # better than linear heads on drawings, and new even if both encoders have pretrained projections
 # Fraction of the pairs to hold out for test, and of the rest for validation, if the data has no such splits.
 HELD_OUT = 0.1
 LEAST = 10  # pairs of the validation and of the test split
@@ -55,6 +57,8 @@ def benchmark(
     seeds: int = 3,
     jobs: int | None = None,
     report: Path | None = None,
+    image_tower: str | None = None,
+    text_tower: str | None = None,
     context_length: int | None = None,
     reading: DataConfig = DETECT,
     skip_data_checks: bool = False,
@@ -75,6 +79,9 @@ def benchmark(
         seeds: The number of seeds (0 to seeds - 1) of the runs that are tested.
         jobs: The number of trials that run at once. None: one per core.
         report: Write the page to this HTML file. None: `benchmark.html` in `out`.
+        image_tower: A pretrained image encoder, as in `TrainConfig`. It is compared as the method `locked`: CLIP, with new heads on the
+            pretrained encoders, which are not trained.
+        text_tower: The same for the text encoder. None, with an `image_tower`: the text encoder is trained from scratch, and vice versa.
         context_length: Maximum number of tokens per caption, start and end tokens included. None: the recipe's.
         reading: The columns of a table to read.
         skip_data_checks: Train although the captions look meaningless.
@@ -95,10 +102,12 @@ def benchmark(
     started, out, console = time.monotonic(), Path(out), Console(highlight=False, soft_wrap=True)
     methods = list(dict.fromkeys([BASE, *methods]))
     jobs = num_cores() if jobs is None else jobs
-    _check(methods, minutes, epochs, fractions, seeds, jobs)
+    towers = {name: tower for name, tower in {"image_tower": image_tower, "text_tower": text_tower}.items() if tower}
+    _check(methods, towers, minutes, epochs, fractions, seeds, jobs)
     settings = {
         "data": data,
-        "methods": methods,
+        "methods": [*methods, *([LOCKED] if towers else [])],
+        "towers": towers,
         "minutes": minutes,
         "epochs": epochs,
         "fractions": sorted({*fractions, 1.0}),
@@ -109,7 +118,7 @@ def benchmark(
     }
     plan = _stored_plan(out, settings)
     if plan is None:
-        plan = _plan(data, settings, jobs, console, started)
+        plan = _plan(data, settings, out, jobs, console, started)
         for line in plan.lines(seeds):
             console.print(line, markup=False)
         write_json(out / PLAN, {"settings": settings, "plan": asdict(plan)}, indent=1)
@@ -134,12 +143,18 @@ def _left_out(done: Sequence[Trial], sweep: Table, data: str, out: Path) -> dict
 
 
 def _check(
-    methods: Sequence[str], minutes: float, epochs: float | None, fractions: Sequence[float], seeds: int, jobs: int
+    methods: Sequence[str],
+    towers: Mapping[str, str],
+    minutes: float,
+    epochs: float | None,
+    fractions: Sequence[float],
+    seeds: int,
+    jobs: int,
 ) -> None:
     known = [*METHODS, "clip-strong"]
     if unknown := [name for name in methods if name not in known]:
         raise UserError(f"There is no method named {unknown[0]!r}; the methods are {', '.join(known)}.")
-    if len(methods) < 2:
+    if len(methods) < 2 and not towers:
         raise UserError(f"--methods must name another method besides {BASE}, such as uniclip or mcd.")
     for name, value in {"--minutes": minutes, "--epochs": epochs, "--seeds": seeds, "--jobs": jobs}.items():
         if value is not None and not 0 < value < math.inf:
@@ -179,7 +194,11 @@ def _stored_plan(out: Path, settings: Mapping[str, Any]) -> Plan | None:
 def _table(settings: Mapping[str, Any], plan: Plan | None = None) -> Table:
     """The methods as arms of a table with a search. Without a plan, without the lengths of the trials."""
     epochs = dict.fromkeys(settings["methods"], 1.0) if plan is None else plan.epochs
-    arms = {method: Arm(method, epochs=epochs[method]) for method in settings["methods"]}
+    arms = {method: Arm(method, epochs=epochs[method]) for method in settings["methods"] if method != LOCKED}
+    if towers := settings["towers"]:
+        start = {name: towers.get(name) for name in ("image_tower", "text_tower")} | {"head": HEAD}
+        start |= {name.replace("tower", "tuning"): "locked" for name in towers}
+        arms[LOCKED] = Arm(BASE, epochs=epochs[LOCKED], start=start)
     return Table(
         "benchmark",
         by_fraction(arms, settings["fractions"][::-1]),
@@ -221,22 +240,24 @@ def _open(data: str, settings: Mapping[str, Any], console: Console) -> int:
     return len(pairs.train)
 
 
-def _plan(data: str, settings: Mapping[str, Any], jobs: int, console: Console, started: float) -> Plan:
+def _plan(data: str, settings: Mapping[str, Any], out: Path, jobs: int, console: Console, started: float) -> Plan:
     """Measures the speed of the methods on a trial's share of the cores, and plans the rest of the time."""
     number = _open(data, settings, console)
-    sweep, threads, speeds = _table(settings), torch.get_num_threads(), {}
+    sweep, threads, speeds, spent = _table(settings), torch.get_num_threads(), {}, 0.0
     torch.set_num_threads(max(1, num_cores() // jobs))
     try:
         for method in settings["methods"]:
             with waiting(f"Measuring the speed of {method}"):
-                speeds[method] = _speed(data, partial(_alone, sweep, method))
+                trial = Trial(sweep, method, 0, data, out)
+                speeds[method], of_features = _speed(data, partial(_alone, trial))
+                spent += number * of_features
     finally:
         torch.set_num_threads(threads)
     return make_plan(
         speeds,
         number,
         settings["minutes"],
-        spent=time.monotonic() - started,
+        spent=time.monotonic() - started + spent,
         fractions=len(settings["fractions"]),
         seeds=settings["seeds"],
         jobs=jobs,
@@ -244,17 +265,20 @@ def _plan(data: str, settings: Mapping[str, Any], jobs: int, console: Console, s
     )
 
 
-def _speed(data: str, config_for: ConfigFn) -> float:
-    """Measures pairs per second. A few steps are not enough: at first, images are decoded and workers start."""
+def _speed(data: str, config_for: ConfigFn) -> tuple[float, float]:
+    """Measures pairs per second, and the seconds per pair that the features of locked encoders take before.
+
+    Without such features, a few steps are not enough: at first, images are decoded and workers start.
+    """
     found = profile(data, config_for, steps=PROFILED)
-    if (steps := math.ceil(MEASURED_SECONDS / found.seconds)) > PROFILED:
+    if not found.feature_seconds and (steps := math.ceil(MEASURED_SECONDS / found.seconds)) > PROFILED:
         found = profile(data, config_for, steps=steps)
-    return found.pairs_per_second
+    return found.pairs_per_second, found.feature_seconds
 
 
-def _alone(sweep: Table, method: str, num_pairs: int) -> TrainConfig:
+def _alone(trial: Trial, num_pairs: int) -> TrainConfig:
     """The settings of a trial that has one core."""
-    return replace(sweep.config(method, 0, num_pairs), workers=0)
+    return replace(trial.config(num_pairs), workers=0)
 
 
 def benchmark_and_write(data: str, out: Path, report: Path | None, json_path: Path | None, **options: Any) -> None:

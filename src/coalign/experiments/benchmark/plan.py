@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -16,7 +16,7 @@ from coalign.methods.search import halved
 LENGTHS = (1.0, 2.0, 4.0)  # of trials, in multiples of the shortest
 FEWEST, MOST = 3, 12  # trials of a search
 ENOUGH = 5.0  # epochs of the shortest trials of every method; if they had fewer, fewer trials are better
-LONGEST = 100.0  # epochs of any method; more time is not used, as few pairs are learned by heart
+LONGEST = 100.0  # epochs of any method, as few pairs are learned by heart; the others get the time that this leaves
 OVERHEAD = 20.0  # seconds of a trial besides training: start, evaluation, report
 
 
@@ -78,21 +78,23 @@ def make_plan(
     Raises TooShort, a UserError, if even the fewest trials do not fit.
     """
     seconds = 60 * minutes - spent
+    most = {
+        method: LONGEST / LENGTHS[-1] * num_pairs / speed for method, speed in speeds.items()
+    }  # seconds of a shortest trial
     for trials in range(MOST, FEWEST - 1, -1):
         fixed, units = _cost(trials, len(speeds), fractions, seeds, jobs)
         if longest is None:
-            time = max(0.0, (seconds - fixed) / units)
-            time = min(time, min(LONGEST * num_pairs / speed for speed in speeds.values()) / LENGTHS[-1])
-            epochs = {method: time * speed / num_pairs for method, speed in speeds.items()}
-            fits = min(epochs.values()) >= ENOUGH
+            time = _filled(max(0.0, (seconds - fixed) / units), most.values())
+            times = {method: min(time, each) for method, each in most.items()}
+            fits = min(times[method] * speed for method, speed in speeds.items()) >= ENOUGH * num_pairs
         else:
-            epochs = dict.fromkeys(speeds, longest / LENGTHS[-1])
-            time = fmean(longest / LENGTHS[-1] * num_pairs / speed for speed in speeds.values())
-            fits = fixed + units * time <= seconds
+            times = {method: longest / LENGTHS[-1] * num_pairs / speed for method, speed in speeds.items()}
+            fits = fixed + units * fmean(times.values()) <= seconds
         if fits:
             break
     slowest = min(speeds, key=speeds.__getitem__)
-    needed = fixed + units * (time if longest else num_pairs / speeds[slowest])
+    least = times.values() if longest else [min(num_pairs / speeds[slowest], each) for each in most.values()]
+    needed = fixed + units * fmean(least)
     if not fits and needed > seconds:
         what = f"{longest:g} epochs" if longest else f"an epoch of {slowest} in its shortest trials"
         enough = math.ceil((needed + spent) / 60)
@@ -101,8 +103,16 @@ def make_plan(
             "omit a method.",
             enough,
         )
-    rounded = {method: float(f"{number:.3g}") for method, number in epochs.items()}
-    return Plan(trials, rounded, dict(speeds), fixed + units * time)
+    epochs = {method: float(f"{times[method] * speed / num_pairs:.3g}") for method, speed in speeds.items()}
+    return Plan(trials, epochs, dict(speeds), fixed + units * fmean(times.values()))
+
+
+def _filled(mean: float, most: Collection[float]) -> float:
+    """Returns the longest time that methods can have if none takes more than its most, and their mean is at most `mean`."""
+    waiting, total = sorted(most), mean * len(most)
+    while waiting and waiting[0] * len(waiting) <= total:
+        total -= waiting.pop(0)
+    return total / len(waiting) if waiting else math.inf
 
 
 def _cost(trials: int, methods: int, fractions: int, seeds: int, jobs: int) -> tuple[float, float]:

@@ -48,7 +48,7 @@ HEADLINES = {
     **{f"retrieval_{TEST}.r{k}": f"R@{k}, mean of both directions" for k in (10, 5, 1)},
 }
 # settings of the experiment; the command that trains the recommended model leaves them at their defaults
-_OF_THE_BENCHMARK = ("val_fraction", "test_fraction", "test_splits", "evals", "seed")
+_OF_THE_BENCHMARK = ("val_fraction", "test_fraction", "test_splits", "evals", "seed", "feature_folder")
 
 
 @dataclass(frozen=True)

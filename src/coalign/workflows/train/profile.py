@@ -6,6 +6,7 @@ import contextlib
 import io
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,9 @@ class Profile:
     stages: Mapping[str, float]  # seconds per stage, longest first
     pairs_per_second: float
     advice: list[str]
+    feature_seconds: float = (
+        0.0  # per pair, of the features of locked encoders, which are computed before the first step
+    )
 
 
 def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | None = None) -> Profile:
@@ -84,7 +88,9 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
             save_checkpoints=False, tuning=tuning,
         )  # fmt: skip
         compile_towers(method, config)
+        start = time.monotonic()
         features.compute(Console(highlight=False, soft_wrap=True), config.workers or 0)
+        feature_seconds = (time.monotonic() - start) / len(pairs.train) if features.towers else 0.0
         silence = contextlib.redirect_stdout(io.StringIO())  # hides the progress lines
         with step_threads(method, config, world), Stopwatch(world.device) as stopwatch, silence:
             ended = trainer.fit().ended
@@ -102,6 +108,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         stages,
         config.batch_size / seconds,
         advice(stages, seconds, config, cores, on_gpu, images.cache is not None or "image" in features.towers),
+        feature_seconds,
     )
 
 
