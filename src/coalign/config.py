@@ -273,7 +273,7 @@ class TrainConfig:
     """Optimizer settings."""
     max_grad_norm: float | None = setting(None, valid=POSITIVE)
     """Clip the gradient to this norm. None: no clipping."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", on_card=True)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", identifies_trial=True, on_card=True)
     """Autocast precision. auto: bf16 if the device is fast at it, else fp32."""
     compile: bool = setting(False)
     """Compile the image encoders with torch.compile."""

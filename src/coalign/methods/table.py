@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from coalign.config import DETECT, DataConfig, TrainConfig
 from coalign.methods import recipe, recipes
@@ -56,6 +56,7 @@ class Table:
     val_by: str | None = None  # hold out values of this column
     test_fraction: float = 0.0  # if the data has no test split
     evals: int = 5
+    precision: Literal["auto", "fp32"] = "fp32"  # not the machine's fastest: trials of several machines are compared
     reading: DataConfig = DETECT  # how the data is read
     classes: tuple[str, ...] = ()  # of zero-shot classification and the probe, matched against labels and tags
     probe: bool = False
@@ -111,6 +112,7 @@ class Table:
             unpaired_captions=row.unpaired_captions,
             test_splits=self.test_splits,
             evals=self.evals,
+            precision=self.precision,
             seed=seed,
         )
 

@@ -210,6 +210,7 @@ def _table(settings: Mapping[str, Any], plan: Plan | None = None) -> Table:
         test_fraction=HELD_OUT,
         test_splits=(TEST,),
         evals=EVALS,
+        precision="auto",
         reading=from_json(DataConfig, settings["reading"]),
         context_length=settings["context_length"],
         skip_data_checks=settings["skip_data_checks"],

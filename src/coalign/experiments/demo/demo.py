@@ -49,6 +49,7 @@ SETTINGS = Table(
     batch_size=128,
     val_fraction=0.1,
     evals=8,
+    precision="auto",
     test_splits=("test",),
     caption_safe_views=True,  # names tell colors and sides
 )
