@@ -7,8 +7,8 @@
 
 `data` writes a folder of pairs per package: diagrams (symbols of cloud services), Font Awesome, Lucide, Tabler and Material Design icons.
 `run` benchmarks each of them, and scenes with standard captions, with the default methods; interrupted, it resumes. `summary` collects, for
-each, what was recommended, and its regret: by how much the best method's test score is above the recommended one's, both means over seeds. As
-the best is chosen by the same scores, noise alone makes the regret larger than zero.
+each, what was recommended, and its regret: by how much the best method's test score is above the recommended one's, both means over seeds.
+As the best is chosen by the same scores, noise alone makes the regret larger than zero.
 """
 
 from __future__ import annotations
