@@ -88,9 +88,9 @@ def factor_text(efficiency: Values | None) -> str:
     """Returns a data-efficiency factor with its interval over seeds and items. ≥ and ≤: the curves cross beyond the fractions tried."""
     if efficiency is None:
         return ""
-    bound = ("≥ " if efficiency["factor"] > 1 else "≤ ") if efficiency["bound"] else ""
-    low, high = efficiency["interval"] or (1.0, 1.0)
-    return f"{bound}{efficiency['factor']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
+    factor, (low, high) = efficiency["factor"], efficiency["interval"] or (1.0, 1.0)
+    value = f"{'≥' if factor > 1 else '≤'} {factor:.2g}" if efficiency["bound"] else f"{factor:.2f}"
+    return value + (f" ({low:.2f} to {high:.2f})" if low < high else "")
 
 
 def metric_title(values: Values, metric: str) -> str:

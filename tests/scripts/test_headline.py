@@ -122,7 +122,7 @@ def test_figure(modules, values):
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[0] == "CLIP"
     assert texts[2] == "UniCLIP: 2.10 (1.70 to 2.60) ×"
-    assert texts[4] == "Locked pretrained encoders: ≥ 8.00 ×"
+    assert texts[4] == "Locked pretrained encoders: ≥ 8 ×"
     figure.canvas.draw()
 
 
