@@ -106,9 +106,10 @@ def assign_splits(
 
 
 def run_splits(source: Source, config: TrainConfig) -> Splits:
-    """Returns the splits of a run with this configuration."""
+    """Returns the splits of the training data of a run with this configuration. With --val-data, no pairs are held out for validation."""
     group, similar = config.reading.group_column, config.group_look_alikes
-    return assign_splits(source, config.val_fraction, 0, config.val_by, group, similar, config.test_fraction)[0]
+    val_fraction = 0.0 if config.val_data else config.val_fraction
+    return assign_splits(source, val_fraction, 0, config.val_by, group, similar, config.test_fraction)[0]
 
 
 def _all_indices(source: Source) -> np.ndarray:

@@ -23,8 +23,9 @@ from coalign.evaluation.finetune import classification as finetune
 from coalign.evaluation.finetune.classification import FineTuneConfig
 from coalign.evaluation.retrieval import retrieve
 from coalign.evaluation.zero_shot import classify
-from coalign.runs.folder import read_config
+from coalign.runs.folder import SavedConfig, read_config
 from coalign.runs.run import load
+from coalign.training.distributed import join_world
 from coalign.types import DualEncoder
 from coalign.workflows.evaluate.config import EvalConfig
 from coalign.workflows.evaluate.eval_model import open_eval_model
@@ -32,6 +33,7 @@ from coalign.workflows.evaluate.eval_report import print_results
 from coalign.workflows.evaluate.evaluate import evaluate
 from coalign.workflows.evaluate.samples import Samples, captions_of, read_labels, select_split
 from coalign.workflows.models.export import export
+from coalign.workflows.train.setup import open_data
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,40 @@ def test_data_of_the_same_name_that_has_other_splits(trained, tmp_path):
     for split in ("test", None):
         name, indices = select_split(open_source(data), data, saved, split)
         assert (name, len(indices)) == ("test", 12)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_test_split_of_a_run_with_separate_validation_data(run, pairs, four, tmp_path, fraction):
+    """It is the one that training held out, also for an export."""
+    table = tmp_path / "pairs.csv"
+    images = sorted(pairs.rglob("*.png"))
+    rows = [f"{path},pair {number},author {number % 9}" for number, path in enumerate(images)]
+    table.write_text("\n".join(["image,caption,author", *rows]) + "\n")
+    data, source = str(table), open_source(str(table))
+    config = replace(
+        run.config, val_data=str(four), val_by="author", val_fraction=0.2, test_fraction=0.3, train_fraction=fraction
+    )
+    held_out, _ = open_data(data, lambda _: replace(config, test_splits=("test",)), join_world("cpu"))
+    saved = SavedConfig(table.name, config, len(held_out.train), len(held_out.val))
+    for origin in (replace(run, data=data, config=config), saved):
+        for split in ("test", None):
+            name, indices = select_split(source, data, origin, split)
+            assert (name, indices.tolist()) == ("test", held_out.test_splits["test"].tolist())
+        train = select_split(source, data, origin, "train")[1]
+        assert set(held_out.train.tolist()) <= set(train.tolist())
+        assert sorted([*train, *indices]) == list(range(64))
+        with pytest.raises(UserError, match=r"no split named 'val'; choose from .*test"):
+            select_split(source, data, origin, "val")
+    assert select_split(source, data, replace(saved, num_train=5), None)[0] == "all"  # other data of the same name
+
+
+def test_a_run_that_held_out_nothing_has_no_default_split(run, pairs):
+    source, data = open_source(str(pairs)), str(pairs)
+    for changes in ({"val_fraction": 0.0}, {"val_data": "elsewhere"}):
+        other = replace(run, config=replace(run.config, **changes))
+        with pytest.raises(UserError, match=r"No pairs of .* were held out of training; set --split train"):
+            select_split(source, data, other, None)
+        assert len(select_split(source, data, other, "train")[1]) == 64
 
 
 # ---------------------------------------------------------------- results

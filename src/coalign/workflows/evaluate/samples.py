@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from coalign.config import DETECT, DataConfig
-from coalign.data.sources.base import Source
-from coalign.data.splits import assign_splits, run_splits
+from coalign.data.sources.base import Source, Splits
+from coalign.data.splits import assign_splits, nested_subset, run_splits
 from coalign.data.text.prompts import read_classes
 from coalign.errors import BadSample, UserError
 from coalign.runs.folder import SavedConfig, data_name
@@ -57,25 +57,38 @@ def select_split(source: Source, data: str, run: Origin | None, split: str | Non
 
     Of data without splits, "val" are the samples that training on it would hold out by default, and "train" are the others.
 
-    run: the run that the model is of or was exported from. Raises UserError if the split does not exist.
+    run: the run that the model is of or was exported from; of its training data, it gives the splits. Raises UserError if the split does
+    not exist, or if there is no default, as the run held out nothing.
     """
     all_indices = np.arange(len(source))
     if split == "all":
         return "all", all_indices
-    source_splits = source.splits
-    if run is not None and is_trained_on(run, data) and run.config.val_data is None:
-        splits, name = run_splits(source, run.config), split or "val"
-        # else it is other data of the same name
-        if name in splits and (not isinstance(run, SavedConfig) or len(splits.get("val", ())) == run.num_val):
-            return name, splits[name]
+    splits = source.splits
+    if run is not None and is_trained_on(run, data) and _are_splits_of(run, own := run_splits(source, run.config)):
+        splits = {name: indices for name, indices in own.items() if len(indices)}
+        split = split or next((name for name in ("val", "test") if name in splits), None)
+        if split is None:
+            raise UserError(
+                f"No pairs of {data} were held out of training; set --split train to evaluate training pairs."
+            )
     if split is None:
-        split = next((name for name in ("test", "val") if source_splits and len(source_splits.get(name, ()))), None)
-        return (split, source_splits[split]) if source_splits and split else ("all", all_indices)
-    splits = source_splits or (assign_splits(source)[0] if split in ("train", "val") else {})
+        split = next((name for name in ("test", "val") if splits and len(splits.get(name, ()))), None)
+        if split is None:
+            return "all", all_indices
+    splits = splits or (assign_splits(source)[0] if split in ("train", "val") else {})
     if not len(splits.get(split, ())):
-        known = ", ".join([*(source_splits or ("train", "val")), "all"])
+        known = ", ".join([*(splits or ("train", "val")), "all"])
         raise UserError(f"{data} has no split named {split!r}; choose from {known}.")
     return split, splits[split].astype(np.int64)
+
+
+def _are_splits_of(run: Origin, splits: Splits) -> bool:
+    """Returns whether the splits have the sizes of the run's, as other data may have the name that an export knows its data by."""
+    if not isinstance(run, SavedConfig):
+        return True
+    if run.config.val_data is None:
+        return len(splits.get("val", ())) == run.num_val
+    return len(nested_subset(splits.get("train", np.arange(0)), run.config.train_fraction)) == run.num_train
 
 
 def is_trained_on(run: Origin, data: str) -> bool:

@@ -77,7 +77,7 @@ def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
     if config.val_data:
         val_source = label_by_captions(open_source(config.val_data, reading=config.reading))
         val = (val_source.splits or {}).get("val", np.arange(len(val_source)))
-        splits = _splits(data, source, replace(config, val_fraction=0.0))
+        splits = _splits(data, source, config)
         pairs = TrainingData(source, splits["train"], val_source, val)
     else:
         splits = _splits(data, source, config)
