@@ -74,7 +74,7 @@ def assign_splits(
     if not fractions:
         if by is not None:
             raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
-        if group is not None and not any(value for _, value in _column(source, group)):
+        if group is not None and not has_column(source, group):
             raise _no_column(source, "--group-column", group)
     counts: dict[str, int] = {}
     of_test = f" after test {test_fraction}" if "test" in fractions else ""
@@ -180,6 +180,11 @@ def column_labels(source: Source, option: str, column: str) -> np.ndarray:
     if not first:
         raise _no_column(source, option, column)
     return labels
+
+
+def has_column(source: Source, column: str) -> bool:
+    """Whether a sample has a value in `column`."""
+    return any(value for _, value in _column(source, column))
 
 
 def _column(source: Source, column: str) -> Iterator[tuple[int, str | None]]:

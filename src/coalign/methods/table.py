@@ -57,6 +57,7 @@ class Table:
     test_fraction: float = 0.0  # if the data has no test split
     evals: int = 5
     precision: Literal["auto", "fp32"] = "fp32"  # not the machine's fastest: trials of several machines are compared
+    data: str = ""  # the data that it was made for, in words; it has the column `val_by` and `test_splits`
     reading: DataConfig = DETECT  # how the data is read
     classes: tuple[str, ...] = ()  # of zero-shot classification and the probe, matched against labels and tags
     probe: bool = False

@@ -20,7 +20,9 @@ TEST: dict[str, Any] = {
     "test_splits": ("test",),
     "headline_metrics": ("retrieval_test.r10", "retrieval_test.r1"),
 }
-NEW_CONCEPTS = TEST | {"val_by": "concept"}  # emoji that are in no training pair
+# files that `coalign data` writes
+VENDORS_DATA, CONCEPTS_DATA = (f"{name}.jsonl of `coalign data emoji`" for name in ("metadata", "concepts"))
+NEW_CONCEPTS = TEST | {"val_by": "concept", "data": CONCEPTS_DATA}  # emoji that are in no training pair
 # Tags of Open Clip Art, as `tag` or `tag = class name`. If an image has several, its first tag counts.
 CLIP_ART_CLASSES = (
     "flag", "card = playing card", "fruit", "dessert", "beverage = drink", "insect", "mammal", "bird", "fish", "flower", "tree",

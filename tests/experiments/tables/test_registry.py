@@ -44,6 +44,11 @@ def test_arms_differ_only_in_declared_settings(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
+def test_tables_that_need_a_column_or_a_split_name_data_that_has_it(name):
+    assert bool(TABLES[name].val_by or TABLES[name].test_splits) == bool(TABLES[name].data)
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_arms_that_evaluate_anew_only_change_the_method(name):
     for arm, row in TABLES[name].arms.items():
         if row.weights_of:

@@ -168,6 +168,33 @@ def test_wrong_arguments_are_reported(small, tmp_path, capsys):
     assert small == []
 
 
+def test_data_that_does_not_fit_the_table_is_reported(small, tmp_path, capsys, monkeypatch):
+    """The error names the column or split that is missing, and data that has it, but no option that the command does not have."""
+    sweep = registry.TABLES["test"]
+    of_splits = tmp_path / "parts"
+    for number, split in enumerate(("train", "val", "test")):
+        tiny.write_pairs(of_splits / split, 20, number)
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(
+            json.dumps({"image": str(path), "caption": path.stem, "concept": path.stem, "split": path.parts[-3]}) + "\n"
+            for path in sorted(of_splits.rglob("*.png"))
+        )
+    )
+    for data, settings, problem in (
+        ("photos", {"val_by": "concept"}, "holds out values of the column 'concept', which photos does not have"),
+        ("photos", {"test_splits": ("test",)}, "evaluates on the split 'test', which photos does not have"),
+        (
+            "pairs.jsonl",
+            {"val_by": "concept", "test_splits": ("test",)},
+            "holds out values of the column 'concept', but pairs.jsonl has its own validation split",
+        ),
+    ):
+        monkeypatch.setitem(registry.TABLES, "test", replace(sweep, data="the file that has it", **settings))
+        assert cli.main(["reproduce", "test", "--data", data, "--out", "out", "--seeds", "1"]) == 2
+        assert tiny.error_line(capsys) == f"coalign: The table test {problem}; use the file that has it.\n"
+    assert small == []
+
+
 def of_oner():
     """An arm of OneR, and one that evaluates its weights with another pooling."""
     arms = {

@@ -11,7 +11,7 @@ from typing import Any
 from coalign.errors import UserError
 from coalign.methods import METHODS
 from coalign.methods.table import Arm, Table, by_fraction
-from coalign.methods.table_settings import NEW_CONCEPTS, SEARCH, TEST, tuned_arm
+from coalign.methods.table_settings import CONCEPTS_DATA, NEW_CONCEPTS, SEARCH, TEST, VENDORS_DATA, tuned_arm
 
 _COLORS = ("red", "pink", "brown", "gold", "green", "lime", "blue", "cyan")
 _SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
@@ -31,13 +31,13 @@ _STARTS = {
 }
 
 
-def _pretrained_towers(data: str, starts: Collection[str], **settings: Any) -> Table:
+def _pretrained_towers(pairs: str, starts: Collection[str], **settings: Any) -> Table:
     """Default runs from scratch, and runs that start from pretrained encoders."""
     scratch = {name: Arm(name) for name in ("clip", "uniclip", "mcd")}
     if not any(_STARTS[name].recipe != "clip" for name in starts):
         scratch = {"clip": scratch["clip"]}
     return Table(
-        f"Pretrained encoders on {data}, compared with training from scratch",
+        f"Pretrained encoders on {pairs}, compared with training from scratch",
         {**scratch, **{name: _STARTS[name] for name in starts}},
         note="These are the settings of the arms named as a method, from scratch. The others start from EfficientNet-Lite0, trained on "
         "ImageNet, and the sentence encoder all-MiniLM-L6-v2, with the defaults of such runs: 30 epochs and 224 pixels if the encoders are "
@@ -75,6 +75,7 @@ TABLES: dict[str, Table] = {
         "emoji of one vendor, evaluated on another's",
         [name for name in _STARTS if name != "locked, 160 pixels"],
         test_splits=("test",),
+        data=VENDORS_DATA,
         headline_metrics=("retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10"),
     ),
     "pretrained-emoji-concepts": _pretrained_towers(
@@ -82,6 +83,7 @@ TABLES: dict[str, Table] = {
         ("locked", "locked, GLU"),
         val_by="concept",
         test_splits=("test",),
+        data=CONCEPTS_DATA,
         headline_metrics=("retrieval.image_to_text.r10", "retrieval_test.image_to_text.r10"),
     ),
     "headline-emoji-concepts": Table(
@@ -103,12 +105,14 @@ TABLES: dict[str, Table] = {
         "Methods with the settings chosen on new concepts, on emoji of one vendor, evaluated on another's",
         {name: tuned_arm(name) for name in ("clip", "clip-strong", "uniclip", "mcd")},
         claims=(("clip", "uniclip"), ("uniclip", "mcd"), ("clip", "clip-strong"), ("clip-strong", "mcd")),
+        data=VENDORS_DATA,
         **TEST,
     ),
     "style-shift": Table(
         "Methods with the settings chosen on emoji, on two styles of Open Clip Art, evaluated on the same concepts in other styles",
         {name: tuned_arm(name) for name in ("clip", "uniclip", "mcd")},
         claims=(("clip", "uniclip"),),
+        data="style-shift.jsonl of `coalign data openclipart`",
         **TEST,
     ),
     "scenes": Table(
@@ -120,6 +124,7 @@ TABLES: dict[str, Table] = {
         classes=ONE_OBJECT,
         claims=(("clip", "uniclip"), ("clip", "mcd")),
         test_splits=("combinations", "shifted"),
+        data="scenes:8192:simple",
         headline_metrics=("retrieval.r10", "retrieval_shifted.r10", "foils.mean_per_kind"),
     ),
     **_paper_tables(),

@@ -17,6 +17,8 @@ from rich.table import Table as RichTable
 from scipy.stats import spearmanr
 
 from coalign.config import DETECT, NOMINAL_PAIRS, DataConfig
+from coalign.data.sources.open import open_source
+from coalign.data.splits import has_column
 from coalign.devices import best_device, device_line
 from coalign.errors import UserError
 from coalign.experiments.compare.compare import compare
@@ -83,6 +85,7 @@ def reproduce(
     chosen = list(dict.fromkeys([*bases, *chosen]))
     missing = _unfinished(sweep, chosen, seeds, data, out, tuple(track))
     if missing:  # reports bad data before the trials start
+        _check_data(name, sweep, data)
         check_trials(data, lambda number: sweep.config(missing[0].arm, missing[0].seed, number), console)
     failures = run_table(sweep, chosen, seeds, jobs, data, out, tuple(track))
     done = [trial for trial in table_trials(sweep, list(sweep.arms), seeds, data, out) if finished(trial)]
@@ -106,6 +109,21 @@ def _check(
     if track and scale == "paper":
         raise UserError("--track evaluates trials, but --scale paper trains none; omit it.")
     return check_track(replace(sweep.config(next(iter(sweep.arms)), 0, NOMINAL_PAIRS), track=tuple(track)))
+
+
+def _check_data(name: str, sweep: Table, data: str) -> None:
+    """Raises UserError if the data cannot be split as the table needs."""
+    source = open_source(data, reading=sweep.reading)
+    splits, by, problem = source.splits or {}, sweep.val_by, ""
+    without = [split for split in sweep.test_splits if split not in splits and not sweep.test_fraction]
+    if by is not None and not has_column(source, by):
+        problem = f"holds out values of the column {by!r}, which {source.name} does not have"
+    elif without:
+        problem = f"evaluates on the split {without[0]!r}, which {source.name} does not have"
+    elif by is not None and "val" in splits:
+        problem = f"holds out values of the column {by!r}, but {source.name} has its own validation split"
+    if problem:
+        raise UserError(f"The table {name} {problem}; use {sweep.data or 'other data'}.")
 
 
 def table_trials(
