@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from coalign.cli.parse import Command, first_sentence, parse
 from coalign.config import NOMINAL_PAIRS, TrainConfig
 from coalign.methods import recipe, recipes
-from coalign.methods.defaults import START, fit_to_start
+from coalign.methods.defaults import with_start
 
 # exit code after Ctrl-C, and after a signal that stopped training, so that a calling script stops too
 INTERRUPTED = 130
@@ -134,10 +134,8 @@ def _parse_settings(args: list[str], num_pairs: int, name: str, command: Any) ->
     """
     default = recipe(_value_of(args, "--recipe") or "clip")(num_pairs)
     options, config = _parse_options(args, default, name, command)
-    if any(getattr(config, each) != getattr(default, each) for each in START):
-        started = dataclasses.replace(default, **{each: getattr(config, each) for each in START})
-        return _parse_options(args, fit_to_start(started), name, command)
-    return options, config
+    fitted = with_start(default, config)
+    return (options, config) if fitted is default else _parse_options(args, fitted, name, command)
 
 
 def _parse_options(args: list[str], default: TrainConfig, name: str, command: Any) -> tuple[Any, TrainConfig]:

@@ -59,6 +59,14 @@ def starts_from_weights(config: TrainConfig) -> dict[str, bool]:
     }
 
 
+def with_start(default: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """Returns the default settings of a run that starts as `config` does."""
+    start = {name: getattr(config, name) for name in START}
+    if all(value == getattr(default, name) for name, value in start.items()):
+        return default
+    return fit_to_start(replace(default, **start))
+
+
 def fit_to_start(config: TrainConfig) -> TrainConfig:
     """Returns the settings with those of fine-tuning, if an encoder starts from pretrained weights.
 

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 from coalign.cli import main as cli
 from coalign.cli.train import TrainCommand, _parse_settings
 from coalign.config import DataConfig
+from coalign.experiments.tables.launch_script import options
 from coalign.experiments.tables.registry import TABLES
+from coalign.methods import recipe
+from coalign.methods.defaults import with_start
 
 OF_PAPERS = [name for name, sweep in TABLES.items() if sweep.paper_recipe]
 
@@ -41,6 +45,33 @@ def test_every_command_gives_the_settings_of_its_arm(name, tmp_path, capsys):
     assert len({words[2] for words in evaluated}) == len(trained)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"image_tower": "a", "text_tower": "b", "image_tuning": "locked", "text_tuning": "locked"}, 8),
+        ({"image_tower": "a", "max_grad_norm": 0.5}, 4),
+        ({"max_grad_norm": 0.5}, 2),
+    ],
+)
+def test_options_are_those_that_differ_from_the_defaults_of_the_start(settings, words):
+    """Of pretrained encoders, the temperature is None by default, and new parts have their own rate unless all others are locked."""
+
+    def parsed(options):
+        return _parse_settings(["--data", "x", "--out", "y", *options], 5000, "train", TrainCommand)[1]
+
+    default = recipe("clip")(5000)
+    config = with_start(default, replace(default, **settings))
+    config = replace(config, **settings)
+    found = options("clip", config, 5000)
+    assert len(found) == words
+    assert "None" not in found
+    assert parsed(found) == config
+    other = replace(config, optimizer=replace(config.optimizer, new_lr=None if config.optimizer.new_lr else 1e-4))
+    found = options("clip", other, 5000)
+    assert parsed(found) == other
+    assert ("None" in found) == (config.optimizer.new_lr is not None)
+
+
 def test_the_papers_rows_differ_as_the_papers_say():
     sweep = TABLES["declip-emoji"]
     _, once = sweep.paper_config("CLIP", 0)
@@ -52,8 +83,8 @@ def test_the_papers_rows_differ_as_the_papers_say():
 
 def test_the_commands_read_the_data_as_given(tmp_path):
     name, reading = OF_PAPERS[0], DataConfig("where", ("words", "more words"), separator=";")
-    options = ["--image-column", "where", "--caption-column", "words", "more words", "--separator", ";"]
-    command = ["reproduce", name, "--data", "pairs.csv", "--out", str(tmp_path), "--scale", "paper", *options]
+    columns = ["--image-column", "where", "--caption-column", "words", "more words", "--separator", ";"]
+    command = ["reproduce", name, "--data", "pairs.csv", "--out", str(tmp_path), "--scale", "paper", *columns]
     assert cli.main(command) == 0
     trained = [shlex.split(line) for line in (tmp_path / "launch.sh").read_text().splitlines() if "torchrun" in line]
     for words in trained:

@@ -11,6 +11,7 @@ from coalign.config import TrainConfig, flatten, to_json
 from coalign.errors import UserError
 from coalign.files import write_atomically
 from coalign.methods import recipe
+from coalign.methods.defaults import START, with_start
 from coalign.methods.table import PAPER_PAIRS, Table
 
 HEAD = """#!/bin/sh
@@ -70,7 +71,9 @@ def options(
     name: str, config: TrainConfig, num_pairs: int = PAPER_PAIRS, text: Callable[[Any], str] = str
 ) -> list[str]:
     """The options of `coalign train` that change the recipe `name` for `num_pairs` training pairs to `config`. text: of a value."""
-    was, now = (flatten(to_json(each)) for each in (recipe(name)(num_pairs), config))
+    default = recipe(name)(num_pairs)
+    was, now = (flatten(to_json(each)) for each in (with_start(default, config), config))
+    was |= {each: getattr(default, each) for each in START}
     words: list[str] = []
     for key, value in now.items():
         if value != was.get(key):
