@@ -291,7 +291,9 @@ class TrainConfig:
     """Apply color jitter and blur to the image views on the GPU, in batches, instead of in the data loading workers."""
     caption_safe_views: bool = setting(False)
     """Shift no hues if captions name colors, and flip no images if they name sides. Given options of views are kept."""
-    reading: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig, metadata=marks())
+    reading: Annotated[DataConfig, arg(name="")] = field(
+        default_factory=DataConfig, metadata=marks(identifies_trial=True)
+    )
     """How the data is read."""
     val_fraction: float = setting(0.05, valid=BELOW_ONE, identifies_trial=True)
     """Fraction of the pairs to hold out for validation if the dataset has no validation split."""

@@ -126,6 +126,21 @@ def test_results_are_compared_with_the_paper(small, tmp_path, capsys, monkeypatc
     assert values["arms"]["two"]["paper"] == 30
 
 
+def test_finished_trials_of_other_data_are_refused(small, tmp_path, capsys):
+    """They are not shown as those of the data, or columns, that are given now."""
+    tiny.write_pairs(tmp_path / "drawings", 96)
+    command = ["reproduce", "test", "--out", "out", "--seeds", "1", "--data"]
+    assert cli.main([*command, "photos"]) == 0
+    for options, changed in ((["drawings"], "data"), (["photos", "--caption-column", "title"], "reading")):
+        assert cli.main([*command, *options]) == 2
+        assert f"one-seed0 holds a run whose {changed} differs from this table's" in tiny.error_line(capsys)
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "moved/photos")
+    assert cli.main([*command, "moved/photos"]) == 0
+    assert len(small) == 2
+
+
 def test_a_trial_that_fails_stops_no_other(small, tmp_path):
     folder = Trial(registry.TABLES["test"], "one", 0, "photos", tmp_path / "out").folder
     folder.parent.mkdir()

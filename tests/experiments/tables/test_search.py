@@ -12,6 +12,7 @@ import pytest
 from helpers import tiny
 
 from coalign.cli import main as cli
+from coalign.config import DataConfig
 from coalign.errors import NotFinite, UserError
 from coalign.experiments.tables import registry, search, trials
 from coalign.experiments.tables import reproduce as module
@@ -230,10 +231,12 @@ def test_records_belong_to_a_split(table, tmp_path):
     assert "clip" in search.searches(sweep, *of)
     for record in (tmp_path / "out/search").glob("*.json"):
         values = json.loads(record.read_text())
-        del values["config"]["test_fraction"]
+        for name in ("test_fraction", "reading"):
+            del values["config"][name]
         record.write_text(json.dumps(values))
     assert "clip" in search.searches(sweep, *of)
-    for changes in ({"test_fraction": 0.1}, {"val_fraction": 0.1}, {"val_by": "split"}):
+    others = [{"test_fraction": 0.1}, {"val_fraction": 0.1}, {"val_by": "split"}]
+    for changes in (*others, {"reading": DataConfig(caption_column=("title",))}):
         with pytest.raises(UserError, match=f"a trial whose {next(iter(changes))} differs from this table's"):
             search.searches(replace(sweep, **changes), *of)
     for record in (tmp_path / "out/search").glob("*.json"):

@@ -30,7 +30,7 @@ def test_the_last_step_of_a_log_that_is_being_written(tmp_path):
 
 def test_a_trial_evaluated_on_older_pixels_is_evaluated_again_if_it_has_weights(tmp_path):
     folder = write_run(tmp_path / "clip-seed0")
-    trial = SimpleNamespace(folder=folder, choice=None, config=lambda _: read_config(folder).config)
+    trial = SimpleNamespace(folder=folder, data="photos", choice=None, config=lambda _: read_config(folder).config)
     assert finished(trial)  # without weights, it would have to be trained again
     checkpoint.save(folder, "last", {"weight": torch.zeros(2)}, optimizer={"step": 1}, trainer={"step": 1})
     assert not finished(trial)

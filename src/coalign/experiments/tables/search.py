@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from coalign.config import TrainConfig, fields_marked, to_json
+from coalign.config import DETECT, TrainConfig, fields_marked, to_json
 from coalign.errors import NotFinite, UserError
 from coalign.experiments.tables.launch_script import arm_name
 from coalign.experiments.tables.trials import Trial, run_trials
@@ -29,6 +29,7 @@ FOLDER, RESULT = "search", "search.json"
 SEED = 1000  # of the first trial of a search; the seeds of the table's own trials are below
 # of the settings that a record may lack, as it is older than they are
 _DEFAULTS = {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING}
+_DEFAULTS |= {"reading": json.loads(json.dumps(to_json(DETECT)))}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from coalign.methods.defaults import fit_to_start
 from coalign.methods.search import Choice, with_settings
 from coalign.methods.table import Table
 from coalign.progress import Task, progress
-from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, read_config, read_results, write_config
+from coalign.runs.folder import CONFIG, MODEL, RESULTS, TOKENIZER, data_name, read_config, read_results, write_config
 from coalign.training import checkpoint
 from coalign.training.trainer import TrainResult
 from coalign.types import AugmentationPolicy
@@ -103,14 +103,17 @@ class Trial:
 def finished(trial: Trial) -> bool:
     """Whether the trial is finished. False if it was evaluated on an older version's pixels, and has weights to be evaluated again.
 
-    Raises UserError if its folder holds a run of another table, or of an older version of this one.
+    Raises UserError if its folder holds a run on other data, of another table, or of an older version of this one.
     """
     if not (trial.folder / RESULTS).exists():
         return False
     saved = read_config(trial.folder)
     expected = trial.config(saved.num_train)
     names = [*fields_marked(TrainConfig, "identifies_trial"), *(["optimizer"] if trial.choice else [])]
-    if changed := [name for name in names if not _is_same(name, saved.config, expected)]:
+    changed = [name for name in names if not _is_same(name, saved.config, expected)]
+    if data_name(saved.data) != data_name(trial.data):
+        changed = ["data"]
+    if changed:
         raise UserError(
             f"{trial.folder} holds a run whose {changed[0]} differs from this table's; choose another --out."
         )
