@@ -24,11 +24,11 @@ from coalign.experiments.benchmark.plan import ENOUGH, FEWEST, MOST, Plan, make_
 from coalign.experiments.benchmark.result import BenchmarkResult, Lead
 from coalign.experiments.tables import reproduce, search
 from coalign.experiments.tables.data_efficiency import efficiencies, factor
-from coalign.experiments.tables.trials import _train
+from coalign.experiments.tables.trials import Trial, _train
 from coalign.methods import recipe
-from coalign.methods.search import Search
+from coalign.methods.search import OWN, Choice, Search
 from coalign.methods.table import Table
-from coalign.runs.folder import read_config, read_results
+from coalign.runs.folder import SavedConfig, read_config, read_results, write_config
 from coalign.workflows.train import train as train_module
 from coalign.workflows.train.profile import Profile
 
@@ -216,6 +216,23 @@ def check_command(values, printed, out):
     assert crops[0] == pytest.approx(crops[1], rel=1e-3)
     assert (config.batch_size, config.model) == (expected.batch_size, expected.model)
     assert (config.val_fraction, config.test_fraction, config.test_splits, config.seed) == (0.05, 0.0, (), 0)
+
+
+@pytest.mark.parametrize(("method", "pairs"), [("clip-strong", 18_000), ("clip-strong", 90_000), ("declip", 90_000)])
+def test_the_command_has_the_settings_of_the_runs_whatever_it_holds_out(tmp_path, method, pairs):
+    """It trains on more pairs than these, perhaps so many that the recipe's model, rates and heads are others."""
+    settings = {"methods": [method], "towers": {}, "fractions": [1.0], "context_length": None, "reading": {}}
+    sweep = module._table(settings | {"skip_data_checks": False}, Plan(3, {method: 2.0}, {}, 1.0))
+    trial = Trial(sweep, method, 0, "photos", tmp_path, Choice(OWN, 4.0, 1.0))
+    saved = SavedConfig("photos", trial.config(pairs), pairs, pairs // 9)
+    trial.folder.mkdir()
+    write_config(trial.folder, saved)
+    words = shlex.split(benchmark_result.train_command(trial))
+    for number in (pairs, round(1.15 * pairs), round(1.23 * pairs)):
+        _, config = _parse_settings(words[2:], number, "train", TrainCommand)
+        assert (config.model, config.batch_size) == (saved.config.model, saved.config.batch_size)
+        assert (config.method_config, config.epochs) == (saved.config.method_config, saved.config.epochs)
+        assert replace(config.optimizer, roles={}) == replace(saved.config.optimizer, roles={})
 
 
 def check_kept(command, ran, tmp_path, capsys):

@@ -221,11 +221,11 @@ def train_command(trial: Trial) -> str:
     """Returns the command that trains an arm with its chosen settings on all pairs, apart from those that `train` holds out by default."""
     name, num_pairs = trial.sweep.arms[trial.arm].recipe, read_config(trial.folder).num_train
     config, default = trial.config(num_pairs), recipe(name)(num_pairs)
+    # the recipe's model, rates and sizes of heads follow from the number of pairs, and `train` may hold out fewer
+    all_pairs = math.ceil(num_pairs / (1 - config.val_fraction) / (1 - config.test_fraction))
     config = replace(config, **{each: getattr(default, each) for each in _OF_THE_BENCHMARK})
     words = ["coalign", "train", "--data", trial.data, "--out", str(trial.out / RECOMMENDED), "--recipe", name]
-    # these follow from the number of pairs, which differs
-    words += ["--model", config.model, "--batch-size", str(config.batch_size)]
-    return shlex.join([*words, *options(name, config, num_pairs, _short)])
+    return shlex.join([*words, *options(name, config, num_pairs, all_pairs, _short)])
 
 
 def _short(value: Any) -> str:

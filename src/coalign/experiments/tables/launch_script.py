@@ -68,18 +68,29 @@ def arm_name(arm: str) -> str:
 
 
 def options(
-    name: str, config: TrainConfig, num_pairs: int = PAPER_PAIRS, text: Callable[[Any], str] = str
+    name: str,
+    config: TrainConfig,
+    num_pairs: int = PAPER_PAIRS,
+    most_pairs: int | None = None,
+    text: Callable[[Any], str] = str,
 ) -> list[str]:
-    """The options of `coalign train` that change the recipe `name` for `num_pairs` training pairs to `config`. text: of a value."""
-    default = recipe(name)(num_pairs)
-    was, now = (flatten(to_json(each)) for each in (with_start(default, config), config))
-    was |= {each: getattr(default, each) for each in START}
+    """The options of `coalign train` that change the recipe `name` for `num_pairs` to `most_pairs` training pairs to `config`.
+
+    most_pairs: None: `num_pairs`. text: of a value.
+    """
+    was, of_most = (_defaults(name, config, number) for number in (num_pairs, most_pairs or num_pairs))
     words: list[str] = []
-    for key, value in now.items():
-        if value != was.get(key):
+    for key, value in flatten(to_json(config)).items():
+        if value != was.get(key) or value != of_most.get(key, value):  # without a role, it has no options either
             name = key.removeprefix("method_config.").removeprefix("optimizer.").removeprefix("reading.")
             words += _option(name, value, text)
     return words
+
+
+def _defaults(name: str, config: TrainConfig, num_pairs: int) -> dict[str, Any]:
+    """The default settings of a run that starts as `config` does; those that say how it starts are the recipe's own."""
+    default = recipe(name)(num_pairs)
+    return flatten(to_json(with_start(default, config))) | {each: getattr(default, each) for each in START}
 
 
 def _option(key: str, value: Any, text: Callable[[Any], str]) -> list[str]:
