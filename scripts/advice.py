@@ -132,6 +132,8 @@ def summary(runs: Path) -> dict[str, Any]:
     sets = {}
     for name in (*SETS, "scenes"):
         result = json.loads((runs / name / "benchmark.json").read_text())
+        if not result["recommended"]:
+            sys.exit(f"{runs / name} recommends no method: {result['advice']}")
         metric = next(name for name, title in HEADLINES.items() if title == result["headline"])
         scores = {
             group["name"]: fmean(group["metrics"][part]["value"] for part in parts(metric))

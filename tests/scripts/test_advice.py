@@ -50,6 +50,12 @@ def test_regret(advice, tmp_path):
     assert found["sets"]["scenes"]["scores"] == pytest.approx(SCORES)
 
 
+def test_a_benchmark_without_a_recommendation_is_named(advice, tmp_path):
+    write_result(tmp_path / "diagrams", "")
+    with pytest.raises(SystemExit, match="diagrams recommends no method: choose it"):
+        advice.summary(tmp_path)
+
+
 def test_pairs_of_a_package(advice, tmp_path, monkeypatch):
     """Transparent drawings of any shape become opaque images, with their names as captions."""
     pictures = tmp_path / "site/resources/aws/compute"
