@@ -569,6 +569,17 @@ def test_methods_at_chance_are_not_recommended(quick):
     assert not any([result.efficiency, result.command, result.recommended])
 
 
+def test_one_method_above_chance_is_enough_for_a_verdict(quick, monkeypatch):
+    """Also if it is not the best one on the validation pairs."""
+    result = benchmark("photos", "out", ["slip"], epochs=0.2, seeds=1)
+    best = max(result.chosen, key=lambda arm: result.chosen[arm]["validation"])
+    (other,) = (group for group in result.comparison.groups if group.name != best)
+    monkeypatch.setattr(benchmark_result, "_above_chance", lambda metric: metric in other.metrics.values())
+    again = benchmark("photos", "out", ["slip"], epochs=0.2, seeds=1)
+    assert again.advice.startswith(f"On these pairs {best} is best by validation")
+    assert again.recommended
+
+
 def test_nothing_finished_is_an_error(quick, monkeypatch):
     for each in (search, reproduce):
         monkeypatch.setattr(each, "run_trials", lambda trials, jobs: ["clip-seed0 (no)"] if trials else [])

@@ -134,7 +134,7 @@ def judge(trials: Sequence[Trial], left_out: Mapping[str, str]) -> BenchmarkResu
     whole = [name for name, arm in arms.items() if arm.train_fraction == 1]
     best = max(whole, key=validation.__getitem__)
     above_chance = {name for name, group in groups.items() if any(map(_above_chance, _metrics(group, metric)))}
-    if best not in above_chance:
+    if above_chance.isdisjoint(whole):
         shown = percent(_value(groups[best], metric))
         short = result.headline.partition(",")[0]
         result.advice = f"No method beats chance yet: the best {short} is {shown} ({best}); give more --minutes."
