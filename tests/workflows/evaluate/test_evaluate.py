@@ -160,6 +160,18 @@ def test_the_test_split_of_a_run_with_separate_validation_data(run, pairs, four,
     assert select_split(source, data, replace(saved, num_train=5), None)[0] == "all"  # other data of the same name
 
 
+def test_options_on_columns_need_an_effect_on_the_data_of_one_task(run, four, tmp_path):
+    table = tmp_path / "pairs.csv"
+    rows = [f"{path},no,{path.stem.replace('_', ' ')}" for path in sorted(four.rglob("*.png"))]
+    table.write_text("\n".join(["image,caption,words", *rows]) + "\n")
+    config = EvalConfig(reading=DataConfig(caption_column=("words",)))
+    results = evaluate(run, [f"retrieval:{table}", f"retrieval:{four}"], config)
+    ours, theirs = (results[f"retrieval:{data}"]["metrics"] for data in (table, four))
+    assert value({"metrics": ours}, "modality_gap") == pytest.approx(value({"metrics": theirs}, "modality_gap"))
+    with pytest.raises(UserError, match="four has no table with columns, which --caption-column needs"):
+        evaluate(run, [f"retrieval:{four}", f"zeroshot:{four}"], config)
+
+
 def test_a_run_that_held_out_nothing_has_no_default_split(run, pairs):
     source, data = open_source(str(pairs)), str(pairs)
     for changes in ({"val_fraction": 0.0}, {"val_data": "elsewhere"}):

@@ -1,15 +1,19 @@
 """Checks across ranks before training: if one rank fails or has different settings or data, all ranks report it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import tiny
 from helpers.processes import on_two_processes
 
+from coalign.config import DataConfig
 from coalign.errors import UserError
 from coalign.methods import recipe
 from coalign.training.distributed import join_world
+from coalign.workflows.evaluate.samples import open_as_trained, reading_of
 from coalign.workflows.train.setup import open_data
 
 
@@ -51,6 +55,34 @@ def test_the_test_pairs_are_split_by_a_column_with_separate_validation_data(fold
     assert len(pairs.val) == 24
     alone, _ = open_data(str(table), lambda _: replace(config, val_data=None), join_world("cpu"))
     assert alone.test_splits["test"].tolist() == test.tolist()
+
+
+def test_options_on_columns_need_an_effect_on_the_training_or_the_validation_data(folders, tmp_path):
+    """Also a run whose training data has no columns reads it again with its own settings."""
+    one, other, _ = folders
+    table, coco = tmp_path / "pairs.csv", tmp_path / "captions.json"
+    images = sorted(Path(other).rglob("*.png"))
+    rows = [f"{path},no,caption {number},tag" for number, path in enumerate(images)]
+    table.write_text("\n".join(["picture,caption,words,topics", *rows]) + "\n")
+    entries = [{"id": number, "file_name": str(path)} for number, path in enumerate(images)]
+    captions = [{"id": number, "image_id": number, "caption": f"drawing {number}"} for number in range(len(images))]
+    coco.write_text(json.dumps({"images": entries, "annotations": captions}))
+    reading = DataConfig("picture", ("words",), "topics")
+    for data, val_data in ((str(table), str(coco)), (str(table), one), (str(coco), str(table)), (one, str(table))):
+        config = replace(recipe("clip")(64), val_data=val_data, reading=reading, group_look_alikes=False)
+        pairs, _ = open_data(data, lambda _, config=config: config, join_world("cpu"))
+        source = pairs.source if data == str(table) else pairs.val_source
+        record = source.record(3)
+        assert (record.captions, record.tags) == (("caption 3",), ("tag",))
+        assert len(pairs.train) > 20
+        trained = SimpleNamespace(data=data, config=config)
+        assert len(open_as_trained(data, trained)) == len(pairs.source)
+        assert reading_of(data, trained) == reading
+    message = r"one and .*captions.json have no table with columns, which --image-column needs"
+    with pytest.raises(UserError, match=message):
+        open_data(one, lambda _: replace(config, val_data=str(coco)), join_world("cpu"))
+    with pytest.raises(UserError, match="one has no table with columns, which --image-column needs"):
+        open_as_trained(one, trained, reading)  # what is given needs an effect on the data itself
 
 
 @pytest.mark.slow

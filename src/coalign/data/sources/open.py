@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from coalign.config import DETECT, DataConfig
@@ -60,25 +61,40 @@ def open_source(spec: str, split: str | None = None, reading: DataConfig = DETEC
         print(record.key, record.captions)
         ```
     """
+    source = open_any(spec, reading)
+    check_columns([source], reading)
+    if split is None:
+        return source
+    if _is_scenes(spec) and not _is_mixture(spec):
+        return _open_scenes(spec, split)
+    return choose_split(source, split, assign_splits(source, group=reading.group_column)[0])
+
+
+def open_any(spec: str, reading: DataConfig) -> Source:
+    """Opens all samples as `open_source` does, but without `check_columns`."""
     if reading.captions_from is not None and reading.caption_column:
         raise UserError("--captions-from and --caption-column both set the captions; omit one of them.")
-    if SEPARATOR in spec and not os.path.exists(spec):
-        source: Source = open_mixture(
+    if _is_mixture(spec):
+        return open_mixture(
             spec, lambda part: _open_scenes(part, None) if _is_scenes(part) else _open_labeled(part, reading)
         )
-    elif _is_scenes(spec):
+    if _is_scenes(spec):
         if reading.captions_from is not None:
             raise UserError(f"{spec} has its own captions; omit --captions-from.")
-        source, split = _open_scenes(spec, split), None
-    else:
-        source = _open_labeled(spec, reading)
-    if not source.has_columns and (option := _column_option(reading)):
-        raise UserError(
-            f"{source.name} has no table with columns, which {option} needs; name a table or omit the option."
-        )
-    return (
-        source if split is None else choose_split(source, split, assign_splits(source, group=reading.group_column)[0])
-    )
+        return _open_scenes(spec, None)
+    return _open_labeled(spec, reading)
+
+
+def check_columns(sources: Sequence[Source], reading: DataConfig) -> None:
+    """Raises UserError if an option on the columns of a table has no effect, as none of the sources has a table."""
+    if not any(source.has_columns for source in sources) and (option := _column_option(reading)):
+        names = list(dict.fromkeys(source.name for source in sources))
+        without = f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no table with columns"
+        raise UserError(f"{without}, which {option} needs; name a table or omit the option.")
+
+
+def _is_mixture(spec: str) -> bool:
+    return SEPARATOR in spec and not os.path.exists(spec)
 
 
 def _is_scenes(spec: str) -> bool:

@@ -34,7 +34,7 @@ from coalign.report.demo_page import DemoSummary, Evaluated, Search, demo_page, 
 from coalign.runs.folder import read_config
 from coalign.runs.run import load
 from coalign.version import __version__
-from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
+from coalign.workflows.evaluate.samples import captions_of, open_as_trained, select_split
 from coalign.workflows.train.preflight import check_trials
 
 # ---------------------------------------------------------------- settings
@@ -238,7 +238,7 @@ def own_demo(data: str, out: str | Path, minutes: float = OWN_MINUTES) -> Path:
         ) from error
     runs = {group.name: out / f"{group.name}-seed0" for group in result.comparison.groups}
     first = load(next(iter(runs.values())))
-    source = open_source(data, reading=reading_of(data, first))
+    source = open_as_trained(data, first)
     train, held_out = (select_split(source, data, first, split)[1] for split in ("train", "test"))
     captions = captions_of(source)
     queries = evenly_spaced([texts[0] for index in held_out.tolist() if (texts := captions(index))], OWN_QUERIES)

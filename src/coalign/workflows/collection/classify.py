@@ -19,7 +19,6 @@ from coalign.data.account import account_lines
 from coalign.data.loading.eval import image_batches
 from coalign.data.loading.samples import BadEntry, sample_key
 from coalign.data.sources.base import Source, is_image_name, read_image_file
-from coalign.data.sources.open import open_source
 from coalign.data.text.prompts import class_prompts, read_classes, templates
 from coalign.errors import UserError
 from coalign.evaluation.embed import cut_lines, embed_images
@@ -29,7 +28,7 @@ from coalign.progress import progress
 from coalign.runs.folder import check_output
 from coalign.types import Embeds, Record
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
-from coalign.workflows.evaluate.samples import reading_of
+from coalign.workflows.evaluate.samples import open_as_trained
 
 MAX_SHOWN = 50  # images in the result of `classify_data`; a file has all
 _BATCH = 256  # images
@@ -173,7 +172,7 @@ def _open(images: str | Path | Sequence[str | Path], model: EvalModel, reading: 
         other = next((each for each in given if not (is_image_name(str(each)) and Path(each).is_file())), None)
         raise UserError(f"Several images must all be image files, but {other} is none; give one folder or one dataset.")
     data = str(given[0])
-    return open_source(data, reading=reading_of(data, model.run, reading))
+    return open_as_trained(data, model.run, reading)
 
 
 class _Images(Source):

@@ -20,7 +20,6 @@ from coalign.config import DETECT, DataConfig
 from coalign.cores import num_cores
 from coalign.data.account import account_lines
 from coalign.data.sources.base import MAX_NAMED, Source
-from coalign.data.sources.open import open_source
 from coalign.devices import device_line
 from coalign.errors import UserError
 from coalign.progress import progress
@@ -48,7 +47,7 @@ from coalign.workflows.collection.embedding_files import (
 from coalign.workflows.collection.embedding_plan import Plan, SampleReader, Task, make_plan
 from coalign.workflows.collection.embedding_settings import Settings, difference, new_manifest, reading_in
 from coalign.workflows.evaluate.eval_model import EvalModel, open_eval_model
-from coalign.workflows.evaluate.samples import reading_of, select_split
+from coalign.workflows.evaluate.samples import open_as_trained, reading_of, select_split
 
 T = TypeVar("T")
 Model = str | Path | Run | DualEncoder | EvalModel
@@ -209,8 +208,8 @@ def _embed(
         if not isinstance(model, EvalModel):
             model = open_eval_model(model, device=str(team.world.device), similarity=settings.similarity)
         _check_model(model)
+        source = open_as_trained(data, model.run, reading)
         reading = reading_of(data, model.run, reading)
-        source = open_source(data, reading=reading)
         indices = select_split(source, data, model.run, settings.split)[1]
         if not len(indices):
             raise UserError(f"The split {settings.split} of {data} has no samples; choose another --split.")

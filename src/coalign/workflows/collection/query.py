@@ -15,7 +15,7 @@ from PIL import Image
 
 from coalign.data.images.decode import open_image
 from coalign.data.sources.base import Source
-from coalign.data.sources.open import open_source
+from coalign.data.sources.open import open_any
 from coalign.data.text.prompts import DEFAULT, class_prompts
 from coalign.embeds import pooled, similarities
 from coalign.errors import BadSample, UserError
@@ -340,7 +340,7 @@ def open_collection(index_folder: str | Path, device: str | None = None) -> Coll
 
     def open_data() -> tuple[Source, np.ndarray]:
         try:
-            source = open_source(info.data, reading=reading_of(info.data, model.run, info.reading))
+            source = open_any(info.data, reading_of(info.data, model.run, info.reading))
         except UserError as error:
             raise UserError(f"The images of the index {folder} cannot be read: {error}") from error
         return source, select_split(source, info.data, model.run, info.split)[1]

@@ -14,7 +14,7 @@ from coalign.data.sources.base import Source
 from coalign.data.sources.benchmarks.classification import DATASETS, open_dataset
 from coalign.data.sources.benchmarks.detection import open_detection
 from coalign.data.sources.labeled import label_by_captions
-from coalign.data.sources.open import open_source
+from coalign.data.sources.open import check_columns, open_any
 from coalign.devices import device_line
 from coalign.errors import UserError
 from coalign.evaluation.encoder_wrappers import TextCounter, cached, in_bfloat16, shard_texts
@@ -181,6 +181,8 @@ def open_tasks(model: EvalModel, parsed: Sequence[tuple[Task, str]], config: Eva
     model.encoder = texts.counting(_wrap_encoder(model, config, world))
     keys = [(data, "boxes" in task.needs) for task, data in parsed]
     contexts = {key: _open(key[0], model, config, world, with_boxes=key[1]) for key in dict.fromkeys(keys)}
+    opened = [each.source for _, context in contexts.values() for each in (context.test, context.train)]
+    check_columns(opened, config.reading)
     for (task, _), key in zip(parsed, keys):
         check_needs(task, contexts[key][1])  # before the first task runs, which may take hours
     return OpenTasks([(task, *contexts[key]) for (task, _), key in zip(parsed, keys)], texts)
@@ -212,7 +214,7 @@ def _open_source(data: str, model: EvalModel, config: EvalConfig, with_boxes: bo
     root = config.data_root
     if root is not None and _is_benchmark(data, root):
         return open_dataset(data, root)
-    source = open_source(data, reading=reading_of(data, model.origin, config.reading))
+    source = open_any(data, reading_of(data, model.origin, config.reading))
     own = model.origin is not None and is_trained_on(model.origin, data)
     return label_by_captions(source) if own or not has_labels(source) else source  # its own data is read as by the run
 

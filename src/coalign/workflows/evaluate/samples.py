@@ -11,6 +11,7 @@ import numpy as np
 
 from coalign.config import DETECT, DataConfig
 from coalign.data.sources.base import Source, Splits
+from coalign.data.sources.open import check_columns, open_any
 from coalign.data.splits import assign_splits, nested_subset, run_splits
 from coalign.data.text.prompts import read_classes
 from coalign.errors import BadSample, UserError
@@ -107,6 +108,13 @@ def reading_of(data: str, run: Origin | None, given: DataConfig = DETECT) -> Dat
         return given
     changes = {name: value for name, value in vars(given).items() if value != getattr(DETECT, name)}
     return replace(run.config.reading, **changes)
+
+
+def open_as_trained(data: str, run: Origin | None, given: DataConfig = DETECT) -> Source:
+    """Opens data, read as `reading_of` returns. Raises UserError if an option on columns is given, but the data has none."""
+    source = open_any(data, reading_of(data, run, given))
+    check_columns([source], given)  # not the run's, which may be for its --val-data
+    return source
 
 
 def captions_of(source: Source) -> Callable[[int], Sequence[str]]:

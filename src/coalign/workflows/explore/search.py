@@ -12,7 +12,6 @@ import torch
 from coalign.config import DETECT, DataConfig
 from coalign.data.account import account_lines
 from coalign.data.loading.eval import image_batches
-from coalign.data.sources.open import open_source
 from coalign.devices import device_line
 from coalign.embeds import pooled, take
 from coalign.errors import BadSample, UserError
@@ -24,7 +23,7 @@ from coalign.workflows.collection.nearest import ExactVectors
 from coalign.workflows.collection.query import Collection, Found, Query, open_collection
 from coalign.workflows.collection.records import SourceRecords
 from coalign.workflows.evaluate.eval_model import device_for, open_eval_model
-from coalign.workflows.evaluate.samples import reading_of, select_split
+from coalign.workflows.evaluate.samples import open_as_trained, select_split
 from coalign.workflows.image_files import read_picture, thumbnail
 
 
@@ -105,7 +104,7 @@ def _embed_collection(
     """Embeds all images of a dataset. Returns the collection, and what was skipped or left out."""
     device = device_for(path, device)
     model = open_eval_model(path, device=device)
-    source = open_source(data, reading=reading_of(data, model.run, reading))
+    source = open_as_trained(data, model.run, reading)
     indices, encoder = select_split(source, data, model.run, split)[1], model.encoder
     batches = image_batches(source, indices, encoder.image_size, workers=workers, preprocess=encoder.preprocess)
     images = embed_images(encoder, batches, total=len(indices))

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from coalign.data.loading.eval import image_batches
-from coalign.data.sources.open import open_source
 from coalign.devices import best_device
 from coalign.errors import UserError
 from coalign.evaluation.embed import embed_images, embed_joint, embed_texts
 from coalign.progress import waiting
 from coalign.runs.run import Run, build_method, load
-from coalign.workflows.evaluate.samples import captions_of, reading_of, select_split
+from coalign.workflows.evaluate.samples import captions_of, open_as_trained, select_split
 from coalign.workflows.image_files import check_figure_path, save_figure
 
 
@@ -47,7 +46,7 @@ def space(
         )
     untrained_method = build_method(trained.config, trained.tokenizer, trained.path)
     initial = replace(trained, method=untrained_method.to(device).eval())
-    source = open_source(data, reading=reading_of(data, trained))
+    source = open_as_trained(data, trained)
     indices = select_split(source, data, trained, None)[1]
     captions = captions_of(source)
     pair_indices = [int(index) for index in np.random.default_rng(0).permutation(indices) if captions(int(index))][

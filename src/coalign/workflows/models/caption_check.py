@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from coalign.data.sources.open import open_source
+from coalign.data.sources.open import open_any
 from coalign.errors import UserError
 from coalign.progress import progress
 from coalign.runs.folder import data_name
@@ -26,7 +26,7 @@ def check_captions(run: Run, library: str, token_ids: TokenIds, max_differing: f
     """
     data = data_name(run.data)
     try:
-        source = open_source(run.data, reading=run.config.reading)
+        source = open_any(run.data, run.config.reading)
         indices = np.linspace(0, len(source) - 1, min(len(source), MAX_PAIRS)).astype(int)
         found = captions_of(source, indices)
         captions = list(dict.fromkeys(text.encode("utf-8", "replace").decode() for text in found))

@@ -17,7 +17,7 @@ from coalign.data.loading.train import check_batch_size
 from coalign.data.sources.base import Source, Splits
 from coalign.data.sources.labeled import label_by_captions
 from coalign.data.sources.mixture import Mixture
-from coalign.data.sources.open import open_source
+from coalign.data.sources.open import check_columns, open_any
 from coalign.data.sources.unpaired_captions import UnpairedCaptions
 from coalign.data.splits import nested_subset, run_splits
 from coalign.data.text.tokenizer import CLIP_VOCABULARY, Tokenizer, has_tokenizer, load_tokenizer, train_bpe
@@ -72,14 +72,17 @@ def _check_reading(config: TrainConfig) -> None:
 
 def _open_and_split(data: str, config: TrainConfig) -> TrainingData:
     """Opens the data, splits it, and selects the training samples (`train_fraction`, `unpaired_captions`, mixture weights)."""
-    opened = open_source(data, reading=config.reading)
+    opened = open_any(data, config.reading)
     source = label_by_captions(opened)
     if config.val_data:
-        val_source = label_by_captions(open_source(config.val_data, reading=config.reading))
+        val_opened = open_any(config.val_data, config.reading)
+        check_columns([opened, val_opened], config.reading)
+        val_source = label_by_captions(val_opened)
         val = (val_source.splits or {}).get("val", np.arange(len(val_source)))
         splits = _splits(data, source, config)
         pairs = TrainingData(source, splits["train"], val_source, val)
     else:
+        check_columns([opened], config.reading)
         splits = _splits(data, source, config)
         pairs = TrainingData(source, splits["train"], source, splits["val"])
     pairs.test_splits = _test_splits(data, splits, config.test_splits)
