@@ -38,6 +38,11 @@ RUN_FILES = {
 }
 
 
+# also "simplecache::s3://bucket/photos/{00..10}.tar" and with a query; the groups are the protocol and the path
+_URL = re.compile(r"(?:[\w.+-]+::)*([\w.+-]+)://[^/?#]*([^?#]*).*")
+_SLASHES = re.compile(r"/+(?![^{}]*\})")  # not those in braces, as in "{a/00,b/00}.tar"
+
+
 @dataclass(frozen=True)
 class SavedConfig:
     """Contents of config.json: enough to rebuild the model, and to refuse resuming with different settings or data."""
@@ -97,11 +102,12 @@ def write_exported(folder: Path, saved: SavedConfig) -> None:
 def data_name(data: str) -> str:
     """Returns the name of data without its folder; of a mixture, the names of its sources with their weights."""
     parts = (_weight_and_source(part) for part in data.split(SEPARATOR))
-    return SEPARATOR.join(weight + (Path(source).name or source) for weight, source in parts)
+    return SEPARATOR.join(weight + (_name(_without_host(source)) or source) for weight, source in parts)
 
 
 def public(value: Any) -> Any:
-    """Reduces paths to their last name, so that what is published reveals no local folders: also after `timm:NAME:`, and in mixtures.
+    """Reduces paths and URLs to their last name, so that what is published reveals no local folders, hosts and keys: also after
+    `timm:NAME:`, and in mixtures.
 
     Relative paths within the current folder are kept. Lists and objects are reduced value by value.
     """
@@ -112,7 +118,9 @@ def public(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     parts = (_weight_and_source(part) for part in value.split(SEPARATOR))
-    return SEPARATOR.join(weight + ":".join(map(_public_path, source.split(":"))) for weight, source in parts)
+    return SEPARATOR.join(
+        weight + ":".join(map(_public_path, _without_host(source).split(":"))) for weight, source in parts
+    )
 
 
 def _weight_and_source(part: str) -> tuple[str, str]:
@@ -123,7 +131,16 @@ def _weight_and_source(part: str) -> tuple[str, str]:
 
 def _public_path(path: str) -> str:
     is_local = Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts
-    return Path(path).name if is_local else path
+    return _name(path) if is_local else path
+
+
+def _without_host(source: str) -> str:
+    """Replaces a URL by its last name; one without a path, by its protocol."""
+    return _URL.sub(lambda url: _name(url[2]) or url[1], source)
+
+
+def _name(path: str) -> str:
+    return _SLASHES.split(path.rstrip("/"))[-1]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
