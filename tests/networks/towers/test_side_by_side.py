@@ -122,7 +122,7 @@ def test_each_thread_has_half_of_torchs_threads():
         torch.set_num_threads(before)
 
 
-def test_threads_hand_over_pythons_lock_sooner():
+def test_a_waiting_thread_gets_the_gil_sooner():
     """One that waits for it would else idle for up to 5 ms, as long as whole operations."""
     before = sys.getswitchinterval()
     with side_by_side():

@@ -23,7 +23,8 @@ from coalign.types import Features
 
 MAX_SHARE = 0.7  # of the larger tower; beyond it, each operation is better split among cores
 TYPICAL_TOKENS = 16  # of a caption
-SWITCH_SECONDS = 0.0005  # after which a waiting thread is given Python's lock; the default of 5 ms is as long as whole operations here
+# after which a waiting thread is given the GIL; the default of 5 ms is as long as whole operations here
+SWITCH_SECONDS = 0.0005
 _worker: ThreadPoolExecutor | None = None  # the second thread, in the context `side_by_side`
 
 
