@@ -65,6 +65,7 @@ def profile(data: str, config_for: ConfigFn, *, steps: int = 20, device: str | N
         method, tuning = initial_method(config, tokenizer, world)
         shard_model(method, config, world)
         features = RunFeatures(method, config, tokenizer, Path(world.broadcast(folder)), world)
+        features.is_temporary = True
         if features.towers:  # of the pairs of these steps only
             pairs.train = pairs.train[: (WARMUP_STEPS + steps) * config.batch_size]
         tags = pairs.tag_ids(method.view_plan.tags)

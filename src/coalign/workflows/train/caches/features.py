@@ -88,7 +88,10 @@ class RunFeatures:
     Attributes:
         towers: The locked towers whose features are cached, by name.
         folder: The folder of the files. Unless runs share it, it is deleted when the run has ended.
+        is_temporary: Whether it is not named to the user, who did not choose it.
     """
+
+    is_temporary = False
 
     def __init__(self, method: Method, config: TrainConfig, tokenizer: Tokenizer, out: Path, world: World) -> None:
         self.method, self.config, self.tokenizer, self.world = method, config, tokenizer, world
@@ -286,7 +289,8 @@ class RunFeatures:
         towers = f"{' and '.join(self.towers)} {'towers' if len(self.towers) > 1 else 'tower'}"
         computed = "; ".join(f"{count:,} {name}" for name, count in counts.items() if count)
         size = data_size(sum(each.file.num_bytes for each in self._passes))
-        return f"The features of the locked {towers} are computed once: {computed}. They take {size} in {self.folder}."
+        where = "" if self.is_temporary else f" in {self.folder}"
+        return f"The features of the locked {towers} are computed once: {computed}. They take {size}{where}."
 
     def _estimate(self, missing: list[list[slice]]) -> float:
         """Returns the seconds that the pass takes, estimated from a few rows."""
