@@ -307,7 +307,7 @@ def write_page(result: BenchmarkResult, path: Path) -> None:
             f"Test: {result.headline}, on test pairs that chose nothing. Validation: mean recall, or accuracy on class labels, by which "
             "settings, lengths and the best method were chosen. Means over seeds. Intervals and p-values of the lead are over seeds and "
             "test pairs together (hierarchical bootstrap); p-values are corrected for all pairs of methods (Holm). Time per pair seen in "
-            "training.",
+            "training, without the features of locked encoders.",
         )
     page.section("Settings chosen by the search")
     trials = max(len(search["trials"]) for search in result.search.values())
