@@ -174,7 +174,7 @@ def test_your_own_pairs(quick, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "benchmark", short)
     monkeypatch.setattr(benchmark_plan, "MOST", 3)
-    monkeypatch.setattr(benchmark_module, "_speed", lambda *_: 1000.0)
+    monkeypatch.setattr(benchmark_module, "_speed", lambda *_: (1000.0, 0.0))
     assert cli.main(["demo", "--data", str(data), "--out", str(out)]) == 0
     assert quick[-4:] == ["clip", "mcd"] * 2
     advice = json.loads((out / "benchmark.json").read_text())["advice"]

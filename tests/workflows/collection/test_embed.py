@@ -305,7 +305,7 @@ def test_samples_that_share_a_key_keep_a_row_each(tmp_path, monkeypatch):
         def record(self, index):
             return Record("same", (f"caption {index}",))
 
-    monkeypatch.setattr(embed_module, "open_source", lambda *_, **__: Same(5))
+    monkeypatch.setattr(embed_module, "open_as_trained", lambda *_, **__: Same(5))
     for expected in (Update(5, 0, 0, 0, 0), Update(0, 0, 0, 5, 0)):
         assert letters("same", tmp_path / "out").update == expected
     captions = EmbeddingFiles.open(tmp_path / "out").table()["captions"].to_pylist()
@@ -379,7 +379,7 @@ class Colors(Source):
 def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
     peaks = []
     for count in (1000, 2000, 8000):  # the first one also loads modules
-        monkeypatch.setattr(embed_module, "open_source", lambda *_, count=count, **__: Colors(count))
+        monkeypatch.setattr(embed_module, "open_as_trained", lambda *_, count=count, **__: Colors(count))
         encoder = Letters().encoder(image_size=32)  # 3 kB of pixels per image
         tracemalloc.start()
         embed(encoder, "colors", tmp_path / f"{count}", chunk=500, workers=0)
