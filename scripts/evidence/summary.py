@@ -30,14 +30,14 @@ ADVICE = """
 - **A few thousand pairs, and encoders exist that know such images and words**, as they do for photographs, drawings and everyday English:
   [lock them and train new heads]({docs}pretrained.md). On emoji that no pair names, this finds the right one among the first ten for
   {locked:.0f} %, with an eighth of the pairs for {eighth:.0f} %; CLIP from scratch on all pairs for {clip:.0f} %.
-- **No such encoders, or they are too large**: train from scratch. CLIP is the cheapest; here, MCD is not ahead of it ({mcd:.0f} %). More
-  pairs help more than another method.
+- **No such encoders, or they are too large**: train from scratch. CLIP is the cheapest; here, UniCLIP ({uniclip:.0f} %) and MCD
+  ({mcd:.0f} %) are not ahead of it. More pairs help more than another method.
 - **You have your own pairs**: [`coalign benchmark`]({docs}benchmark.md) measures all of this on them, within an hour for a few thousand.
 - **You have more than pairs**: MCT uses images without captions and tags, OneR encodes an image and a text as one input, FILIP shows which
   words match which part of an image ([methods]({docs}methods/index.md)).
 """
 # words of the advice -> arms whose R@10 on unseen emoji they stand for
-IN_ADVICE = {"clip": "clip", "mcd": "mcd", "locked": "locked", "eighth": "locked, 12.5 %"}
+IN_ADVICE = {"clip": "clip", "uniclip": "uniclip", "mcd": "mcd", "locked": "locked", "eighth": "locked, 12.5 %"}
 READING = """
 - **Metrics** are means over seeds, in % unless stated otherwise. **±** is half the width of the 95 % t-interval over seeds: how much the
   mean would vary with other seeds. With a single seed, it is half the width of the bootstrap interval over held-out items.
