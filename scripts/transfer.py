@@ -2,8 +2,9 @@
 
     python scripts/transfer.py runs/headline --data openclipart=data/openclipart --out results/transfer-emoji.json
 
-RUNS is the folder of a finished `coalign reproduce`; all arms on all pairs and all seeds count. As a control, the encoders of the first arm
-are also evaluated before their training. The data, each half for the probe and k-NN to learn from, half evaluated:
+RUNS is the folder of a finished `coalign reproduce`; all arms on all pairs and all seeds count, or those of --arms. As a control, the
+encoders of the first arm are also evaluated before their training. The data, each half for the probe and k-NN to learn from, half
+evaluated:
 
 - openclipart: drawings with one of 24 tags, such as flag or fruit, as `coalign data openclipart` writes them
 - emoji: drawings by another vendor in eight categories, as `coalign data emoji` writes them
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,16 @@ def write_table(name: str, folder: Path, work: Path) -> Path:
     return table
 
 
-def encoders(runs: Path) -> Iterator[tuple[str, int, DualEncoder]]:
-    """Yields arm, seed and encoder: of every finished run on all pairs, and of the first arm's runs before training."""
+def encoders(runs: Path, chosen: Sequence[str]) -> Iterator[tuple[str, int, DualEncoder]]:
+    """Yields arm, seed and encoder: of every finished run of the chosen arms on all pairs, and of the first arm's runs before training.
+
+    Without chosen arms, of all arms.
+    """
     arms = json.loads((runs / "table.json").read_text())
     whole = [group for group in arms["groups"] if arms["arms"][group["name"]]["train_fraction"] == 1]
+    if unknown := set(chosen) - {group["name"] for group in whole}:
+        raise UserError(f"{runs} has no finished runs of {', '.join(sorted(unknown))} on all pairs.")
+    whole = [group for group in whole if not chosen or group["name"] in chosen]
     for number, group in enumerate(whole):
         for folder, seed in zip(group["runs"], group["seeds"]):
             run = coalign.load(runs / folder)
@@ -114,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the folder of the table")
     parser.add_argument("--data", nargs="*", default=[], metavar="NAME=FOLDER", help=f"{', '.join(SOURCES)}")
+    parser.add_argument("--arms", nargs="*", default=[], help="only these arms")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     folders = {"digits": Path()} | {
@@ -124,7 +132,7 @@ def main() -> None:
     data: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         tables = {name: write_table(name, folder, Path(temporary) / name) for name, folder in folders.items()}
-        for arm, seed, encoder in encoders(options.runs):
+        for arm, seed, encoder in encoders(options.runs, options.arms):
             seeds.setdefault(arm, []).append(seed)
             for task, result in measure(encoder, tables).items():
                 metric = result["metrics"][METRIC]

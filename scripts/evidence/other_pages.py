@@ -64,9 +64,10 @@ TRANSFER_DATA = {
 
 def transfer_page(results: Sequence[Values]) -> str:
     """Returns the page of `scripts/transfer.py`, whose results are one file per table of experiments."""
-    blocks = []
+    blocks, evaluated = [], set()
     for values in results:
         data = dict.fromkeys(name.partition(":")[2] for name in values["tasks"])
+        evaluated |= data.keys()
         trained_on = values["table"]
         label = link(trained_on) if trained_on in TABLE_TITLES else f"`{trained_on}`"
         blocks += [f"## Encoders of {TABLE_TITLES.get(trained_on, trained_on)}", f"The runs of {label} on all pairs."]
@@ -85,7 +86,7 @@ def transfer_page(results: Sequence[Values]) -> str:
             "Probe and k-NN are of the image encoder's features, before the projection. *Untrained* is CLIP before its training: what the "
             "architecture alone gives. All of this is exploratory."
         ),
-        "\n".join(bullet(f"*{name}*: {what}.") for name, what in TRANSFER_DATA.items()),
+        "\n".join(bullet(f"*{name}*: {what}.") for name, what in TRANSFER_DATA.items() if name in evaluated),
         "Half of each is learned from, by probe and k-NN, and half evaluated.",
         *blocks,
         "## All values",

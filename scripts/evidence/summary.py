@@ -32,7 +32,10 @@ ADVICE = """
   {locked:.0f} %, with an eighth of the pairs for {eighth:.0f} %; CLIP from scratch on all pairs for {clip:.0f} %.
 - **No such encoders, or they are too large**: train from scratch. CLIP is the cheapest; here, UniCLIP ({uniclip:.0f} %) and MCD
   ({mcd:.0f} %) are not ahead of it. More pairs help more than another method.
-- **You have your own pairs**: [`coalign benchmark`]({docs}benchmark.md) measures all of this on them, within an hour for a few thousand.
+- **You need the image encoder itself**, to classify other images from examples: here, MCD's and UniCLIP's are better. By k-NN on clip art,
+  accuracy is {knn[mcd]:.0f} % with MCD's, {knn[uniclip]:.0f} with UniCLIP's and {knn[clip]:.0f} with CLIP's ([transfer]({pages}transfer.md),
+  exploratory).
+- **You have your own pairs**: [`coalign benchmark`]({docs}benchmark.md) compares the methods on them, within an hour for a few thousand.
 - **You have more than pairs**: MCT uses images without captions and tags, OneR encodes an image and a text as one input, FILIP shows which
   words match which part of an image ([methods]({docs}methods/index.md)).
 """
@@ -63,14 +66,16 @@ OTHER_PAGES = {
 }
 
 
-def summary_page(tables: Mapping[str, Values], verdicts: Sequence[Verdict], others: Collection[str]) -> str:
+def summary_page(
+    tables: Mapping[str, Values], transfer: Values, verdicts: Sequence[Verdict], others: Collection[str]
+) -> str:
     """`others`: the names of the pages that are not of tables."""
     reading = READING.format(test=TEST_IMAGES, shift=SHIFT)
     return page(
         f"# {INDEX}",
         paragraph(INTRODUCTION),
         "## Which method?",
-        which_method(tables),
+        which_method(tables, transfer),
         *claims(verdicts),
         *pretrained(tables),
         *experiments(tables, others),
@@ -79,11 +84,15 @@ def summary_page(tables: Mapping[str, Values], verdicts: Sequence[Verdict], othe
     )
 
 
-def which_method(tables: Mapping[str, Values], folder: str = "") -> str:
-    """Returns the recommendation, the figure and the table, for a page from which `folder` leads to the evidence."""
+def which_method(tables: Mapping[str, Values], transfer: Values, folder: str = "") -> str:
+    """Returns the recommendation, the figure and the table, for a page from which `folder` leads to the evidence.
+
+    transfer: what `scripts/transfer.py` measured with the encoders of the first table.
+    """
     found = {each["name"]: headline.both_directions(each["metrics"], "r10")[0] for each in tables[HEADLINE]["groups"]}
     shown = {word: 100 * found[arm] for word, arm in IN_ADVICE.items()}
-    advice = ADVICE.format(docs="docs/" if folder else "../", **shown)
+    knn = {arm: 100 * each["accuracies"]["knn:openclipart"]["mean"] for arm, each in transfer["arms"].items()}
+    advice = ADVICE.format(docs="docs/" if folder else "../", pages=folder, knn=knn, **shown)
     return "\n\n".join(
         [
             "\n".join(bullet(item) for item in advice.strip().removeprefix("- ").split("\n- ")),

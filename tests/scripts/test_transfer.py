@@ -41,12 +41,18 @@ def test_encoders_on_other_data(tmp_path, clip_art, monkeypatch):
     groups = [
         {"name": "clip", "runs": ["clip-seed0", "clip-seed1"], "seeds": [0, 1]},
         {"name": "clip, 50 %", "runs": ["gone"], "seeds": [0]},
+        {"name": "mcd", "runs": ["gone"], "seeds": [0]},
     ]
-    arms = {"clip": {"train_fraction": 1.0}, "clip, 50 %": {"train_fraction": 0.5}}
+    arms = {name: {"train_fraction": fraction} for name, fraction in (("clip", 1.0), ("clip, 50 %", 0.5), ("mcd", 1.0))}
     (runs / "table.json").write_text(json.dumps({"table": "headline-emoji-concepts", "groups": groups, "arms": arms}))
     out = tmp_path / "transfer-emoji.json"
     command = [sys.executable, ROOT / "scripts/transfer.py", runs, "--data", f"openclipart={clip_art}", "--out", out]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    wrong, done = (
+        subprocess.run([str(word) for word in [*command, "--arms", arm]], capture_output=True, text=True)
+        for arm in ("slip", "clip")
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip() == f"{runs} has no finished runs of slip on all pairs."
     assert done.returncode == 0, done.stderr
     values = json.loads(out.read_text())
     assert list(values["arms"]) == ["clip", "untrained"]
