@@ -32,9 +32,9 @@ ADVICE = """
   {locked:.0f} %, with an eighth of the pairs for {eighth:.0f} %; CLIP from scratch on all pairs for {clip:.0f} %.
 - **No such encoders, or they are too large**: train from scratch. CLIP is the cheapest; here, UniCLIP ({uniclip:.0f} %) and MCD
   ({mcd:.0f} %) are not ahead of it. More pairs help more than another method.
-- **You need the image encoder itself**, to classify other images from examples: here, MCD's and UniCLIP's are better. By k-NN on clip art,
-  accuracy is {knn[mcd]:.0f} % with MCD's, {knn[uniclip]:.0f} with UniCLIP's and {knn[clip]:.0f} with CLIP's ([transfer]({pages}transfer.md),
-  exploratory).
+- **You need the image encoder itself**, to classify other images from examples: here, MCD's and UniCLIP's are better. By k-NN on clip
+  art, accuracy is {knn[mcd]:.0f} % with MCD's, {knn[uniclip]:.0f} with UniCLIP's and {knn[clip]:.0f} with CLIP's
+  ([transfer]({pages}transfer.md), exploratory).
 - **You have your own pairs**: [`coalign benchmark`]({docs}benchmark.md) compares the methods on them, within an hour for a few thousand.
 - **You have more than pairs**: MCT uses images without captions and tags, OneR encodes an image and a text as one input, FILIP shows which
   words match which part of an image ([methods]({docs}methods/index.md)).
