@@ -39,9 +39,7 @@ class Point:
     pairs: int
     recalls: Mapping[str, tuple[float, float, float]]
     core_minutes: float  # of the final training, by processor time
-    search_core_minutes: (
-        float  # of the search that chose the settings, on all pairs, at this training's cost per sample
-    )
+    search_core_minutes: float  # of the search on all pairs, at this training's cost per sample
 
 
 def points(values: Values) -> dict[str, list[Point]]:

@@ -27,10 +27,10 @@ from evidence.titles import HEADLINE, TABLE_TITLES
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs/evidence"
-TRANSFERS = ("emoji", "openclipart")  # what the encoders were trained on
-TRANSFER = f"transfer-{TRANSFERS[0]}"  # of the arms of the headline
-
-
+TRANSFERS = (
+    "transfer-emoji",
+    "transfer-openclipart",
+)  # by what the encoders were trained on; the first, those of the headline
 MARKS = ("<!-- evidence: which method -->\n", "<!-- end of evidence -->")  # in the README
 
 
@@ -53,17 +53,15 @@ def pages(tables: dict[str, Values]) -> dict[str, str]:
     decided = verdicts(plan, tables)
     others = {
         "plan": plan_page(plan, tables),
+        "headline": headline_page(tables[HEADLINE], [each for each in decided if each.claim.table == HEADLINE]),
+        "transfer": transfer_page([read(name) | {"name": name} for name in TRANSFERS if exists(name)]),
         "oner-mct": oner_mct_page(read("oner-mct-account")),
         "small-models": small_models_page(read("small-models")),
         "speed": speed_page(read("benchmarks")),
     }
-    if HEADLINE in tables:
-        others["headline"] = headline_page(tables[HEADLINE], [each for each in decided if each.claim.table == HEADLINE])
-    if transfers := [{"name": name, **read(f"transfer-{name}")} for name in TRANSFERS if exists(f"transfer-{name}")]:
-        others["transfer"] = transfer_page(transfers)
     if exists("misalignment-scenes"):
         others["misalignment"] = misalignment_page(read("misalignment-scenes"))
-    index = summary_page(tables, read(TRANSFER), decided, others)
+    index = summary_page(tables, read(TRANSFERS[0]), decided, others)
     return {"index": index, **others, **{name: table_page(values) for name, values in tables.items()}}
 
 
@@ -71,7 +69,7 @@ def readme(text: str, tables: dict[str, Values]) -> str:
     """Returns the README with its recommendation, figure and table as on the summary page."""
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    found = which_method(tables, read(TRANSFER), "docs/evidence/")
+    found = which_method(tables, read(TRANSFERS[0]), "docs/evidence/")
     return before + MARKS[0] + found + "\n" + MARKS[1] + after
 
 
@@ -83,8 +81,7 @@ def main() -> None:
         (OUT / f"{name}.md").write_text(text)
     for name, figure in figures(tables).items():
         figure.savefig(OUT / f"{name}.png", dpi=110)
-    if HEADLINE in tables:
-        headline.main()
+    headline.main()
     path = ROOT / "README.md"
     path.write_text(readme(path.read_text(), tables))
 

@@ -54,7 +54,7 @@ def test_the_words_of_the_advice_agree_with_the_results(render):
     assert recall["locked"] > recall["locked, 12.5 %"] > max(recall[name] for name in methods)
     assert min(methods, key=lambda name: groups[name]["cpu_seconds"]) == "clip"
     assert max(methods, key=recall.__getitem__) == "clip"
-    transfer = render.read(render.TRANSFER)["arms"]
+    transfer = render.read(render.TRANSFERS[0])["arms"]
     for data in ("openclipart", "digits"):
         clip, *better = (
             transfer[name]["accuracies"][f"knn:{data}"]["over_seeds"] for name in ("clip", "uniclip", "mcd")

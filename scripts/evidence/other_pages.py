@@ -78,7 +78,7 @@ def transfer_page(results: Sequence[Values]) -> str:
                 cells = [_over_seeds(found["accuracies"][f"{task}:{name}"]) for name in data]
                 rows.append([ARMS.get(arm, arm.capitalize()), *cells, str(len(found["seeds"]))])
             blocks += [f"### {heading}", table(["", *data, "Seeds"], rows)]
-    names = ", ".join(results_link(f"transfer-{values['name']}") for values in results)
+    names = ", ".join(results_link(values["name"]) for values in results)
     return page(
         f"# {TITLES['transfer']}",
         paragraph(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from coalign.experiments.tables.registry import TABLES
 from evidence.plan import LEVEL, MAX_CORE_HOURS, Plan, Verdict, arm_hours, core_hours, verdicts
 from evidence.text import Values, bullet, page, paragraph, results_link, signed, span_text, table
 from evidence.titles import TITLES, link
@@ -48,7 +47,7 @@ def plan_page(plan: Plan, tables: Mapping[str, Values]) -> str:
         paragraph(plan.values["rule"]),
         "## Data and arms",
         "\n".join(bullet(text) for text in _data(plan, tables)),
-        paragraph(f"{EMOJI} {_missing(plan)}"),
+        paragraph(EMOJI),
         "## Power",
         paragraph(POWER.format(level=f"{LEVEL} / {len(plan.claims)}")),
         "\n".join(bullet(text) for text in _noise(plan)),
@@ -60,12 +59,6 @@ def plan_page(plan: Plan, tables: Mapping[str, Values]) -> str:
         "## All values",
         f"{results_link('plan')} has all inputs. `scripts/evidence/plan.py` computes power, cost and verdicts from them.",
     )
-
-
-def _missing(plan: Plan) -> str:
-    """Returns a sentence on the tables of the plan that cannot be trained yet; "" if all can."""
-    missing = [f"`{name}`" for name in plan.values["tables"] if name not in TABLES]
-    return f"Not defined yet, so not in `coalign reproduce`: {', '.join(missing)}." if missing else ""
 
 
 def counts(found: Sequence[Verdict]) -> str:

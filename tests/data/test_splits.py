@@ -212,6 +212,9 @@ def test_val_by_a_column_holds_out_whole_groups() -> None:
     of_train, of_test = ({source.record(i).facts["style"] for i in parts[name].tolist()} for name in ("train", "test"))
     assert len(of_test) > 20
     assert not of_test & of_train
+    for given in (None, own):
+        with pytest.raises(UserError, match=r"(holds out no pairs|own validation split); remove --val-by style"):
+            assign_splits(WithStyle(rows, splits=given), val_fraction=0.0, by="style")
     with pytest.raises(UserError, match="no column 'artist'"):
         assign_splits(source, by="artist")
 

@@ -71,7 +71,7 @@ def test_encoders_on_other_data(tmp_path, clip_art, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from evidence.other_pages import transfer_page
 
-    text = transfer_page([{"name": "emoji", **values}])
+    text = transfer_page([{"name": "transfer-emoji", **values}])
     assert "| Untrained |" in text
     assert "| Chance | 10.0 | 33.3 |  |" in text
     assert str(tmp_path) not in out.read_text()

@@ -56,7 +56,7 @@ def assign_splits(
     With `by`, a column such as the author's name, samples with the same value form a group instead. Train and what is held out then share
     no value, but may share captions. A sample of a held-out value whose image is in train too, or looks like one there, is in neither.
 
-    Raises UserError if no sample has a value in a column, or if `by` is set but nothing is held out, as the source has its own splits.
+    Raises UserError if no sample has a value in a column, or if `by` is set but nothing is held out.
 
     If the captions are class labels (`source.classes`, or few distinct ones over many images), captions do not connect samples, and every
     class with two groups or more is on both sides. The group that this needs is the one with the lowest or highest hash of the class; added
@@ -71,11 +71,11 @@ def assign_splits(
     fractions = {"test": test_fraction} if can_hold_out and test_fraction > 0 and "test" not in splits else {}
     if can_hold_out and "val" not in splits:
         fractions["val"] = val_fraction
-    if not fractions:
-        if by is not None:
-            raise UserError(f"{source.name} has its own validation split; remove --val-by {by}.")
-        if group is not None and not has_column(source, group):
-            raise _no_column(source, "--group-column", group)
+    if by is not None and not any(fractions.values()):
+        why = "holds out no pairs" if fractions else "has its own validation split"
+        raise UserError(f"{source.name} {why}; remove --val-by {by}.")
+    if not fractions and group is not None and not has_column(source, group):
+        raise _no_column(source, "--group-column", group)
     counts: dict[str, int] = {}
     of_test = f" after test {test_fraction}" if "test" in fractions else ""
     for name, fraction in fractions.items():

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coalign.config import DETECT, TrainConfig, fields_marked, to_json
+from coalign.config import TrainConfig, fields_marked, to_json
 from coalign.errors import NotFinite, UserError
 from coalign.experiments.tables.launch_script import arm_name
 from coalign.experiments.tables.trials import Trial, run_trials
@@ -27,9 +27,6 @@ from coalign.workflows.train.train import train
 
 FOLDER, RESULT = "search", "search.json"
 SEED = 1000  # of the first trial of a search; the seeds of the table's own trials are below
-# of the settings that a record may lack, as it is older than they are
-_DEFAULTS = {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING}
-_DEFAULTS |= {"reading": json.loads(json.dumps(to_json(DETECT)))}
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,7 @@ class SearchTrial(Trial):
         try:
             values: dict[str, Any] = json.loads(self.record.read_text())
             expected = self._identity(values["num_train"])
-            saved = _DEFAULTS | values["config"]
-            saved = {name: saved[name] for name in expected}
+            saved = {name: values["config"][name] for name in expected}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.record} cannot be read; delete it to train this trial again.") from error
         if changed := [name for name, value in expected.items() if saved[name] != value]:
