@@ -44,7 +44,7 @@ def headline_page(values: Values, verdicts: Sequence[Verdict]) -> str:
         paragraph(
             "R@1 and R@10 in %, mean of both directions, with half the width of the 95 % CI over seeds; core-minutes of the "
             "final training and of the search, by processor time. The features of the locked encoders are not included: for all pairs, "
-            "they take about three core-minutes, once for all trials."
+            "they take about 1.5 core-minutes, once for all trials."
         ),
         table(
             ["", *(f"R@{recall[1:]}" for recall in headline.RECALLS), "Core-minutes", "Search"],

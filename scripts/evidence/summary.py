@@ -100,7 +100,8 @@ def which_method(tables: Mapping[str, Values], transfer: Values, folder: str = "
             methods(tables),
             paragraph(
                 "R@10 in %, mean of both directions, on test drawings that chose nothing; mean over seeds ± 95 % CI. Core-minutes: one "
-                f"training on unseen emoji. [{TITLES['headline']}]({folder}headline.md) has R@1, fewer pairs and the cost of the search."
+                "training on unseen emoji, without the features of locked encoders, which are computed once for all trainings. "
+                f"[{TITLES['headline']}]({folder}headline.md) has R@1, fewer pairs and the cost of the search."
             ),
         ]
     )
